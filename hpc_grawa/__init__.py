@@ -1,0 +1,39 @@
+"""Weighted averaging (GRAWA and its competitors) for training deep networks on HPC clusters.
+
+Example:
+    >>> import torch, hpc_grawa
+    >>> def train(comm):
+    ...     model = torch.nn.Linear(2, 1)
+    ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ...     batch = torch.ones(4, 2) * (comm.rank + 1)
+    ...     loss = lambda: model(batch).square().mean()
+    ...     run = hpc_grawa.LGRAWA(period=2).build(comm, hpc_grawa.ParameterVector(model), optimizer, probe=loss)
+    ...     for _ in range(4):
+    ...         optimizer.zero_grad()
+    ...         value = loss()
+    ...         value.backward()
+    ...         optimizer.step()
+    ...         run.after_step(value)
+    ...     return run.synchronizers[0].rounds
+    >>> hpc_grawa.simulate(2, train)
+    [2, 2]
+"""
+
+from .comm import Communicator, simulate
+from .methods import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, Run
+from .vector import ParameterVector
+
+__all__ = [
+    "EASGD",
+    "GRAWA",
+    "LGRAWA",
+    "LSGD",
+    "MGRAWA",
+    "Communicator",
+    "DataParallel",
+    "LocalSGD",
+    "Method",
+    "ParameterVector",
+    "Run",
+    "simulate",
+]

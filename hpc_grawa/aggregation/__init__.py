@@ -1,0 +1,6 @@
+"""Gradient sharing: what happens to gradients before the optimizer steps."""
+
+from .allreduce import AllreduceAggregator
+from .base import Aggregator
+
+__all__ = ["Aggregator", "AllreduceAggregator"]

@@ -1,0 +1,151 @@
+"""Data parallelism: the mean gradient of all ranks, allreduced in buckets while backward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, optim
+
+from ..comm import Communicator, Work
+from ..errors import NonFinite
+from ..vector import ParameterVector
+from .base import Aggregator
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class AllreduceAggregator(Aggregator):
+    """g ← (1/W) Σ_m g_m, in buckets launched from gradient hooks.
+
+    Gradients live in one flat buffer ``[n flags | P]``. It is cut, from its end, into buckets of whole tensors; a
+    bucket is launched when all its gradients and all earlier buckets are there, so the order of messages is the same
+    on all ranks whatever order hooks fire in. What no hook launched is flushed after backward.
+
+    A parameter without a gradient on this rank counts as zero. It is given back as None if it has none on any rank
+    (a zero would let weight decay move it): one flag per tensor, summed in the last bucket, tells.
+
+    Args:
+        comm: the ranks that share.
+        vector: their parameters.
+        bucket_bytes: least size of a bucket; a tensor larger than that is a bucket of its own.
+        on_nonfinite: ``error``: a mean gradient that is not finite raises on all ranks; ``skip``: all skip the step.
+
+    Source: Li et al., PyTorch Distributed (VLDB 2020), section 3.2.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        vector: ParameterVector,
+        bucket_bytes: int = BUCKET_BYTES,
+        on_nonfinite: Literal["error", "skip"] = "error",
+    ) -> None:
+        self._comm, self._vector, self._on_nonfinite = comm, vector, on_nonfinite
+        n = len(vector.parameters)
+        self._flat = torch.zeros(n + len(vector), dtype=vector.data.dtype, device=vector.data.device)
+        self._flags, self.grad = self._flat[:n], self._flat[n:]
+        self._views = vector.views(self.grad)
+        self._buckets = self._cut(bucket_bytes)
+        self._bucket_of = {i: b for b, (tensors, _) in enumerate(self._buckets) for i in tensors}
+        self._armed = False
+        self._works: list[Work] = []
+        self._missing: list[set[int]] = []
+        #: Tensors whose ``.grad`` is not their view of the buffer.
+        self._detached = list(range(n))
+        self._attach()
+        for i, p in enumerate(vector.parameters):
+            p.register_post_accumulate_grad_hook(lambda p, i=i: self._ready(i, p))
+
+    def _cut(self, bucket_bytes: int) -> list[tuple[list[int], Tensor]]:
+        """Buckets (tensor numbers, slice of the flat buffer) in the order of backward; the last holds the flags."""
+        width, sizes = self._flat.element_size(), self._vector.sizes
+        buckets: list[list[int]] = [[]]
+        for i in reversed(range(len(sizes))):
+            if buckets[-1] and (sum(sizes[j] for j in buckets[-1]) + sizes[i]) * width > bucket_bytes:
+                buckets.append([])
+            buckets[-1].append(i)
+        cut, end = [], len(self._flat)
+        for tensors in buckets:
+            begin = len(self._flags) + self._vector.offsets[tensors[-1]] if tensors is not buckets[-1] else 0
+            cut.append((tensors, self._flat[begin:end]))
+            end = begin
+        return cut
+
+    def zero_grad(self, optimizer: optim.Optimizer) -> None:
+        self._flat.zero_()
+        self._attach()
+
+    def _attach(self) -> None:
+        for i in self._detached:
+            self._vector.parameters[i].grad = self._views[i]
+        self._detached = []
+
+    def start(self) -> None:
+        self._works = []
+        self._missing = [set(tensors) for tensors, _ in self._buckets]
+        self._armed = True
+
+    def _ready(self, i: int, p: Tensor) -> None:
+        if not self._armed:
+            return
+        self._missing[self._bucket_of[i]].discard(i)
+        if p.grad is not self._views[i]:
+            self._detached.append(i)
+        while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
+            self._launch()
+
+    def _launch(self) -> None:
+        number = len(self._works)
+        self._bring_home()
+        if number == len(self._buckets) - 1:
+            self._flags.fill_(1)
+            if absent := self._absent():
+                self._flags[absent] = 0
+        self._works.append(self._comm.allreduce(self._buckets[number][1], "gradient", bucket=number))
+
+    def _bring_home(self) -> None:
+        """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
+        if self._detached:
+            made = [(self._views[i], self._vector.parameters[i].grad) for i in self._detached]
+            torch._foreach_copy_([view for view, _ in made], [grad for _, grad in made if grad is not None])
+            self._attach()
+
+    def _absent(self) -> list[int]:
+        """Tensors that got no gradient in this backward."""
+        return sorted(set().union(*self._missing))
+
+    def _zero_absent(self) -> None:
+        lost = [i for i in self._absent() if self._vector.parameters[i].grad is not self._views[i]]
+        if lost:
+            torch._foreach_zero_([self._views[i] for i in lost])
+            self._bring_home()
+            self._detached = lost
+            self._attach()
+
+    def finish(self) -> None:
+        self._armed = False
+        if len(self._works) < len(self._buckets):
+            self._zero_absent()
+        while len(self._works) < len(self._buckets):
+            self._launch()
+        for work in self._works:
+            work.wait()
+        self.grad.mul_(1 / self._comm.size)
+        # The same sum of the same bits on every rank, so all ranks decide alike.
+        if not bool(self.grad.sum().isfinite()):
+            if self._on_nonfinite == "error":
+                raise NonFinite(
+                    "the mean gradient of all ranks is not finite: lower the learning rate, clip "
+                    "(optimizer.clip_norm), or skip such steps (method.on_nonfinite: skip)"
+                )
+            self._give_back_none(range(len(self._views)))
+        elif absent := self._absent():
+            used = self._flags[absent].tolist()
+            self._give_back_none([i for i, ranks in zip(absent, used, strict=True) if not ranks])
+
+    def _give_back_none(self, tensors: Iterable[int]) -> None:
+        for i in tensors:
+            self._vector.parameters[i].grad = None
+            self._detached.append(i)

@@ -1,0 +1,23 @@
+"""The interface of gradient sharing, and its null: each rank keeps its own gradient."""
+
+from __future__ import annotations
+
+from torch import optim
+
+
+class Aggregator:
+    """Each rank steps with its own gradient.
+
+    A step is ``zero_grad``, then for each part of the batch ``start`` → backward → ``finish``; only the last part's
+    backward shares.
+    """
+
+    def zero_grad(self, optimizer: optim.Optimizer) -> None:
+        """Forget the gradient of the last step."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def start(self) -> None:
+        """The coming backward completes the gradient: it may be shared while it is computed."""
+
+    def finish(self) -> None:
+        """Return when every ``.grad`` is the gradient to step with."""

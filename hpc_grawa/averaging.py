@@ -1,0 +1,162 @@
+"""Weighted averaging of parameters: weight rules, and the averager that makes a center and pulls ranks to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .comm import Communicator, Work
+from .errors import NonFinite
+from .riders import Rider
+from .vector import Layers, ParameterVector
+
+#: Scores ``[W, K]`` of all ranks -> weights ``[W, K]``, every column of which sums to 1.
+WeightRule = Callable[[Tensor], Tensor]
+
+
+def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
+    """Weights inverse to the scores: β_m = s_m^{-q} / Σ_j s_j^{-q}, column by column.
+
+    Zero scores share the weight equally (the limit of s → 0); a score that is not finite gets weight 0. Equal scores
+    give the uniform mean.
+
+    Args:
+        scores: ``[W, K]``, none negative, float64.
+        power: q; 1 in the experiments of the GRAWA paper, 2 in its proof for convex functions.
+
+    Returns:
+        Weights ``[W, K]``.
+
+    Raises:
+        NonFinite: a column has no finite score.
+
+    Source: Dimlioglu and Choromanska, GRAWA (AISTATS 2024), equations 4-6.
+
+    Example:
+        >>> inverse(torch.tensor([[1.0], [3.0]])).flatten().tolist()
+        [0.75, 0.25]
+    """
+    finite = _finite(scores)
+    zero = finite & (scores == 0)
+    # Dividing by the smallest score first keeps s^-q inside the range of numbers.
+    smallest = torch.where(finite, scores, torch.inf).amin(0)
+    relative = torch.where(finite, scores / torch.where(smallest > 0, smallest, 1.0), torch.inf)
+    raw = torch.where(zero.any(0), zero.to(scores.dtype), relative.pow(-power))
+    return raw / raw.sum(0)
+
+
+def argmin(scores: Tensor) -> Tensor:
+    """All weight to the smallest finite score of each column, ties to the lowest rank.
+
+    Args:
+        scores: ``[W, K]``.
+
+    Returns:
+        One-hot weights ``[W, K]``.
+
+    Raises:
+        NonFinite: a column has no finite score.
+
+    Source: Teng et al., Leader Stochastic Gradient Descent (NeurIPS 2019), equation 3.
+
+    Example:
+        >>> argmin(torch.tensor([[2.0], [1.0], [1.0]])).flatten().tolist()
+        [0.0, 1.0, 0.0]
+    """
+    finite = _finite(scores)
+    best = torch.where(finite, scores, torch.inf).argmin(0)
+    return torch.zeros_like(scores).scatter_(0, best[None], 1.0)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    finite = scores.isfinite()
+    if not finite.any(0).all():
+        column = int((~finite.any(0)).nonzero()[0])
+        raise NonFinite(
+            f"no rank has a finite score for layer {column} of {scores.shape[1]}: training has diverged on all ranks; "
+            f"lower the learning rate or start from an earlier state"
+        )
+    return finite
+
+
+class Averager:
+    """Makes the center c = Σ_m β_m ⊙ x_m by one message and pulls every rank to it: x_m ← x_m + λ(c - x_m).
+
+    It averages whatever 1-D vector it is given. ``start`` sends, ``finish`` receives and pulls; a blocking round is
+    the two in a row. Where all weight is one rank's, its vector is broadcast instead of summed.
+
+    Args:
+        comm: the ranks that average.
+        vector: whose lengths and layers the weights refer to.
+        pull: λ in [0, 1].
+        layers: the L layers for weights of K = L; unused with K = 1.
+    """
+
+    def __init__(self, comm: Communicator, vector: ParameterVector, pull: float, layers: Layers | None = None) -> None:
+        self.comm, self.vector, self.pull, self.layers = comm, vector, pull, layers
+        #: What is averaged in the same message, with each rank's mean weight.
+        self.riders: list[Rider] = []
+        #: The center ``[P]`` of the last round; None before the first. It is overwritten by the next ``start``.
+        self.center: Tensor | None = None
+        self._message: Tensor | None = None
+        self._work: Work | None = None
+
+    def start(self, x: Tensor, weights: Tensor) -> None:
+        """Send this rank's share of the center.
+
+        Args:
+            x: ``[P]``, this rank's vector; may be non-finite if its weights are zero.
+            weights: ``[W, K]``, the same on all ranks.
+        """
+        own = weights[self.comm.rank].tolist()
+        leader = (weights == 1).all(1).nonzero().flatten().tolist()
+        riders = [t.detach() for rider in self.riders for t in rider.pack()]
+        if self._message is None:
+            length = len(self.vector) + sum(t.numel() for t in riders)
+            self._message = torch.empty(length, dtype=self.vector.exact_dtype, device=x.device)
+            rest = self._message[len(self.vector) :].split([t.numel() for t in riders])
+            self._riding = [part.view(t.shape) for part, t in zip(rest, riders, strict=True)]
+        if not any(own):
+            if not leader:
+                self._message.zero_()  # not 0·x: that is NaN where x is
+        else:
+            self.vector.scale(x, own, self.layers, out=self._message[: len(self.vector)])
+            if riders:
+                torch._foreach_copy_(self._riding, riders)
+                torch._foreach_mul_(self._riding, sum(own) / len(own))
+        if leader:
+            self._work = self.comm.broadcast(self._message, leader[0], "center")
+        else:
+            self._work = self.comm.allreduce(self._message, "center")
+
+    def finish(self, x: Tensor, healed: bool = False) -> None:
+        """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's ``x`` becomes the center."""
+        assert self._work is not None, "finish() without start()"
+        message = self._work.wait()
+        self._work = None
+        if self._riding:
+            averages = list(self._riding)
+            for rider in self.riders:
+                count = len(rider.pack())
+                rider.unpack(averages[:count])
+                averages = averages[count:]
+        self._mix(x, message[: len(self.vector)], healed)
+
+    def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
+        self.center = average
+        pull(x, average, self.pull, replace=healed)
+
+
+def pull(x: Tensor, target: Tensor, amount: float, replace: bool = False) -> None:
+    """x ← x + amount · (target - x), in place; with ``replace`` x ← target, whatever x was.
+
+    Exact at both ends: amount 0 leaves x bit for bit, amount 1 makes it the target.
+    """
+    if replace:
+        x.copy_(target)
+    elif x.dtype == target.dtype:
+        x.lerp_(target, amount)
+    else:
+        x.copy_(torch.lerp(x.to(target.dtype), target, amount))

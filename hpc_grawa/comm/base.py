@@ -1,0 +1,171 @@
+"""What every backend offers: sums, gathers and broadcasts of tensors, each returning a ``Work`` to wait for."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Verb = Literal["allreduce", "allgather", "alltoall", "broadcast"]
+
+#: What a message is for. Only the first group is training; the others are neither timed nor counted in its bytes.
+TRAINING_PURPOSES = ("control", "center", "gradient")
+Purpose = Literal["control", "center", "gradient", "setup", "evaluate"]
+
+
+def bytes_sent(verb: Verb, payload: int, world_size: int) -> float:
+    """Bytes one rank sends for a message of ``payload`` bytes with bandwidth-optimal algorithms.
+
+    allreduce 2n(W-1)/W, allgather n(W-1) (n the own part), alltoall and broadcast n(W-1)/W.
+    """
+    others = world_size - 1
+    return {
+        "allreduce": 2 * payload * others / world_size,
+        "allgather": payload * others,
+        "alltoall": payload * others / world_size,
+        "broadcast": payload * others / world_size,
+    }[verb]
+
+
+class Meter:
+    """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
+
+    Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
+    until the last rank arrives. Seconds in every other wait are *communication*. *Hidden* seconds are those in which
+    a message was under way while this rank went on computing.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes_sent: defaultdict[str, float] = defaultdict(float)
+        self.payload_bytes: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.hidden_seconds = 0.0
+        self._hidden_until = 0.0
+
+    def started(self, verb: Verb, purpose: str, x: Tensor, world_size: int) -> None:
+        payload = x.numel() * x.element_size()
+        self.calls[purpose] += 1
+        self.payload_bytes[purpose] += payload
+        self.bytes_sent[purpose] += bytes_sent(verb, payload, world_size)
+
+    def waited(self, purpose: str, began: float, waited_from: float, waited_until: float, done: float | None) -> None:
+        self.seconds[purpose] += waited_until - waited_from
+        if purpose in TRAINING_PURPOSES:
+            # Messages overlap each other: count the union of their intervals, not their sum.
+            start, end = max(began, self._hidden_until), min(waited_from, done or waited_from)
+            if end > start:
+                self.hidden_seconds += end - start
+                self._hidden_until = end
+
+    @property
+    def waiting_seconds(self) -> float:
+        return self.seconds["control"]
+
+    @property
+    def communication_seconds(self) -> float:
+        return self.seconds["center"] + self.seconds["gradient"]
+
+    @property
+    def training_bytes_sent(self) -> int:
+        return round(sum(self.bytes_sent[p] for p in TRAINING_PURPOSES))
+
+    @property
+    def training_payload_bytes(self) -> int:
+        return sum(self.payload_bytes[p] for p in TRAINING_PURPOSES)
+
+
+class Work:
+    """A message under way. ``wait()`` blocks until it has arrived and returns the result; later calls return it again."""
+
+    def __init__(self, wait: Callable[[], Tensor], meter: Meter | None = None, purpose: str = "setup") -> None:
+        self._wait = wait
+        self._meter = meter
+        self._purpose = purpose
+        self._began = time.perf_counter()
+        self._result: Tensor | None = None
+        #: When the message arrived, on the clock of ``time.perf_counter``, where the backend knows it.
+        self.done_at: float | None = None
+
+    def wait(self) -> Tensor:
+        if self._result is None:
+            start = time.perf_counter()
+            self._result = self._wait()
+            if self._meter is not None:
+                self._meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
+        return self._result
+
+
+class Communicator(ABC):
+    """Sums, gathers and broadcasts tensors among ``size`` ranks.
+
+    Every verb starts at once and returns a ``Work``. All ranks make the same calls in the same order; a call is
+    identified by ``(purpose, bucket)``, which must not be in use by another message under way.
+
+    Args of every verb:
+        x: a contiguous tensor, of one shape and dtype on all ranks.
+        purpose: what the message is for (accounting, and its name on backends that pair by name).
+        bucket: tells messages of one purpose apart.
+    """
+
+    backend: str
+    rank: int
+    size: int
+    meter: Meter
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.meter = Meter()
+
+    def allreduce(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
+        """Sum ``x`` over all ranks, in place."""
+        return self._start("allreduce", x, purpose, bucket)
+
+    def allgather(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
+        """Gather every rank's ``x`` into a new tensor ``[size, *x.shape]``, in order of rank."""
+        return self._start("allgather", x, purpose, bucket)
+
+    def alltoall(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
+        """Send row m of ``x`` ``[size, ...]`` to rank m; row m of the new tensor came from rank m."""
+        if x.dim() == 0 or x.shape[0] != self.size:
+            raise ValueError(f"alltoall needs one row per rank: {self.size} rows, got shape {tuple(x.shape)}")
+        return self._start("alltoall", x, purpose, bucket)
+
+    def broadcast(self, x: Tensor, root: int, purpose: Purpose, bucket: int = 0) -> Work:
+        """Overwrite ``x`` on every rank with that of rank ``root``."""
+        return self._start("broadcast", x, purpose, bucket, root)
+
+    def barrier(self) -> None:
+        """Return after all ranks have called it."""
+        self.allreduce(torch.zeros(1, dtype=torch.int64), "setup").wait()
+
+    def gather_bytes(self, message: bytes, purpose: Purpose = "setup") -> list[bytes]:
+        """Gather a byte string of any length from every rank."""
+        lengths = self.allgather(torch.tensor([len(message)]), purpose).wait().flatten().tolist()
+        padded = torch.zeros(max([1, *lengths]), dtype=torch.uint8)
+        if message:
+            padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        rows = self.allgather(padded, purpose).wait()
+        return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
+
+    def _start(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int = 0) -> Work:
+        if not x.is_contiguous():
+            raise ValueError(f"{verb} needs a contiguous tensor, got strides {x.stride()} for shape {tuple(x.shape)}")
+        self.meter.started(verb, purpose, x, self.size)
+        return self._launch(verb, x.detach(), purpose, bucket, root)
+
+    @abstractmethod
+    def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        """Start the message on this backend."""
+
+    @abstractmethod
+    def abort(self, status: int = 1) -> None:
+        """End the job on all ranks now; for a rank that cannot go on while others wait for it."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to do is a valid way to close
+        """Finish what is under way and release the backend."""

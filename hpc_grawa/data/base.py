@@ -1,0 +1,115 @@
+"""What training asks of a data set."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .sharding import Sampler, Split, shard_size
+
+
+class Examples(Protocol):
+    """Examples that can be had by number, a batch at a time."""
+
+    def __len__(self) -> int:
+        """Number of examples, N."""
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs ``[B, ...]`` and targets ``[B, ...]`` of the examples ``index`` ``[B]`` (int64).
+
+        With a generator they are augmented by its draws (training), without one they are as they are (evaluation).
+        """
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What to train, validate and test on; no example is in two of them.
+
+    Attributes:
+        train: examples that gradients come from.
+        validation: examples that choices are made by, or None.
+        test: examples that results are reported on.
+    """
+
+    train: Examples
+    validation: Examples | None
+    test: Examples
+
+
+@dataclass(kw_only=True)
+class Data(ABC):
+    """A data set and how ranks share it. A data set of your own says how large it is and how it is loaded.
+
+    Attributes:
+        batch_size: examples per rank and step.
+        validation: training examples held out for validation, by classes; the same ones in every run.
+        split: disjoint (fixed shards), reshuffled (a new disjoint partition each epoch), full (each rank sees
+            everything) or fraction (each rank keeps a random subset).
+        fraction: of the examples that a rank keeps under the split fraction, in (0, 1].
+    """
+
+    batch_size: int = 128
+    validation: int = 0
+    split: Split = "disjoint"
+    fraction: float = 1.0
+
+    @abstractmethod
+    def size(self) -> int:
+        """Training examples, those held out for validation included; cheap, without loading them."""
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """Read the examples into memory."""
+
+    def train_size(self) -> int:
+        """Training examples, N; cheap, without loading them."""
+        return self.size() - self.validation
+
+    def check(self, world_size: int) -> None:
+        """Find impossible values without loading or communicating anything.
+
+        Raises:
+            ConfigError: the message names key, value and what is allowed.
+        """
+        size = self.size()
+        if not 0 <= self.validation < size:
+            raise ConfigError(f"data.validation is {self.validation}: must be 0 to {size - 1} of {size} examples")
+        shard_size(self.train_size(), self.batch_size, world_size, self.split, self.fraction)
+
+    def sampler(self, rank: int, world_size: int, seed: int) -> Sampler:
+        """The batches of one rank of ``world_size``, as indices into ``load().train``."""
+        return Sampler(self.train_size(), self.batch_size, rank, world_size, seed, self.split, self.fraction)
+
+    def model_arguments(self) -> dict[str, object]:
+        """Keyword arguments that the data settle for a model that takes them and was not given them."""
+        return {}
+
+
+@dataclass(kw_only=True)
+class ImageData(Data):
+    """A data set of labelled images.
+
+    Attributes:
+        channels_last: lay images out as ``torch.channels_last``, which convolutions prefer.
+    """
+
+    channels_last: bool = True
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width in pixels of what a model sees."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their labels."""
+
+    def model_arguments(self) -> dict[str, object]:
+        """``in_channels`` and ``num_classes``."""
+        return {"in_channels": self.input_shape[0], "num_classes": len(self.classes)}

@@ -1,0 +1,23 @@
+"""The errors of this package, each named after what went wrong."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names key, value and what is allowed."""
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks that must agree (model, method, learning rate, period, step) do not; names the rank and the difference."""
+
+
+class NonFinite(ArithmeticError):
+    """A number that every rank needs is NaN or infinite on all of them."""
+
+
+class LostView(RuntimeError):
+    """A parameter no longer lives in its ``ParameterVector``; names the parameter and the likely cause."""
+
+
+class Unmatched(RuntimeError):
+    """Simulated ranks made different calls, or some ended while others wait; names the ranks and their calls."""

@@ -1,0 +1,21 @@
+"""The methods: one file per paper, each a dataclass of the paper's hyper-parameters with a short ``build``."""
+
+from .base import AveragingMethod, Method, Run
+from .data_parallel import DataParallel
+from .easgd import EASGD
+from .grawa import GRAWA, LGRAWA, MGRAWA
+from .local_sgd import LocalSGD
+from .lsgd import LSGD
+
+__all__ = [
+    "EASGD",
+    "GRAWA",
+    "LGRAWA",
+    "LSGD",
+    "MGRAWA",
+    "AveragingMethod",
+    "DataParallel",
+    "LocalSGD",
+    "Method",
+    "Run",
+]

@@ -1,0 +1,192 @@
+"""What all methods share: a method is built into a ``Run``, which the training loop calls after every step."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, optim
+
+from ..aggregation import Aggregator
+from ..agreement import agree
+from ..averaging import Averager, WeightRule
+from ..comm import Communicator
+from ..control import CONTROL_EVERY, Control
+from ..errors import ConfigError
+from ..riders import LocalMomentum, Rider, RunningStatistics
+from ..schedules import RunFacts, every
+from ..scores import Score
+from ..synchronizer import Synchronizer
+from ..vector import ParameterVector
+
+#: Returns the loss (0-d tensor) of a fresh batch.
+Probe = Callable[[], Tensor]
+
+
+class Run:
+    """A method at work on one rank: call ``after_step(loss)`` after every optimizer step, ``finish()`` at the end.
+
+    Attributes:
+        aggregator: shares gradients; the null one does nothing.
+        synchronizers: average parameters; none under pure gradient sharing.
+        control: decisions all ranks take alike.
+        facts: step, learning rate and the like, the same on all ranks.
+        common_start: whether all ranks began with the same parameters.
+    """
+
+    common_start = True
+
+    def __init__(
+        self, comm: Communicator, vector: ParameterVector, optimizer: optim.Optimizer, control: Control
+    ) -> None:
+        self.comm, self.vector, self.optimizer, self.control = comm, vector, optimizer, control
+        self.facts = control.facts
+        self.aggregator = Aggregator()
+        self.synchronizers: list[Synchronizer] = []
+
+    def after_step(self, loss: Tensor | None = None) -> None:
+        """Count a local step; observe its loss, pull, and run a round if one is due.
+
+        Args:
+            loss: of the step, a 0-d tensor; only methods that score by it need it.
+        """
+        self.facts.step += 1
+        self.facts.lr = self.optimizer.param_groups[0]["lr"]
+        for synchronizer in self.synchronizers:
+            synchronizer.after_step(loss)
+        self.control.after_step(min((s.period for s in self.synchronizers), default=math.inf))
+
+    def finish(self) -> None:
+        """End with a round at the last step, shortened if need be; all ranks must."""
+        self.control.finish()
+        for synchronizer in self.synchronizers:
+            synchronizer.finish()
+
+    @property
+    def center(self) -> Tensor:
+        """The center ``[P]`` of the last round; without rounds the parameters, which are the same on all ranks."""
+        centers = [s.averager.center for s in self.synchronizers if s.averager.center is not None]
+        return centers[-1] if centers else self.vector.data
+
+
+@dataclass(kw_only=True)
+class Method(ABC):
+    """A way of training together. Its fields are the paper's hyper-parameters."""
+
+    #: Batches of the gradient probe and where they are drawn; methods with a probe make them fields.
+    probe_batches: ClassVar[int] = 1
+    probe_from: ClassVar[Literal["all", "shard"]] = "all"
+    #: How evaluated models get BatchNorm statistics; averaging methods make it a field.
+    buffers: ClassVar[Literal["recalibrate", "average", "local"]] = "local"
+
+    def build(
+        self,
+        comm: Communicator,
+        vector: ParameterVector,
+        optimizer: optim.Optimizer,
+        probe: Probe | None = None,
+        *,
+        facts: RunFacts | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+        control_every: int = CONTROL_EVERY,
+        start: Literal["common", "independent"] = "common",
+    ) -> Run:
+        """Make the method ready to train; all ranks must call it.
+
+        Args:
+            comm: the ranks.
+            vector: this rank's parameters.
+            optimizer: steps them; its learning rate is read, its state reset where the method says so.
+            probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
+            facts: shared with the caller's schedule.
+            clock: training seconds; rank 0's count.
+            control_every: steps between control words where rounds are rarer.
+            start: ``common``: all ranks begin with rank 0's parameters and buffers; ``independent``: with their own.
+
+        Raises:
+            RanksDisagree: model, method or package version differ among ranks.
+            ValueError: something that the method needs was not given; the message says what to pass.
+        """
+        agree(comm, self._description(vector))
+        if start == "common":
+            comm.broadcast(vector.data, 0, "setup").wait()
+            for i, buffer in enumerate(vector.model.buffers()):
+                message = buffer.detach().contiguous()
+                buffer.copy_(comm.broadcast(message, 0, "setup", bucket=i + 1).wait())
+        facts = facts or RunFacts()
+        facts.lr = facts.lr or optimizer.param_groups[0]["lr"]
+        run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
+        run.common_start = start == "common"
+        self._assemble(run, probe)
+        return run
+
+    @abstractmethod
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        """Give the run its aggregator and synchronizers."""
+
+    def _description(self, vector: ParameterVector) -> list[str]:
+        try:
+            package = version("hpc-grawa")
+        except PackageNotFoundError:
+            package = "not installed"
+        parameters = [
+            f"parameter '{name}' {tuple(p.shape)} {p.dtype} strides {p.stride()}"
+            for name, p in zip(vector.names, vector.parameters, strict=True)
+        ]
+        buffers = [f"buffer '{name}' {tuple(b.shape)} {b.dtype}" for name, b in vector.model.named_buffers()]
+        return [f"hpc_grawa {package}", f"method {self}", *parameters, *buffers]
+
+
+@dataclass(kw_only=True)
+class AveragingMethod(Method):
+    """A method that averages parameters now and then.
+
+    Attributes:
+        period: local steps between rounds, τ.
+        local_momentum: the optimizer's state at a round: ``keep``, ``reset`` or ``average`` (it rides in the message).
+        buffers: BatchNorm statistics of evaluated models: ``recalibrate`` on training batches, ``average`` (they ride
+            in the message), or each rank's own (``local``).
+    """
+
+    period: int = 32
+    local_momentum: Literal["keep", "reset", "average"] = "keep"
+    buffers: Literal["recalibrate", "average", "local"] = "recalibrate"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        self._require("period", self.period >= 1, "at least 1 local step")
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(f"method.{name} is {getattr(self, name)}: must be {allowed}")
+
+    def _riders(self, run: Run) -> list[Rider]:
+        riders: list[Rider] = []
+        if self.local_momentum == "average":
+            riders.append(LocalMomentum(run.vector, run.optimizer))
+        if self.buffers == "average":
+            riders.append(RunningStatistics(run.vector.model))
+        return riders
+
+    def _synchronize(self, run: Run, averager: Averager, score: Score, rule: WeightRule, prox: float = 0.0) -> None:
+        averager.riders = self._riders(run)
+        reset = self.local_momentum == "reset"
+        run.synchronizers.append(
+            Synchronizer(averager, score, rule, every(self.period), run.control, run.optimizer, prox, reset)
+        )
+
+
+def unit_interval(method: AveragingMethod, *names: str) -> None:
+    """Raise ``ConfigError`` unless each named field is in [0, 1] (NaN is not)."""
+    for name in names:
+        method._require(name, 0 <= getattr(method, name) <= 1, "in [0, 1]")
+
+
+def not_negative(method: AveragingMethod, *names: str) -> None:
+    """Raise ``ConfigError`` unless each named field is a finite number ≥ 0."""
+    for name in names:
+        method._require(name, 0 <= getattr(method, name) < math.inf, "a number of 0 or more")

@@ -1,0 +1,30 @@
+"""Data-parallel training: every step uses the mean gradient of all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..aggregation import AllreduceAggregator
+from ..errors import ConfigError
+from .base import Method, Probe, Run
+
+
+@dataclass(kw_only=True)
+class DataParallel(Method):
+    """g ← (1/W) Σ_m g_m before every step, allreduced in buckets while backward runs; all ranks stay identical.
+
+    Attributes:
+        bucket_mb: least size of a bucket in MiB.
+        on_nonfinite: a mean gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
+    """
+
+    bucket_mb: float = 25.0
+    on_nonfinite: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bucket_mb < float("inf"):
+            raise ConfigError(f"method.bucket_mb is {self.bucket_mb}: must be a positive number of MiB")
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        run.aggregator = AllreduceAggregator(run.comm, run.vector, int(self.bucket_mb * 2**20), self.on_nonfinite)

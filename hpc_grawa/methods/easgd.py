@@ -1,0 +1,57 @@
+"""EASGD: an elastic force between each rank and a center that moves slowly.
+
+Zhang, Choromanska and LeCun, Deep learning with Elastic Averaging SGD, NeurIPS 2015. With Nesterov momentum in the
+local optimizer this is EAMSGD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..averaging import Averager, inverse, pull
+from ..scores import Equal
+from .base import AveragingMethod, Probe, Run, unit_interval
+
+
+class ElasticAverager(Averager):
+    """x_m ← x_m - α(x_m - c); c ← (1-β)c + β·x̄, both from the old values, with α = β/W."""
+
+    def __init__(self, run: Run, beta: float) -> None:
+        super().__init__(run.comm, run.vector, beta / run.comm.size)
+        self._beta = beta
+        self.center = run.vector.data.to(run.vector.exact_dtype, copy=True)
+        if not run.common_start:
+            self.center.div_(run.comm.size)
+            run.comm.allreduce(self.center, "setup").wait()
+
+    def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
+        assert self.center is not None
+        if not healed:
+            pull(x, self.center, self.pull)
+        self.center.lerp_(average, self._beta)
+        if healed:
+            x.copy_(self.center)
+
+
+@dataclass(kw_only=True)
+class EASGD(AveragingMethod):
+    """Ranks and a center attract each other; the center is state, replicated on all ranks.
+
+    x_m ← x_m - (β/W)(x_m - c); c ← (1-β)c + β·x̄.
+
+    Attributes:
+        period: local steps between rounds, τ.
+        pull: β, the center's step to the mean; each rank moves by β/W.
+    """
+
+    period: int = 8
+    pull: float = 0.43
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unit_interval(self, "pull")
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        self._synchronize(run, ElasticAverager(run, self.pull), Equal(), inverse)

@@ -1,0 +1,26 @@
+"""Local SGD: ranks replace their parameters by the uniform mean after every period.
+
+Stich, Local SGD Converges Fast and Communicates Little, ICLR 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..averaging import Averager, inverse
+from ..scores import Equal
+from .base import AveragingMethod, Probe, Run
+
+
+@dataclass(kw_only=True)
+class LocalSGD(AveragingMethod):
+    """x_m ← x̄ = (1/W) Σ_j x_j after every period of local steps.
+
+    Attributes:
+        period: local steps between rounds, H.
+    """
+
+    period: int = 8
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        self._synchronize(run, Averager(run.comm, run.vector, 1.0), Equal(), inverse)

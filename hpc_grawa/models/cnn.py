@@ -1,0 +1,40 @@
+"""A small convolutional network for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SmallCNN(nn.Module):
+    """Three 3×3 convolutions with BatchNorm, one pooling, a linear head; made for 8×8 digits, takes any size.
+
+    Args:
+        in_channels: of the images.
+        num_classes: logits per image.
+        width: channels of the first convolution; the next have twice as many.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, width: int = 16) -> None:
+        """Initialised as PyTorch does by default."""
+        super().__init__()
+
+        def stage(inputs: int, outputs: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(inplace=True),
+            ]
+
+        self.features = nn.Sequential(
+            *stage(in_channels, width),
+            *stage(width, 2 * width),
+            nn.MaxPool2d(2),
+            *stage(2 * width, 2 * width),
+            nn.AdaptiveAvgPool2d(2),
+        )
+        self.head = nn.Linear(8 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""
+        logits: Tensor = self.head(self.features(x).flatten(1))
+        return logits

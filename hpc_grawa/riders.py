@@ -1,0 +1,66 @@
+"""What may ride in a round's flat message beside the parameters: momenta and running statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn, optim
+
+from .vector import ParameterVector
+
+
+class Rider(ABC):
+    """Tensors averaged with the parameters; each rank takes over the average."""
+
+    @abstractmethod
+    def pack(self) -> list[Tensor]:
+        """This rank's tensors, of the same number and shapes on every rank and in every round."""
+
+    @abstractmethod
+    def unpack(self, averages: list[Tensor]) -> None:
+        """Take over the averages, in the order of ``pack``."""
+
+
+class LocalMomentum(Rider):
+    """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments)."""
+
+    def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
+        self._vector, self._optimizer = vector, optimizer
+        self._keys: tuple[str, ...] = ()
+
+    def _state(self) -> list[Tensor | None]:
+        state = self._optimizer.state
+        if not self._keys:  # at the first round every rank has stepped
+            p = next((p for p in self._vector.parameters if state.get(p)), None)
+            named = {} if p is None else state[p]
+            self._keys = tuple(k for k, v in named.items() if isinstance(v, Tensor) and p is not None and v.shape == p.shape)
+        return [state.get(p, {}).get(key) for key in self._keys for p in self._vector.parameters]
+
+    def pack(self) -> list[Tensor]:
+        shapes = self._vector.parameters * max(1, len(self._keys))
+        own = self._state()
+        return [torch.zeros_like(shapes[i]) if t is None else t for i, t in enumerate(own)]
+
+    def unpack(self, averages: list[Tensor]) -> None:
+        pairs = [(own, average) for own, average in zip(self._state(), averages, strict=True) if own is not None]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [average for _, average in pairs])
+
+
+class RunningStatistics(Rider):
+    """BatchNorm's running mean and variance, pooled: mean of means, mean(var + mean²) - mean²."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._pairs = [
+            (m.running_mean, m.running_var) for m in norms if m.running_mean is not None and m.running_var is not None
+        ]
+
+    def pack(self) -> list[Tensor]:
+        return [t for mean, var in self._pairs for t in (mean, var + mean.square())]
+
+    def unpack(self, averages: list[Tensor]) -> None:
+        for (mean, var), first, second in zip(self._pairs, averages[::2], averages[1::2], strict=True):
+            mean.copy_(first)
+            var.copy_((second - first.square()).clamp_(min=0))

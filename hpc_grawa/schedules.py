@@ -1,0 +1,155 @@
+"""Learning rates and periods: functions of a few facts about the run."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import ConfigError
+
+Unit = Literal["steps", "epochs", "seconds"]
+
+
+@dataclass
+class RunFacts:
+    """What a schedule or a period may know; the same on every rank.
+
+    Attributes:
+        step: local steps made (all ranks have made as many).
+        seconds: rank 0's training seconds, as of the last control word.
+        lr: the learning rate of the coming step.
+        peak_lr: the learning rate that the schedule is a factor of.
+        warmup_steps: steps of linear warm-up.
+        steps_left: to the end of the run, or None where a clock decides.
+        steps_per_epoch: or None where there are no epochs.
+        progress: share of the budget used, in [0, 1]; 0 where there is no budget.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    peak_lr: float = 0.0
+    warmup_steps: int = 0
+    steps_left: int | None = None
+    steps_per_epoch: int | None = None
+    progress: float = 0.0
+
+    def elapsed(self, unit: Unit) -> float:
+        """Steps, epochs or seconds since the start."""
+        if unit == "seconds":
+            return self.seconds
+        if unit == "steps":
+            return self.step
+        if self.steps_per_epoch is None:
+            raise ValueError("a schedule in epochs needs to know the steps per epoch")
+        return self.step / self.steps_per_epoch
+
+
+@dataclass
+class Schedule(ABC):
+    """A learning rate as a factor of the optimizer's: lr(t) = lr · warm-up(t) · factor(t).
+
+    Attributes:
+        warmup: steps in which the learning rate rises linearly to its peak: (t + 1) / warmup.
+    """
+
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ConfigError(f"schedule.warmup is {self.warmup}: must be 0 or more steps")
+
+    def __call__(self, facts: RunFacts) -> float:
+        """The factor at ``facts``."""
+        rise = min(1.0, (facts.step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * self.factor(facts)
+
+    @abstractmethod
+    def factor(self, facts: RunFacts) -> float:
+        """The factor without warm-up."""
+
+
+@dataclass
+class Constant(Schedule):
+    """The optimizer's learning rate throughout."""
+
+    def factor(self, facts: RunFacts) -> float:
+        return 1.0
+
+
+@dataclass
+class Step(Schedule):
+    """The learning rate times ``gamma`` at each milestone.
+
+    Attributes:
+        milestones: increasing, in ``unit``.
+        gamma: factor at each milestone.
+        unit: ``steps``, ``epochs`` or ``seconds`` of training.
+    """
+
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = 0.1
+    unit: Unit = "epochs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.milestones or self.milestones != sorted(set(self.milestones)) or self.milestones[0] <= 0:
+            raise ConfigError(f"schedule.milestones is {self.milestones}: must be positive and increasing")
+        if not 0 < self.gamma:
+            raise ConfigError(f"schedule.gamma is {self.gamma}: must be positive")
+
+    def factor(self, facts: RunFacts) -> float:
+        now = facts.elapsed(self.unit)
+        return math.prod(self.gamma for milestone in self.milestones if now >= milestone)
+
+
+@dataclass
+class Cosine(Schedule):
+    """Half a cosine from 1 to ``final`` over the budget, whatever its unit.
+
+    Attributes:
+        final: factor at the end.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.final <= 1:
+            raise ConfigError(f"schedule.final is {self.final}: must be in [0, 1]")
+
+    def factor(self, facts: RunFacts) -> float:
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * facts.progress)) / 2
+
+
+@dataclass
+class Linear(Schedule):
+    """A straight line from 1 to ``final`` over the budget, whatever its unit.
+
+    Attributes:
+        final: factor at the end.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.final <= 1:
+            raise ConfigError(f"schedule.final is {self.final}: must be in [0, 1]")
+
+    def factor(self, facts: RunFacts) -> float:
+        return 1 - (1 - self.final) * facts.progress
+
+
+#: Local steps until the next round, decided when the last one is over; ``math.inf``: no further round but the last.
+Period = Callable[[RunFacts], float]
+
+
+def every(steps: int) -> Period:
+    """A round every ``steps`` local steps."""
+    if steps < 1:
+        raise ConfigError(f"method.period is {steps}: must be at least 1 local step")
+    return lambda facts: steps

@@ -1,0 +1,185 @@
+"""What a rank says about itself before a round: scores ``[K]``, from which the weights are computed."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .vector import Layers, ParameterVector
+
+#: Bias-corrected momentum of the scores in the GRAWA paper's section 5.3: .9⁸.
+SCORE_MOMENTUM = 0.9**8
+
+
+class Score(ABC):
+    """Watches a rank between rounds and says ``K`` numbers about it at each.
+
+    Attributes:
+        size: K, the same on all ranks.
+    """
+
+    size: int = 1
+
+    def observe(self, loss: Tensor | None) -> None:  # noqa: B027 - a score may have nothing to watch
+        """See the loss (a 0-d tensor, or None) of a local step; never waits for the device."""
+
+    @abstractmethod
+    def take(self) -> Tensor:
+        """The scores ``[K]`` of the round that begins now, float64 on the CPU."""
+
+    def reset(self) -> None:  # noqa: B027 - a score may keep nothing
+        """Forget everything: this rank has been healed from the center."""
+
+
+class Equal(Score):
+    """The same score on every rank, so that the inverse rule gives the uniform mean."""
+
+    def take(self) -> Tensor:
+        return torch.ones(1, dtype=torch.float64)
+
+
+class TrainingLoss(Score):
+    """The mean training loss of the local steps since the last round."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def observe(self, loss: Tensor | None) -> None:
+        if loss is None:
+            raise ValueError("this method scores ranks by their training loss: call after_step(loss) with it")
+        value = loss.detach().to(torch.float64) if loss.device.type == "cpu" else loss.detach().float()
+        self._sum = value.clone() if self._sum is None else self._sum.add_(value)
+        self._count += 1
+
+    def take(self) -> Tensor:
+        if self._sum is None:
+            raise ValueError("no training loss was observed since the last round: call after_step(loss) after each step")
+        mean = self._sum.to("cpu", torch.float64) / self._count
+        self._sum, self._count = None, 0
+        return mean.reshape(1)
+
+
+class GradientNorm(Score):
+    """Norms of the gradient of a fresh batch, with momentum over rounds.
+
+    ``vector``: ‖g‖₂ of all parameters (K = 1). ``sum``: Σ_l ‖g_l‖_F (K = 1). ``layers``: (‖g_l‖_F)_l (K = L). The
+    momentum is v_t = b v_{t-1} + (1-b) s_t, v_0 = 0, ŝ_t = v_t / (1-b^t), element by element; a norm that is not
+    finite is passed on but does not enter it.
+
+    Args:
+        vector: the parameters; the gradient is taken at their current values.
+        layers: the L layers.
+        probe: returns the loss (0-d tensor) of a fresh batch; called with dropout off, and nothing that it does to
+            parameters' gradients, buffers or random streams remains.
+        reduction: ``vector``, ``sum`` or ``layers``.
+        momentum: b in [0, 1).
+
+    Source: Dimlioglu and Choromanska, GRAWA (AISTATS 2024), section 5.3 and algorithms 2 and 3.
+    """
+
+    def __init__(
+        self,
+        vector: ParameterVector,
+        layers: Layers,
+        probe: Callable[[], Tensor],
+        reduction: Literal["vector", "sum", "layers"],
+        momentum: float = SCORE_MOMENTUM,
+    ) -> None:
+        self.size = len(layers) if reduction == "layers" else 1
+        self._vector, self._layers, self._probe = vector, layers, probe
+        self._reduction, self._momentum = reduction, momentum
+        self.reset()
+
+    def take(self) -> Tensor:
+        norms = self._layers.norms(probe_gradient(self._vector, self._probe))
+        if self._reduction == "vector":
+            norms = norms.square().sum().sqrt().reshape(1)
+        elif self._reduction == "sum":
+            norms = norms.sum().reshape(1)
+        raw = norms.to("cpu", torch.float64)
+        finite = raw.isfinite()
+        b = self._momentum
+        self._count += finite
+        self._mean = torch.where(finite, b * self._mean + (1 - b) * raw, self._mean)
+        return torch.where(finite, self._mean / (1 - b**self._count), raw)
+
+    def reset(self) -> None:
+        self._mean = torch.zeros(self.size, dtype=torch.float64)
+        self._count = torch.zeros(self.size, dtype=torch.int64)
+
+
+class _Probed(nn.Module):
+    """Holds the model while ``functional_call`` gives it other tensors, whoever calls it."""
+
+    def __init__(self, model: nn.Module, probe: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._probe = probe
+
+    def forward(self) -> Tensor:
+        return self._probe()
+
+
+def probe_gradient(vector: ParameterVector, probe: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradient of ``probe()`` at the current parameters, leaving no trace.
+
+    The model computes with fresh leaf tensors on the parameters' memory and with copies of its buffers, so neither
+    ``.grad``, gradient hooks, nor BatchNorm's running statistics are touched; random streams are restored.
+
+    Returns:
+        One gradient per parameter tensor, None where the loss does not depend on it.
+    """
+    model = vector.model
+    leaves = [p.detach().requires_grad_() for p in vector.parameters]
+    tensors: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in zip(vector.names, leaves, strict=True)}
+    tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
+    with random_streams_kept(), NoDropout(), torch.enable_grad():
+        loss = torch.func.functional_call(_Probed(model, probe), tensors, (), tie_weights=True)
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+@contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Within the block random numbers may be drawn; afterwards every stream stands where it stood."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+class NoDropout(TorchFunctionMode):
+    """Within the block no dropout is applied, by modules or functions, whatever mode they are in."""
+
+    _DROPOUT = frozenset(
+        getattr(nn.functional, name)
+        for name in (
+            "dropout",
+            "dropout1d",
+            "dropout2d",
+            "dropout3d",
+            "alpha_dropout",
+            "feature_alpha_dropout",
+        )
+    )
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self._DROPOUT:
+            return args[0] if args else kwargs["input"]
+        if function is nn.functional.scaled_dot_product_attention:
+            args, kwargs = args[:4], kwargs | {"dropout_p": 0.0} | dict(zip(("is_causal",), args[5:6], strict=False))
+        return function(*args, **kwargs)

@@ -1,0 +1,193 @@
+"""A model's parameters as one 1-D tensor, of which the model's own tensors are views."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LostView
+
+#: ``tensor``: every parameter tensor; ``module``: the parameters one module holds directly; or groups of name patterns.
+Partition = Literal["tensor", "module"] | list[list[str]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A partition of a vector's tensors into L layers, each weighted by itself.
+
+    Attributes:
+        names: of the L layers.
+        index: of each tensor's layer, in the vector's order of tensors.
+    """
+
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Frobenius norms ``[L]`` of the layers of ``tensors``, one per parameter; None counts as zero.
+
+        In fp32 (float64 for float64 tensors), without a host synchronisation.
+        """
+        given = [i for i, t in enumerate(tensors) if t is not None]
+        present = [t for t in tensors if t is not None]
+        if not present:
+            return torch.zeros(len(self))
+        exact = torch.promote_types(present[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(present, 2, dtype=exact))
+        if len(given) == len(self.index) == len(self):
+            return norms
+        layer = torch.tensor([self.index[i] for i in given], device=norms.device)
+        return torch.zeros(len(self), dtype=exact, device=norms.device).index_add_(0, layer, norms.square()).sqrt_()
+
+
+class ParameterVector:
+    """All trainable parameters of a model as views of one 1-D tensor ``data`` ``[P]``.
+
+    Build it after the model has its final dtype, device and memory format, before or after the optimizer. Frozen
+    parameters and buffers stay outside; a tied weight is in it once. A view keeps its parameter's memory format.
+
+    Args:
+        model: any module with at least one trainable parameter.
+
+    Raises:
+        ValueError: no trainable parameter, or parameters of several dtypes or devices (both are listed).
+
+    Example:
+        >>> vector = ParameterVector(nn.Linear(2, 1))
+        >>> vector.data.zero_().shape
+        torch.Size([3])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("the model has no trainable parameter")
+        kinds: dict[tuple[torch.dtype, torch.device], str] = {}
+        for name, p in named:
+            kinds.setdefault((p.dtype, p.device), name)
+        if len(kinds) > 1:
+            found = ", ".join(f"'{name}' {dtype} on {device}" for (dtype, device), name in kinds.items())
+            raise ValueError(f"all trainable parameters must have one dtype and device, found {found}")
+        if not named[0][1].is_floating_point():
+            raise ValueError(f"trainable parameters must be floating point, '{named[0][0]}' is {named[0][1].dtype}")
+        self.names = tuple(name for name, _ in named)
+        self.parameters = [p for _, p in named]
+        self.sizes = tuple(p.numel() for p in self.parameters)
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        self.offsets = tuple(end - size for end, size in zip(ends, self.sizes, strict=True))
+        first = self.parameters[0]
+        self.data = torch.empty(sum(self.sizes), dtype=first.dtype, device=first.device)
+        #: Sums, centers and pulls are held in at least fp32.
+        self.exact_dtype = torch.promote_types(first.dtype, torch.float32)
+        for view, p in zip(self.views(self.data), self.parameters, strict=True):
+            view.copy_(p.data)
+            p.data = view
+
+    def __len__(self) -> int:
+        return self.data.numel()
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Views of any vector ``[P]`` in the shapes and memory formats of the parameters."""
+        return [
+            vector.as_strided(p.shape, p.stride() if _dense(p) else _contiguous_strides(p), offset)
+            for p, offset in zip(self.parameters, self.offsets, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Raise ``LostView`` if a parameter no longer lives in ``data``, or was frozen after the vector was built."""
+        base, width = self.data.data_ptr(), self.data.element_size()
+        for name, p, offset in zip(self.names, self.parameters, self.offsets, strict=True):
+            if p.data_ptr() != base + offset * width or p.dtype != self.data.dtype:
+                raise LostView(
+                    f"parameter '{name}' no longer lives in the ParameterVector, so averaging would not reach it: "
+                    f"something replaced its memory (p.data = ..., model.double(), model.to(memory_format=...)); "
+                    f"do that before ParameterVector(model), afterwards change values in place (p.data.copy_(...))"
+                )
+            if not p.requires_grad:
+                raise LostView(
+                    f"parameter '{name}' was frozen after ParameterVector(model) was built: freeze it before, "
+                    f"or give it a learning rate of 0"
+                )
+
+    def layers(self, partition: Partition = "tensor") -> Layers:
+        """Divide the parameters into layers.
+
+        Args:
+            partition: ``tensor``, ``module`` (a module's own parameters, leaf or not), or a list of groups, each a
+                list of parameter names or patterns (``"features.*"``).
+
+        Raises:
+            ValueError: a tensor is in no group or in several.
+        """
+        if partition == "tensor":
+            return Layers(self.names, tuple(range(len(self.names))))
+        if partition == "module":
+            owners = [name.rpartition(".")[0] for name in self.names]
+            names = tuple(dict.fromkeys(owners))
+            return Layers(names, tuple(names.index(owner) for owner in owners))
+        if isinstance(partition, str):
+            raise ValueError(f"layers must be 'tensor', 'module' or a list of groups, not '{partition}'")
+        index = []
+        for name in self.names:
+            groups = [g for g, patterns in enumerate(partition) if any(fnmatch.fnmatchcase(name, x) for x in patterns)]
+            if len(groups) != 1:
+                where = f"groups {groups}" if groups else "no group"
+                raise ValueError(f"layers: every trainable tensor must be in exactly one group, '{name}' is in {where}")
+            index.append(groups[0])
+        empty = [g for g in range(len(partition)) if g not in index]
+        if empty:
+            raise ValueError(f"layers: group {partition[empty[0]]} matches no trainable tensor")
+        return Layers(tuple("+".join(group) for group in partition), tuple(index))
+
+    def scale(self, x: Tensor, weights: Sequence[float], layers: Layers | None, out: Tensor) -> Tensor:
+        """``out = weights ⊙ x``: one weight for all, or one per layer.
+
+        Args:
+            x: ``[P]``.
+            weights: one number, or L of them.
+            layers: the L layers; unused with one weight.
+            out: ``[P]``, overwritten.
+        """
+        if len(weights) == 1:
+            if out.dtype == x.dtype:
+                return torch.mul(x, weights[0], out=out)
+            return out.copy_(x).mul_(weights[0])
+        assert layers is not None
+        parts = list(zip(self.offsets, self.sizes, layers.index, strict=True))
+        if x.device.type == "cpu" and out.dtype == x.dtype:
+            # One pass over memory; a launch per tensor costs nothing here.
+            for offset, size, layer in parts:
+                torch.mul(x[offset : offset + size], weights[layer], out=out[offset : offset + size])
+            return out
+        out.copy_(x)
+        torch._foreach_mul_([out[o : o + n] for o, n, _ in parts], [weights[layer] for _, _, layer in parts])
+        return out
+
+    @contextmanager
+    def swapped(self, vector: Tensor) -> Iterator[None]:
+        """Within the block the model has the parameters ``vector`` ``[P]``; afterwards its own, bit for bit."""
+        own = self.data.clone()
+        self.data.copy_(vector)
+        try:
+            yield
+        finally:
+            self.data.copy_(own)
+
+
+def _dense(p: Tensor) -> bool:
+    """Whether ``p`` fills its memory without gaps or overlap, in any order of dimensions (channels_last does)."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(p))
+
+
+def _contiguous_strides(p: Tensor) -> tuple[int, ...]:
+    return torch.empty(p.shape, device="meta").stride()

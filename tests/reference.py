@@ -1,0 +1,700 @@
+"""The oracle: every method replayed for W workers in NumPy, float64, one plain loop.
+
+This page is where the mathematics is checked. It shares no code with the package: a backend is right when
+its parameters follow `replay` to 1e-12 in float64 and to 1e-5 in float32.
+
+Notation. W ranks m = 0..W-1 hold parameters x_m, a vector of P numbers; g_m is a gradient, eta the learning
+rate, c the center. A *round* has the family's one formula
+
+    scores S [W, K]  ->  weights beta = rule(S) [W, K], every column sums to 1
+                     ->  center c = sum_m beta_m * x_m  ->  x_m <- x_m + pull (c - x_m)
+
+and a run is, with steps, ranks and rounds counted from 0:
+
+    for step in 0..T-1:
+        every rank:  loss, g_m = gradient of its batch(rank, step) at x_m
+                     g_m <- share(g_1..g_W)                    (only DataParallel changes it)
+                     x_m <- optimizer(x_m, g_m, eta(step))
+                     x_m <- x_m + (prox / H) (c_last - x_m)    (not before the first round)
+                     x_m <- NaN where poison(rank, step)       (a broken machine, for the tests)
+        if H steps have passed since the last round, or this was the last step:  round
+
+H is the period, asked for at the start of every round. A last round cut short by the end of the run keeps
+the H it began with in prox / H.
+
+A new method is one more subclass of `Method`; the loop stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Span = tuple[int, int]  # (offset, size) of a piece of the flat vector
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weight rules: scores [W, K] -> weights [W, K]. Each column is weighted by itself and sums to 1.
+# A score that is not finite gets weight 0; a column without a finite score is a ValueError.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def uniform(scores: Array) -> Array:
+    """beta_m = 1 / (number of ranks whose score is finite); the scores' values do not matter."""
+    weights = np.zeros_like(scores)
+    for k in range(scores.shape[1]):
+        finite = _finite_rows(scores, k)
+        weights[finite, k] = 1.0 / len(finite)
+    return weights
+
+
+def inverse(scores: Array, power: float = 1.0) -> Array:
+    """beta_m = s_m^-q / sum_j s_j^-q with q = `power`; scores that are zero share the weight equally.
+
+    s_m^-q is computed as (s_min / s_m)^q: the factor cancels, and tiny scores cannot overflow.
+    """
+    weights = np.zeros_like(scores)
+    for k in range(scores.shape[1]):
+        finite = _finite_rows(scores, k)
+        if any(scores[m, k] < 0 for m in finite):
+            raise ValueError(f"negative score in column {k}: {scores[:, k]}")
+        zero = [m for m in finite if scores[m, k] == 0]
+        if zero:
+            weights[zero, k] = 1.0 / len(zero)
+            continue
+        smallest = min(scores[m, k] for m in finite)
+        for m in finite:
+            weights[m, k] = (smallest / scores[m, k]) ** power
+        weights[:, k] /= weights[:, k].sum()
+    return weights
+
+
+def argmin(scores: Array) -> Array:
+    """One-hot: weight 1 for the smallest finite score, the lowest rank among equals."""
+    weights = np.zeros_like(scores)
+    for k in range(scores.shape[1]):
+        leader = min(_finite_rows(scores, k), key=lambda m: (scores[m, k], m))
+        weights[leader, k] = 1.0
+    return weights
+
+
+def _finite_rows(scores: Array, column: int) -> list[int]:
+    finite = [m for m in range(scores.shape[0]) if math.isfinite(scores[m, column])]
+    if not finite:
+        raise ValueError(f"no finite score left in column {column}")
+    return finite
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pieces of a round.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def weighted_center(x: Array, weights: Array, spans: Sequence[Span]) -> Array:
+    """c = sum_m beta_m * x_m, column k of the weights [W, K] acting on the k-th span of x [W, P].
+
+    A rank with weight 0 is left out rather than multiplied: 0 * NaN is NaN.
+    """
+    center = np.zeros(x.shape[1])
+    for k, (offset, size) in enumerate(spans):
+        for m in range(x.shape[0]):
+            if weights[m, k] > 0:
+                center[offset : offset + size] += weights[m, k] * x[m, offset : offset + size]
+    return center
+
+
+def lerp(x: Array, center: Array, pull: float) -> Array:
+    """x + pull (c - x), in the form that is exactly x at pull 0 and exactly c at pull 1."""
+    if pull < 0.5:
+        return x + pull * (center - x)
+    return center - (1.0 - pull) * (center - x)
+
+
+@dataclass
+class ScoreMomentum:
+    """v_t = b v_{t-1} + (1 - b) s_t, v_0 = 0; returns v_t / (1 - b^t), for every element of [W, K] by itself.
+
+    A score that is not finite does not enter: v and t of that element stay, and the score itself is returned
+    (so that the rule gives it weight 0).
+    """
+
+    b: float
+    v: Array | None = None
+    t: NDArray[np.int64] | None = None
+
+    def update(self, scores: Array) -> Array:
+        if self.v is None or self.t is None:
+            self.v = np.zeros_like(scores)
+            self.t = np.zeros(scores.shape, dtype=np.int64)
+        corrected = scores.copy()
+        for m in range(scores.shape[0]):
+            for k in range(scores.shape[1]):
+                if math.isfinite(scores[m, k]):
+                    self.t[m, k] += 1
+                    self.v[m, k] = self.b * self.v[m, k] + (1.0 - self.b) * scores[m, k]
+                    corrected[m, k] = self.v[m, k] / (1.0 - self.b ** int(self.t[m, k]))
+        return corrected
+
+    def reset(self, rank: int) -> None:
+        if self.v is not None and self.t is not None:
+            self.v[rank] = 0.0
+            self.t[rank] = 0
+
+
+def consensus_distance(x: Array) -> float:
+    """sqrt(mean_m |x_m - mean|^2) of x [W, P]."""
+    mean = x.mean(axis=0)
+    return math.sqrt(np.mean([np.sum((row - mean) ** 2) for row in x]))
+
+
+def bytes_sent(verb: str, payload: int, world_size: int) -> float:
+    """Bytes that one of W ranks counts as sent for a payload of n bytes (for allgather: its own part).
+
+    allreduce 2n(W-1)/W, allgather n(W-1), alltoall n(W-1)/W, broadcast n(W-1)/W.
+    """
+    n, w = payload, world_size
+    if verb == "allreduce":
+        return 2 * n * (w - 1) / w
+    if verb == "allgather":
+        return float(n * (w - 1))
+    if verb in ("alltoall", "broadcast"):
+        return n * (w - 1) / w
+    raise ValueError(f"unknown verb {verb!r}: allreduce, allgather, alltoall, broadcast")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Problems: a loss of a flat vector, its gradient by hand, and where its layers lie.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Problem(Protocol):
+    layers: dict[str, list[Span]]  # "tensor" and "module": the two ways to cut the vector into layers
+
+    def loss_and_grad(self, x: Array, *batch: Any) -> tuple[float, Array]: ...
+
+
+class TwoLayer:
+    """logits = W2 tanh(W1 x + b1) + b2 with softmax cross-entropy, mean over the batch.
+
+    The flat vector holds W1 [h, d], b1 [h], W2 [o, h], b2 [o] in this order, row-major. Its torch twin is
+
+        nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, o))   with   nn.CrossEntropyLoss()
+
+    whose parameters() come in this order too. Inputs are [N, d] floats, targets [N] integers in 0..o-1.
+    """
+
+    def __init__(self, d: int, h: int, o: int) -> None:
+        self.d, self.h, self.o = d, h, o
+        w1, b1, w2, b2 = h * d, h, o * h, o
+        self.size = w1 + b1 + w2 + b2
+        self.layers: dict[str, list[Span]] = {
+            "tensor": [(0, w1), (w1, b1), (w1 + b1, w2), (w1 + b1 + w2, b2)],
+            "module": [(0, w1 + b1), (w1 + b1, w2 + b2)],
+        }
+
+    def unflatten(self, x: Array) -> tuple[Array, Array, Array, Array]:
+        d, h, o = self.d, self.h, self.o
+        w1, b1, w2, b2 = np.split(x, [h * d, h * d + h, h * d + h + o * h])
+        return w1.reshape(h, d), b1, w2.reshape(o, h), b2
+
+    def loss_and_grad(self, x: Array, *batch: Any) -> tuple[float, Array]:
+        """With a = tanh(X W1' + b1), p = softmax(a W2' + b2), y one-hot, N inputs:
+
+        loss = -1/N sum_n log p[n, target_n],   d_logits = (p - y) / N,   d_pre = (d_logits W2) * (1 - a^2)
+        dW2 = d_logits' a,   db2 = sum_n d_logits,   dW1 = d_pre' X,   db1 = sum_n d_pre
+        """
+        inputs, targets = batch
+        w1, b1, w2, b2 = self.unflatten(x)
+        n = len(inputs)
+        a = np.tanh(inputs @ w1.T + b1)
+        logits = a @ w2.T + b2
+        logits = logits - logits.max(axis=1, keepdims=True)
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        y = np.zeros((n, self.o))
+        for i, target in enumerate(targets):
+            y[i, target] = 1.0
+        loss = -float(np.sum(y * log_p)) / n
+        d_logits = (np.exp(log_p) - y) / n
+        d_pre = (d_logits @ w2) * (1.0 - a**2)
+        grads = [d_pre.T @ inputs, d_pre.sum(axis=0), d_logits.T @ a, d_logits.sum(axis=0)]
+        return loss, np.concatenate([grad.ravel() for grad in grads])
+
+    def initial(self, seed: int) -> Array:
+        """A start: normal numbers of standard deviation 1/2."""
+        return 0.5 * np.random.default_rng(seed).standard_normal(self.size)
+
+    def random_batch(self, n: int, *seed: int) -> tuple[Array, NDArray[np.int64]]:
+        """N normal inputs and random targets, the same for the same seeds, e.g. random_batch(8, rank, step)."""
+        rng = np.random.default_rng(seed)
+        return rng.standard_normal((n, self.d)), rng.integers(0, self.o, size=n)
+
+
+class Vincent:
+    """f(x) = -(1/D) sum_d sin(10 ln x_d),  df/dx_d = -(10/D) cos(10 ln x_d) / x_d; every coordinate is a layer.
+
+    Its valleys x = exp((pi/2 + 2 pi k) / 10) are all as deep, f = -1, and the flatter the larger x. No batch.
+    """
+
+    def __init__(self, dimensions: int = 2) -> None:
+        coordinates = [(d, 1) for d in range(dimensions)]
+        self.layers: dict[str, list[Span]] = {"tensor": coordinates, "module": coordinates}
+
+    def loss_and_grad(self, x: Array, *batch: Any) -> tuple[float, Array]:
+        loss = -float(np.mean(np.sin(10.0 * np.log(x))))
+        return loss, -10.0 / len(x) * np.cos(10.0 * np.log(x)) / x
+
+    @staticmethod
+    def corners() -> Array:
+        """The four corners of [.25, 10]^2, one per rank."""
+        return np.array([[0.25, 0.25], [0.25, 10.0], [10.0, 0.25], [10.0, 10.0]])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Local optimizers: one object per rank. `state` is all it remembers.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Optimizer(Protocol):
+    state: dict[str, Array]
+
+    def step(self, x: Array, gradient: Array, lr: float) -> Array: ...
+
+
+@dataclass
+class SGD:
+    """torch.optim.SGD (dampening 0):
+
+    g <- g + weight_decay x;   u <- momentum u + g  (the first step: u = g);   x <- x - lr u,
+    with Nesterov x <- x - lr (g + momentum u); without momentum x <- x - lr g.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    state: dict[str, Array] = field(default_factory=dict)
+
+    def step(self, x: Array, gradient: Array, lr: float) -> Array:
+        g = gradient + self.weight_decay * x
+        if self.momentum == 0:
+            return x - lr * g
+        first = "momentum_buffer" not in self.state
+        u = g if first else self.momentum * self.state["momentum_buffer"] + g
+        self.state["momentum_buffer"] = u
+        return x - lr * (g + self.momentum * u) if self.nesterov else x - lr * u
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Periods: facts of the run -> steps until the next round.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Facts(NamedTuple):
+    step: int  # steps made so far
+    lr: float  # of the round's first step
+    peak_lr: float  # the largest of the run
+    warmup_steps: int
+    steps_left: int | None
+    steps_per_epoch: int
+
+
+def qsr(base: int, alpha: float, power: float = 2.0) -> Callable[[Facts], int]:
+    """H = max(base, floor((alpha / eta)^power)), with the peak eta during warm-up; growth ends at the steps left.
+
+    With alpha 0 it is the constant period `base`. (That a base beyond the steps left is cut is the loop's affair.)
+    """
+
+    def period(facts: Facts) -> int:
+        eta = facts.peak_lr if facts.step < facts.warmup_steps else facts.lr
+        if alpha == 0:
+            return base
+        grown = (alpha / eta) ** power if eta > 0 else math.inf
+        if facts.steps_left is not None:
+            grown = min(grown, facts.steps_left)
+        return max(base, math.floor(grown))
+
+    return period
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Methods: what differs from the one formula, and nothing else.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """All that the W ranks know. A method may read everything and move x, center."""
+
+    problem: Problem
+    x: Array  # [W, P]
+    optimizers: list[Optimizer]
+    center: Array | None = None  # [P], of the last round; EASGD: its state c
+    step: int = 0  # steps made so far
+    round: int = 0  # rounds made so far
+    round_began: int = 0  # the step count at which the present round began
+    period: int = 0  # the H of the present round
+    lr: float = 0.0  # of the present step
+    losses: Array = field(default_factory=lambda: np.zeros(0))  # [W], mini-batch losses before the present step
+    gradients: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [W, P], before sharing
+    probe: Callable[[int, int], tuple[Any, ...]] | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.x)
+
+    def probe_gradient(self, rank: int) -> Array:
+        """The gradient of rank's loss on a fresh batch, at its x of now. No weight decay, nothing else changes."""
+        if self.probe is None:
+            raise ValueError("this method scores by a probe gradient: give replay(probe=...)")
+        return self.problem.loss_and_grad(self.x[rank], *self.probe(rank, self.round))[1]
+
+
+class Method:
+    """Uniform averaging, pull 1, no proximity. Subclasses replace single lines of it."""
+
+    pull: float = 1.0
+    prox: float = 0.0
+    has_rounds: ClassVar[bool] = True
+
+    def start(self, world: World) -> None:
+        """Called once, before the first step."""
+
+    def share(self, world: World) -> Array | None:
+        """Gradients [W, P] as the optimizers get them; None: no rank steps."""
+        return world.gradients
+
+    def after_step(self, world: World) -> None:
+        """Called after every step, before a round that may be due."""
+
+    def spans(self, world: World) -> list[Span]:
+        """The pieces of the vector that the K columns of the weights act on."""
+        return [(0, world.x.shape[1])]
+
+    def raw_scores(self, world: World) -> Array:
+        """[W, K]: what each rank says about itself at a round."""
+        return np.zeros((world.size, 1))
+
+    def smoothed(self, scores: Array) -> Array:
+        """Raw scores -> the scores that are gathered."""
+        return scores
+
+    def weights(self, scores: Array) -> Array:
+        """[W, K] -> [W, K], one of the rules above."""
+        return uniform(scores)
+
+    def pull_ranks(self, world: World, average: Array) -> None:
+        """From average = sum_m beta_m * x_m [P]: sets world.center and moves world.x."""
+        world.center = average
+        for m in range(world.size):
+            world.x[m] = lerp(world.x[m], average, self.pull)
+
+    def forget(self, rank: int) -> None:
+        """A healed rank: drops what the method remembers of it."""
+
+
+class LocalSGD(Method):
+    """c = mean of all x,  x_m <- c."""
+
+
+@dataclass
+class _GradientNorms(Method):
+    """Weights inverse to norms of a probe gradient:  c = sum_m beta_m x_m,  x_m <- lerp(x_m, c, pull).
+
+    `layer` ("tensor" or "module") says what a layer is; GRAWA has none.
+    """
+
+    pull: float = 0.5
+    prox: float = 0.01
+    power: float = 1.0
+    score_momentum: float = 0.9**8
+    layer: str = "tensor"
+
+    def start(self, world: World) -> None:
+        self.momentum = ScoreMomentum(self.score_momentum)
+
+    def norms(self, world: World, gradient: Array) -> list[float]:
+        raise NotImplementedError
+
+    def raw_scores(self, world: World) -> Array:
+        return np.array([self.norms(world, world.probe_gradient(m)) for m in range(world.size)])
+
+    def layer_norms(self, world: World, gradient: Array) -> list[float]:
+        """(|g_l|)_l, the Euclidean norm of every layer."""
+        return [float(np.linalg.norm(gradient[o : o + n])) for o, n in world.problem.layers[self.layer]]
+
+    def smoothed(self, scores: Array) -> Array:
+        return self.momentum.update(scores)
+
+    def weights(self, scores: Array) -> Array:
+        return inverse(scores, self.power)
+
+    def forget(self, rank: int) -> None:
+        self.momentum.reset(rank)
+
+
+@dataclass
+class GRAWA(_GradientNorms):
+    """Score |g_m| of the whole vector, K = 1."""
+
+    def norms(self, world: World, gradient: Array) -> list[float]:
+        return [float(np.linalg.norm(gradient))]
+
+
+@dataclass
+class MGRAWA(_GradientNorms):
+    """Score sum_l |g_{m,l}|, K = 1."""
+
+    def norms(self, world: World, gradient: Array) -> list[float]:
+        return [sum(self.layer_norms(world, gradient))]
+
+
+@dataclass
+class LGRAWA(_GradientNorms):
+    """Scores (|g_{m,l}|)_l, K = L: every layer has weights and center of its own."""
+
+    def norms(self, world: World, gradient: Array) -> list[float]:
+        return self.layer_norms(world, gradient)
+
+    def spans(self, world: World) -> list[Span]:
+        return world.problem.layers[self.layer]
+
+
+@dataclass
+class EASGD(Method):
+    """x_m <- x_m - alpha (x_m - c),  alpha = beta / W;   c <- (1 - beta) c + beta mean(x);  both from old values.
+
+    beta is `pull`; c_0 is the mean of the starts (the common start, if there is one). With ranks left out the
+    mean is over the others; alpha stays beta / W.
+    """
+
+    pull: float = 0.43
+
+    def start(self, world: World) -> None:
+        self.c = world.x.mean(axis=0)
+
+    def pull_ranks(self, world: World, average: Array) -> None:
+        alpha = self.pull / world.size
+        for m in range(world.size):
+            world.x[m] = world.x[m] - alpha * (world.x[m] - self.c)
+        self.c = (1.0 - self.pull) * self.c + self.pull * average
+        world.center = self.c
+
+
+@dataclass
+class LSGD(Method):
+    """c = x_leader,  x_m <- lerp(x_m, c, pull);  leader = argmin of the mean mini-batch loss since the last round."""
+
+    pull: float = 0.1
+    prox: float = 0.1
+
+    def start(self, world: World) -> None:
+        self.losses: list[Array] = []
+
+    def after_step(self, world: World) -> None:
+        self.losses.append(world.losses)
+
+    def raw_scores(self, world: World) -> Array:
+        mean = np.sum(self.losses, axis=0) / len(self.losses)
+        self.losses = []
+        return np.asarray(mean).reshape(world.size, 1)
+
+    def weights(self, scores: Array) -> Array:
+        return argmin(scores)
+
+
+@dataclass
+class DataParallel(Method):
+    """Every rank steps with the mean gradient. No rounds.
+
+    A mean gradient that is not finite is a FloatingPointError, or the step is left out (on_nonfinite "skip").
+    """
+
+    on_nonfinite: str = "error"
+    has_rounds: ClassVar[bool] = False
+
+    def share(self, world: World) -> Array | None:
+        mean = world.gradients.mean(axis=0)
+        if not np.all(np.isfinite(mean)):
+            if self.on_nonfinite == "skip":
+                return None
+            raise FloatingPointError(f"the mean gradient is not finite at step {world.step}")
+        return np.array([mean] * world.size)
+
+
+METHODS: dict[str, type[Method]] = {
+    "GRAWA": GRAWA,
+    "MGRAWA": MGRAWA,
+    "LGRAWA": LGRAWA,
+    "EASGD": EASGD,
+    "LSGD": LSGD,
+    "LocalSGD": LocalSGD,
+    "DataParallel": DataParallel,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The replay.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    step: int  # which, from 0
+    lr: float
+    losses: Array  # [W], mini-batch losses at the parameters before the step
+    parameters: Array  # [W, P], after the step and after its round, if it had one
+
+
+@dataclass(frozen=True)
+class Round:
+    step: int  # steps made when the round took place
+    period: int  # H as the period gave it; the last round may have had fewer steps
+    raw_scores: Array  # [W, K], as each rank measured them
+    scores: Array  # [W, K], after the score momentum; NaN in all columns for a rank that is not finite
+    weights: Array  # [W, K]
+    before: Array  # [W, P], before the pull
+    center: Array  # [P]
+    parameters: Array  # [W, P], after the pull
+    healed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    steps: list[Step]
+    rounds: list[Round]
+    parameters: Array  # [W, P], at the end
+    center: Array | None  # [P], of the last round; None without rounds
+
+    @property
+    def mean(self) -> Array:
+        mean: Array = self.parameters.mean(axis=0)
+        return mean
+
+
+def replay(
+    method: Method,
+    problem: Problem,
+    starts: Array,
+    batch: Callable[[int, int], tuple[Any, ...]],
+    *,
+    steps: int,
+    lr: float | Callable[[int], float],
+    period: int | Callable[[Facts], int] = 1,
+    optimizer: Callable[[], Optimizer] = SGD,
+    probe: Callable[[int, int], tuple[Any, ...]] | None = None,
+    poison: Callable[[int, int], bool] | None = None,
+    independent: bool = False,
+    local_momentum: str = "keep",
+    warmup_steps: int = 0,
+    steps_per_epoch: int = 1,
+) -> Replay:
+    """Runs `method` for `steps` local steps on W ranks (see the top of this page) and keeps everything.
+
+    starts          [W, P]; all ranks start from row 0 unless `independent`
+    batch           (rank, step) -> the arguments of problem.loss_and_grad after x, e.g. (inputs, targets)
+    lr              a number or a function of the step
+    period          a number or a function of Facts
+    optimizer       makes one local optimizer, e.g. lambda: SGD(0.9, nesterov=True)
+    probe           (rank, round) -> the probe batch, taken at x after the local step and its proximity pull
+    poison          (rank, step) -> True where the rank's parameters become NaN after that step
+    local_momentum  optimizer state at a round: "keep", "reset", or "average" (uniform, over the finite ranks)
+    """
+    method = copy.deepcopy(method)
+    eta = lr if callable(lr) else lambda step: lr
+    every = period if callable(period) else lambda facts: period
+    x = starts.copy() if independent else np.array([starts[0]] * len(starts))
+    world = World(problem, x.astype(np.float64), [optimizer() for _ in starts], probe=probe)
+    peak_lr = max(eta(step) for step in range(steps))
+    method.start(world)
+    step_records: list[Step] = []
+    round_records: list[Round] = []
+    round_begins = True
+
+    for step in range(steps):
+        world.lr = eta(step)
+        if round_begins:
+            facts = Facts(step, world.lr, peak_lr, warmup_steps, steps - step, steps_per_epoch)
+            world.round_began, world.period = step, every(facts)
+            if world.period < 1:
+                raise ValueError(f"a period is at least 1, not {world.period}")
+
+        results = [problem.loss_and_grad(world.x[m], *batch(m, step)) for m in range(world.size)]
+        world.losses = np.array([loss for loss, _ in results])
+        world.gradients = np.array([gradient for _, gradient in results])
+        shared = method.share(world)
+        if shared is not None:
+            for m in range(world.size):
+                world.x[m] = world.optimizers[m].step(world.x[m], shared[m], world.lr)
+        if world.center is not None:
+            for m in range(world.size):
+                world.x[m] = world.x[m] + (method.prox / world.period) * (world.center - world.x[m])
+        for m in range(world.size):
+            if poison is not None and poison(m, step):
+                world.x[m] = np.nan
+        world.step = step + 1
+        method.after_step(world)
+
+        due = world.step - world.round_began >= world.period or world.step == steps
+        round_begins = method.has_rounds and due
+        if round_begins:
+            round_records.append(_round(method, world, local_momentum))
+            world.round += 1
+        step_records.append(Step(step, world.lr, world.losses, world.x.copy()))
+
+    return Replay(step_records, round_records, world.x.copy(), world.center)
+
+
+def _round(method: Method, world: World, local_momentum: str) -> Round:
+    """One round: scores, weights, center, pull, and the healing of ranks whose parameters are not all finite.
+
+    Such a rank has weight 0 in every column (its scores count as NaN), gets x_m = c, and starts anew: optimizer
+    state and score momentum are reset.
+    """
+    before = world.x.copy()
+    broken = [m for m in range(world.size) if not np.all(np.isfinite(world.x[m]))]
+    finite = [m for m in range(world.size) if m not in broken]
+
+    raw_scores = method.raw_scores(world)
+    scores = method.smoothed(raw_scores).copy()
+    scores[broken] = np.nan
+    weights = method.weights(scores)
+    average = weighted_center(world.x, weights, method.spans(world))
+    method.pull_ranks(world, average)
+    assert world.center is not None
+
+    _local_momentum(world, local_momentum, finite)
+    for m in broken:
+        world.x[m] = world.center
+        world.optimizers[m].state.clear()
+        method.forget(m)
+    return Round(
+        step=world.step,
+        period=world.period,
+        raw_scores=raw_scores,
+        scores=scores,
+        weights=weights,
+        before=before,
+        center=world.center.copy(),
+        parameters=world.x.copy(),
+        healed=tuple(broken),
+    )
+
+
+def _local_momentum(world: World, policy: str, finite: list[int]) -> None:
+    states = [world.optimizers[m].state for m in finite]
+    if policy == "reset":
+        for state in states:
+            state.clear()
+    elif policy == "average":
+        for name in states[0]:
+            mean = np.sum([state[name] for state in states], axis=0) / len(states)
+            for state in states:
+                state[name] = mean.copy()
+    elif policy != "keep":
+        raise ValueError(f"local_momentum is keep, reset or average, not {policy!r}")
