@@ -118,17 +118,17 @@ class _DType:
 
 class _Array:
     def __init__(self, *_: object) -> None:
-        self.state: object = None
+        self.state: Any = None
 
     def __setstate__(self, state: object) -> None:
         self.state = state
 
     def images(self) -> Images:
         """The array ``[n, 3072]`` that was pickled; ValueError or TypeError for anything but plain bytes."""
-        _, shape, dtype, fortran, raw = self.state  # type: ignore[misc]  # another state is the TypeError
+        _, shape, dtype, fortran, raw = self.state
         if not isinstance(dtype, _DType) or dtype.name not in (b"u1", "u1") or fortran or not isinstance(raw, bytes):
             raise TypeError("the data are not a plain uint8 array")
-        array = np.frombuffer(raw, np.uint8).reshape(shape)
+        array: Images = np.frombuffer(raw, np.uint8).reshape(shape)
         if array.ndim != 2 or array.shape[1] != 3072:
             raise ValueError(f"the data have shape {array.shape}, an image has 3072 values")
         return array
@@ -200,7 +200,7 @@ def read_tar(path: Path) -> dict[str, dict[str, bytes]]:
                 handle = tar.extractfile(member)
                 folder[name.name] = handle.read() if handle else b""
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
-        if path.stat().st_size == 0 or not folders and isinstance(error, tarfile.ReadError):
+        if isinstance(error, tarfile.ReadError) and not folders:
             raise Refused(f"{path}: not a tar archive ({path.stat().st_size} bytes); {again}") from None
         raise Refused(f"{path}: truncated or damaged ({_line(error)}); {again}") from None
     return folders
@@ -300,7 +300,7 @@ def convert(published: Published, files: Mapping[str, bytes]) -> dict[str, bytes
 
 
 def publish(written: Mapping[str, bytes], out: Path) -> bool:
-    """Make ``out`` hold exactly ``written``; False if it did so before. Never overwrites, never leaves half a folder."""
+    """Make ``out`` hold exactly ``written``, whole or not at all; False if it did so before. Never overwrites."""
     if out.is_dir() and any(out.iterdir()):
         there = {path.name: path for path in out.iterdir()}
         if there.keys() == written.keys() and all(there[n].read_bytes() == content for n, content in written.items()):
@@ -332,8 +332,7 @@ def prepare(archive: Path, out: Path) -> None:
         raise Refused(f"{archive}: no such file or folder; get cifar-10-python.tar.gz from {SOURCE}")
     published, files = recognise(folders, archive)
     if archive.is_file():
-        with archive.open("rb") as handle:
-            found = hashlib.file_digest(handle, "md5").hexdigest() if sys.version_info >= (3, 11) else md5(handle.read())
+        found = md5(archive.read_bytes())
         known = "as published" if found == published.archive_md5 else "not the published archive; its files decide"
         print(f"archive      MD5 {found}, {known}")
     print(f"files        {len(published.files)} of {published.name}, every MD5 as published")
@@ -359,10 +358,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         prepare(options.archive, options.out.resolve())
-    except (Refused, OSError) as error:
-        print(f"cifar.py: {_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    except Refused as refused:
+        reason = _line(refused)
+    except OSError as error:
+        where = error.filename2 or error.filename or options.out
+        reason = f"{where}: {error.strerror or _line(error)}; check the path, its permissions and the free space"
+    else:
+        return 0
+    print(f"cifar.py: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

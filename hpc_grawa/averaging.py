@@ -43,7 +43,7 @@ def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
     # Dividing by the smallest score first keeps s^-q inside the range of numbers.
     smallest = torch.where(finite, scores, torch.inf).amin(0)
     relative = torch.where(finite, scores / torch.where(smallest > 0, smallest, 1.0), torch.inf)
-    raw = torch.where(zero.any(0), zero.to(scores.dtype), relative.pow(-power))
+    raw = torch.where(zero.any(0), zero, finite * relative.pow(-power))
     return raw / raw.sum(0)
 
 
@@ -96,52 +96,56 @@ class Averager:
 
     def __init__(self, comm: Communicator, vector: ParameterVector, pull: float, layers: Layers | None = None) -> None:
         self.comm, self.vector, self.pull, self.layers = comm, vector, pull, layers
-        #: What is averaged in the same message, with each rank's mean weight.
+        #: What is averaged in the same message, uniformly.
         self.riders: list[Rider] = []
         #: The center ``[P]`` of the last round; None before the first. It is overwritten by the next ``start``.
         self.center: Tensor | None = None
         self._message: Tensor | None = None
         self._work: Work | None = None
 
-    def start(self, x: Tensor, weights: Tensor) -> None:
+    def start(self, x: Tensor, weights: Tensor, alive: Tensor) -> None:
         """Send this rank's share of the center.
 
         Args:
             x: ``[P]``, this rank's vector; may be non-finite if its weights are zero.
             weights: ``[W, K]``, the same on all ranks.
+            alive: ``[W]``, the ranks whose riders count.
         """
-        own = weights[self.comm.rank].tolist()
+        rank, size = self.comm.rank, len(self.vector)
+        own = weights[rank].tolist()
         leader = (weights == 1).all(1).nonzero().flatten().tolist()
-        riders = [t.detach() for rider in self.riders for t in rider.pack()]
+        packed = [rider.pack() for rider in self.riders]
+        riders = [t.detach() for tensors in packed for t in tensors]
         if self._message is None:
-            length = len(self.vector) + sum(t.numel() for t in riders)
-            self._message = torch.empty(length, dtype=self.vector.exact_dtype, device=x.device)
-            rest = self._message[len(self.vector) :].split([t.numel() for t in riders])
-            self._riding = [part.view(t.shape) for part, t in zip(rest, riders, strict=True)]
-        if not any(own):
-            if not leader:
-                self._message.zero_()  # not 0·x: that is NaN where x is
-        else:
-            self.vector.scale(x, own, self.layers, out=self._message[: len(self.vector)])
-            if riders:
-                torch._foreach_copy_(self._riding, riders)
-                torch._foreach_mul_(self._riding, sum(own) / len(own))
-        if leader:
+            lengths = [t.numel() for t in riders]
+            self._message = torch.empty(size + sum(lengths), dtype=self.vector.exact_dtype, device=x.device)
+            parts = iter(self._message[size:].split(lengths) if lengths else ())
+            self._seats = [[next(parts).view(t.shape) for t in tensors] for tensors in packed]
+            self._riding = [seat for seats in self._seats for seat in seats]
+        if leader and not riders:
+            if leader[0] == rank:
+                self._message.copy_(x)
             self._work = self.comm.broadcast(self._message, leader[0], "center")
+            return
+        share = self._message[:size]
+        if any(own):
+            self.vector.scale(x, own, self.layers, out=share)
         else:
-            self._work = self.comm.allreduce(self._message, "center")
+            share.zero_()  # not 0·x: that is NaN where x is
+        if riders and bool(alive[rank]):
+            torch._foreach_copy_(self._riding, riders)
+            torch._foreach_mul_(self._riding, 1 / int(alive.sum()))
+        elif riders:
+            torch._foreach_zero_(self._riding)
+        self._work = self.comm.allreduce(self._message, "center")
 
     def finish(self, x: Tensor, healed: bool = False) -> None:
         """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's ``x`` becomes the center."""
         assert self._work is not None, "finish() without start()"
         message = self._work.wait()
         self._work = None
-        if self._riding:
-            averages = list(self._riding)
-            for rider in self.riders:
-                count = len(rider.pack())
-                rider.unpack(averages[:count])
-                averages = averages[count:]
+        for rider, seats in zip(self.riders, self._seats, strict=True):
+            rider.unpack(seats)
         self._mix(x, message[: len(self.vector)], healed)
 
     def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
@@ -154,8 +158,10 @@ def pull(x: Tensor, target: Tensor, amount: float, replace: bool = False) -> Non
 
     Exact at both ends: amount 0 leaves x bit for bit, amount 1 makes it the target.
     """
-    if replace:
+    if replace or amount == 1:
         x.copy_(target)
+    elif amount == 0:
+        return
     elif x.dtype == target.dtype:
         x.lerp_(target, amount)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
@@ -66,7 +67,7 @@ class Control:
         #: Agreed by all ranks.
         self.stop = False
         self.save = False
-        self._last_exchange = 0
+        self._last_sent = 0
         self._pending: Work | None = None
 
     def exchange(self, period: float, finite: bool, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,6 @@ class Control:
         """
         table = self._send(period, finite, scores).wait()
         self._read(table)
-        self._last_exchange = self.facts.step
         return table[:, WIDTH:], table[:, WIDTH - 1] == 1
 
     def after_step(self, period: float) -> None:
@@ -95,17 +95,20 @@ class Control:
         if self._pending is not None:
             self._read(self._pending.wait())
             self._pending = None
-        if self.facts.step - self._last_exchange >= self.every or period > self.every:
+        if self.facts.step - self._last_sent >= self.every or period > self.every:
             self._pending = self._send(period, True, torch.empty(0, dtype=torch.float64))
 
     def finish(self) -> None:
-        """Read what is still under way."""
+        """Read what is still under way, and agree once more if steps were made since the last word; all ranks must."""
         if self._pending is not None:
             self._read(self._pending.wait())
             self._pending = None
+        if self.facts.step > self._last_sent:
+            self.exchange(math.inf, True, torch.empty(0, dtype=torch.float64))
 
     def _send(self, period: float, finite: bool, scores: Tensor) -> Work:
         facts = self.facts
+        self._last_sent = facts.step
         word = ControlWord(self.wants_stop, self.wants_save, self.clock(), facts.lr, period, facts.step, finite)
         row = torch.cat((torch.tensor(astuple(word), dtype=torch.float64), scores))
         return self.comm.allgather(row, "control", bucket=len(scores))

@@ -114,7 +114,7 @@ class GradientNorm(Score):
 
     def reset(self) -> None:
         self._mean = torch.zeros(self.size, dtype=torch.float64)
-        self._count = torch.zeros(self.size, dtype=torch.int64)
+        self._count = torch.zeros(self.size, dtype=torch.float64)
 
 
 class _Probed(nn.Module):
@@ -163,15 +163,20 @@ class NoDropout(TorchFunctionMode):
     """Within the block no dropout is applied, by modules or functions, whatever mode they are in."""
 
     _DROPOUT = frozenset(
-        getattr(nn.functional, name)
-        for name in (
-            "dropout",
-            "dropout1d",
-            "dropout2d",
-            "dropout3d",
-            "alpha_dropout",
-            "feature_alpha_dropout",
-        )
+        [
+            *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
+            *(nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout),
+            *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
+            *(torch.alpha_dropout, torch.alpha_dropout_),
+            *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
+        ]
+    )
+    #: Functions that apply dropout inside; a float among their positional arguments is its rate.
+    _WITH_DROPOUT = frozenset(
+        [
+            *(nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward),
+            *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+        ]
     )
 
     def __torch_function__(
@@ -180,6 +185,7 @@ class NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in self._DROPOUT:
             return args[0] if args else kwargs["input"]
-        if function is nn.functional.scaled_dot_product_attention:
-            args, kwargs = args[:4], kwargs | {"dropout_p": 0.0} | dict(zip(("is_causal",), args[5:6], strict=False))
+        if function in self._WITH_DROPOUT:
+            args = tuple(0.0 if isinstance(value, float) else value for value in args)
+            kwargs = {name: 0.0 if name == "dropout_p" else value for name, value in kwargs.items()}
         return function(*args, **kwargs)

@@ -96,10 +96,10 @@ class Synchronizer:
         finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
         scores, alive = self.control.exchange(self.position, finite, self.score.take())
         weights = self.rule(torch.where(alive[:, None], scores, torch.nan))
-        self.averager.start(x, weights)
-        self.averager.finish(x, healed=not finite)
+        self.averager.start(x, weights, alive)
         if not finite:
-            self._heal()
+            self._forget()  # before the averages arrive, which it takes over like every rank
+        self.averager.finish(x, healed=not finite)
         if self._reset_momentum:
             self.optimizer.state.clear()
         healed = tuple((~alive).nonzero().flatten().tolist())
@@ -118,7 +118,8 @@ class Synchronizer:
         self.position = 0
         self.period = self._period(self.control.facts)
 
-    def _heal(self) -> None:
+    def _forget(self) -> None:
+        """Drop what a rank that is not finite remembers: it starts anew from the center."""
         self.optimizer.state.clear()
         self.score.reset()
         for module in self._vector.model.modules():

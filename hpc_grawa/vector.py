@@ -43,7 +43,7 @@ class Layers:
             return torch.zeros(len(self))
         exact = torch.promote_types(present[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(present, 2, dtype=exact))
-        if len(given) == len(self.index) == len(self):
+        if given == list(range(len(self.index))) and self.index == tuple(given):
             return norms
         layer = torch.tensor([self.index[i] for i in given], device=norms.device)
         return torch.zeros(len(self), dtype=exact, device=norms.device).index_add_(0, layer, norms.square()).sqrt_()
@@ -98,25 +98,35 @@ class ParameterVector:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Views of any vector ``[P]`` in the shapes and memory formats of the parameters."""
+        start = vector.storage_offset()
         return [
-            vector.as_strided(p.shape, p.stride() if _dense(p) else _contiguous_strides(p), offset)
+            vector.as_strided(p.shape, p.stride() if _dense(p) else _contiguous_strides(p), start + offset)
             for p, offset in zip(self.parameters, self.offsets, strict=True)
         ]
 
     def check(self) -> None:
-        """Raise ``LostView`` if a parameter no longer lives in ``data``, or was frozen after the vector was built."""
+        """Raise ``LostView`` if the model's trainable parameters are no longer those that live in ``data``."""
+        now = dict(self.model.named_parameters())
         base, width = self.data.data_ptr(), self.data.element_size()
         for name, p, offset in zip(self.names, self.parameters, self.offsets, strict=True):
-            if p.data_ptr() != base + offset * width or p.dtype != self.data.dtype:
+            moved = p.numel() > 0 and p.data_ptr() != base + offset * width
+            if now.pop(name, None) is not p or moved or p.dtype != self.data.dtype:
                 raise LostView(
                     f"parameter '{name}' no longer lives in the ParameterVector, so averaging would not reach it: "
-                    f"something replaced its memory (p.data = ..., model.double(), model.to(memory_format=...)); "
-                    f"do that before ParameterVector(model), afterwards change values in place (p.data.copy_(...))"
+                    f"something replaced it or its memory (p.data = ..., model.double(), "
+                    f"model.to(memory_format=...), another nn.Parameter); do that before ParameterVector(model), "
+                    f"afterwards change values in place (p.data.copy_(...))"
                 )
             if not p.requires_grad:
                 raise LostView(
                     f"parameter '{name}' was frozen after ParameterVector(model) was built: freeze it before, "
                     f"or give it a learning rate of 0"
+                )
+        for name, p in now.items():
+            if p.requires_grad:
+                raise LostView(
+                    f"parameter '{name}' was added or unfrozen after ParameterVector(model) was built, so averaging "
+                    f"would not reach it: do that before"
                 )
 
     def layers(self, partition: Partition = "tensor") -> Layers:

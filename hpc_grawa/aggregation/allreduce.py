@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ class AllreduceAggregator(Aggregator):
     Args:
         comm: the ranks that share.
         vector: their parameters.
-        bucket_bytes: least size of a bucket; a tensor larger than that is a bucket of its own.
+        bucket_bytes: largest size of a bucket; a tensor larger than that is a bucket of its own.
         on_nonfinite: ``error``: a mean gradient that is not finite raises on all ranks; ``skip``: all skip the step.
 
     Source: Li et al., PyTorch Distributed (VLDB 2020), section 3.2.
@@ -51,10 +51,13 @@ class AllreduceAggregator(Aggregator):
         self._bucket_of = {i: b for b, (tensors, _) in enumerate(self._buckets) for i in tensors}
         self._armed = False
         self._works: list[Work] = []
-        self._missing: list[set[int]] = []
-        #: Tensors whose ``.grad`` is not their view of the buffer.
-        self._detached = list(range(n))
-        self._attach()
+        #: Of each bucket, the tensors whose gradient is still to come in the backward that shares.
+        self._awaited: list[set[int]] = []
+        #: Tensors that got a gradient since the last step, in any part of the batch.
+        self._given: set[int] = set()
+        #: Tensors whose ``.grad`` may not be their view of the buffer.
+        self._away: set[int] = set()
+        self._attach(range(n))
         for i, p in enumerate(vector.parameters):
             p.register_post_accumulate_grad_hook(lambda p, i=i: self._ready(i, p))
 
@@ -75,77 +78,73 @@ class AllreduceAggregator(Aggregator):
 
     def zero_grad(self, optimizer: optim.Optimizer) -> None:
         self._flat.zero_()
-        self._attach()
-
-    def _attach(self) -> None:
-        for i in self._detached:
-            self._vector.parameters[i].grad = self._views[i]
-        self._detached = []
+        self._given.clear()
+        self._attach(list(self._away))
 
     def start(self) -> None:
         self._works = []
-        self._missing = [set(tensors) for tensors, _ in self._buckets]
+        self._awaited = [set(tensors) for tensors, _ in self._buckets]
         self._armed = True
-
-    def _ready(self, i: int, p: Tensor) -> None:
-        if not self._armed:
-            return
-        self._missing[self._bucket_of[i]].discard(i)
-        if p.grad is not self._views[i]:
-            self._detached.append(i)
-        while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
-            self._launch()
-
-    def _launch(self) -> None:
-        number = len(self._works)
-        self._bring_home()
-        if number == len(self._buckets) - 1:
-            self._flags.fill_(1)
-            if absent := self._absent():
-                self._flags[absent] = 0
-        self._works.append(self._comm.allreduce(self._buckets[number][1], "gradient", bucket=number))
-
-    def _bring_home(self) -> None:
-        """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
-        if self._detached:
-            made = [(self._views[i], self._vector.parameters[i].grad) for i in self._detached]
-            torch._foreach_copy_([view for view, _ in made], [grad for _, grad in made if grad is not None])
-            self._attach()
-
-    def _absent(self) -> list[int]:
-        """Tensors that got no gradient in this backward."""
-        return sorted(set().union(*self._missing))
-
-    def _zero_absent(self) -> None:
-        lost = [i for i in self._absent() if self._vector.parameters[i].grad is not self._views[i]]
-        if lost:
-            torch._foreach_zero_([self._views[i] for i in lost])
-            self._bring_home()
-            self._detached = lost
-            self._attach()
 
     def finish(self) -> None:
         self._armed = False
-        if len(self._works) < len(self._buckets):
-            self._zero_absent()
+        absent = sorted(set(range(len(self._views))) - self._given)
+        self._given.clear()
+        self._zero(absent)
         while len(self._works) < len(self._buckets):
-            self._launch()
+            self._launch(absent)
         for work in self._works:
             work.wait()
         self.grad.mul_(1 / self._comm.size)
         # The same sum of the same bits on every rank, so all ranks decide alike.
-        if not bool(self.grad.sum().isfinite()):
+        if not bool(self.grad.sum(dtype=self._vector.exact_dtype).isfinite()):
             if self._on_nonfinite == "error":
                 raise NonFinite(
                     "the mean gradient of all ranks is not finite: lower the learning rate, clip "
                     "(optimizer.clip_norm), or skip such steps (method.on_nonfinite: skip)"
                 )
             self._give_back_none(range(len(self._views)))
-        elif absent := self._absent():
-            used = self._flags[absent].tolist()
-            self._give_back_none([i for i, ranks in zip(absent, used, strict=True) if not ranks])
+        elif absent:
+            users = self._flags[absent].tolist()
+            self._give_back_none(i for i, ranks in zip(absent, users, strict=True) if not ranks)
+
+    def _ready(self, i: int, p: Tensor) -> None:
+        self._given.add(i)
+        if p.grad is not self._views[i]:
+            self._away.add(i)
+        if self._armed:
+            self._awaited[self._bucket_of[i]].discard(i)
+            while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
+                self._launch()
+
+    def _launch(self, absent: Sequence[int] = ()) -> None:
+        self._bring_home()
+        number = len(self._works)
+        if number == len(self._buckets) - 1:
+            self._flags.fill_(1)
+            self._flags[list(absent)] = 0
+        self._works.append(self._comm.allreduce(self._buckets[number][1], "gradient", bucket=number))
+
+    def _bring_home(self) -> None:
+        """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
+        made = [(i, grad) for i in self._away if (grad := self._vector.parameters[i].grad) is not None]
+        if made:
+            torch._foreach_copy_([self._views[i] for i, _ in made], [grad for _, grad in made])
+            self._attach([i for i, _ in made])
+
+    def _zero(self, absent: Sequence[int]) -> None:
+        """Tensors that got no gradient count as zero; those whose ``.grad`` is home were zeroed with it."""
+        lost = [i for i in absent if self._vector.parameters[i].grad is not self._views[i]]
+        if lost:
+            torch._foreach_zero_([self._views[i] for i in lost])
+            self._attach(lost)
+
+    def _attach(self, tensors: Iterable[int]) -> None:
+        for i in tensors:
+            self._vector.parameters[i].grad = self._views[i]
+        self._away.difference_update(tensors)
 
     def _give_back_none(self, tensors: Iterable[int]) -> None:
         for i in tensors:
             self._vector.parameters[i].grad = None
-            self._detached.append(i)
+            self._away.add(i)

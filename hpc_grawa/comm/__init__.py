@@ -1,6 +1,86 @@
 """Communication: one ``Communicator`` interface, one file per backend."""
 
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+from ..errors import ConfigError
+from ..launch import RankFacts, rank_facts
 from .base import Communicator, Meter, Purpose, Work
 from .simulated import simulate
+from .single import SingleCommunicator
 
-__all__ = ["Communicator", "Meter", "Purpose", "Work", "simulate"]
+Backend = Literal["auto", "horovod", "mpi", "single"]
+
+__all__ = ["Backend", "Communicator", "Meter", "Purpose", "Work", "choose", "connect", "simulate"]
+
+
+def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[Backend, str]:
+    """The backend to use and why, decided without starting any.
+
+    ``auto``: Horovod under horovodrun; under mpirun or srun Horovod if it is built, else MPI; otherwise single.
+
+    Raises:
+        ConfigError: the backend is not installed, or cannot run under this launcher.
+    """
+    facts = facts or rank_facts()
+    launcher = facts.launcher
+    by = f"started by {launcher}" if launcher else "no launcher"
+    if backend == "auto":
+        if launcher == "torchrun":
+            raise ConfigError("backend is auto under torchrun: neither MPI nor Horovod starts there; use mpirun or srun")
+        if launcher is None:
+            return "single", by
+        if _built("horovod"):
+            return "horovod", f"{by}, Horovod is built"
+        if launcher == "horovodrun --gloo":
+            raise ConfigError(f"backend is auto under {launcher}: needs Horovod, which is not installed here")
+        backend, by = "mpi", f"{by}, Horovod is not built"
+    else:
+        by = f"{by}, asked for"
+    if backend == "single" and facts.size > 1:
+        raise ConfigError(
+            f"backend is single under {launcher} with {facts.size} ranks: they would train apart; "
+            f"must be auto, horovod or mpi"
+        )
+    if backend in ("mpi", "horovod") and launcher == "torchrun":
+        raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use mpirun or srun")
+    if backend == "mpi" and launcher == "horovodrun --gloo":
+        raise ConfigError(f"backend is mpi under {launcher}: MPI would start {facts.size} worlds of one; use mpirun")
+    if backend == "mpi" and find_spec("mpi4py") is None:
+        raise ConfigError("backend is mpi: mpi4py is not installed (pip install mpi4py)")
+    if backend == "horovod" and not _built("horovod"):
+        raise ConfigError("backend is horovod: Horovod is not installed (python -m hpc_grawa.install.horovod builds it)")
+    return backend, by
+
+
+def connect(backend: Backend = "auto", facts: RankFacts | None = None) -> Communicator:
+    """Start the backend; all ranks must call it.
+
+    Raises:
+        ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds.
+    """
+    facts = facts or rank_facts()
+    backend, _ = choose(backend, facts)
+    if backend == "single":
+        return SingleCommunicator()
+    comm: Communicator
+    if backend == "horovod":
+        from .horovod import HorovodCommunicator
+
+        comm = HorovodCommunicator()
+    else:
+        from .mpi import MPICommunicator
+
+        comm = MPICommunicator()
+    if comm.size != facts.size and facts.launcher is not None:
+        raise ConfigError(
+            f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and MPI "
+            f"library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun"
+        )
+    return comm
+
+
+def _built(module: str) -> bool:
+    return find_spec(module) is not None

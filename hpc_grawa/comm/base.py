@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from types import TracebackType
 from typing import Literal
 
 import torch
@@ -138,6 +140,8 @@ class Communicator(ABC):
 
     def broadcast(self, x: Tensor, root: int, purpose: Purpose, bucket: int = 0) -> Work:
         """Overwrite ``x`` on every rank with that of rank ``root``."""
+        if not 0 <= root < self.size:
+            raise ValueError(f"broadcast from rank {root}: must be in 0..{self.size - 1}")
         return self._start("broadcast", x, purpose, bucket, root)
 
     def barrier(self) -> None:
@@ -166,6 +170,18 @@ class Communicator(ABC):
     @abstractmethod
     def abort(self, status: int = 1) -> None:
         """End the job on all ranks now; for a rank that cannot go on while others wait for it."""
+
+    def _end_together(self) -> None:
+        """From now on an exception that nobody catches ends the job on all ranks, after its traceback."""
+        speak = sys.excepthook
+
+        def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            time.sleep(min(0.5 * self.rank, 2.0))  # where all ranks fail alike, the lowest speaks for them
+            speak(kind, error, trace)
+            print(f"rank {self.rank} of {self.size} failed: ending the job on all ranks", file=sys.stderr)
+            self.abort()
+
+        sys.excepthook = end
 
     def close(self) -> None:  # noqa: B027 - nothing to do is a valid way to close
         """Finish what is under way and release the backend."""

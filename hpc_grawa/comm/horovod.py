@@ -22,6 +22,7 @@ class HorovodCommunicator(Communicator):
         hvd.init()
         self._hvd = hvd
         super().__init__(hvd.rank(), hvd.size())
+        self._end_together()
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         # A name fixed per (purpose, bucket) lets Horovod's response cache skip the negotiation in later rounds.

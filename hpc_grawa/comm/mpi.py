@@ -71,6 +71,7 @@ class MPICommunicator(Communicator):
             self._thread = threading.Thread(target=self._serve, name="hpc_grawa-mpi", daemon=True)
             self._thread.start()
         atexit.register(self.close)
+        self._end_together()
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:

@@ -97,10 +97,16 @@ class _World:
         except _Cancelled:
             pass
         except BaseException as error:  # re-raised by simulate() in the caller's thread
-            self.failure = self.failure or error
+            self.fail(error)
         finally:
             self.ended.add(rank)
             self._give_turn(rank)
+
+    def fail(self, error: BaseException) -> None:
+        """End every rank at its next wait; the first failure counts."""
+        with self.woken:
+            self.failure = self.failure or error
+            self.woken.notify_all()
 
     def _hand_over(self, rank: int) -> None:
         self._give_turn(rank)
@@ -116,12 +122,12 @@ class _World:
     def _give_turn(self, rank: int) -> None:
         self.streams[rank] = _streams()
         with self.woken:
-            if self.failure is None and len(self.ended) < self.size:
+            if self.failure is None:
                 order = [(rank + k) % self.size for k in range(1, self.size + 1)]
                 able = [m for m in order if m not in self.ended and self._can_go_on(m)]
                 if able:
                     self.turn = able[0]
-                else:
+                elif any(collective.results is None for collective in self.collectives.values()):
                     self.failure = Unmatched(self._standstill())
             self.woken.notify_all()
 
@@ -143,11 +149,8 @@ def _carry_out(call: tuple[object, ...], inputs: list[Tensor]) -> list[Tensor]:
         return [torch.stack(inputs) for _ in inputs]
     if verb == "alltoall":
         return [torch.stack([x[m] for x in inputs]) for m in range(len(inputs))]
-    if verb == "broadcast":
-        assert isinstance(root, int)
-        source = inputs[root]
-    else:
-        source = inputs[0].clone()
+    source = inputs[root if isinstance(root, int) else 0]
+    if verb == "allreduce":
         for x in inputs[1:]:
             source += x
     for x in inputs:
@@ -194,12 +197,16 @@ def simulate(world_size: int, function: Callable[[Communicator], T]) -> list[T]:
         results[rank] = function(SimulatedCommunicator(rank, world))
 
     threads = [
-        threading.Thread(target=world.run, args=(m, lambda m=m: live(m)), name=f"rank {m}") for m in range(world_size)
+        threading.Thread(target=world.run, args=(m, lambda m=m: live(m)), name=f"rank {m}", daemon=True)
+        for m in range(world_size)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as interruption:  # Ctrl-C reaches this thread only
+        world.fail(interruption)
     _set_streams(before)
     if world.failure is not None:
         raise world.failure

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .sharding import Sampler, Split, shard_size
@@ -85,6 +85,9 @@ class Data(ABC):
         """The batches of one rank of ``world_size``, as indices into ``load().train``."""
         return Sampler(self.train_size(), self.batch_size, rank, world_size, seed, self.split, self.fraction)
 
+    def prepare_model(self, model: nn.Module) -> None:  # noqa: B027 - most data ask nothing of a model
+        """Bring a new model into the memory format of the inputs."""
+
     def model_arguments(self) -> dict[str, object]:
         """Keyword arguments that the data settle for a model that takes them and was not given them."""
         return {}
@@ -109,6 +112,11 @@ class ImageData(Data):
     @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their labels."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Weights in ``torch.channels_last`` where the images are."""
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def model_arguments(self) -> dict[str, object]:
         """``in_channels`` and ``num_classes``."""

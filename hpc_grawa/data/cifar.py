@@ -65,7 +65,7 @@ class CIFAR(ImageData):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Three channels, ``crop`` × ``crop`` pixels."""
+        """Three channels, ``crop`` by ``crop`` pixels."""
         return 3, self.crop, self.crop
 
     @property
@@ -84,18 +84,12 @@ class CIFAR(ImageData):
         if self.normalisation == "published":
             mean, std = PUBLISHED[facts["name"]]
         augmentation = Augmentation(flip=True, padding=4 if self.crop == 32 else 0, crop=self.crop)
-        both = (
-            ArraySplit(
-                torch.from_numpy(np.load(self._file(part, "images"))),
-                torch.from_numpy(np.load(self._file(part, "labels"))).long(),
-                mean,
-                std,
-                augmentation,
-                self.channels_last,
-            )
-            for part in ("train", "test")
-        )
-        return splits(*both, self.validation)
+
+        def part(name: str) -> ArraySplit:
+            images, labels = (torch.from_numpy(np.load(self._file(name, kind))) for kind in ("images", "labels"))
+            return ArraySplit(images, labels.long(), mean, std, augmentation, self.channels_last)
+
+        return splits(part("train"), part("test"), self.validation)
 
     def _file(self, part: str, kind: str) -> Path:
         return Path(self.path) / f"{part}_{kind}.npy"

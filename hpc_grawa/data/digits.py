@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real grey images of 8×8 pixels, in its wheel."""
+"""scikit-learn's handwritten digits: 1,797 real grey images of 8x8 pixels, in its wheel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRAIN, _TEST = 1437, 360
 
 @dataclass(kw_only=True)
 class Digits(ImageData):
-    """Handwritten digits, 8×8 grey: 1,437 to train on, 360 to test on, split by classes with seed 0.
+    """Handwritten digits, 8x8 grey: 1,437 to train on, 360 to test on, split by classes with seed 0.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998, as scikit-learn ships it.
 
@@ -40,7 +40,7 @@ class Digits(ImageData):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """One channel, 8×8 pixels."""
+        """One channel, 8x8 pixels."""
         return 1, 8, 8
 
     @property
@@ -66,8 +66,10 @@ class Digits(ImageData):
         train, test = train_test_split(index, train_size=_TRAIN, test_size=_TEST, stratify=labels, random_state=0)
         std, mean = torch.std_mean(images[train].double() / 255, correction=0)
         augmentation = Augmentation(padding=int(self.augment))
-        both = (
-            ArraySplit(images[i], labels[i], [mean.item()], [std.item()], augmentation, self.channels_last)
-            for i in (train, test)
-        )
-        return splits(*both, self.validation)
+
+        def part(index: list[int]) -> ArraySplit:
+            return ArraySplit(
+                images[index], labels[index], [mean.item()], [std.item()], augmentation, self.channels_last
+            )
+
+        return splits(part(train), part(test), self.validation)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 RELEASE = "0.28.1"
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
@@ -138,15 +140,30 @@ def cached_wheel(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob("horovod-*.whl"))), None)
 
 
+def installed_key() -> str:
+    """Return the cache key of the Horovod that is installed, or an empty string."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        origin = metadata.distribution("horovod").read_text("direct_url.json")  # pip's record of where it came from
+        if origin:
+            return Path(urlsplit(unquote(json.loads(origin)["url"])).path).parent.name
+    return ""
+
+
 def run(command: list[str | Path], log: Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
-    """Run `command` with its output appended to `log`; raises HorovodError with the log's last lines."""
-    with log.open("a") as out:
+    """Run `command` with its output appended to `log`; raises HorovodError with the part of it that names the error."""
+    with log.open("a+", errors="replace") as out:
         out.write(f"$ {' '.join(map(str, command))}\n")
         out.flush()
+        start = out.tell()
         status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=cwd).returncode
+        out.seek(start)
+        output = out.read()
     if status:
-        tail = "\n".join("    " + line for line in log.read_text(errors="replace").splitlines()[-15:])
-        raise HorovodError(f"{Path(command[0]).name} ended with {status}; the last lines of {log}:\n{tail}")
+        lines = output.splitlines()
+        errors = (number for number, line in enumerate(lines) if re.search(r"\berror\b.*:|CMake Error", line, re.I))
+        first = next(errors, max(0, len(lines) - 10))
+        excerpt = "\n".join("    " + line for line in lines[first : first + 10])
+        raise HorovodError(f"{Path(command[0]).name} ended with {status}, all of its output is in {log}:\n{excerpt}")
 
 
 def pip(*arguments: str | Path) -> list[str | Path]:
@@ -165,9 +182,23 @@ def require_compiler() -> None:
         raise HorovodError(f"no Python.h in {sysconfig.get_path('include')}: install Python's development headers")
 
 
+def fetch_source(folder: Path, log: Path, env: dict[str, str], index: list[str]) -> None:
+    """Put Horovod's source archive into `folder`; raises HorovodError."""
+    # pip asks an archive for its metadata before it keeps it, so the build tools must be at hand: `env` names them.
+    options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    run(pip("download", "-d", folder, *options, *index, f"horovod=={RELEASE}"), log, env)
+
+
+def save(folder: Path, log: Path) -> None:
+    """Put all that `build` downloads into `folder`, for --wheels elsewhere; raises HorovodError."""
+    with tempfile.TemporaryDirectory(prefix="horovod-tools-") as tools:
+        run(pip("install", "--target", tools, "-c", CONSTRAINTS, *BUILD_TOOLS), log)
+        run(pip("download", "-d", folder, "-c", CONSTRAINTS, *BUILD_TOOLS), log)
+        fetch_source(folder, log, {**os.environ, "PYTHONPATH": tools}, [])
+
+
 def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) -> Path:
     """Build the wheel in the folder `work` and return its path; raises HorovodError."""
-    require_compiler()
     tools, source = work / "tools", work / f"horovod-{RELEASE}"
     run(pip("install", "--target", tools, "-c", CONSTRAINTS, *index, *BUILD_TOOLS), log)
 
@@ -186,15 +217,9 @@ def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) ->
     if target.relocatable:  # site-packages/horovod/torch -> the environment's lib, see `edits`
         env["LDFLAGS"] = f"{env.get('LDFLAGS', '')} -Wl,-rpath,'$ORIGIN/../../../..'".strip()
 
-    run(
-        pip(
-            *("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", work, *index),
-            f"horovod=={RELEASE}",
-        ),
-        log,
-        env,
-    )
+    fetch_source(work, log, env, index)
     with tarfile.open(work / f"horovod-{RELEASE}.tar.gz") as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(work)
     for edit in edits(target):
         apply(edit, source)
@@ -222,45 +247,62 @@ def install(wheel: Path, log: Path, index: list[str]) -> None:
     # needs, which pip leaves alone where it is there already.
     run(pip("install", "--no-deps", "--force-reinstall", *index, wheel), log)
     run(pip("install", *index, wheel), log)
-    run([sys.executable, "-c", "import horovod.torch as hvd; assert hvd.mpi_built() and hvd.gloo_built()"], log, cwd=log.parent)
+    run(
+        [sys.executable, "-c", "import horovod.torch as hvd; assert hvd.mpi_built() and hvd.gloo_built()"],
+        log,
+        cwd=log.parent,
+    )
+
+
+def provide(wheels: Path | None, destination: Path | None, jobs: int) -> None:
+    """Build or find the wheel, install it, and save it below `destination`; raises HorovodError."""
+    target = find_target()
+    key = cache_key(target)
+    kept = cache_root() / key
+    kept.mkdir(parents=True, exist_ok=True)
+    log = kept / "build.log"
+    index = ["--no-index", "--find-links", str(wheels)] if wheels else []
+    if destination:
+        save(destination, log)
+
+    wheel = cached_wheel(kept) or (cached_wheel(wheels / "horovod" / key) if wheels else None)
+    if wheel is None:
+        require_compiler()
+        say(f"building for torch {target.torch} and {target.mpi} with {jobs} jobs, 2 to 6 minutes")
+        start = time.monotonic()
+        log.write_text("")
+        with tempfile.TemporaryDirectory(prefix="horovod-build-") as work:
+            wheel = keep(build(target, Path(work), log, index, jobs), kept)
+        say(f"built in {time.monotonic() - start:.0f} s, kept in {kept}")
+    if destination:
+        keep(wheel, destination / "horovod" / key)
+    if installed_key() == key:
+        say(f"is installed for torch {target.torch} and {target.mpi}")
+        return
+    try:
+        install(wheel, log, index)
+    except HorovodError as error:
+        raise HorovodError(f"{error}\nIf {wheel} was built on another machine, remove it and build again") from None
+    say(f"installed for torch {target.torch} and {target.mpi}")
+
+
+def say(text: str) -> None:
+    """Print one line of progress."""
+    print(f"Horovod {RELEASE}: {text}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="take every file from DIR, use no network")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="copy the built wheel into DIR, for --wheels elsewhere")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="put the wheel and its sources into DIR, for --wheels")
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="compiler processes")
     options = parser.parse_args(arguments)
-    index = ["--no-index", "--find-links", str(options.wheels.absolute())] if options.wheels else []
-
-    def say(text: str) -> None:
-        print(f"Horovod {RELEASE}: {text}", flush=True)
-
     try:
-        target = find_target()
-        key = cache_key(target)
-        kept = cache_root() / key
-        kept.mkdir(parents=True, exist_ok=True)
-        log = kept / "build.log"
-        log.write_text("")
-        shelves = [kept] + ([options.wheels.absolute() / "horovod" / key] if options.wheels else [])
-        wheel = next(filter(None, map(cached_wheel, shelves)), None)
-        if wheel is not None:
-            say(f"taking the wheel built earlier for torch {target.torch} and {target.mpi}")
-        else:
-            say(f"building for torch {target.torch} and {target.mpi}, {options.jobs} jobs, about 3 minutes")
-            start = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="horovod-build-") as work:
-                wheel = keep(build(target, Path(work), log, index, options.jobs), kept)
-            say(f"built in {time.monotonic() - start:.0f} s, kept in {kept}")
-        install(wheel, log, index)
-        if options.save:
-            keep(wheel, options.save.absolute() / "horovod" / key)
+        provide(options.wheels and options.wheels.absolute(), options.save and options.save.absolute(), options.jobs)
     except (HorovodError, OSError) as error:
         print(f"Horovod {RELEASE}: not installed. {error}", file=sys.stderr)
         return 1
-    say("installed")
     return 0
 
 

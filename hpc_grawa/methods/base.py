@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, optim
@@ -56,20 +56,21 @@ class Run:
             loss: of the step, a 0-d tensor; only methods that score by it need it.
         """
         self.facts.step += 1
-        self.facts.lr = self.optimizer.param_groups[0]["lr"]
+        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
         for synchronizer in self.synchronizers:
             synchronizer.after_step(loss)
         self.control.after_step(min((s.period for s in self.synchronizers), default=math.inf))
 
     def finish(self) -> None:
         """End with a round at the last step, shortened if need be; all ranks must."""
-        self.control.finish()
         for synchronizer in self.synchronizers:
             synchronizer.finish()
+        self.control.finish()
 
     @property
     def center(self) -> Tensor:
         """The center ``[P]`` of the last round; without rounds the parameters, which are the same on all ranks."""
+        self.vector.check()
         centers = [s.averager.center for s in self.synchronizers if s.averager.center is not None]
         return centers[-1] if centers else self.vector.data
 
@@ -79,10 +80,10 @@ class Method(ABC):
     """A way of training together. Its fields are the paper's hyper-parameters."""
 
     #: Batches of the gradient probe and where they are drawn; methods with a probe make them fields.
-    probe_batches: ClassVar[int] = 1
-    probe_from: ClassVar[Literal["all", "shard"]] = "all"
+    probe_batches = 1
+    probe_from = "all"
     #: How evaluated models get BatchNorm statistics; averaging methods make it a field.
-    buffers: ClassVar[Literal["recalibrate", "average", "local"]] = "local"
+    buffers = "recalibrate"
 
     def build(
         self,
@@ -115,11 +116,11 @@ class Method(ABC):
         agree(comm, self._description(vector))
         if start == "common":
             comm.broadcast(vector.data, 0, "setup").wait()
-            for i, buffer in enumerate(vector.model.buffers()):
-                message = buffer.detach().contiguous()
-                buffer.copy_(comm.broadcast(message, 0, "setup", bucket=i + 1).wait())
+            for i, (_, tensor) in enumerate(_outside(vector)):
+                message = tensor.detach().contiguous()
+                tensor.detach().copy_(comm.broadcast(message, 0, "setup", bucket=i + 1).wait())
         facts = facts or RunFacts()
-        facts.lr = facts.lr or optimizer.param_groups[0]["lr"]
+        facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
         run.common_start = start == "common"
         self._assemble(run, probe)
@@ -138,8 +139,14 @@ class Method(ABC):
             f"parameter '{name}' {tuple(p.shape)} {p.dtype} strides {p.stride()}"
             for name, p in zip(vector.names, vector.parameters, strict=True)
         ]
-        buffers = [f"buffer '{name}' {tuple(b.shape)} {b.dtype}" for name, b in vector.model.named_buffers()]
-        return [f"hpc_grawa {package}", f"method {self}", *parameters, *buffers]
+        outside = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in _outside(vector)]
+        return [f"hpc_grawa {package}", f"method {self}", *parameters, *outside]
+
+
+def _outside(vector: ParameterVector) -> list[tuple[str, Tensor]]:
+    """What the model holds beside the vector: frozen parameters and buffers, with titles."""
+    frozen = [(f"frozen parameter '{name}'", p) for name, p in vector.model.named_parameters() if not p.requires_grad]
+    return [*frozen, *((f"buffer '{name}'", buffer) for name, buffer in vector.model.named_buffers())]
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ class DataParallel(Method):
     """g ← (1/W) Σ_m g_m before every step, allreduced in buckets while backward runs; all ranks stay identical.
 
     Attributes:
-        bucket_mb: least size of a bucket in MiB.
+        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
         on_nonfinite: a mean gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
     """
 

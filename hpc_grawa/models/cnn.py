@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """Three 3×3 convolutions with BatchNorm, one pooling, a linear head; made for 8×8 digits, takes any size.
+    """Three 3x3 convolutions with BatchNorm, one pooling, a linear head; made for 8x8 digits, takes any size.
 
     Args:
         in_channels: of the images.

@@ -1,4 +1,4 @@
-"""ResNets for 32×32 images: He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2."""
+"""ResNets for 32x32 images: He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions beside option A's shortcut: every second pixel, new channels zero, no parameters."""
+    """Two 3x3 convolutions beside option A's shortcut: every second pixel, new channels zero, no parameters."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -1,0 +1,77 @@
+"""How long a run may train, and the clock that counts it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .errors import ConfigError
+from .schedules import RunFacts
+
+
+@dataclass
+class Budget:
+    """The first limit reached ends the run.
+
+    Attributes:
+        seconds: of training on rank 0's clock; evaluation does not count.
+        epochs: passes of all ranks together over the training set.
+        steps: local steps of each rank.
+    """
+
+    seconds: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` unless there is a limit and every limit is positive."""
+        limits = {"seconds": self.seconds, "epochs": self.epochs, "steps": self.steps}
+        if all(limit is None for limit in limits.values()):
+            raise ConfigError("budget is empty: give budget.seconds, budget.epochs or budget.steps")
+        for name, limit in limits.items():
+            if limit is not None and not 0 < limit < math.inf:
+                raise ConfigError(f"budget.{name} is {limit}: must be positive")
+
+    def total_steps(self, steps_per_epoch: int) -> int | None:
+        """Local steps until the limit in steps or epochs, or None where only the clock decides."""
+        limits = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            limits.append(math.ceil(self.epochs * steps_per_epoch))
+        return min(limits, default=None)
+
+    def used(self, facts: RunFacts, total_steps: int | None) -> float:
+        """The share used, 1 or more when the run is over; the same on all ranks."""
+        shares = [0.0]
+        if total_steps is not None:
+            shares.append(facts.step / total_steps)
+        if self.seconds is not None:
+            shares.append(facts.seconds / self.seconds)
+        return max(shares)
+
+
+class Clock:
+    """Training seconds: runs from its making, except while paused."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again from zero."""
+        self._began = time.perf_counter()
+        self._paused = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began - self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block no training time passes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start

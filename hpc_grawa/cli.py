@@ -1,0 +1,253 @@
+"""The command line: ``hpc-grawa train | evaluate | table | compare | methods``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from .comm import Communicator, choose, connect
+from .config import Config, parse
+from .errors import ConfigError, NonFinite, RanksDisagree
+from .launch import RankFacts, default_threads, rank_facts
+from .log import new_folder, open_run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    facts = rank_facts()
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        wanted = words[:1] in (["-h"], ["--help"])
+        if facts.rank == 0:
+            print(__doc__.splitlines()[0] if wanted else _usage(words), file=sys.stdout if wanted else sys.stderr)
+            if wanted:
+                print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
+        raise SystemExit(0 if wanted or facts.rank else 2)
+    if facts.rank and any(w in ("-h", "--help") or w.startswith("--print_") for w in words):
+        raise SystemExit(0)
+    command(words[1:], facts)
+
+
+def _usage(words: list[str]) -> str:
+    what = f"no command {words[0]}" if words else "no command"
+    return f"hpc-grawa: error: {what}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)"
+
+
+def train(words: list[str], facts: RankFacts) -> None:
+    """Train with one method (--dry_run only says what would happen)."""
+    program = "hpc-grawa train"
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--dry_run", action="store_true")
+    own.add_argument("--world_size", type=int)
+    options, words = own.parse_known_args(words)
+    config = parse(words, program, speaks=facts.rank == 0)
+    if options.dry_run:
+        from .plan import plan
+
+        size = facts.size if options.world_size is None else options.world_size
+        with named_errors(program, facts):
+            if size < 1:
+                raise ConfigError(f"world_size is {size}: must be at least 1 rank")
+            config.check(size)
+        set_threads(facts)
+        if facts.rank == 0:
+            print(plan(config, size))
+        return
+    with named_errors(program, facts):
+        if options.world_size is not None:
+            raise ConfigError("world_size is for --dry_run; in training the launcher sets the number of ranks")
+        folder, first_line = ready(config, facts)
+    set_threads(facts)
+    with together(program, config, facts, first_line) as comm:
+        from .train import fit
+
+        fit(config, comm, folder)
+
+
+def evaluate(words: list[str], facts: RankFacts) -> None:
+    """Evaluate a run's center on the test set."""
+    program = "hpc-grawa evaluate"
+    parser = LineParser(prog=program, speaks=facts.rank == 0, description=evaluate.__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--data.path", dest="data_path", help="where the data are now")
+    parser.add_argument("--backend", default="auto", help="how ranks communicate")
+    options = parser.parse_args(words)
+    with named_errors(program, facts):
+        for file in ("config.yaml", "center.pt"):
+            if not (options.run / file).is_file():
+                raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {file}")
+    again = [f"--config={options.run / 'config.yaml'}", f"--backend={options.backend}"]
+    if options.data_path is not None:
+        again.append(f"--data.path={options.data_path}")
+    config = parse(again, program, speaks=facts.rank == 0)
+    with named_errors(program, facts):
+        config.data.check(1)
+        first_line = backend_line(config, facts)
+    set_threads(facts)
+    with together(program, config, facts, first_line) as comm:
+        from .evaluate import Judge
+
+        model = config.build_model()
+        config.data.prepare_model(model)
+        model.load_state_dict(torch.load(options.run / "center.pt", weights_only=True))
+        scores = Judge(config.loss, config.metric, config.precision).judge(model, config.data.load().test, comm)
+        if facts.rank == 0:
+            print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
+
+
+def table(words: list[str], facts: RankFacts) -> None:
+    """Put any runs into one table (Markdown, CSV) and figure."""
+    program = "hpc-grawa table"
+    parser = LineParser(prog=program, speaks=facts.rank == 0, description=table.__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
+    parser.add_argument("--csv", type=Path, help="write the numbers to this file")
+    parser.add_argument("--figure", type=Path, help="draw test error over training time, and weights, to this file")
+    parser.add_argument("--target", type=float, help="accuracy for the column time to target, a fraction")
+    options = parser.parse_args(words)
+    if facts.rank:
+        return
+    from .compare import report
+
+    with named_errors(program, facts):
+        report(options.runs, options.target, options.csv, options.figure)
+
+
+def compare(words: list[str], facts: RankFacts) -> None:
+    """Train with several methods and seeds, one after the other, and compare them."""
+    from .compare import Comparison, report
+
+    program = "hpc-grawa compare"
+    own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
+    own.add_argument("--methods", help="names, separated by commas")
+    own.add_argument("--seeds", help="numbers, separated by commas")
+    own.add_argument("--target", type=float, help="accuracy for the column time to target, a fraction")
+    if any(word in ("-h", "--help") for word in words):
+        print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
+        return
+    options, words = own.parse_known_args(words)
+    with named_errors(program, facts):
+        comparison = Comparison.read(options.methods, options.seeds, options.target, words, program, facts.rank == 0)
+        for config in comparison.configs:
+            config.check(facts.size)
+        first_line = backend_line(comparison.configs[0], facts)
+        if facts.rank == 0:
+            comparison.check_folders()
+    set_threads(facts)
+    with together(program, comparison.configs[0], facts, first_line) as comm:
+        folders = comparison.train(comm)
+        if facts.rank == 0:
+            report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
+
+
+def methods(words: list[str], facts: RankFacts) -> None:
+    """Say what each method does, and its settings."""
+    from . import methods as package
+
+    if facts.rank:
+        return
+    for name in sorted(package.__all__):
+        method = getattr(package, name)
+        if not (isinstance(method, type) and issubclass(method, package.Method)) or inspect.isabstract(method):
+            continue
+        print(f"{name}\n    {inspect.cleandoc(method.__doc__ or '').splitlines()[0]}")
+        settings = [f"{f.name}={f.default!r}" for f in dataclasses.fields(method)]
+        print(textwrap.fill(", ".join(settings), 110, initial_indent="    ", subsequent_indent="    ") + "\n")
+
+
+COMMANDS: dict[str, Callable[[list[str], RankFacts], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "table": table,
+    "compare": compare,
+    "methods": methods,
+}
+
+
+class LineParser(argparse.ArgumentParser):
+    """argparse with errors of one line, on the rank that speaks."""
+
+    def __init__(self, *, speaks: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._speaks = speaks
+
+    def error(self, message: str) -> NoReturn:
+        """One line and status 2, or silence and 0."""
+        if self._speaks:
+            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if self._speaks else 0)
+
+
+@contextmanager
+def named_errors(program: str, facts: RankFacts) -> Iterator[None]:
+    """Within the block bad input ends the program: one line and status 2 on rank 0, silence and 0 on the others.
+
+    (If they left with an error first, mpirun would kill rank 0 before it has spoken.)
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if facts.rank == 0:
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if facts.rank == 0 else 0) from None
+
+
+def backend_line(config: Config, facts: RankFacts) -> str:
+    """Which backend and why; raises ``ConfigError`` where it cannot run."""
+    backend, why = choose(config.backend, facts)
+    ranks = "1 rank" if facts.size == 1 else f"{facts.size} ranks"
+    return f"backend    {backend} ({why}), {ranks}"
+
+
+def ready(config: Config, facts: RankFacts) -> tuple[Path | None, str]:
+    """Check everything that can be checked without a communicator; rank 0 makes the run's folder, last of all."""
+    config.check(facts.size)
+    first_line = backend_line(config, facts)
+    if facts.rank:
+        return None, first_line
+    name = config.run.name or f"{type(config.method).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = new_folder(config.run.dir, name)
+    open_run(folder, config.text, facts.size, choose(config.backend, facts)[0])
+    return folder, first_line
+
+
+def set_threads(facts: RankFacts) -> None:
+    """Give this rank its share of the host's processors, unless OMP_NUM_THREADS says otherwise."""
+    threads = default_threads(facts)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def together(program: str, config: Config, facts: RankFacts, first_line: str) -> Iterator[Communicator]:
+    """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
+    if facts.rank == 0:
+        print(first_line, flush=True)
+    with named_errors(program, facts):
+        comm = connect(config.backend, facts)
+    try:
+        yield comm
+    except BaseException as error:
+        if isinstance(error, (RanksDisagree, NonFinite, ConfigError)):
+            # Raised on all ranks alike: rank 0 speaks; the others give it time before they pull the job down.
+            report = f"{program}: error: {error}\n" if comm.rank == 0 else ""
+            if comm.rank:
+                time.sleep(10)
+        else:
+            report = f"{program}: rank {comm.rank} of {comm.size} failed:\n{traceback.format_exc()}"
+        sys.stderr.write(report)
+        sys.stderr.flush()
+        comm.abort(2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    comm.close()

@@ -1,0 +1,162 @@
+"""Exact evaluation: every example counts once, however ranks share them, and training notices nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .comm import Communicator
+from .data import Examples
+from .metrics import Metric
+from .scores import NoDropout
+from .vector import ParameterVector
+
+Precision = Literal["fp32", "bf16"]
+BATCH = 500
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """bf16 where a layer profits from it, over fp32 parameters; nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a model is judged by.
+
+    Attributes:
+        loss: (output, target) → mean loss of a batch.
+        metric: the metric.
+        precision: of the forward pass.
+    """
+
+    loss: Callable[[Any, Any], Tensor]
+    metric: Metric
+    precision: Precision = "fp32"
+
+    def judge(
+        self, model: nn.Module, examples: Examples, comm: Communicator | None = None, limit: int | None = None
+    ) -> dict[str, float]:
+        """Mean loss and metric of the model over ``examples``.
+
+        Args:
+            model: as it is; evaluated in eval mode, its modules' modes are restored.
+            examples: each counts once.
+            comm: ranks share the work (all must call); None: this process does all of it.
+            limit: only so many examples, evenly spaced.
+
+        Returns:
+            ``{"loss": ..., metric.name: ...}``.
+        """
+        count = len(examples) if limit is None else min(limit, len(examples))
+        index = torch.arange(count) * len(examples) // count
+        own = index if comm is None else index[comm.rank :: comm.size]
+        device = next(model.parameters()).device
+        total: Tensor | None = None
+        losses = torch.zeros(1, dtype=torch.float64, device=device)
+        with eval_mode(model), torch.no_grad(), autocast(self.precision, device):
+            for part in own.split(BATCH):
+                inputs, targets = (t.to(device) for t in examples.batch(part))
+                output = model(inputs)
+                losses += self.loss(output, targets).double() * len(part)
+                sums = self.metric.sums(output, targets)
+                total = sums if total is None else total + sums
+        if total is None:  # fewer examples than ranks
+            raise ValueError(f"{count} examples cannot be shared by more ranks than there are examples")
+        message = torch.cat((losses, total.double()))
+        if comm is not None:
+            comm.allreduce(message, "evaluate").wait()
+        message = message.cpu()
+        return {"loss": float(message[0]) / count, self.metric.name: self.metric.value(message[1:])}
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block all modules are in eval mode; afterwards each in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def recalibrate(
+    model: nn.Module, batches: Iterable[Tensor], comm: Communicator, precision: Precision = "fp32"
+) -> None:
+    """Give BatchNorm layers the statistics of the model's present parameters.
+
+    The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all batches of
+    all ranks; one allreduce of the sums. All ranks must call it.
+
+    Args:
+        model: changed in its running statistics only.
+        batches: inputs, this rank's; as many on every rank.
+        comm: the ranks.
+        precision: of the forward pass.
+
+    Source: Izmailov et al., Averaging Weights Leads to Wider Optima (UAI 2018), section 3.2.
+    """
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    if not norms:
+        return
+    device = next(model.parameters()).device
+    sums = [torch.zeros(2, m.num_features, dtype=torch.float64, device=device) for m in norms]
+    count = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].float()
+            var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+            sums[index] += torch.stack((mean, var + mean.square()))
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(watch(i)) for i, m in enumerate(norms)]
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        with torch.no_grad(), NoDropout(), autocast(precision, device):
+            for inputs in batches:
+                model(inputs.to(device))
+                count += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    message = torch.cat((count, *(s.flatten() for s in sums)))
+    comm.allreduce(message, "evaluate").wait()
+    means = (message[1:] / message[0]).split([s.numel() for s in sums])
+    for m, mean in zip(norms, means, strict=True):
+        first, second = mean.view(2, -1)
+        assert m.running_mean is not None and m.running_var is not None
+        m.running_mean.copy_(first)
+        m.running_var.copy_((second - first.square()).clamp_(min=0))
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block buffers may change; afterwards they are as before, bit for bit."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, own in kept:
+            buffer.copy_(own)
+
+
+def uniform_mean(comm: Communicator, vector: ParameterVector) -> tuple[Tensor, float]:
+    """The mean x̄ of all ranks' parameters ``[P]``, and the consensus distance sqrt(mean_m ‖x_m - x̄‖²)."""
+    mean = vector.data.to(vector.exact_dtype, copy=True).div_(comm.size)
+    comm.allreduce(mean, "evaluate").wait()
+    squared = (vector.data - mean).double().square().sum().reshape(1) / comm.size
+    return mean, float(comm.allreduce(squared, "evaluate").wait().sqrt())

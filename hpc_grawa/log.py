@@ -1,0 +1,176 @@
+"""A run's folder and its screen: written and printed by rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .errors import ConfigError
+from .launch import rank_facts
+
+#: Seconds between plain lines where the screen is not a terminal.
+LINE_EVERY = 5.0
+
+
+def new_folder(directory: str, name: str) -> Path:
+    """Make ``directory/name``, which must not exist: mkdir is atomic, so of two runs one gets it.
+
+    Raises:
+        ConfigError: it exists, or cannot be made.
+    """
+    folder = Path(directory) / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError:
+        raise ConfigError(
+            f"run.name is {name}: {folder} exists and is never overwritten; choose another run.name or run.dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"run.dir is {directory}: cannot make {folder} ({error.strerror})") from None
+    return folder
+
+
+def open_run(folder: Path, configuration: str, world_size: int, backend: str) -> None:
+    """Write what a run is into its new folder: ``config.yaml`` and ``environment.json``."""
+    write_atomically(folder / "config.yaml", configuration)
+    write_atomically(folder / "environment.json", json.dumps(environment(world_size, backend), indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that readers see all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def versions() -> dict[str, str]:
+    """Releases of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("hpc-grawa", "torch", "torchvision", "numpy", "mpi4py", "horovod"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the package's checkout, with ``+`` if it was changed; None outside one."""
+    here = Path(__file__).parent
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "."])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def environment(world_size: int, backend: str) -> dict[str, Any]:
+    """Where a run took place."""
+    return {
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "backend": backend,
+        "versions": versions(),
+        "commit": commit(),
+        "launcher": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(("SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "OMP_NUM_", "HOROVOD_", "NCCL_"))
+        },
+    }
+
+
+class Log:
+    """``metrics.jsonl`` and the screen. On ranks other than 0, and without a folder, it does nothing.
+
+    Args:
+        folder: the run's folder, or None.
+        speaks: whether this rank prints.
+    """
+
+    def __init__(self, folder: Path | None, speaks: bool) -> None:
+        self.folder, self.speaks = folder, speaks
+        self._file: IO[str] | None = (folder / "metrics.jsonl").open("a") if folder else None
+        self._last_line = time.monotonic()
+        # mpirun gives ranks a pseudo-terminal of its own, whatever it prints to itself.
+        self._live = sys.stdout.isatty() and rank_facts().launcher is None
+        self._bar: Any = None
+
+    def record(self, event: str, **values: Any) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.speaks:
+            if self._bar is not None:
+                self._bar.clear()
+            print(text, flush=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether the screen wants a progress line now."""
+        return self.speaks and time.monotonic() - self._last_line >= (0.2 if self._live else LINE_EVERY)
+
+    def progress(self, share: float, text: str) -> None:
+        """Show progress: a bar on a terminal, a plain line elsewhere.
+
+        Args:
+            share: of the budget used, in [0, 1].
+            text: loss and the like.
+        """
+        self._last_line = time.monotonic()
+        if not self._live:
+            self.say(text)
+            return
+        if self._bar is None:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                self.say(text)
+                return
+            self._bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar:24}| {desc}", file=sys.stdout, leave=False)
+        self._bar.n = min(100, 100 * share)
+        self._bar.set_description_str(text)
+
+    def close(self) -> None:
+        """Close the bar and the file."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def human_bytes(count: float) -> str:
+    """``12.3 MB``.
+
+    Example:
+        >>> human_bytes(12_345_678)
+        '12.3 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

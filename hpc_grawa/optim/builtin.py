@@ -1,0 +1,62 @@
+"""PyTorch's own optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn, optim
+
+from .base import LocalOptimizer
+
+
+@dataclass(kw_only=True)
+class SGD(LocalOptimizer):
+    """Stochastic gradient descent with momentum, as ``torch.optim.SGD``.
+
+    Attributes:
+        momentum: in [0, 1).
+        nesterov: look ahead along the momentum.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    nesterov: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self.require("nesterov", not self.nesterov or self.momentum > 0, "false without momentum")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        return optim.SGD(
+            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
+
+
+@dataclass(kw_only=True)
+class AdamW(LocalOptimizer):
+    """Adam with decoupled weight decay, as ``torch.optim.AdamW``.
+
+    Attributes:
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("beta1", 0 <= self.beta1 < 1, "in [0, 1)")
+        self.require("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+        self.require("eps", 0 < self.eps < math.inf, "positive")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        return optim.AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)

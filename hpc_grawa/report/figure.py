@@ -1,0 +1,404 @@
+"""Runs as one figure: how fast each method learns, and how the weights spread over ranks, layers and rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError
+from .runs import RunRecord, evaluated_part, group, setting
+from .table import formatter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+Array = npt.NDArray[np.float64]
+
+#: After Okabe and Ito: apart for colour-blind readers, the pale ones darkened to carry text, yellow left out.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#B5578F", "#C98A00", "#555555", "#4FA8DE")
+#: Tell a second and third round of the colours apart.
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+_INK, _FAINT, _RULE = "#222222", "#6B6B6B", "#E4E4E4"
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "svg.fonttype": "none",
+}
+_SIZE = (12.0, 5.4)  # inches; 1200 pixels wide on a page at 100 per inch
+_DPI = 200
+_SUFFIXES = (".png", ".pdf", ".svg")
+
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
+_CAPTION = 0.045  # where the names of the horizontal axes stand
+_MOST_RANKS = 24  # with their own panel; of more, the layers' mean is shown
+
+
+def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = None) -> None:
+    """Draw runs as one figure of 2400 x 1080 pixels (or the same as vectors).
+
+    On the left what the center is judged by over training seconds, a line per experiment: accuracies as errors, and
+    over several seeds the mean with a band of one standard deviation. On the right the weights of the first run that
+    weights layers, rank by rank; else of the first whose ranks get unequal weights; else the left has all the width.
+
+    Args:
+        records: finished or unfinished runs.
+        path: of the figure; its suffix is the format, .png, .pdf or .svg.
+        target: value of the metric that is marked, or None.
+
+    Raises:
+        ConfigError: if the suffix is another, Matplotlib is missing, no run was evaluated, or the runs are judged by
+            different metrics.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"the figure's name is {path}: must end in {', '.join(_SUFFIXES)}")
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("figures need Matplotlib, which is not installed: pip install 'hpc-grawa[demo]'") from error
+    experiments = group(records)
+    part = evaluated_part(records)
+    curves = {label: curve for label, runs in experiments.items() if (curve := _mean_curve(runs, part)) is not None}
+    if not curves:
+        raise ConfigError(f"there is nothing to draw in {records[0].path}: the center was not evaluated yet")
+    weighted = _weighted_run(records)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, dpi=_DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        _draw_title(figure, records, experiments)
+        _draw_curves(figure, records[0], part, curves, target, right=0.985 if weighted is None else 0.53)
+        if weighted is not None:
+            _draw_weights(figure, weighted, 0.565, sum(run.method == weighted.method for run in records))
+        figure.savefig(path)
+
+
+def _draw_title(figure: Figure, records: Sequence[RunRecord], experiments: Mapping[str, Sequence[RunRecord]]) -> None:
+    title = setting(records)
+    repeats = {len(runs) for runs in experiments.values()}
+    if max(repeats) > 1:
+        many = f"{min(repeats)} to {max(repeats)}" if len(repeats) > 1 else f"{max(repeats)}"
+        title += f"{'; ' if title else ''}mean ± standard deviation of {many} runs"
+    figure.text(0.02, 0.945, title, size=11, color=_FAINT, va="center")
+
+
+def _draw_heading(figure: Figure, left: float, text: str, note: str = "") -> None:
+    heading = figure.text(left, 0.87, text, size=13, weight="bold", va="baseline")
+    figure.text(left + _width(heading) + 0.01, 0.87, note, size=10, color=_FAINT, va="baseline")
+
+
+def _text_width(figure: Figure, content: str, size: float) -> float:
+    text = figure.text(0, 0, content, size=size)
+    width = _width(text)
+    text.remove()
+    return width
+
+
+def _width(text: Text) -> float:
+    """Of a text, as a fraction of the figure's."""
+    return float(text.get_window_extent().width) / (_SIZE[0] * _DPI)
+
+
+# Left: what was learned, and when
+
+
+def _mean_curve(runs: Sequence[RunRecord], part: str) -> tuple[Array, Array, Array] | None:
+    """Seconds ``[N]``, mean and standard deviation ``[N]`` of the metric over the runs; None without an evaluation.
+
+    Runs under one budget end within moments of each other: each clock is scaled to end at their mean, so that the curve
+    ends in the mean of the last values.
+    """
+    points = [[point for point in run.curve(part) if math.isfinite(point[1])] for run in runs]
+    every = [np.array(curve, dtype=np.float64) for curve in points if curve]
+    if not every:
+        return None
+    end = float(np.mean([curve[-1, 0] for curve in every]))
+    for curve in every:
+        curve[:, 0] *= end / curve[-1, 0] if curve[-1, 0] > 0 else 1.0
+    seconds = np.unique(np.concatenate([curve[:, 0] for curve in every]).round(9))
+    seconds = seconds[seconds >= max(curve[0, 0] for curve in every) - 1e-9]
+    values = np.stack([np.interp(seconds, curve[:, 0], curve[:, 1]) for curve in every])
+    return seconds, values.mean(0), values.std(0, ddof=1) if len(every) > 1 else np.zeros(len(seconds))
+
+
+def _draw_curves(
+    figure: Figure,
+    record: RunRecord,
+    part: str,
+    curves: Mapping[str, tuple[Array, Array, Array]],
+    target: float | None,
+    right: float,
+) -> None:
+    """Lines on the left up to ``right``, each named where it ends."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    as_error = record.metric.endswith("accuracy") and record.higher_is_better
+    name = record.metric.replace("accuracy", "error") if as_error else record.metric
+    amount = formatter(record.metric)
+
+    def shown(values: Array) -> Array:
+        return 1 - values if as_error else values
+
+    ends = {label: float(shown(means[-1:])[0]) for label, (_, means, _) in curves.items()}
+    names = {label: f"{label}  {amount(end)}" for label, end in ends.items()}
+    left, bottom, top = 0.062, 0.125, 0.83
+    room = 0.028 + max(_text_width(figure, name, 10) for name in names.values())
+    axes = figure.add_axes((left, bottom, right - room - left, top - bottom))
+    _draw_heading(figure, 0.02, f"{part.capitalize()} {name} of the center")
+
+    seconds_end = max(float(seconds[-1]) for seconds, _, _ in curves.values())
+    axes.set_xlim(0, seconds_end or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    figure.text((left + right - room) / 2, _CAPTION, "training time (s)", ha="center", va="baseline")
+    everything = np.concatenate([shown(means) for _, means, _ in curves.values()])
+    falls = as_error or not record.higher_is_better
+    logarithmic = falls and bool(everything.min() > 0) and float(everything.max() / everything.min()) > 5
+    lowest, highest = float(everything.min()), float(everything.max())
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(lowest / 1.25, highest * 1.12)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        margin = 0.06 * ((highest - lowest) or abs(highest) or 1.0)
+        axes.set_ylim(lowest - margin, highest + margin)
+    scale = 100 if record.metric.endswith("accuracy") else 1
+    unit = " %" if scale == 100 else ""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:.4g}{unit}"))
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+    floor = axes.get_ylim()[0]
+    for index, (label, (seconds, means, stds)) in enumerate(curves.items()):
+        colour, dashes = _pen(index)
+        values = shown(means)
+        if stds.any():
+            low = np.maximum(values - stds, floor) if logarithmic else values - stds
+            axes.fill_between(seconds, low, values + stds, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(seconds, values, color=colour, linestyle=dashes, linewidth=1.8, solid_capstyle="round", label=label)
+        axes.plot(seconds[-1:], values[-1:], "o", color=colour, markersize=4.5, clip_on=False, zorder=3)
+    if target is not None:
+        level = 1 - target if as_error else target
+        axes.axhline(level, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        axes.annotate(
+            f"target {amount(level)}",
+            (0, level),
+            (3, 3),
+            textcoords="offset points",
+            size=8.5,
+            color=_FAINT,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            zorder=4,
+        )
+    _name_ends(axes, curves, ends, names)
+
+
+def _pen(index: int) -> tuple[str, Any]:
+    """Colour and dashes of a line."""
+    return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+
+
+def _name_ends(
+    axes: Axes,
+    curves: Mapping[str, tuple[Array, Array, Array]],
+    ends: Mapping[str, float],
+    names: Mapping[str, str],
+) -> None:
+    """Write each line's name to the right of where it ends, moved apart as little as makes them readable."""
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    points = {label: tuple(to_fraction.transform((curves[label][0][-1], end))) for label, end in ends.items()}
+    height = axes.get_position().height * _SIZE[1] * 72
+    order = sorted(ends, key=lambda label: (points[label][1], list(ends).index(label)))
+    heights = _spread([float(points[label][1]) for label in order], 14 / height)
+    for label, y in zip(order, heights, strict=True):
+        colour, _ = _pen(list(curves).index(label))
+        axes.annotate(
+            names[label],
+            xy=points[label],
+            xytext=(1.045, y),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            size=10,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "shrinkB": 3,
+            },
+            annotation_clip=False,
+        )
+
+
+def _spread(positions: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """The nearest positions (least squares) that are at least ``gap`` apart and in [low, high]; given in order.
+
+    Without the gaps this is a regression onto increasing numbers: neighbours in the wrong order share their mean.
+    """
+    gap = min(gap, (high - low) / max(1, len(positions) - 1))
+    blocks: list[tuple[float, int]] = []
+    for index, position in enumerate(positions):
+        mean, count = position - index * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            other, more = blocks.pop()
+            mean, count = (mean * count + other * more) / (count + more), count + more
+        blocks.append((mean, count))
+    flat = [mean for mean, count in blocks for _ in range(count)]
+    top = high - (len(positions) - 1) * gap
+    return [min(max(mean, low), top) + index * gap for index, mean in enumerate(flat)]
+
+
+# Right: the weights
+
+
+def _weighted_run(records: Sequence[RunRecord]) -> RunRecord | None:
+    """The first run that weights layers, else the first that gives its ranks unequal weights."""
+    for record in records:
+        if record.weights and len(record.weights[0]) > 1 and len(record.weights[0][0]) > 1:
+            return record
+    for record in records:
+        if any(abs(row[0] - 1 / len(ranks)) > 1e-9 for ranks in record.weights for row in ranks):
+            return record
+    return None
+
+
+def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int) -> None:
+    """Weights from ``left`` on: a panel per rank, rounds to the right, layers from input (top) to output (bottom).
+
+    Args:
+        figure: to draw in.
+        record: with ``weights``.
+        left: fraction of the figure's width.
+        siblings: runs of that method in the figure, of which this is one.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    weights = np.array(record.weights, dtype=np.float64)  # [R, W, K]
+    rounds, ranks, layers = weights.shape
+    note = f"{ranks} ranks × {layers} layers × {rounds} rounds" if layers > 1 else f"{ranks} ranks × {rounds} rounds"
+    if layers > 1 and ranks > _MOST_RANKS:
+        weights = weights.mean(2, keepdims=True)
+        note += ", mean over layers"
+    with np.errstate(divide="ignore"):
+        ratio = np.log2(weights * ranks)  # equally far from 0: half and twice the equal share
+    finite = np.abs(ratio[np.isfinite(ratio)])
+    limit = max(float(np.quantile(finite, 0.99)) if finite.size else 0.0, 0.05)
+    norm = Normalize(-limit, limit)
+    right, bottom, top = 0.915, 0.125, 0.8
+    seed = f" (seed {record.facts['seed']})" if siblings > 1 and "seed" in record.facts else ""
+    _draw_heading(figure, left, f"Weights of {record.method}", note)
+    if ratio.shape[2] > 1:
+        names = record.layers if len(record.layers) == layers else [f"layer {i + 1}" for i in range(layers)]
+        left = _draw_ranks(figure, ratio, names, norm, (left, bottom, right, top))
+    else:
+        left += 0.035
+        axes = figure.add_axes((left, bottom, right - left, top - bottom))
+        _draw_image(axes, ratio[:, :, 0].T, norm)
+        axes.set_yticks(_ticks(ranks, 20))
+        axes.set_ylabel("rank")
+        axes.set_xticks([1, rounds] if rounds > 1 else [1])
+    figure.text((left + right) / 2, _CAPTION, f"round{seed}", ha="center", va="baseline")
+
+    figure.text(right + 0.013, top + 0.014, "weight", size=9)
+    bar_axes = figure.add_axes((right + 0.014, bottom, 0.011, top - bottom))
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    clipped = bool((ratio < -limit - 1e-9).any()), bool((ratio > limit + 1e-9).any())
+    bar = figure.colorbar(
+        ScalarMappable(norm, _colour_map()), cax=bar_axes, extend=extend[clipped], extendfrac=0.02, drawedges=False
+    )
+    bar.outline.set_visible(False)
+    ticks = [-limit, 0.0, limit]
+    bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    shares = [2**tick / ranks for tick in ticks]
+    bar.ax.set_yticklabels([f"{shares[0]:.2g}", f"1/W =\n{shares[1]:.2g}", f"{shares[2]:.2g}"])
+    bar.ax.tick_params(length=0, labelsize=9)
+
+
+def _draw_ranks(
+    figure: Figure, ratio: Array, names: Sequence[str], norm: Normalize, box: tuple[float, float, float, float]
+) -> float:
+    """A grid of panels, one per rank, of ``ratio`` ``[R, W, K]``; returns where they begin, right of the names."""
+    rounds, ranks, layers = ratio.shape
+    left, bottom, right, top = box
+    lines = 1 if ranks <= 8 else 2
+    columns = math.ceil(ranks / lines)
+    gap_x, gap_y = 0.005, 0.055
+    height = (top - bottom - (lines - 1) * gap_y) / lines
+    shown = _ticks(layers, int(height * _SIZE[1] * 72 / 9.5))
+    labels = [_short(names[i]) for i in shown]
+    left += max(_text_width(figure, label, 7.5) for label in labels) + 0.006
+    width = (right - left - (columns - 1) * gap_x) / columns
+    for rank in range(ranks):
+        line, column = divmod(rank, columns)
+        axes = figure.add_axes((left + column * (width + gap_x), top - height - line * (height + gap_y), width, height))
+        _draw_image(axes, ratio[:, rank].T, norm)
+        axes.set_title(f"rank {rank}" if columns <= 4 or column == 0 else f"{rank}", size=9, pad=3, color=_INK)
+        axes.set_yticks(shown if column == 0 else [], labels if column == 0 else [])
+        axes.tick_params(axis="y", labelsize=7.5, pad=2)
+        last_line = rank + columns >= ranks
+        axes.set_xticks([1, rounds] if last_line and rounds > 1 else [])
+        axes.tick_params(axis="x", labelsize=8.5, pad=2)
+        for tick, side in zip(axes.get_xticklabels(), _SIDES, strict=False):
+            tick.set_horizontalalignment(side)
+    return left
+
+
+def _draw_image(axes: Axes, ratio: Array, norm: Normalize) -> None:
+    """A heat map of ``[Y, R]``, rounds counted from 1."""
+    lines, rounds = ratio.shape
+    axes.imshow(
+        np.clip(ratio, norm.vmin, norm.vmax),
+        cmap=_colour_map(),
+        norm=norm,
+        aspect="auto",
+        extent=(0.5, rounds + 0.5, lines - 0.5, -0.5),
+        interpolation="auto",
+    )
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _colour_map() -> str:
+    return "RdBu_r"
+
+
+def _ticks(count: int, most: int) -> list[int]:
+    """At most about ``most`` evenly spaced indices of ``count``, the first and the last among them."""
+    step = math.ceil(count / max(1, most))
+    ticks = list(range(0, count, step))
+    if 0 < count - 1 - ticks[-1] < 0.8 * step and len(ticks) > 1:
+        ticks.pop()
+    return list(dict.fromkeys([*ticks, count - 1]))
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]

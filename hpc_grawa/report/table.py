@@ -1,0 +1,240 @@
+"""Runs as a table: one row per experiment, mean ± standard deviation over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..log import human_bytes
+from .runs import RunRecord, evaluated_part, group, setting
+
+
+@dataclass(frozen=True)
+class Row:
+    """One experiment: its runs differ in their seeds only.
+
+    Attributes:
+        label: the method, and what tells it from other experiments of that method.
+        method: its name alone.
+        runs: how many there are.
+        seeds: theirs, in the order of the runs.
+        state: ``finished``, or what else became of the runs.
+        mean: over the runs, of every number in ``summary.json`` that all of them have, under its key; also
+            ``seconds_to_target``, over the runs that reach it.
+        std: standard deviation over the runs (n - 1 in the denominator); empty for a single run.
+        reached: how many runs reach the target.
+    """
+
+    label: str
+    method: str
+    runs: int
+    seeds: tuple[int, ...]
+    state: str
+    mean: dict[str, float]
+    std: dict[str, float]
+    reached: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and what they have in common.
+
+    Attributes:
+        rows: in the order in which the experiments were given.
+        setting: model, data, ranks and budget in words, as far as they are the same for all.
+        metric: what the model is judged by.
+        part: the data on which the time to target was measured.
+        target: value of the metric to which the time is taken, or None where none was given and there is none in common.
+        target_given: whether the caller chose the target.
+    """
+
+    rows: tuple[Row, ...]
+    setting: str
+    metric: str
+    part: str
+    target: float | None
+    target_given: bool
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
+    """One row per experiment: one a run, or mean and standard deviation over the seeds where several were run.
+
+    The time to target is that of the first evaluation at which the center meets the target. Chosen here, the target is
+    the last value of the run that ends worst: the hardest target that every finished run holds at its end, so that no
+    method is left out and none is favoured. (A target from the means would be missed by some of the seeds, and a mean
+    over the others would flatter their method.) A run that diverged makes that target an easy one: give your own then.
+    For a single experiment none is chosen.
+
+    Args:
+        records: finished and unfinished runs; the latter have rows of their own and no say in the target.
+        target: value of the metric, or None for the one above.
+
+    Raises:
+        ConfigError: if there are no runs, or they are judged by different metrics.
+    """
+    experiments = group(records)
+    part = evaluated_part(records)
+    chosen = _hardest_common_target(records, part) if target is None and len(experiments) > 1 else target
+    return Table(
+        rows=tuple(_row(label, runs, chosen, part) for label, runs in experiments.items()),
+        setting=setting(records),
+        metric=records[0].metric,
+        part=part,
+        target=chosen,
+        target_given=target is not None,
+    )
+
+
+def markdown(table: Table) -> str:
+    """The table for people: a line that says what is compared, aligned Markdown, and a note on what the columns say."""
+    metric = table.metric
+    amount = formatter(metric)
+    repeated = any(row.runs > 1 for row in table)
+    columns: list[tuple[str, Callable[[Row], str]]] = [("method", lambda row: row.label)]
+    if repeated:
+        columns.append(("runs", lambda row: str(row.runs)))
+
+    def add(heading: str, key: str, form: Callable[[float], str], spread: bool = False, always: bool = True) -> None:
+        if always or any(row.mean.get(key) for row in table):
+            columns.append((heading, lambda row: _cell(row, key, form, spread)))
+
+    add("center, test", f"center_test_{metric}", amount, spread=True)
+    add("mean, test", f"mean_test_{metric}", amount, spread=True)
+    add("center, train", f"center_train_{metric}", amount, spread=True)
+    add("gap", "gap", amount, spread=True)
+    add("steps", "steps", _count)
+    add("rounds", "rounds", _count)
+    add("sent/rank", "bytes_sent", human_bytes)
+    add("computing", "compute_seconds", _seconds)
+    add("communicating", "communication_seconds", _seconds)
+    add("hidden", "hidden_seconds", _seconds, always=False)
+    add("waiting", "waiting_seconds", _seconds)
+    if table.target is not None:
+        columns.append((f"to {amount(table.target)}", _reached))
+
+    grid = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in table)]
+    title = ": ".join(filter(None, (metric.capitalize(), table.setting)))
+    return "\n".join([f"{title}.", "", *_aligned(grid), "", _note(table)])
+
+
+def write_csv(table: Table, path: str | Path) -> None:
+    """Write raw numbers: accuracies as fractions, bytes, seconds; all there are in the summaries, not the table's few.
+
+    One line a row. The standard deviation follows each number as ``<key>_std``, empty for a single run; ``target`` and
+    ``seconds_to_target`` come last.
+    """
+    keys = list(dict.fromkeys(key for row in table for key in row.mean if key != "seconds_to_target"))
+    keys.append("seconds_to_target")
+    head = ["experiment", "method", "state", "runs", "seeds"]
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*head, *(name for key in keys for name in (key, f"{key}_std")), "target", "reached"])
+        for row in table:
+            seeds = " ".join(map(str, row.seeds))
+            numbers = (values.get(key, "") for key in keys for values in (row.mean, row.std))
+            target = "" if table.target is None else table.target
+            writer.writerow([row.label, row.method, row.state, row.runs, seeds, *numbers, target, row.reached])
+
+
+def formatter(metric: str) -> Callable[[float], str]:
+    """How values of a metric are written for people: accuracies as ``97.2 %``, others to four digits."""
+    return (lambda value: f"{100 * value:.1f} %") if metric.endswith("accuracy") else (lambda value: f"{value:.4g}")
+
+
+def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str) -> Row:
+    facts = [run.facts for run in runs]
+    keys = [key for key in facts[0] if key != "seed" and all(_is_number(fact.get(key)) for fact in facts)]
+    samples = {key: [float(fact[key]) for fact in facts] for key in keys}
+    times = [] if target is None else [run.time_to(target, part) for run in runs]
+    if reached := [time for time in times if time is not None]:
+        samples["seconds_to_target"] = reached
+    return Row(
+        label=label,
+        method=runs[0].method,
+        runs=len(runs),
+        seeds=tuple(fact["seed"] for fact in facts if "seed" in fact),
+        state=facts[0]["state"],
+        mean={key: statistics.fmean(values) for key, values in samples.items()},
+        std={key: _std(values) for key, values in samples.items() if len(values) > 1},
+        reached=len(reached),
+    )
+
+
+def _hardest_common_target(records: Iterable[RunRecord], part: str) -> float | None:
+    finished = [record for record in records if record.summary is not None]
+    ends = [curve[-1][1] for record in finished if (curve := record.curve(part)) and math.isfinite(curve[-1][1])]
+    if not ends:
+        return None
+    return min(ends) if finished[0].higher_is_better else max(ends)
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cell(row: Row, key: str, form: Callable[[float], str], spread: bool) -> str:
+    if key not in row.mean:
+        return "-"
+    text = form(row.mean[key])
+    if not spread or key not in row.std:
+        return text
+    number, _, unit = text.partition(" ")
+    return " ".join(filter(None, (number, "±", form(row.std[key]).partition(" ")[0], unit)))
+
+
+def _reached(row: Row) -> str:
+    text = _cell(row, "seconds_to_target", _seconds, spread=True)
+    return text if row.reached in (0, row.runs) else f"{text} ({row.reached} of {row.runs})"
+
+
+def _note(table: Table) -> str:
+    """What the columns say."""
+    metric, amount = table.metric, formatter(table.metric)
+    entries = [
+        f"center, mean: {metric} of the method's center after the last round, and of the uniform mean of all ranks",
+        "gap: by how much the center is better on training data than on test data",
+    ]
+    if any(row.std for row in table):
+        entries.append("±: standard deviation over the runs (other columns: their mean)")
+    if table.target is not None:
+        why = "" if table.target_given else ", the hardest target that every finished run holds at its end"
+        entries.append(
+            f"to {amount(table.target)}: training seconds until an evaluation of the center on {table.part} data first "
+            f"finds that or better{why}"
+        )
+    return "\n".join(f"- {entry}." for entry in entries)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f} s"
+
+
+def _aligned(grid: list[list[str]]) -> list[str]:
+    """Markdown lines: the first column to the left, numbers to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*grid, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[text.rjust(width) for text, width in zip(cells, widths, strict=True)] for cells in grid]
+    for line, cells in zip(lines, grid, strict=True):
+        line[0] = cells[0].ljust(widths[0])
+    return [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]

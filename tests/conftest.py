@@ -1,0 +1,154 @@
+"""Where the tests' ranks come from: simulated in this process, or processes that a launcher started.
+
+    pytest                                          all tests; rank tests on 1, 2, 3 and 4 simulated ranks
+    mpirun -np 3 pytest -m ranks --backend mpi      the rank tests alone; every process is one rank
+
+A rank test takes the fixture `on_ranks` (or `on_several_ranks`, which leaves out worlds of one) and gives it a
+function of a communicator. What that returned on each rank comes back in order of rank, on every backend:
+
+    def test_sum(on_ranks):
+        def body(comm):
+            return comm.allreduce(torch.ones(1), "setup").wait().item()
+
+        assert on_ranks(body) == [on_ranks.size] * on_ranks.size
+
+In a launched job every rank runs every test in the same order over one communicator. Only rank 0 writes; a rank that
+fails writes its report and ends the job. A job that takes longer than HPC_GRAWA_TEST_SECONDS (240) writes the stack of
+every rank and ends. Property tests draw differently in every process, so they run on simulated ranks only.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hypothesis
+import pytest
+import torch
+
+from hpc_grawa.comm import Communicator, Meter, connect, simulate
+
+T = TypeVar("T")
+WORLD_SIZES = (1, 2, 3, 4)
+
+hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("same every time")
+
+
+class Ranks:
+    """Runs a function on every rank. `size` is their number, `backend` their kind."""
+
+    def __init__(self, size: int, backend: str, comm: Communicator | None) -> None:
+        self.size, self.backend, self._comm = size, backend, comm
+
+    def __call__(self, body: Callable[[Communicator], T]) -> list[T]:
+        if self._comm is None:
+            return simulate(self.size, body)
+        self._comm.meter = Meter()
+        message = pickle.dumps(body(self._comm))
+        return [pickle.loads(result) for result in self._comm.gather_bytes(message)]
+
+
+def launch(ranks: int, *arguments: str, seconds: float, limit: int = 240) -> tuple[int, str]:
+    """Run `python *arguments` on so many ranks of MPI: its exit status, and what all ranks wrote."""
+    here = Path(sys.executable).with_name("mpirun")
+    mpirun = str(here) if here.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("there is no mpirun")
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    crowded = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    tests = Path(__file__).parent
+    ours = {
+        "PYTHONPATH": f"{tests.parent}:{tests}",
+        "OMP_NUM_THREADS": "1",
+        "HPC_GRAWA_TEST_SECONDS": str(limit),
+    }
+    done = subprocess.run(
+        [mpirun, "-np", str(ranks), sys.executable, *arguments],
+        env={**os.environ, **as_root, **crowded, **ours},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+    )
+    return done.returncode, done.stdout
+
+
+class Job:
+    """This process as one rank of a launched job."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        # pytest replaces the descriptor 2 during tests; reports and stacks must get out.
+        self._stderr = os.fdopen(os.dup(2), "w")
+        # The stack of each rank; the alarm, which no handler catches, ends the process a little later.
+        limit = int(os.environ.get("HPC_GRAWA_TEST_SECONDS", "240"))
+        faulthandler.dump_traceback_later(limit, file=self._stderr)
+        signal.alarm(limit + 3)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._end_if(report.failed, f"{report.nodeid} failed in its {report.when}", report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._end_if(report.failed, f"{report.nodeid} cannot be collected", report)
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self._end_if(True, "pytest has failed", excrepr)
+
+    def _end_if(self, failed: bool, title: str, report: Any) -> None:
+        if not failed or self.comm.size == 1:  # a world of one ends as pytest does
+            return
+        time.sleep(0.5 * self.comm.rank)  # where all ranks fail alike, the lowest speaks for them
+        text = getattr(report, "longreprtext", str(report))
+        sections = "".join(f"\n--- {name}\n{content}" for name, content in getattr(report, "sections", ()))
+        print(f"\n=== rank {self.comm.rank} of {self.comm.size}: {title}\n{text}{sections}", file=self._stderr, flush=True)
+        time.sleep(0.2)  # for the launcher to pass it on
+        self.comm.abort(1)
+
+    def pytest_unconfigure(self) -> None:
+        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
+        self.comm.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=("simulated", "mpi", "horovod", "single"), default="simulated")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    backend = config.getoption("--backend")
+    if backend == "simulated":
+        return
+    job = Job(connect(backend))
+    config.pluginmanager.register(job, "job")
+    if job.comm.rank > 0:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    job = metafunc.config.pluginmanager.get_plugin("job")
+    sizes = WORLD_SIZES if job is None else (job.comm.size,)
+    for fixture, least in (("on_ranks", 1), ("on_several_ranks", 2)):
+        if fixture in metafunc.fixturenames:
+            worlds = [pytest.param(n, id=f"W{n}", marks=pytest.mark.ranks) for n in sizes if n >= least]
+            metafunc.parametrize(fixture, worlds, indirect=True)
+
+
+@pytest.fixture
+def on_ranks(request: pytest.FixtureRequest) -> Ranks:
+    job = request.config.pluginmanager.get_plugin("job")
+    return Ranks(request.param, request.config.getoption("--backend"), job and job.comm)
+
+
+on_several_ranks = on_ranks

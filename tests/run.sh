@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The battery of `make test`, which puts the environment first on PATH. Stops at the first launch that fails.
+# Each launch has its own time limit, so that ranks that wait for each other end the battery instead of stopping it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks outnumber cores here
+
+launch() { # SECONDS COMMAND...
+    local limit=$1 start=$SECONDS status=0
+    shift
+    printf '\n== %s\n' "$*"
+    timeout --kill-after=10 "$limit" "$@" || status=$?
+    case $status in
+        0) printf '== %d s\n' $((SECONDS - start)) ;;
+        124 | 137) printf '== FAILED: no end after %d s: %s\n' "$limit" "$*" >&2 ;;
+        *) printf '== FAILED (status %d): %s\n' "$status" "$*" >&2 ;;
+    esac
+    [ "$status" -eq 0 ] || exit "$status"
+}
+
+pytest=(python -m pytest -p no:cacheprovider -q)
+ranks=("${pytest[@]}" -m ranks)
+
+launch 900 python -m pytest -q -m "not slow and not ranks"
+for size in 1 2 3 4; do
+    launch 300 mpirun -np "$size" "${ranks[@]}" --backend mpi
+done
+if command -v horovodrun >/dev/null; then
+    for size in 2 4; do
+        launch 300 mpirun -np "$size" "${ranks[@]}" --backend horovod
+    done
+    launch 120 horovodrun --mpi -np 2 "${ranks[@]}" --backend horovod -k smoke
+    launch 120 horovodrun --gloo -np 2 -H localhost:2 "${ranks[@]}" --backend horovod -k smoke
+else
+    printf '\n== Horovod is not built here: its launches are left out\n'
+fi
+printf '\n== all launches passed\n'

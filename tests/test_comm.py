@@ -1,0 +1,291 @@
+"""The verbs on every backend, what simulated ranks refuse, and how a job ends when a rank fails."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+from conftest import Ranks, launch
+from torch import Tensor
+
+from hpc_grawa.comm import Communicator, simulate
+from hpc_grawa.comm.base import Meter
+from hpc_grawa.errors import Unmatched
+
+DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
+SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0))
+
+
+def own(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Small whole numbers, different on each rank and in each place: sums are exact in every dtype."""
+    count = int(np.prod(shape))
+    return (torch.arange(count).reshape(shape) % 5 + 10 * rank + 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smoke_verbs(on_ranks: Ranks, dtype: torch.dtype) -> None:
+    world = on_ranks.size
+
+    def body(comm: Communicator) -> list[list[Tensor]]:
+        assert (comm.size, comm.backend) == (world, on_ranks.backend)
+        results = []
+        for shape in SHAPES:
+            x = own(comm.rank, shape, dtype)
+            total = x.clone()
+            assert comm.allreduce(total, "center").wait().data_ptr() == total.data_ptr()
+            kept = x.clone()
+            rows = comm.allgather(kept, "center").wait()
+            assert torch.equal(kept, x)
+            last = x.clone()
+            comm.broadcast(last, world - 1, "center").wait()
+            to_all = torch.stack([x + m for m in range(world)])
+            mine = comm.alltoall(to_all, "center").wait()
+            results.append([total, rows, last, mine])
+        return results
+
+    for rank, results in enumerate(on_ranks(body)):
+        for shape, (total, rows, last, mine) in zip(SHAPES, results, strict=True):
+            x = [own(m, shape, dtype) for m in range(world)]
+            assert torch.equal(total, torch.stack(x).sum(0).to(dtype))
+            assert torch.equal(rows, torch.stack(x))
+            assert torch.equal(last, x[-1])
+            assert torch.equal(mine, torch.stack([y + rank for y in x]))
+            assert {t.dtype for t in (total, rows, last, mine)} == {dtype}
+
+
+def test_broadcast_from_every_root_and_from_none(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> list[int]:
+        for root in (-1, comm.size):
+            with pytest.raises(ValueError, match=rf"rank {root}.*0\.\.{comm.size - 1}"):
+                comm.broadcast(torch.zeros(1), root, "setup")
+        received = [comm.broadcast(torch.tensor([10 + comm.rank]), root, "setup").wait() for root in range(comm.size)]
+        return [int(x) for x in received]
+
+    assert on_ranks(body) == [[10 + root for root in range(on_ranks.size)]] * on_ranks.size
+
+
+def test_messages_under_way_at_once_arrive_each_in_its_own_tensor(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> list[list[float]]:
+        sums = [torch.full((size,), float(size * (comm.rank + 1))) for size in (3, 1, 1000, 2)]
+        works = [comm.allreduce(x, "gradient", bucket=b) for b, x in enumerate(sums)]
+        rows = comm.allgather(torch.tensor([comm.rank]), "control")
+        center = torch.tensor([float(comm.rank)])
+        moved = comm.broadcast(center, 0, "center")
+        for work in reversed(works):  # waited for in another order than started
+            work.wait()
+        assert rows.wait().flatten().tolist() == list(range(comm.size))
+        assert rows.wait() is rows.wait()
+        assert moved.wait().item() == 0
+        return [x.unique().tolist() for x in sums]
+
+    ranks = sum(m + 1 for m in range(on_ranks.size))
+    assert on_ranks(body) == [[[3.0 * ranks], [ranks], [1000.0 * ranks], [2.0 * ranks]]] * on_ranks.size
+
+
+def test_what_is_not_contiguous_is_refused(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        x = torch.zeros(comm.size, 4)[:, ::2]
+        for verb in (comm.allreduce, comm.allgather, comm.alltoall):
+            with pytest.raises(ValueError, match=r"needs a contiguous tensor, got strides \(4, 2\)"):
+                verb(x, "setup")
+        with pytest.raises(ValueError, match="contiguous"):
+            comm.broadcast(x, 0, "setup")
+        with pytest.raises(ValueError, match=f"one row per rank: {comm.size} rows"):
+            comm.alltoall(torch.zeros(comm.size + 1), "setup")
+        comm.barrier()
+
+    on_ranks(body)
+
+
+def test_gather_bytes_of_any_length(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> list[list[bytes]]:
+        return [comm.gather_bytes(bytes(range(256)) * (n * comm.rank)) for n in (0, 1, 3)]
+
+    for gathered in on_ranks(body):
+        assert gathered == [[bytes(range(256)) * (n * m) for m in range(on_ranks.size)] for n in (0, 1, 3)]
+
+
+def test_the_meter_counts_bytes_as_specified(on_ranks: Ranks) -> None:
+    world = on_ranks.size
+
+    def body(comm: Communicator) -> Meter:
+        comm.meter = Meter()
+        comm.allreduce(torch.zeros(31), "gradient").wait()
+        comm.allgather(torch.zeros(5, dtype=torch.float64), "control").wait()
+        comm.broadcast(torch.zeros(7, dtype=torch.uint8), 0, "center").wait()
+        comm.alltoall(torch.zeros(world, 3), "center").wait()
+        comm.allreduce(torch.zeros(1000), "evaluate").wait()
+        comm.barrier()
+        return comm.meter
+
+    for meter in on_ranks(body):
+        sent = {
+            "gradient": ref.bytes_sent("allreduce", 124, world),
+            "control": ref.bytes_sent("allgather", 40, world),
+            "center": ref.bytes_sent("broadcast", 7, world) + ref.bytes_sent("alltoall", 12 * world, world),
+        }
+        assert {purpose: meter.bytes_sent[purpose] for purpose in sent} == pytest.approx(sent)
+        assert meter.training_bytes_sent == round(sum(sent.values()))
+        assert meter.training_payload_bytes == 124 + 40 + 7 + 12 * world
+        assert dict(meter.calls) == {"gradient": 1, "control": 1, "center": 2, "evaluate": 1, "setup": 1}
+        assert meter.waiting_seconds == meter.seconds["control"]
+        assert meter.communication_seconds == meter.seconds["center"] + meter.seconds["gradient"]
+
+
+def test_hidden_seconds_are_those_between_start_and_wait_counted_once() -> None:
+    meter = Meter()
+    meter.waited("gradient", began=1.0, waited_from=3.0, waited_until=3.5, done=2.0)
+    meter.waited("gradient", began=1.5, waited_from=3.5, waited_until=4.0, done=3.25)
+    meter.waited("evaluate", began=4.0, waited_from=9.0, waited_until=9.0, done=8.0)
+    assert meter.hidden_seconds == pytest.approx((2.0 - 1.0) + (3.25 - 2.0))
+    assert meter.communication_seconds == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Simulated ranks.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_unmatched_calls_name_ranks_and_calls() -> None:
+    def body(comm: Communicator) -> None:
+        comm.allreduce(torch.zeros(3 if comm.rank == 2 else 4), "center").wait()
+
+    with pytest.raises(Unmatched, match=r"rank 2 is allreduce 'center'.*\(3,\).*rank 0 is allreduce.*\(4,\)"):
+        simulate(3, body)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_rank_that_ends_early_is_named(waits: bool) -> None:
+    def body(comm: Communicator) -> None:
+        comm.barrier()
+        if comm.rank != 1:
+            work = comm.allgather(torch.zeros(2), "control")
+            if waits:
+                work.wait()
+
+    with pytest.raises(Unmatched, match="rank 1 has ended after 1 calls") as error:
+        simulate(3, body)
+    assert ("rank 0 waits in call 1, allgather 'control'" in str(error.value)) == waits
+
+
+def test_a_rank_that_raises_ends_all() -> None:
+    ended = []
+
+    def body(comm: Communicator) -> None:
+        try:
+            comm.barrier()
+            if comm.rank == 1:
+                raise ZeroDivisionError("on rank 1")
+            comm.barrier()
+            ended.append(comm.rank)
+        finally:
+            ended.append(-1)
+
+    with pytest.raises(ZeroDivisionError, match="on rank 1"):
+        simulate(3, body)
+    assert ended == [-1] * 3
+
+
+def test_ranks_have_random_streams_of_their_own_and_the_callers_is_kept() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def body(comm: Communicator) -> list[list[float]]:
+        random.seed(comm.rank)
+        np.random.seed(comm.rank)
+        torch.manual_seed(comm.rank)
+        drawn = []
+        for _ in range(3):
+            drawn.append(draw())
+            comm.barrier()
+        return drawn
+
+    def alone(seed: int) -> list[list[float]]:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        return [draw() for _ in range(3)]
+
+    expected = [alone(m) for m in range(4)]
+    alone(99)
+    following = draw()
+    alone(99)
+    assert simulate(4, body) == expected
+    assert draw() == following
+
+
+def test_a_rank_starts_from_the_callers_random_stream() -> None:
+    torch.manual_seed(5)
+    first = torch.rand(()).item()
+    torch.manual_seed(5)
+    assert simulate(2, lambda comm: torch.rand(()).item()) == [first, first]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launched jobs.
+# ---------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, torch
+from hpc_grawa.comm import connect
+comm = connect("{backend}")
+comm.barrier()
+if comm.rank in {failing}:
+    work = comm.allreduce(torch.zeros(10), "center")
+    raise ZeroDivisionError("deliberate")
+comm.allgather(torch.zeros(10), "control").wait()
+comm.barrier()
+print("reached the end")
+"""
+
+
+@pytest.mark.parametrize("backend", ["mpi", "horovod"])
+@pytest.mark.parametrize("failing", [(1,), (0, 1, 2)], ids=["one fails", "all fail"])
+def test_a_rank_that_raises_ends_the_job(backend: str, failing: tuple[int, ...]) -> None:
+    if backend == "horovod":
+        pytest.importorskip("horovod.torch")
+    start = time.monotonic()
+    status, output = launch(3, "-c", PROGRAM.format(backend=backend, failing=failing), seconds=60)
+    assert status != 0
+    assert time.monotonic() - start < 30
+    assert output.count("ZeroDivisionError: deliberate") == 1, output
+    assert f"rank {failing[0]} of 3 failed" in output
+    assert "reached the end" not in output
+
+
+HARNESS: dict[str, Any] = {
+    "passes": "on_ranks(lambda comm: comm.barrier())",
+    "one fails": "on_ranks(lambda comm: check(comm.rank != 2))",
+    "all fail": "on_ranks(lambda comm: check(False))",
+    "hangs": "on_ranks(lambda comm: comm.rank == 2 or comm.barrier())",
+    "cannot be collected": "1 / 0",
+}
+
+
+@pytest.mark.parametrize("case", HARNESS)
+def test_how_launched_tests_report(case: str, tmp_path: Any) -> None:
+    body = HARNESS[case]
+    at_import = body if "collected" in case else ""
+    (tmp_path / "test_case.py").write_text(
+        f"def check(fine):\n    assert fine\n\n{at_import}\n\ndef test_case(on_ranks):\n    {body}\n"
+    )
+    arguments = ("-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "--rootdir", str(tmp_path))
+    status, output = launch(3, *arguments, "--backend", "mpi", str(tmp_path), seconds=60, limit=2)
+    if case == "passes":
+        assert status == 0, output
+        assert output.count("1 passed") == 1, output
+        return
+    assert status != 0
+    assert "passed" not in output
+    if case == "hangs":
+        assert output.count('in test_case') == 3, output  # one stack per rank
+    else:
+        rank = 2 if case == "one fails" else 0
+        assert output.count("=== rank") == 1, output
+        assert f"=== rank {rank} of 3: test_case.py" in output
+        assert ("ZeroDivisionError" if "collected" in case else "assert False") in output
