@@ -122,6 +122,7 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line."""
         if self.speaks:
+            self._last_line = time.monotonic()
             if self._bar is not None:
                 self._bar.clear()
             print(text, flush=True)
@@ -138,7 +139,6 @@ class Log:
             share: of the budget used, in [0, 1].
             text: loss and the like.
         """
-        self._last_line = time.monotonic()
         if not self._live:
             self.say(text)
             return
@@ -149,6 +149,7 @@ class Log:
                 self.say(text)
                 return
             self._bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar:24}| {desc}", file=sys.stdout, leave=False)
+        self._last_line = time.monotonic()
         self._bar.n = min(100, 100 * share)
         self._bar.set_description_str(text)
 

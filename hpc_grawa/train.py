@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,102 @@ from .config import Config
 from .data import Examples
 from .evaluate import Judge, autocast, buffers_kept, recalibrate, uniform_mean
 from .log import Log, commit, human_bytes, versions, write_atomically
-from .methods import Run
 from .schedules import RunFacts
 from .synchronizer import Round
 from .vector import ParameterVector
 
 
-@dataclass
-class Result:
-    """What ``fit`` leaves on every rank: the summary, the model, and its own parameters as views of ``vector``."""
+class Worker:
+    """One rank's share of a run: its data, model, optimizer and method, one local step at a time.
 
-    summary: dict[str, Any]
-    model: nn.Module
-    vector: ParameterVector
+    Args:
+        config: checked, the same on all ranks.
+        comm: the ranks; all must make a worker.
+
+    Raises:
+        RanksDisagree: ranks do not have the same model or method.
+    """
+
+    def __init__(self, config: Config, comm: Communicator) -> None:
+        self.config, self.comm, self.clock = config, comm, Clock()
+        seed = config.run.seed
+        self.splits = config.data.load()
+        self.sampler = config.data.sampler(comm.rank, comm.size, seed)
+        # One stream for the common start, then one per rank (dropout, and starts that are to differ).
+        torch.manual_seed(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
+        self.model = config.build_model()
+        torch.manual_seed(_own_seed(seed, comm.rank))
+        config.data.prepare_model(self.model)
+        self.vector = ParameterVector(self.model)
+        self.optimizer = config.optimizer.build(self.vector.parameters)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
+        self.facts = RunFacts(
+            lr=self._peaks[0],
+            peak_lr=self._peaks[0],
+            warmup_steps=config.schedule.warmup,
+            steps_left=self.total_steps,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+        )
+        self.run = config.method.build(
+            comm,
+            self.vector,
+            self.optimizer,
+            self._probe,
+            facts=self.facts,
+            clock=lambda: self.clock.seconds,
+            control_every=config.run.control_every,
+            start=config.run.start,
+        )
+
+    def step(self) -> Tensor:
+        """One local step, and the round if one is due; returns its loss, a 0-d tensor."""
+        facts = self.facts
+        factor = self.config.schedule(facts)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self._batch = self.splits.train.batch(self.sampler.indices(facts.step), self.sampler.generator(facts.step))
+        loss: Tensor = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
+        if self.total_steps is not None:
+            facts.steps_left = self.total_steps - facts.step - 1
+        self.run.after_step(loss)
+        facts.progress = min(1.0, self.used)
+        return loss
+
+    @property
+    def used(self) -> float:
+        """The share of the budget used, 1 or more at the end; the same on all ranks."""
+        return self.config.budget.used(self.facts, self.total_steps)
+
+    def _closure(self) -> Tensor:
+        aggregator, parts = self.run.aggregator, self.config.optimizer.accumulate
+        aggregator.zero_grad(self.optimizer)
+        inputs, targets = self._batch
+        total = torch.zeros((), device=self.vector.data.device)
+        for i, part in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
+            if i == parts - 1:
+                aggregator.start()
+            loss = self._loss(part) / parts
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        aggregator.finish()
+        if self.config.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.vector.parameters, self.config.optimizer.clip_norm)
+        return total
+
+    def _probe(self) -> Tensor:
+        method, number = self.config.method, sum(s.rounds for s in self.run.synchronizers)
+        index = self.sampler.probe_indices(number, method.probe_batches, method.probe_from)
+        return self._loss(self.splits.train.batch(index.flatten()))
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        with autocast(self.config.precision, self.vector.data.device):
+            loss: Tensor = self.config.loss(self.model(inputs), targets)
+        return loss
 
 
-def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: bool | None = None) -> Result:
+def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: bool | None = None) -> dict[str, Any]:
     """Train until the budget is used, evaluate, and write the run's folder. All ranks must call it.
 
     Args:
@@ -44,131 +123,59 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
         folder: the run's folder on rank 0; nothing is written without one.
         speaks: whether this rank prints; by default rank 0 does.
 
+    Returns:
+        The summary that ``summary.json`` holds.
+
     Raises:
         RanksDisagree: ranks do not have the same model, method, learning rate or period.
         NonFinite: training has diverged on all ranks.
     """
-    rank, size = comm.rank, comm.size
-    comm.meter = Meter()
-    log = Log(folder, speaks=rank == 0 if speaks is None else speaks)
-    splits = config.data.load()
-    sampler = config.data.sampler(rank, size, config.run.seed)
-    # One stream for the common start, then one per rank (dropout, and starts that are to differ).
-    torch.manual_seed(config.run.seed if config.run.start == "common" else _own_seed(config.run.seed, rank))
-    model = config.build_model()
-    torch.manual_seed(_own_seed(config.run.seed, rank))
-    config.data.prepare_model(model)
-    vector = ParameterVector(model)
-    optimizer = config.optimizer.build(vector.parameters)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    total_steps = config.budget.total_steps(sampler.steps_per_epoch)
-    facts = RunFacts(
-        lr=peaks[0],
-        peak_lr=peaks[0],
-        warmup_steps=config.schedule.warmup,
-        steps_left=total_steps,
-        steps_per_epoch=sampler.steps_per_epoch,
-    )
-    device = vector.data.device
-
-    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, targets = batch
-        with autocast(config.precision, device):
-            loss: Tensor = config.loss(model(inputs), targets)
-        return loss
-
-    def probe() -> Tensor:
-        number = run.synchronizers[0].rounds
-        index = sampler.probe_indices(number, config.method.probe_batches, config.method.probe_from)
-        return loss_of(splits.train.batch(index.flatten()))
-
-    clock = Clock()
-    run = config.method.build(
-        comm,
-        vector,
-        optimizer,
-        probe,
-        facts=facts,
-        clock=lambda: clock.seconds,
-        control_every=config.run.control_every,
-        start=config.run.start,
-    )
-    examiner = Examiner(config, comm, run, splits.train, sampler.indices)
-    progress = Progress(log, comm, clock, facts, size * config.data.batch_size, config.log.every)
+    comm.meter = meter = Meter()
+    log = Log(folder, speaks=comm.rank == 0 if speaks is None else speaks)
+    worker = Worker(config, comm)
+    facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
+    examiner = Examiner(worker)
+    progress = Progress(log, worker)
     for synchronizer in run.synchronizers:
         synchronizer.on_round = progress.on_round
-    _greet(config, log, comm, vector, run, len(splits.train), len(splits.test), sampler.steps_per_epoch)
+    _greet(log, worker)
     seen, part = (splits.test, "test") if splits.validation is None else (splits.validation, "validation")
     best = (-math.inf, 0)
-    next_evaluation = config.eval.every
-
-    def closure() -> Tensor:
-        run.aggregator.zero_grad(optimizer)
-        inputs, targets = batch
-        parts = config.optimizer.accumulate
-        total = torch.zeros((), device=device)
-        for i, micro in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
-            if i == parts - 1:
-                run.aggregator.start()
-            loss = loss_of(micro) / parts
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
-        run.aggregator.finish()
-        if config.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(vector.parameters, config.optimizer.clip_norm)
-        return total
+    name, sign = config.metric.name, 1 if config.metric.higher_is_better else -1
 
     def evaluate() -> None:
         nonlocal best
         with clock.paused(), examiner.center():
             scores = examiner.judge(seen)
-        value = scores[config.metric.name]
-        best = max(best, (value if config.metric.higher_is_better else -value, facts.step))
+        best = max(best, (sign * scores[name], facts.step))
         progress.on_evaluation(part, scores)
 
     comm.barrier()
     clock.restart()
-    used = 0.0
-    while used < 1:
-        factor = config.schedule(facts)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        batch = splits.train.batch(sampler.indices(facts.step), sampler.generator(facts.step))
-        loss = optimizer.step(closure)  # type: ignore[arg-type]
-        if total_steps is not None:
-            facts.steps_left = total_steps - facts.step - 1
-        run.after_step(loss)
-        used = config.budget.used(facts, total_steps)
-        facts.progress = min(1.0, used)
-        progress.on_step(loss, used)
-        if run.control.stop:
-            break
-        if used < 1 and facts.elapsed(config.eval.unit) >= next_evaluation:
+    next_evaluation = config.eval.every
+    while worker.used < 1 and not run.control.stop:
+        loss = worker.step()
+        progress.on_step(loss)
+        if worker.used < 1 and facts.elapsed(config.eval.unit) >= next_evaluation:
             next_evaluation = config.eval.every * (1 + facts.elapsed(config.eval.unit) // config.eval.every)
             evaluate()
     run.finish()
     training_seconds = clock.seconds
-    meter = comm.meter
+    evaluate()
+    final = examiner.everything()
+    if folder is not None:
+        torch.save(final.pop("center_state"), folder / "center.pt")
     waiting, communication = meter.waiting_seconds, meter.communication_seconds
-    with clock.paused():
-        evaluate()
-        final, consensus = examiner.everything(splits.test)
-        with examiner.center():
-            if folder is not None:
-                torch.save({k: v.detach().clone() for k, v in model.state_dict().items()}, folder / "center.pt")
-    name = config.metric.name
-    sign = 1 if config.metric.higher_is_better else -1
-    examples = facts.step * size * config.data.batch_size
     summary: dict[str, Any] = {
         "state": "finished",
         "name": folder.name if folder else None,
         "method": type(config.method).__name__,
         "backend": comm.backend,
-        "world_size": size,
+        "world_size": comm.size,
         "steps": facts.step,
         "rounds": sum(s.rounds for s in run.synchronizers),
         "healed": sum(s.healed for s in run.synchronizers),
-        "epochs": facts.step / sampler.steps_per_epoch,
+        "epochs": facts.step / worker.sampler.steps_per_epoch,
         "training_seconds": training_seconds,
         "compute_seconds": training_seconds - waiting - communication,
         "communication_seconds": communication,
@@ -184,9 +191,8 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
         "best_step": best[1],
         "best_part": part,
         f"final_center_{name}": final[f"center_test_{name}"],
-        "consensus_distance": consensus,
-        "images_per_second": examples / training_seconds,
-        "parameters": len(vector),
+        "images_per_second": facts.step * comm.size * config.data.batch_size / training_seconds,
+        "parameters": len(worker.vector),
         "seed": config.run.seed,
         "versions": versions(),
         "commit": commit(),
@@ -195,36 +201,29 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
         write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     log.close()
     log.say(_farewell(summary, name, folder))
-    return Result(summary, model, vector)
+    return summary
 
 
 class Examiner:
-    """Puts the evaluated models in place, one after the other, and judges them.
+    """Puts the evaluated models in place, one after the other, and judges them; training notices nothing of it."""
 
-    Args:
-        config: loss, metric, and how BatchNorm statistics are made.
-        comm: the ranks.
-        run: whose center and parameters are evaluated.
-        train: training examples, for recalibration and training accuracy.
-        indices: of the rank's n-th training batch.
-    """
-
-    def __init__(self, config: Config, comm: Communicator, run: Run, train: Examples, indices: Any) -> None:
-        self._config, self._comm, self._run, self._train, self._indices = config, comm, run, train, indices
-        self._judge = Judge(config.loss, config.metric, config.precision)
-        self._model = run.vector.model
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self._config, self._comm = worker, worker.config, worker.comm
+        self._model = worker.model
+        self._judge = Judge(self._config.loss, self._config.metric, self._config.precision)
 
     @contextmanager
     def center(self) -> Iterator[None]:
         """Within the block the model is the center."""
-        with self._in_place(self._run.center):
+        with self._in_place(self._worker.run.center):
             yield
 
     @contextmanager
     def _in_place(self, parameters: Tensor) -> Iterator[None]:
-        with buffers_kept(self._model), self._run.vector.swapped(parameters):
+        train, sampler = self._worker.splits.train, self._worker.sampler
+        with buffers_kept(self._model), self._worker.vector.swapped(parameters):
             if self._config.method.buffers == "recalibrate":
-                batches = (self._train.batch(self._indices(b))[0] for b in range(self._config.eval.bn_batches))
+                batches = (train.batch(sampler.indices(b))[0] for b in range(self._config.eval.bn_batches))
                 recalibrate(self._model, batches, self._comm, self._config.precision)
             yield
 
@@ -232,48 +231,38 @@ class Examiner:
         """Loss and metric of the model that is in place; all ranks share the work."""
         return self._judge.judge(self._model, examples, self._comm, limit)
 
-    def everything(self, test: Examples) -> tuple[dict[str, Any], float]:
-        """Center, mean and local models on the test set, the center on training examples; the consensus distance."""
-        name = self._config.metric.name
-        mean, consensus = uniform_mean(self._comm, self._run.vector)
-        found: dict[str, Any] = {}
+    def everything(self) -> dict[str, Any]:
+        """Center, mean and local models on the test set, the center on training examples, and ``center_state``."""
+        splits, name = self._worker.splits, self._config.metric.name
+        mean, consensus = uniform_mean(self._comm, self._worker.vector)
         with self.center():
-            center = self.judge(test)
-            train = self.judge(self._train, self._config.eval.train_examples)
+            center = self.judge(splits.test)
+            train = self.judge(splits.train, self._config.eval.train_examples)
+            state = {key: tensor.detach().clone() for key, tensor in self._model.state_dict().items()}
         with self._in_place(mean):
-            averaged = self.judge(test)
-        local = self._judge.judge(self._model, test)
+            averaged = self.judge(splits.test)
+        local = self._judge.judge(self._model, splits.test)
         row = torch.tensor([local["loss"], local[name]], dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
-        for key in ("loss", name):
+        found: dict[str, Any] = {"center_state": state, "consensus_distance": consensus}
+        for column, key in enumerate(("loss", name)):
             found |= {f"center_test_{key}": center[key], f"center_train_{key}": train[key]}
-            found |= {f"mean_test_{key}": averaged[key]}
-        found |= {"local_test_loss": table[:, 0].tolist(), f"local_test_{name}": table[:, 1].tolist()}
-        return found, consensus
+            found |= {f"mean_test_{key}": averaged[key], f"local_test_{key}": table[:, column].tolist()}
+        return found
 
 
 class Progress:
-    """Turns what happens into records and lines.
+    """Turns what happens into records and lines."""
 
-    Args:
-        log: where they go.
-        comm: whose meter is reported.
-        clock: training seconds.
-        facts: step, learning rate and the like.
-        examples: of all ranks in one step.
-        every: steps between training records.
-    """
-
-    def __init__(
-        self, log: Log, comm: Communicator, clock: Clock, facts: RunFacts, examples: int, every: int
-    ) -> None:
-        self._log, self._comm, self._clock, self._facts = log, comm, clock, facts
-        self._examples, self._every = examples, every
+    def __init__(self, log: Log, worker: Worker) -> None:
+        self._log, self._worker = log, worker
+        self._comm, self._clock, self._facts = worker.comm, worker.clock, worker.facts
+        self._examples, self._every = worker.comm.size * worker.config.data.batch_size, worker.config.log.every
         self._loss: Tensor | None = None
         self._since = (0, 0.0)
         self._shown = ""
 
-    def on_step(self, loss: Tensor, used: float) -> None:
+    def on_step(self, loss: Tensor) -> None:
         """Add up the loss; write and show it now and then."""
         self._loss = loss.clone() if self._loss is None else self._loss.add_(loss)
         step = self._facts.step
@@ -286,14 +275,14 @@ class Progress:
         rate = count * self._examples / max(seconds - since, 1e-9)
         epoch = step / (self._facts.steps_per_epoch or 1)
         if self._log.due:
-            meter = self._comm.meter
+            meter, used = self._comm.meter, self._worker.used
             waiting, communication = (100 * s / seconds for s in (meter.waiting_seconds, meter.communication_seconds))
+            eta = f"ETA {seconds * (1 - used) / used:.0f} s" if used else ""
             self._log.progress(
                 used,
                 f"{seconds:6.1f} s  step {step}  epoch {epoch:.2f}  loss {mean:.4f}  lr {self._facts.lr:.4g}  "
                 f"{rate:,.0f}/s  compute {100 - waiting - communication:.0f} %  communicate {communication:.0f} %  "
-                f"wait {waiting:.0f} %  sent {human_bytes(meter.training_bytes_sent)}  {self._shown}"
-                f"ETA {seconds * (1 - used) / max(used, 1e-9):.0f} s",
+                f"wait {waiting:.0f} %  sent {human_bytes(meter.training_bytes_sent)}  {self._shown}{eta}",
             )
         if step % self._every == 0:
             lr = self._facts.lr
@@ -331,22 +320,21 @@ def _own_seed(seed: int, rank: int) -> int:
     return (seed * 1_000_003 + rank + 1) % 2**63
 
 
-def _greet(
-    config: Config, log: Log, comm: Communicator, vector: ParameterVector, run: Run, train: int, test: int, epoch: int
-) -> None:
-    layers = next((s.averager.layers for s in run.synchronizers if s.averager.layers is not None), None)
+def _greet(log: Log, worker: Worker) -> None:
+    config, vector, size = worker.config, worker.vector, worker.comm.size
+    layers = [s.averager.layers.names for s in worker.run.synchronizers if s.averager.layers is not None]
     log.record(
         "start",
         method=type(config.method).__name__,
-        world_size=comm.size,
-        layers=list(layers.names) if layers else list(vector.names),
+        world_size=size,
+        layers=list(layers[0] if layers else vector.names),
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    batch = config.data.batch_size
+    train, test, batch = len(worker.splits.train), len(worker.splits.test), config.data.batch_size
     log.say(f"method     {config.method}")
     log.say(
         f"data       {type(config.data).__name__}, {train:,} training and {test:,} test examples; {batch} per rank x "
-        f"{comm.size} ranks = {batch * comm.size} per step, {epoch} steps per epoch"
+        f"{size} ranks = {batch * size} per step, {worker.sampler.steps_per_epoch} steps per epoch"
     )
     log.say(f"model      {config.model_name}, {len(vector):,} parameters in {len(vector.parameters)} tensors")
     log.say(f"optimizer  {config.optimizer}; {config.schedule}; {config.precision}, {torch.get_num_threads()} threads")

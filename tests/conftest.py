@@ -107,7 +107,7 @@ class Job:
     def _end_if(self, failed: bool, title: str, report: Any) -> None:
         if not failed or self.comm.size == 1:  # a world of one ends as pytest does
             return
-        time.sleep(0.5 * self.comm.rank)  # where all ranks fail alike, the lowest speaks for them
+        time.sleep(self.comm.rank)  # where all ranks fail alike, the lowest speaks for them
         text = getattr(report, "longreprtext", str(report))
         sections = "".join(f"\n--- {name}\n{content}" for name, content in getattr(report, "sections", ()))
         print(f"\n=== rank {self.comm.rank} of {self.comm.size}: {title}\n{text}{sections}", file=self._stderr, flush=True)

@@ -58,7 +58,7 @@ class Meter:
 
     def waited(self, purpose: str, began: float, waited_from: float, waited_until: float, done: float | None) -> None:
         self.seconds[purpose] += waited_until - waited_from
-        if purpose in TRAINING_PURPOSES:
+        if purpose in ("center", "gradient"):
             # Messages overlap each other: count the union of their intervals, not their sum.
             start, end = max(began, self._hidden_until), min(waited_from, done or waited_from)
             if end > start:
@@ -125,7 +125,7 @@ class Communicator(ABC):
         self.meter = Meter()
 
     def allreduce(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
-        """Sum ``x`` over all ranks, in place."""
+        """Sum ``x`` over all ranks, in place; not of uint8, which Horovod cannot add."""
         return self._start("allreduce", x, purpose, bucket)
 
     def allgather(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
@@ -176,7 +176,7 @@ class Communicator(ABC):
         speak = sys.excepthook
 
         def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            time.sleep(min(0.5 * self.rank, 2.0))  # where all ranks fail alike, the lowest speaks for them
+            time.sleep(min(self.rank, 2))  # where all ranks fail alike, the lowest speaks for them
             speak(kind, error, trace)
             print(f"rank {self.rank} of {self.size} failed: ending the job on all ranks", file=sys.stderr)
             self.abort()

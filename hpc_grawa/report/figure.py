@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from .table import formatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -44,7 +44,6 @@ _SIZE = (12.0, 5.4)  # inches; 1200 pixels wide on a page at 100 per inch
 _DPI = 200
 _SUFFIXES = (".png", ".pdf", ".svg")
 
-_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 _CAPTION = 0.045  # where the names of the horizontal axes stand
 _MOST_RANKS = 24  # with their own panel; of more, the layers' mean is shown
 
@@ -62,8 +61,8 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
         target: value of the metric that is marked, or None.
 
     Raises:
-        ConfigError: if the suffix is another, Matplotlib is missing, no run was evaluated, or the runs are judged by
-            different metrics.
+        ConfigError: if the suffix is another, Matplotlib is missing, no run was evaluated, the runs are judged by
+            different metrics, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES:
@@ -87,7 +86,10 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
         _draw_curves(figure, records[0], part, curves, target, right=0.985 if weighted is None else 0.53)
         if weighted is not None:
             _draw_weights(figure, weighted, 0.565, sum(run.method == weighted.method for run in records))
-        figure.savefig(path)
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise ConfigError(f"the figure {path} cannot be written: {error.strerror}") from error
 
 
 def _draw_title(figure: Figure, records: Sequence[RunRecord], experiments: Mapping[str, Sequence[RunRecord]]) -> None:
@@ -147,7 +149,6 @@ def _draw_curves(
     right: float,
 ) -> None:
     """Lines on the left up to ``right``, each named where it ends."""
-    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     as_error = record.metric.endswith("accuracy") and record.higher_is_better
@@ -158,11 +159,12 @@ def _draw_curves(
         return 1 - values if as_error else values
 
     ends = {label: float(shown(means[-1:])[0]) for label, (_, means, _) in curves.items()}
-    names = {label: f"{label}  {amount(end)}" for label, end in ends.items()}
+    only = record.method if len(curves) > 1 and all(label.startswith(f"{record.method} ") for label in curves) else ""
+    names = {label: f"{label.removeprefix(only).strip()}  {amount(end)}" for label, end in ends.items()}
     left, bottom, top = 0.062, 0.125, 0.83
     room = 0.028 + max(_text_width(figure, name, 10) for name in names.values())
     axes = figure.add_axes((left, bottom, right - room - left, top - bottom))
-    _draw_heading(figure, 0.02, f"{part.capitalize()} {name} of the center")
+    _draw_heading(figure, 0.02, f"{part.capitalize()} {name} of the center", only)
 
     seconds_end = max(float(seconds[-1]) for seconds, _, _ in curves.values())
     axes.set_xlim(0, seconds_end or 1.0)
@@ -209,7 +211,7 @@ def _draw_curves(
             textcoords="offset points",
             size=8.5,
             color=_FAINT,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             zorder=4,
         )
     _name_ends(axes, curves, ends, names)
@@ -230,6 +232,7 @@ def _name_ends(
     to_fraction = axes.transData + axes.transAxes.inverted()
     points = {label: tuple(to_fraction.transform((curves[label][0][-1], end))) for label, end in ends.items()}
     height = axes.get_position().height * _SIZE[1] * 72
+    gap = 18 / (axes.get_position().width * _SIZE[0] * 72)
     order = sorted(ends, key=lambda label: (points[label][1], list(ends).index(label)))
     heights = _spread([float(points[label][1]) for label in order], 14 / height)
     for label, y in zip(order, heights, strict=True):
@@ -237,7 +240,7 @@ def _name_ends(
         axes.annotate(
             names[label],
             xy=points[label],
-            xytext=(1.045, y),
+            xytext=(1 + gap, y),
             xycoords="axes fraction",
             textcoords="axes fraction",
             va="center",
@@ -305,14 +308,14 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     note = f"{ranks} ranks × {layers} layers × {rounds} rounds" if layers > 1 else f"{ranks} ranks × {rounds} rounds"
     if layers > 1 and ranks > _MOST_RANKS:
         weights = weights.mean(2, keepdims=True)
-        note += ", mean over layers"
+        note = f"{ranks} ranks × {rounds} rounds, mean of {layers} layers"
     with np.errstate(divide="ignore"):
         ratio = np.log2(weights * ranks)  # equally far from 0: half and twice the equal share
     finite = np.abs(ratio[np.isfinite(ratio)])
     limit = max(float(np.quantile(finite, 0.99)) if finite.size else 0.0, 0.05)
     norm = Normalize(-limit, limit)
     right, bottom, top = 0.915, 0.125, 0.8
-    seed = f" (seed {record.facts['seed']})" if siblings > 1 and "seed" in record.facts else ""
+    run = f" (run {record.path.name})" if siblings > 1 else ""
     _draw_heading(figure, left, f"Weights of {record.method}", note)
     if ratio.shape[2] > 1:
         names = record.layers if len(record.layers) == layers else [f"layer {i + 1}" for i in range(layers)]
@@ -324,9 +327,9 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
         axes.set_yticks(_ticks(ranks, 20))
         axes.set_ylabel("rank")
         axes.set_xticks([1, rounds] if rounds > 1 else [1])
-    figure.text((left + right) / 2, _CAPTION, f"round{seed}", ha="center", va="baseline")
+    figure.text((left + right) / 2, _CAPTION, f"round{run}", ha="center", va="baseline")
 
-    figure.text(right + 0.013, top + 0.014, "weight", size=9)
+    figure.text(right + 0.013, top + 0.018, "weight", size=9)
     bar_axes = figure.add_axes((right + 0.014, bottom, 0.011, top - bottom))
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     clipped = bool((ratio < -limit - 1e-9).any()), bool((ratio > limit + 1e-9).any())
@@ -338,7 +341,7 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     shares = [2**tick / ranks for tick in ticks]
-    bar.ax.set_yticklabels([f"{shares[0]:.2g}", f"1/W =\n{shares[1]:.2g}", f"{shares[2]:.2g}"])
+    bar.ax.set_yticklabels([f"{shares[0]:.2g}", f"1/W =\n{shares[1]:.3g}", f"{shares[2]:.2g}"])
     bar.ax.tick_params(length=0, labelsize=9)
 
 
@@ -356,6 +359,7 @@ def _draw_ranks(
     labels = [_short(names[i]) for i in shown]
     left += max(_text_width(figure, label, 7.5) for label in labels) + 0.006
     width = (right - left - (columns - 1) * gap_x) / columns
+    roomy = _text_width(figure, f"1  {rounds}", 8.5) < width
     for rank in range(ranks):
         line, column = divmod(rank, columns)
         axes = figure.add_axes((left + column * (width + gap_x), top - height - line * (height + gap_y), width, height))
@@ -363,11 +367,12 @@ def _draw_ranks(
         axes.set_title(f"rank {rank}" if columns <= 4 or column == 0 else f"{rank}", size=9, pad=3, color=_INK)
         axes.set_yticks(shown if column == 0 else [], labels if column == 0 else [])
         axes.tick_params(axis="y", labelsize=7.5, pad=2)
-        last_line = rank + columns >= ranks
-        axes.set_xticks([1, rounds] if last_line and rounds > 1 else [])
+        ends = {1: roomy or column == 0, rounds: roomy or column == columns - 1 or rank == ranks - 1}
+        shown_rounds = [end for end, fits in ends.items() if fits and rank + columns >= ranks]  # no panel below it
+        axes.set_xticks(shown_rounds)
         axes.tick_params(axis="x", labelsize=8.5, pad=2)
-        for tick, side in zip(axes.get_xticklabels(), _SIDES, strict=False):
-            tick.set_horizontalalignment(side)
+        for tick, end in zip(axes.get_xticklabels(), shown_rounds, strict=True):
+            tick.set_horizontalalignment("left" if end == 1 else "right")
     return left
 
 
@@ -387,8 +392,12 @@ def _draw_image(axes: Axes, ratio: Array, norm: Normalize) -> None:
         spine.set_visible(False)
 
 
-def _colour_map() -> str:
-    return "RdBu_r"
+def _colour_map() -> ListedColormap:
+    """Blue: less than an equal share, red: more; without the darkest ends."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["RdBu_r"](np.linspace(0.07, 0.93, 255)))
 
 
 def _ticks(count: int, most: int) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..log import human_bytes
 from .runs import RunRecord, evaluated_part, group, setting
 
@@ -48,7 +50,7 @@ class Table:
         setting: model, data, ranks and budget in words, as far as they are the same for all.
         metric: what the model is judged by.
         part: the data on which the time to target was measured.
-        target: value of the metric to which the time is taken, or None where none was given and there is none in common.
+        target: value of the metric to which the time is taken, or None where none was given or found.
         target_given: whether the caller chose the target.
     """
 
@@ -134,19 +136,26 @@ def write_csv(table: Table, path: str | Path) -> None:
     """Write raw numbers: accuracies as fractions, bytes, seconds; all there are in the summaries, not the table's few.
 
     One line a row. The standard deviation follows each number as ``<key>_std``, empty for a single run; ``target`` and
-    ``seconds_to_target`` come last.
+    ``reached`` (runs) come last.
+
+    Raises:
+        ConfigError: if the file cannot be written.
     """
     keys = list(dict.fromkeys(key for row in table for key in row.mean if key != "seconds_to_target"))
     keys.append("seconds_to_target")
     head = ["experiment", "method", "state", "runs", "seeds"]
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*head, *(name for key in keys for name in (key, f"{key}_std")), "target", "reached"])
-        for row in table:
-            seeds = " ".join(map(str, row.seeds))
-            numbers = (values.get(key, "") for key in keys for values in (row.mean, row.std))
-            target = "" if table.target is None else table.target
-            writer.writerow([row.label, row.method, row.state, row.runs, seeds, *numbers, target, row.reached])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*head, *(name for key in keys for name in (key, f"{key}_std")), "target", "reached"])
+    for row in table:
+        seeds = " ".join(map(str, row.seeds))
+        numbers = (values.get(key, "") for key in keys for values in (row.mean, row.std))
+        target = "" if table.target is None else table.target
+        writer.writerow([row.label, row.method, row.state, row.runs, seeds, *numbers, target, row.reached])
+    try:
+        Path(path).write_text(text.getvalue(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the table {path} cannot be written: {error.strerror}") from error
 
 
 def formatter(metric: str) -> Callable[[float], str]:

@@ -1,0 +1,97 @@
+"""What a run would be, found by making its first steps: ``hpc-grawa train --dry_run``."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import replace
+
+from torch import Tensor
+
+from .comm.base import Communicator, Purpose, Verb, Work
+from .config import Config
+from .log import human_bytes
+from .schedules import RunFacts
+from .train import Worker
+
+STEPS = 5
+
+
+class MirrorCommunicator(Communicator):
+    """A world of ``size`` ranks that all hold what this process holds: sums are multiples, gathers repeat."""
+
+    backend = "none"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(0, size)
+
+    def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        if verb == "allreduce":
+            x.mul_(self.size)
+        result = x.expand(self.size, *x.shape).clone() if verb == "allgather" else x
+        return Work(lambda: result, self.meter, purpose)
+
+    def abort(self, status: int = 1) -> None:
+        raise SystemExit(status)
+
+
+def plan(config: Config, world_size: int) -> str:
+    """Batch, learning rate, steps, rounds, bytes, memory and time of a run of ``world_size`` ranks, as lines of text.
+
+    Makes a few steps and one round on this process, timed; writes nothing.
+    """
+    comm = MirrorCommunicator(world_size)
+    worker = Worker(config, comm)
+    worker.step()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        worker.step()
+    seconds = (time.perf_counter() - start) / STEPS
+    per_step = comm.meter.bytes_sent["gradient"] / (STEPS + 1)
+    before = _round_bytes(comm)
+    start = time.perf_counter()
+    worker.run.finish()
+    round_seconds = time.perf_counter() - start
+    per_round = _round_bytes(comm) - before if worker.run.synchronizers else 0
+    epoch = worker.sampler.steps_per_epoch
+    periods = [s.period for s in worker.run.synchronizers]
+    rounds = sum(epoch / period for period in periods)
+    batch = config.data.batch_size
+    total = worker.total_steps or None
+    length = [f"{total:,} steps" if total else "", f"{config.budget.seconds:g} s" if config.budget.seconds else ""]
+    budget = ", ".join(filter(None, length)) + (", whichever comes first" if all(length) else "")
+    parameters = worker.vector.data.numel() * worker.vector.data.element_size()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = [
+        f"method            {config.method}",
+        f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
+        f"learning rate     {_rates(config, worker)}",
+        f"budget            {budget}; {epoch:,} steps per epoch",
+        f"rounds            {rounds:.4g} per epoch" + (f", every {periods[0]:g} local steps" if periods else ""),
+        f"sent per rank     {human_bytes(per_round)} per round, {human_bytes(per_step)} per step, "
+        f"{human_bytes(per_round * rounds + per_step * epoch)} per epoch",
+        f"memory per rank   {human_bytes(memory)} at its peak here; parameters {human_bytes(parameters)}",
+        f"time per epoch    {seconds * epoch:.3g} s of local steps ({1000 * seconds:.3g} ms each, timed over {STEPS}) + "
+        f"{round_seconds * rounds:.2g} s of rounds, without the network",
+    ]
+    return "\n".join(lines)
+
+
+def _round_bytes(comm: Communicator) -> float:
+    return comm.meter.bytes_sent["center"] + comm.meter.bytes_sent["control"]
+
+
+def _rates(config: Config, worker: Worker) -> str:
+    """The learning rate at the start, at quarters and at the end of the budget."""
+    peak, shown = config.optimizer.lr, []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        steps = worker.total_steps
+        facts: RunFacts = replace(
+            worker.facts,
+            step=math.floor(share * ((steps or 1) - 1)),
+            seconds=share * (config.budget.seconds or 0.0),
+            progress=share,
+        )
+        shown.append(f"{peak * config.schedule(facts):.3g} at {share:.0%}")
+    return ", ".join(shown)

@@ -1,0 +1,296 @@
+"""Reports: what the tables and figures say is what the run folders hold, computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
+from hpc_grawa.report.figure import _spread, _ticks
+
+RANKS = 4
+LAYERS = ["conv.weight", "conv.bias", "head.weight"]
+
+
+def make_run(
+    folder: Path,
+    method: str = "LGRAWA",
+    seed: int = 36,
+    curve: Sequence[tuple[float, float]] = ((0, 0.1), (5, 0.8), (10, 0.95)),
+    metric: str = "accuracy",
+    layers: int = len(LAYERS),
+    finished: bool = True,
+    settings: dict[str, Any] | None = None,
+    part: str = "test",
+    **summary: Any,
+) -> Path:
+    """A run folder as train.py writes it; ``curve`` holds (seconds, metric)."""
+    path = folder / (f"{method}-{seed}" if settings is None else f"{method}-{seed}-{len(list(folder.iterdir()))}")
+    path.mkdir(parents=True)
+    arguments = "".join(f"    {key}: {value}\n" for key, value in {"pull": 0.5, **(settings or {})}.items())
+    (path / "config.yaml").write_text(
+        f"method:\n  class_path: hpc_grawa.methods.{method}\n  init_args:\n{arguments}"
+        "model:\n  class_path: hpc_grawa.models.SmallCNN\ndata:\n  class_path: hpc_grawa.data.Digits\n"
+        f"budget:\n  seconds: 10\n  epochs: null\nrun:\n  name: {path.name}\n  dir: {folder}\n  seed: {seed}\n"
+    )
+    events: list[dict[str, Any]] = [{"event": "start", "method": method, "world_size": RANKS, "layers": LAYERS}]
+    for step, (seconds, value) in enumerate(curve):
+        where = {"step": 10 * step, "epoch": step / 2, "seconds": seconds, "part": part, "model": "center"}
+        events.append({"event": "evaluate", **where, "loss": 1.0, metric: value})
+    generator = np.random.default_rng(seed)
+    for number in range(1, 6):
+        weights = generator.dirichlet(np.full(RANKS, 5.0), size=layers).T.tolist()
+        where = {"step": 4 * number, "seconds": 2.0 * number, "period": 4, "lr": 0.1}
+        events.append({"event": "round", "round": number, **where, "weights": weights, "leader": 0, "healed": []})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if finished:
+        final = curve[-1][1]
+        facts = {
+            "state": "finished",
+            "name": path.name,
+            "method": method,
+            "world_size": RANKS,
+            "steps": 1040,
+            "rounds": 5,
+            "training_seconds": curve[-1][0],
+            "compute_seconds": 8.0,
+            "communication_seconds": 1.5,
+            "waiting_seconds": 0.5,
+            "hidden_seconds": 0.0,
+            "bytes_sent": 12_345_678,
+            "metric": metric,
+            "higher_is_better": metric != "perplexity",
+            f"center_test_{metric}": final,
+            f"mean_test_{metric}": final - 0.01,
+            f"local_test_{metric}": [final] * RANKS,
+            f"center_train_{metric}": final + 0.02,
+            "gap": 0.02,
+            f"final_center_{metric}": final,
+            "seed": seed,
+            "versions": {"torch": "2"},
+            "commit": None,
+            **summary,
+        }
+        (path / "summary.json").write_text(json.dumps(facts))
+    return path
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table by heading."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_a_row_per_run_says_what_the_summary_says(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "LGRAWA"), make_run(tmp_path, "EASGD", curve=((0, 0.1), (5, 0.7), (10, 0.9)))]
+    text = markdown(rows([read_run(run) for run in runs]))
+    assert text.startswith("Accuracy: SmallCNN on Digits, 4 ranks, 10 s of training time each.\n")
+    assert cells(text)[0] == {
+        "method": "LGRAWA",
+        "center, test": "95.0 %",
+        "mean, test": "94.0 %",
+        "center, train": "97.0 %",
+        "gap": "2.0 %",
+        "steps": "1,040",
+        "rounds": "5",
+        "sent/rank": "12.3 MB",
+        "computing": "8.0 s",
+        "communicating": "1.5 s",
+        "waiting": "0.5 s",
+        "to 90.0 %": "10.0 s",
+    }
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in table}) == 1, "columns are not aligned"
+
+
+def test_several_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
+    finals = (0.94, 0.95, 0.99)
+    runs = [
+        make_run(tmp_path, seed=seed, curve=((0, 0.1), (10 + seed, final)), bytes_sent=1000 * seed)
+        for seed, final in zip((1, 2, 3), finals, strict=True)
+    ]
+    runs.append(make_run(tmp_path, "EASGD", curve=((0, 0.1), (5, 0.7))))
+    table = rows([read_run(run) for run in runs])
+    first, second = table
+    assert (first.label, first.runs, first.seeds, second.runs) == ("LGRAWA", 3, (1, 2, 3), 1)
+    assert first.mean["center_test_accuracy"] == pytest.approx(0.96, abs=1e-15)
+    # deviations -.02, -.01, .03: squares sum to .0014, over n - 1 = 2
+    assert first.std["center_test_accuracy"] == pytest.approx(0.0007**0.5, rel=1e-12)
+    assert first.mean["bytes_sent"] == 2000
+    assert not second.std
+    line, single = cells(markdown(table))
+    assert (line["runs"], line["center, test"], single["center, test"]) == ("3", "96.0 ± 2.6 %", "70.0 %")
+    assert line["to 70.0 %"] == "12.0 ± 1.0 s"
+
+
+def test_settings_make_experiments_seeds_do_not(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, seed=seed, settings={"period": period}) for period in (8, 16) for seed in (1, 2)]
+    labels = {label: len(members) for label, members in group([read_run(run) for run in runs]).items()}
+    assert labels == {"LGRAWA period=8": 2, "LGRAWA period=16": 2}
+
+
+def test_time_to_target_is_that_of_the_first_evaluation_that_meets_it(tmp_path: Path) -> None:
+    quick = make_run(tmp_path, "LGRAWA", curve=((0, 0.1), (2, 0.93), (4, 0.89), (10, 0.96)))
+    slow = make_run(tmp_path, "EASGD", curve=((0, 0.1), (2, 0.5), (9, 0.90), (10, 0.92)))
+    records = [read_run(quick), read_run(slow)]
+    assert records[0].time_to(0.9, "test") == 2 and records[1].time_to(0.9, "test") == 9
+    assert records[1].time_to(0.95, "test") is None
+    table = rows(records)
+    assert table.target == 0.92  # EASGD ends worst
+    assert [row.mean["seconds_to_target"] for row in table] == [2, 10]
+    assert [cell["to 95.0 %"] for cell in cells(markdown(rows(records, target=0.95)))] == ["10.0 s", "-"]
+
+
+def test_seeds_that_miss_the_target_are_counted(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, seed=seed, curve=((0, 0.1), (seed, 0.9 + 0.02 * seed))) for seed in (1, 2, 3)]
+    table = rows([read_run(run) for run in runs], target=0.93)
+    assert (table[0].reached, table[0].mean["seconds_to_target"]) == (2, 2.5)
+    assert cells(markdown(table))[0]["to 93.0 %"] == "2.5 ± 0.7 s (2 of 3)"
+    assert rows([read_run(run) for run in runs]).target is None  # nothing to compare with
+
+
+def test_validation_is_the_target_where_it_was_evaluated(tmp_path: Path) -> None:
+    path = make_run(tmp_path, part="validation")
+    table = rows([read_run(path)], target=0.8)
+    assert (table.part, table[0].mean["seconds_to_target"]) == ("validation", 5)
+    assert "validation" in markdown(table)
+
+
+def test_csv_holds_the_numbers_themselves(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, seed=seed, curve=((0, 0.1), (5, 1 - seed / 77))) for seed in (1, 2, 3)]
+    runs.append(make_run(tmp_path, "EASGD", curve=((0, 0.1), (7, 2 / 3))))
+    table = rows([read_run(run) for run in runs])
+    write_csv(table, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["method"], line["runs"], line["seeds"]) for line in lines] == [
+        ("LGRAWA", "3", "1 2 3"),
+        ("EASGD", "1", "36"),
+    ]
+    for line, row in zip(lines, table, strict=True):
+        assert {key: float(line[key]) for key in row.mean} == row.mean
+        assert {key: float(line[f"{key}_std"]) for key in row.std} == row.std
+    values = [1 - seed / 77 for seed in (1, 2, 3)]
+    assert float(lines[0]["center_test_accuracy"]) == statistics.fmean(values)
+    assert float(lines[0]["center_test_accuracy_std"]) == statistics.stdev(values)
+    assert lines[1]["center_test_accuracy_std"] == "" and float(lines[1]["target"]) == 2 / 3
+
+
+def test_an_unfinished_run_tells_what_it_can(tmp_path: Path) -> None:
+    done, running = make_run(tmp_path), make_run(tmp_path, seed=7, finished=False)
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "evaluate", "step": 99, "seco')
+    record = read_run(running)
+    assert record.summary is None and len(record.events["evaluate"]) == 3 and len(record.weights) == 5
+    records = [read_run(done), record]
+    row = cells(markdown(rows(records)))[1]
+    assert (row["method"], row["center, test"], row["steps"], row["rounds"], row["mean, test"]) == (
+        "LGRAWA (unfinished)",
+        "95.0 %",
+        "20",
+        "5",
+        "-",
+    )
+    draw(records, tmp_path / "figure.png")
+
+
+def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("empty", "file", "missing"):
+        with pytest.raises(ConfigError, match=f"{tmp_path / name} is no run folder"):
+            read_run(tmp_path / name)
+    broken = make_run(tmp_path, finished=False)
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write("{\n{}\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 10, is not JSON"):
+        read_run(broken)
+    with pytest.raises(ConfigError, match="no runs"):
+        rows([])
+    with pytest.raises(ConfigError, match=r"accuracy.*perplexity"):
+        rows([read_run(make_run(tmp_path, "A")), read_run(make_run(tmp_path, "B", metric="perplexity"))])
+
+
+def test_another_metric_lower_is_better(tmp_path: Path) -> None:
+    quick = make_run(tmp_path, "LGRAWA", metric="perplexity", curve=((0, 80.0), (2, 12.345), (10, 4.5)))
+    slow = make_run(tmp_path, "EASGD", metric="perplexity", curve=((0, 80.0), (2, 30.0), (10, 12.5)))
+    records = [read_run(quick), read_run(slow)]
+    table = rows(records)
+    assert table.target == 12.5
+    text = markdown(table)
+    assert [(row["center, test"], row["to 12.5"]) for row in cells(text)] == [("4.5", "2.0 s"), ("12.5", "10.0 s")]
+    write_csv(table, tmp_path / "table.csv")
+    draw(records, tmp_path / "figure.svg", target=12.5)
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "Test perplexity of the center" in drawn and "target 12.5" in drawn
+    for output in (text, (tmp_path / "table.csv").read_text(), drawn):
+        assert "accuracy" not in output.lower() and "error" not in output.lower() and "%" not in markdown(table)
+
+
+@pytest.mark.parametrize(
+    ("methods", "layers"),
+    [(("LGRAWA", "EASGD"), 3), (("LSGD",), 1), (("LGRAWA",), 170), ((*"ABCDEFGHIJ",), 1)],
+    ids=["layers", "per-model", "many-layers", "many-methods"],
+)
+def test_the_figure_is_a_png_that_shows_something(tmp_path: Path, methods: tuple[str, ...], layers: int) -> None:
+    from matplotlib.image import imread
+
+    runs = [make_run(tmp_path, method, seed, layers=layers) for method in methods for seed in (1, 2)]
+    draw([read_run(run) for run in runs], tmp_path / "figure.png", target=0.9)
+    assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    pixels = imread(tmp_path / "figure.png")[:, :, :3]
+    assert pixels.shape[:2] == (1080, 2400)
+    for half in (pixels[::2, :1200:2], pixels[::2, 1200::2]):
+        colours = np.unique((half * 15).round().reshape(-1, 3), axis=0)
+        assert len(colours) > 20 and 0.3 < half.mean() < 0.995
+    border = np.concatenate([pixels[:8].reshape(-1, 3), pixels[-8:].reshape(-1, 3), pixels[:, -8:].reshape(-1, 3)])
+    assert (border == 1).all(), "something is cut off"
+
+
+def test_the_figure_comes_without_weights_and_in_other_formats(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "DataParallel")
+    lines = [line for line in (path / "metrics.jsonl").read_text().splitlines(True) if '"round"' not in line]
+    (path / "metrics.jsonl").write_text("".join(lines))
+    draw([read_run(path)], tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "Test error of the center" in drawn and "DataParallel  5.0 %" in drawn and "Weights of" not in drawn
+    draw([read_run(path)], tmp_path / "figure.pdf")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ConfigError, match=r"\.png, \.pdf, \.svg"):
+        draw([read_run(path)], tmp_path / "figure.gif")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        draw([read_run(path)], tmp_path / "nowhere" / "figure.png")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_csv(rows([read_run(path)]), tmp_path / "nowhere" / "table.csv")
+    with pytest.raises(ConfigError, match="not evaluated"):
+        draw([read_run(make_run(tmp_path, seed=9, curve=(), finished=False))], tmp_path / "figure.png")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"\[demo\]"):
+        draw([read_run(make_run(tmp_path))], tmp_path / "figure.png")
+
+
+def test_names_are_moved_apart_no_more_than_needed() -> None:
+    assert _spread([0.1, 0.5, 0.9], 0.2) == pytest.approx([0.1, 0.5, 0.9])
+    assert _spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert _spread([0.0, 0.01], 0.1) == pytest.approx([0.0, 0.1])
+    assert _spread([0.99, 1.0], 0.1) == pytest.approx([0.9, 1.0])
+    assert np.diff(_spread([0.2, 0.2, 0.25, 0.8, 0.81], 0.1)).min() >= 0.1 - 1e-12
+    assert _spread([0.5] * 5, 1.0) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 5), (5, 5), (14, 30), (161, 12), (10, 3)])
+def test_ticks_include_both_ends(count: int, most: int) -> None:
+    ticks = _ticks(count, most)
+    assert ticks[0] == 0 and ticks[-1] == count - 1 and len(ticks) <= most + 1 and ticks == sorted(set(ticks))
