@@ -115,7 +115,7 @@ $(READY): $(CONSTRAINTS) $(BUILD_HOROVOD) setup.cfg pyproject.toml
 	$(PIP) install $(QUIET) $(INDEX) -c $(CONSTRAINTS) setuptools wheel
 	if [ "$(MPI)" = system ]; then
 		# From source: a wheel of mpi4py guesses where libmpi is, mpicc knows it. Its cache does not know which MPI.
-		echo "env: mpi4py for $$(command -v mpicc) (2 minutes)"
+		$(PIP) show $(QUIET) mpi4py 2>/dev/null || echo "env: building mpi4py with $$(command -v mpicc) (2 minutes)"
 		$(PIP) install $(QUIET) $(INDEX) -c $(CONSTRAINTS) cython
 		MPICC="$$(command -v mpicc)" $(PIP) install $(QUIET) $(INDEX) -c $(CONSTRAINTS) --no-cache-dir \
 			--no-build-isolation --no-binary mpi4py mpi4py

@@ -171,7 +171,7 @@ def human_bytes(count: float) -> str:
         '12.3 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

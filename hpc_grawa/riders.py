@@ -29,23 +29,21 @@ class LocalMomentum(Rider):
         self._vector, self._optimizer = vector, optimizer
         self._keys: tuple[str, ...] = ()
 
-    def _state(self) -> list[Tensor | None]:
+    def _state(self) -> list[tuple[nn.Parameter, Tensor | None]]:
         state = self._optimizer.state
         if not self._keys:  # at the first round every rank has stepped
-            p = next((p for p in self._vector.parameters if state.get(p)), None)
-            named = {} if p is None else state[p]
-            self._keys = tuple(k for k, v in named.items() if isinstance(v, Tensor) and p is not None and v.shape == p.shape)
-        return [state.get(p, {}).get(key) for key in self._keys for p in self._vector.parameters]
+            p = next((p for p in self._vector.parameters if state.get(p)), self._vector.parameters[0])
+            named = state.get(p, {}).items()
+            self._keys = tuple(k for k, v in named if k != "step" and isinstance(v, Tensor) and v.shape == p.shape)
+        return [(p, state.get(p, {}).get(key)) for key in self._keys for p in self._vector.parameters]
 
     def pack(self) -> list[Tensor]:
-        shapes = self._vector.parameters * max(1, len(self._keys))
-        own = self._state()
-        return [torch.zeros_like(shapes[i]) if t is None else t for i, t in enumerate(own)]
+        return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
 
     def unpack(self, averages: list[Tensor]) -> None:
-        pairs = [(own, average) for own, average in zip(self._state(), averages, strict=True) if own is not None]
+        pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
         if pairs:
-            torch._foreach_copy_([own for own, _ in pairs], [average for _, average in pairs])
+            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
 
 class RunningStatistics(Rider):

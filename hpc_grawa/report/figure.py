@@ -233,7 +233,7 @@ def _name_ends(
     points = {label: tuple(to_fraction.transform((curves[label][0][-1], end))) for label, end in ends.items()}
     height = axes.get_position().height * _SIZE[1] * 72
     gap = 18 / (axes.get_position().width * _SIZE[0] * 72)
-    order = sorted(ends, key=lambda label: (points[label][1], list(ends).index(label)))
+    order = sorted(reversed(list(ends)), key=lambda label: round(points[label][1], 6))
     heights = _spread([float(points[label][1]) for label in order], 14 / height)
     for label, y in zip(order, heights, strict=True):
         colour, _ = _pen(list(curves).index(label))
@@ -309,10 +309,7 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     if layers > 1 and ranks > _MOST_RANKS:
         weights = weights.mean(2, keepdims=True)
         note = f"{ranks} ranks × {rounds} rounds, mean of {layers} layers"
-    with np.errstate(divide="ignore"):
-        ratio = np.log2(weights * ranks)  # equally far from 0: half and twice the equal share
-    finite = np.abs(ratio[np.isfinite(ratio)])
-    limit = max(float(np.quantile(finite, 0.99)) if finite.size else 0.0, 0.05)
+    ratio, limit = _scaled(weights)
     norm = Normalize(-limit, limit)
     right, bottom, top = 0.915, 0.125, 0.8
     run = f" (run {record.path.name})" if siblings > 1 else ""
@@ -343,6 +340,19 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     shares = [2**tick / ranks for tick in ticks]
     bar.ax.set_yticklabels([f"{shares[0]:.2g}", f"1/W =\n{shares[1]:.3g}", f"{shares[2]:.2g}"])
     bar.ax.tick_params(length=0, labelsize=9)
+
+
+def _scaled(weights: Array) -> tuple[Array, float]:
+    """log2 of weight over equal share, so that half and twice the share are equally far from 0; where colours end.
+
+    They end at a weight of 1 at the latest, and before it where 99 in 100 weights are nearer to the equal share.
+    """
+    ranks = weights.shape[1]
+    with np.errstate(divide="ignore"):
+        ratio = np.log2(weights * ranks)
+    finite = np.abs(ratio[np.isfinite(ratio)])
+    usual = float(np.quantile(finite, 0.99)) if finite.size else 0.0
+    return ratio, max(min(usual, math.log2(ranks)), 0.05)
 
 
 def _draw_ranks(

@@ -1,0 +1,70 @@
+"""A local step of ResNet-20 under LocalSGD beside the bare PyTorch loop.
+
+    mpirun -np 2 python benchmarks/steps.py
+
+Both draw the same batches from the same array; the period is longer than the run, so no round is timed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from interleave import interleaved, table
+
+from hpc_grawa.comm import connect
+from hpc_grawa.config import parse
+from hpc_grawa.data import ArraySplit, Data, Splits
+from hpc_grawa.models import ResNet20
+from hpc_grawa.train import Worker
+
+REPEATS, STEPS = 25, 4
+
+
+class Noise(Data):
+    """Random images in the shape of CIFAR-10."""
+
+    def size(self) -> int:
+        return 5000
+
+    def load(self) -> Splits:
+        images = torch.randint(0, 256, (self.size(), 3, 32, 32), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (self.size(),))
+        split = ArraySplit(images, labels, [0.5] * 3, [0.25] * 3)
+        return Splits(split, None, split)
+
+
+def main() -> None:
+    """Run on every rank; rank 0 prints."""
+    torch.set_num_threads(1)
+    comm = connect("mpi")
+    words = "--method LocalSGD --method.period 1000000 --model ResNet20 --data steps.Noise --budget.steps 1000000"
+    worker = Worker(parse(words.split()), comm)
+    examples, sampler = worker.splits.train, worker.sampler
+    model = ResNet20()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
+    criterion = torch.nn.CrossEntropyLoss()
+    done = 0
+
+    def bare() -> None:
+        nonlocal done
+        for _ in range(STEPS):
+            inputs, targets = examples.batch(sampler.indices(done), sampler.generator(done))
+            optimizer.zero_grad()
+            criterion(model(inputs), targets).backward()
+            optimizer.step()
+            done += 1
+
+    def ours() -> None:
+        for _ in range(STEPS):
+            worker.step()
+
+    medians = interleaved({"bare PyTorch loop": bare, "LocalSGD": ours}, REPEATS, comm.barrier)
+    if comm.rank == 0:
+        title = f"{STEPS} local steps of ResNet-20, batch 128, {comm.size} ranks on {os.cpu_count()} cores"
+        print(table(title, medians, "bare PyTorch loop"), flush=True)
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

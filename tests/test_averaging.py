@@ -1,0 +1,330 @@
+"""Weight rules and the averager: identities T1 to T8 of the specification, on simulated ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch import Tensor, nn
+
+from hpc_grawa import ParameterVector
+from hpc_grawa.averaging import Averager, argmin, inverse, pull
+from hpc_grawa.comm import Communicator, simulate
+from hpc_grawa.errors import NonFinite
+from hpc_grawa.riders import LocalMomentum, RunningStatistics
+from hpc_grawa.vector import Layers
+
+RULES = {
+    "inverse": inverse,
+    "inverse square": lambda s: inverse(s, power=2.0),
+    "power 0": lambda s: inverse(s, power=0.0),
+    "argmin": argmin,
+}
+ORACLES = {
+    "inverse": ref.inverse,
+    "inverse square": lambda s: ref.inverse(s, power=2.0),
+    "power 0": lambda s: ref.inverse(s, power=0.0),
+    "argmin": ref.argmin,
+}
+positive = st.floats(1e-30, 1e30)
+anything = st.one_of(positive, st.just(0.0), st.just(math.inf), st.just(math.nan))
+
+
+def tables(elements: st.SearchStrategy[float]) -> st.SearchStrategy[Tensor]:
+    """Scores [W, K] of which each column has a finite one."""
+    shapes = st.tuples(st.integers(1, 6), st.integers(1, 4))
+    drawn = shapes.flatmap(lambda shape: arrays.arrays(np.float64, shape, elements=elements))
+    return drawn.filter(lambda s: bool(np.isfinite(s).any(0).all())).map(torch.from_numpy)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(scores=tables(anything))
+def test_t1_weights_are_a_partition_of_one_and_follow_the_oracle(rule: str, scores: Tensor) -> None:
+    weights = RULES[rule](scores)
+    assert weights.shape == scores.shape and weights.dtype == torch.float64
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(0), torch.ones(scores.shape[1], dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (weights[~scores.isfinite()] == 0).all()
+    np.testing.assert_allclose(weights, ORACLES[rule](scores.numpy()), rtol=1e-12, atol=1e-300)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(scores=tables(positive), factor=st.floats(1e-20, 1e20), seed=st.integers(0, 99))
+def test_t1_weights_ignore_scale_and_follow_permutations(rule: str, scores: Tensor, factor: float, seed: int) -> None:
+    weights = RULES[rule](scores)
+    if rule != "argmin" or (scores * factor).unique().numel() == scores.unique().numel():  # rounding may make ties
+        torch.testing.assert_close(RULES[rule](scores * factor), weights, rtol=1e-9, atol=1e-300)
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    if rule != "argmin" or all(column.unique().numel() == len(column) for column in scores.T):  # ties go by rank
+        torch.testing.assert_close(RULES[rule](scores[order]), weights[order], rtol=1e-12, atol=0)
+
+
+@given(world=st.integers(1, 9), score=positive, power=st.floats(0, 3))
+def test_t2_equal_scores_give_the_mean(world: int, score: float, power: float) -> None:
+    assert (inverse(torch.full((world, 2), score, dtype=torch.float64), power) == 1 / world).all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "weights"),
+    [
+        ((1, 1, 1, 10), (10 / 31, 10 / 31, 10 / 31, 1 / 31)),
+        ((1, 1, 1, 0), (0, 0, 0, 1)),
+        ((0, 0, 1, 1), (1 / 2, 1 / 2, 0, 0)),
+        ((math.nan, 1, 1, 1), (0, 1 / 3, 1 / 3, 1 / 3)),
+        ((math.inf, 1, 3, math.nan), (0, 3 / 4, 1 / 4, 0)),
+        ((0, math.nan, math.inf, 5), (1, 0, 0, 0)),
+        ((1e-300, 1e300), (1, 0)),
+        ((5e-324, 5e-324), (1 / 2, 1 / 2)),
+    ],
+)
+def test_t3_limits_of_the_inverse_rule(scores: tuple[float, ...], weights: tuple[float, ...]) -> None:
+    got = inverse(torch.tensor(scores, dtype=torch.float64)[:, None]).flatten()
+    torch.testing.assert_close(got, torch.tensor(weights, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert scores != (1, 1, 1, 10) or round(got[3].item(), 5) == 0.03226
+
+
+def test_inverse_weighs_each_column_by_itself() -> None:
+    scores = torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, math.nan]], dtype=torch.float64)
+    assert inverse(scores).tolist() == [[0.75, 1.0, 1.0], [0.25, 0.0, 0.0]]
+
+
+def test_argmin_gives_ties_to_the_lowest_rank() -> None:
+    scores = torch.tensor([[math.nan, 2.0], [1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    assert argmin(scores).tolist() == [[0, 0], [1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_finite_score_in_a_column_is_an_error(rule: str) -> None:
+    scores = torch.tensor([[1.0, math.nan], [math.nan, math.inf]], dtype=torch.float64)
+    with pytest.raises(NonFinite, match="no rank has a finite score for layer 1 of 2"):
+        RULES[rule](scores)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pull.
+# ---------------------------------------------------------------------------------------------------------
+
+vectors = arrays.arrays(np.float64, 5, elements=st.floats(-1e6, 1e6)).map(torch.from_numpy)
+
+
+@given(x=vectors, c=vectors, amount=st.floats(0, 1))
+def test_t4_a_pull_shortens_the_distance_to_the_center(x: Tensor, c: Tensor, amount: float) -> None:
+    moved = x.clone()
+    pull(moved, c, amount)
+    torch.testing.assert_close(moved - c, (1 - amount) * (x - c), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_t4_both_ends_of_the_pull_are_exact(dtype: torch.dtype) -> None:
+    x = torch.tensor([-0.0, 1.0, 3e38, -1e-30], dtype=dtype)
+    c = torch.tensor([1.0, -0.0, -3e38, 0.1], dtype=torch.promote_types(dtype, torch.float32))
+    for amount, replace, expected in ((0.0, False, x.clone()), (1.0, False, c.to(dtype)), (0.0, True, c.to(dtype))):
+        moved = x.clone()
+        pull(moved, c, amount, replace)
+        integers = torch.int64 if dtype == torch.float64 else torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(moved.view(integers), expected.view(integers))  # -0 is not 0
+
+
+def test_t10_a_healed_vector_is_the_center_whatever_it_was() -> None:
+    x = torch.tensor([math.nan, math.inf, 1.0])
+    pull(x, torch.tensor([1.0, 2.0, 3.0]), 0.1, replace=True)
+    assert x.tolist() == [1, 2, 3]
+
+
+def test_a_pull_of_half_precision_is_computed_in_fp32() -> None:
+    x, c = torch.full((3,), 1.0, dtype=torch.bfloat16), torch.full((3,), 1 + 1.4 * 2**-7)
+    pull(x, c, 0.5)
+    assert x.tolist() == [1 + 2**-7] * 3  # 1 + .7 · 2⁻⁷ rounded once; had the center been rounded first, it would be 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The averager on simulated ranks.
+# ---------------------------------------------------------------------------------------------------------
+
+SIZES = (3, 1, 2)
+LAYERS = Layers(("a", "b", "c"), (0, 1, 2))
+SPANS = [(0, 3), (3, 1), (4, 2)]
+
+
+def vector_of(x: np.ndarray[Any, Any]) -> ParameterVector:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in SIZES])
+    vector = ParameterVector(model)
+    vector.data.copy_(torch.from_numpy(x))
+    return vector
+
+
+def average(x: np.ndarray[Any, Any], weights: Tensor, amount: float) -> tuple[np.ndarray[Any, Any], ...]:
+    """Parameters [W, P] after one round with these weights, and each rank's center [W, P]."""
+    alive = torch.ones(len(x), dtype=torch.bool)
+
+    def body(comm: Communicator) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        vector = vector_of(x[comm.rank])
+        averager = Averager(comm, vector, amount, LAYERS)
+        averager.start(vector.data, weights, alive)
+        averager.finish(vector.data)
+        assert averager.center is not None
+        return vector.data.numpy(), averager.center.numpy()
+
+    after, center = zip(*simulate(len(x), body), strict=True)
+    return np.array(after), np.array(center)
+
+
+worlds = st.integers(1, 4).flatmap(
+    lambda w: st.tuples(
+        arrays.arrays(np.float64, (w, sum(SIZES)), elements=st.floats(-100, 100)),
+        arrays.arrays(np.float64, (w, len(SIZES)), elements=st.floats(0.1, 100)),
+    )
+)
+
+
+@given(world=worlds, amount=st.floats(0, 1), columns=st.sampled_from([1, len(SIZES)]))
+def test_t4_a_round_has_the_weighted_center_and_keeps_it(world: Any, amount: float, columns: int) -> None:
+    x, scores = world
+    weights = inverse(torch.from_numpy(scores[:, :columns]))
+    spans = SPANS if columns > 1 else [(0, sum(SIZES))]
+    after, centers = average(x, weights, amount)
+    expected = ref.weighted_center(x, weights.numpy(), spans)
+    np.testing.assert_allclose(centers, np.broadcast_to(expected, x.shape), rtol=1e-12, atol=1e-11)
+    np.testing.assert_allclose(after, (1 - amount) * x + amount * expected, rtol=1e-12, atol=1e-11)
+    kept = ref.weighted_center(after, weights.numpy(), spans)
+    np.testing.assert_allclose(kept, expected, rtol=1e-12, atol=1e-11)
+
+
+@given(world=worlds)
+def test_t2_one_worker_and_equal_workers_stay_bit_for_bit(world: Any) -> None:
+    x, scores = world
+    weights = inverse(torch.from_numpy(scores))
+    after, _ = average(x[:1], torch.ones(1, 3, dtype=torch.float64), 1.0)
+    assert (after == x[:1]).all()
+    equal = np.repeat(x[:1], len(x), 0)
+    after, _ = average(equal, weights, 0.3)
+    np.testing.assert_allclose(after, equal, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
+def test_one_hot_weights_send_the_leaders_vector_bit_for_bit(weights: tuple[float, ...]) -> None:
+    x = np.random.default_rng(0).standard_normal((3, sum(SIZES)))
+    leader = weights.index(1.0)
+    for columns in (1, 3):
+        table = torch.tensor(weights, dtype=torch.float64)[:, None].expand(3, columns).contiguous()
+        after, centers = average(x, table, 1.0)
+        assert (after == x[leader]).all() and (centers == x[leader]).all()
+
+
+convex = st.sampled_from(["quadratic", "absolute", "log-cosh", "exponential"])
+
+
+def convex_function(kind: str, x: np.ndarray[Any, Any]) -> float:
+    scale = np.linspace(0.5, 2, x.size)
+    functions = {
+        "quadratic": lambda: np.sum(scale * x**2),
+        "absolute": lambda: np.sum(np.abs(x - 3)),
+        "log-cosh": lambda: np.sum(np.logaddexp(x, -x)),
+        "exponential": lambda: np.sum(np.exp(x / 50)),
+    }
+    return float(functions[kind]())
+
+
+@given(world=worlds, kind=convex)
+def test_t5_a_convex_function_is_below_its_weighted_mean_at_the_center(world: Any, kind: str) -> None:
+    x, scores = world
+    weights = inverse(torch.from_numpy(scores[:, :1]))
+    _, centers = average(x, weights, 0.5)
+    mean = sum(b * convex_function(kind, row) for b, row in zip(weights.flatten().tolist(), x, strict=True))
+    assert convex_function(kind, centers[0]) <= mean * (1 + 1e-12) + 1e-9
+
+
+@given(world=worlds, power=st.sampled_from([1.0, 1.5, 3.0]), q=st.sampled_from([1.0, 2.0]))
+def test_t6_radial_convex_functions_are_below_their_plain_mean(world: Any, power: float, q: float) -> None:
+    """f(x) = |x|^p: its gradient norm p |x|^(p-1) grows with f, so flat ranks are low ranks."""
+    x, _ = world
+    radius = np.linalg.norm(x, axis=1)
+    weights = inverse(torch.from_numpy(power * radius ** (power - 1))[:, None], q)
+    _, centers = average(x, weights, 0.5)
+    assert np.linalg.norm(centers[0]) ** power <= np.mean(radius**power) * (1 + 1e-12) + 1e-9
+
+
+@given(world=worlds)
+def test_t7_isotropic_quadratic_is_at_least_as_flat_as_the_harmonic_mean(world: Any) -> None:
+    x, _ = world
+    norms = np.linalg.norm(x, axis=1)  # of the gradient of |x|²/2
+    _, centers = average(x, inverse(torch.from_numpy(norms)[:, None]), 0.5)
+    harmonic = 0.0 if (norms == 0).any() else len(norms) / np.sum(1 / norms)
+    assert np.linalg.norm(centers[0]) <= harmonic * (1 + 1e-12) + 1e-9
+
+
+@given(arrays.arrays(np.float64, 6, elements=st.floats(-1e3, 1e3)))
+def test_t8_the_sum_of_layer_norms_is_between_the_norm_and_root_l_times_it(gradient: np.ndarray[Any, Any]) -> None:
+    norms = LAYERS.norms(torch.from_numpy(gradient).split(SIZES))
+    whole = np.linalg.norm(gradient)
+    assert whole * (1 - 1e-12) <= norms.sum().item() <= math.sqrt(len(LAYERS)) * whole * (1 + 1e-12) + 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What rides in the same message.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_running_statistics_are_pooled() -> None:
+    """The mean of means and the variance of all ranks' numbers together; ranks that are not finite do not count."""
+    data = [torch.randn(50, 3, generator=torch.Generator().manual_seed(m), dtype=torch.float64) * (m + 1) for m in range(3)]
+    alive = torch.tensor([True, False, True])
+
+    def body(comm: Communicator) -> tuple[Tensor, Tensor, int]:
+        norm = nn.BatchNorm1d(3, dtype=torch.float64)
+        assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+        norm.running_mean.copy_(data[comm.rank].mean(0) if alive[comm.rank] else torch.nan)
+        norm.running_var.copy_(data[comm.rank].var(0, correction=0) if alive[comm.rank] else torch.nan)
+        norm.num_batches_tracked.fill_(comm.rank)
+        vector = ParameterVector(norm)
+        averager = Averager(comm, vector, 0.5)
+        averager.riders = [RunningStatistics(norm)]
+        # All weight on rank 2: statistics are averaged uniformly all the same.
+        averager.start(vector.data, torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64), alive)
+        averager.finish(vector.data)
+        return norm.running_mean, norm.running_var, int(norm.num_batches_tracked)
+
+    pooled = torch.cat([data[0], data[2]])
+    for rank, (mean, var, batches) in enumerate(simulate(3, body)):
+        torch.testing.assert_close(mean, pooled.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(var, pooled.var(0, correction=0), rtol=1e-12, atol=1e-12)
+        assert batches == rank  # integers are never averaged
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_momentum_rides_wherever_a_rank_has_it(kind: str) -> None:
+    """Rank m has used parameter 0 always and parameter 1 only if m > 0: there the missing momentum counts as zero."""
+
+    def body(comm: Communicator) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        vector = vector_of(np.zeros(6))
+        make: Any = {"SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "Adam": torch.optim.Adam}[kind]
+        optimizer = make(vector.parameters)
+        for i, p in enumerate(vector.parameters):
+            p.grad = torch.full_like(p, 1.0 + comm.rank + i) if i == 0 or comm.rank > 0 else None
+        optimizer.step()
+        before = [{k: t.clone() for k, t in optimizer.state[p].items()} for p in vector.parameters]
+        averager = Averager(comm, vector, 0.0)
+        averager.riders = [LocalMomentum(vector, optimizer)]
+        for _ in range(2):
+            averager.start(vector.data, torch.full((3, 1), 1 / 3, dtype=torch.float64), torch.ones(3, dtype=torch.bool))
+            averager.finish(vector.data)
+        return before, [dict(optimizer.state[p]) for p in vector.parameters]
+
+    results = simulate(3, body)
+    keys = {"SGD": ["momentum_buffer"], "Adam": ["exp_avg", "exp_avg_sq"]}[kind]
+    for key in keys:
+        for i in range(len(SIZES)):
+            before = [own[i].get(key, torch.zeros(SIZES[i], dtype=torch.float64)) for own, _ in results]
+            mean = torch.stack(before).mean(0)
+            for rank, (_, after) in enumerate(results):
+                if i == 0 or rank > 0:  # the second round finds the first one's mean, and zero again where it is missing
+                    torch.testing.assert_close(after[i][key], mean if i == 0 else mean * 2 / 3, rtol=1e-12, atol=0)
+                else:
+                    assert key not in after[i]

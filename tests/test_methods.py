@@ -1,0 +1,467 @@
+"""The battery: every method, on every backend, follows the oracle; and the identities between methods.
+
+A new method is tested by one more row of `METHODS`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+from conftest import Ranks
+from torch import nn
+from worlds import NET, Trace, assert_follows, nesterov, plain, replay, run_method, twin
+
+from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.errors import ConfigError, NonFinite
+from hpc_grawa.methods import AveragingMethod
+
+PERIOD, STEPS = 4, 14  # rounds after 4, 8 and 12 steps, and a last one after 2 more
+
+
+class Row(NamedTuple):
+    ours: Method
+    oracle: ref.Method
+
+
+METHODS: dict[str, Row] = {
+    "GRAWA": Row(GRAWA(period=PERIOD), ref.GRAWA()),
+    "GRAWA, q 2, b 0": Row(
+        GRAWA(period=PERIOD, pull=0.7, prox=0.5, power=2.0, score_momentum=0.0),
+        ref.GRAWA(pull=0.7, prox=0.5, power=2.0, score_momentum=0.0),
+    ),
+    "MGRAWA": Row(MGRAWA(period=PERIOD, pull=0.3, prox=0.05), ref.MGRAWA(pull=0.3, prox=0.05)),
+    "MGRAWA of modules": Row(MGRAWA(period=PERIOD, layers="module"), ref.MGRAWA(layer="module")),
+    "LGRAWA": Row(LGRAWA(period=PERIOD), ref.LGRAWA()),
+    "LGRAWA of modules": Row(LGRAWA(period=PERIOD, layers="module", pull=0.7), ref.LGRAWA(layer="module", pull=0.7)),
+    "LGRAWA of groups": Row(LGRAWA(period=PERIOD, layers=[["2.*"], ["0.*"]]), ref.LGRAWA(layer="layer 2, layer 1")),
+    "EASGD": Row(EASGD(period=PERIOD), ref.EASGD()),
+    "LSGD": Row(LSGD(period=PERIOD, pull=0.2, prox=0.4), ref.LSGD(pull=0.2, prox=0.4)),
+    "LocalSGD": Row(LocalSGD(period=PERIOD), ref.LocalSGD()),
+    "DataParallel": Row(DataParallel(bucket_mb=1e-4), ref.DataParallel()),
+}
+AVERAGING = [name for name, row in METHODS.items() if isinstance(row.ours, AveragingMethod)]
+ORDINARY = ["GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD"]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def decaying(step: int) -> float:
+    return 0.2 if step < 6 else 0.05
+
+
+def follow(on_ranks: Ranks, row: Row, steps: int = STEPS, dtype: torch.dtype = torch.float64, **options: Any) -> list[Trace]:
+    """Run a row on every rank, compare with its oracle, and return what the ranks saw."""
+    traces = on_ranks(lambda comm: run_method(comm, row.ours, steps=steps, dtype=dtype, **options))
+    if isinstance(row.ours, AveragingMethod):
+        options["local_momentum"] = row.ours.local_momentum
+    options.pop("parts", None)
+    expected = replay(row.oracle, on_ranks.size, steps, getattr(row.ours, "period", 1), **options)
+    assert len(expected.rounds) == (-(-steps // PERIOD) if isinstance(row.ours, AveragingMethod) else 0)
+    assert_follows(traces, expected, TOLERANCE[dtype])
+    return traces
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("optimizer", [plain, nesterov])
+@pytest.mark.parametrize("name", METHODS)
+def test_follows_the_oracle(on_ranks: Ranks, name: str, optimizer: Callable[[], ref.SGD], dtype: torch.dtype) -> None:
+    follow(on_ranks, METHODS[name], optimizer=optimizer, dtype=dtype, lr=decaying)
+
+
+@pytest.mark.parametrize("name", ["LGRAWA", "DataParallel"])
+def test_smoke(on_ranks: Ranks, name: str) -> None:
+    follow(on_ranks, METHODS[name], optimizer=nesterov)
+
+
+@pytest.mark.parametrize("policy", ["reset", "average"])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_local_momentum_at_a_round(on_ranks: Ranks, name: str, policy: Any) -> None:
+    row = METHODS[name]
+    follow(on_ranks, Row(replace(row.ours, local_momentum=policy), row.oracle), optimizer=nesterov)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_independent_starts(on_several_ranks: Ranks, name: str) -> None:
+    follow(on_several_ranks, METHODS[name], steps=6, independent=True)
+
+
+@pytest.mark.parametrize("name", ["LGRAWA", "DataParallel"])
+def test_a_gradient_accumulated_over_parts_is_that_of_the_batch(on_ranks: Ranks, name: str) -> None:
+    follow(on_ranks, METHODS[name], parts=3, optimizer=nesterov)
+
+
+def test_a_run_shorter_than_its_period_has_one_round(on_ranks: Ranks) -> None:
+    traces = follow(on_ranks, METHODS["LGRAWA"], steps=2)
+    assert [round_.period for round_ in traces[0].rounds] == [2]
+
+
+def test_a_run_that_ends_with_a_round_has_no_second(on_ranks: Ranks) -> None:
+    traces = follow(on_ranks, METHODS["LGRAWA"], steps=8)
+    assert [round_.step for round_ in traces[0].rounds] == [4, 8]
+
+
+def test_rounds_say_what_happened(on_ranks: Ranks) -> None:
+    traces = on_ranks(lambda comm: run_method(comm, METHODS["LSGD"].ours, steps=STEPS, lr=decaying))
+    for round_, first in zip(traces[-1].rounds, traces[0].rounds, strict=True):
+        assert (round_.number, round_.step, round_.period) == (first.number, first.step, first.period)
+        assert round_.leader == int(round_.weights.flatten().argmax()) and torch.equal(round_.weights, first.weights)
+    assert [(r.number, r.step, r.period, r.lr) for r in traces[0].rounds] == [
+        (1, 4, 4, 0.2),
+        (2, 8, 4, 0.05),
+        (3, 12, 4, 0.05),
+        (4, 14, 2, 0.05),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Identities and limits.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def same(on_ranks: Ranks, *methods: Method, tolerance: float = 1e-12, **options: Any) -> None:
+    """Methods that are one: parameters after every step are equal; bit for bit where the tolerance is 0."""
+
+    def body(comm: Communicator) -> list[ref.Array]:
+        return [np.array(run_method(comm, m, steps=STEPS, **options).parameters) for m in methods]
+
+    for first, *others in on_ranks(body):
+        for other in others:
+            if tolerance:
+                np.testing.assert_allclose(other, first, rtol=tolerance, atol=tolerance)
+            else:
+                assert (other == first).all()
+
+
+@pytest.mark.parametrize("policy", ["keep", "average"])
+def test_local_sgd_of_period_one_is_data_parallel_without_momentum(on_ranks: Ranks, policy: Any) -> None:
+    def decay() -> ref.SGD:
+        return ref.SGD(weight_decay=0.1)
+
+    same(on_ranks, DataParallel(), LocalSGD(period=1, local_momentum=policy), optimizer=decay)
+
+
+@pytest.mark.parametrize("with_nesterov", [False, True])
+def test_local_sgd_of_period_one_is_data_parallel_with_momentum(on_ranks: Ranks, with_nesterov: bool) -> None:
+    """x̄ and the mean momentum obey the same recursion whether each rank keeps its own momentum or all have the mean."""
+
+    def momentum() -> ref.SGD:
+        return ref.SGD(momentum=0.9, nesterov=with_nesterov, weight_decay=1e-2)
+
+    keep, average = LocalSGD(period=1), LocalSGD(period=1, local_momentum="average")
+    same(on_ranks, DataParallel(), keep, average, optimizer=momentum, lr=decaying)
+
+
+def test_t8_one_layer_makes_the_three_one(on_ranks: Ranks) -> None:
+    options: dict[str, Any] = {"period": PERIOD, "pull": 0.3, "prox": 0.1}
+    one = [["*"]]
+    same(on_ranks, GRAWA(**options), MGRAWA(**options, layers=one), LGRAWA(**options, layers=one), optimizer=nesterov)
+
+
+def test_equal_scores_and_full_pull_are_local_sgd(on_ranks: Ranks) -> None:
+    equal: dict[str, Any] = {"period": PERIOD, "pull": 1.0, "prox": 0.0, "power": 0.0}  # s⁰ is the same for all
+    same(on_ranks, LocalSGD(period=PERIOD), GRAWA(**equal), MGRAWA(**equal), LGRAWA(**equal), optimizer=nesterov)
+
+
+def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
+    """λ = 0 and no proximity: bit for bit what a rank does without the others."""
+    for method in (GRAWA(period=PERIOD, pull=0.0, prox=0.0), LSGD(period=PERIOD, pull=0.0, prox=0.0)):
+
+        def body(comm: Communicator, method: Method = method) -> list[ref.Array]:
+            alone = replace(method, period=STEPS + 1)  # type: ignore[type-var]
+            return [np.array(run_method(comm, m, steps=STEPS).parameters) for m in (method, alone)]
+
+        for together, apart in on_ranks(body):
+            assert (together == apart).all()
+
+
+@pytest.mark.parametrize("method", [GRAWA(period=7, pull=1.0), LGRAWA(period=7, pull=1.0), LSGD(period=7, pull=1.0), LocalSGD(period=7)], ids=str)
+def test_t4_full_pull_is_consensus(on_ranks: Ranks, method: Method) -> None:
+    traces = on_ranks(lambda comm: run_method(comm, method, steps=STEPS))
+    for trace in traces:
+        for step in (7, 14):
+            assert (trace.parameters[step - 1] == traces[0].parameters[step - 1]).all()
+        assert trace.center is not None and (trace.center == trace.parameters[-1]).all()
+    if len(traces) > 1:
+        assert not (traces[0].parameters[7] == traces[1].parameters[7]).all()
+
+
+@pytest.mark.parametrize("name", ["GRAWA", "MGRAWA", "LGRAWA", "LSGD", "LocalSGD"])
+def test_t2_a_world_of_one_trains_as_if_alone(name: str) -> None:
+    """Bit for bit, but for the proximity pull to a center that is its own past."""
+    ours = METHODS[name].ours
+    method = replace(ours, prox=0.0) if hasattr(ours, "prox") else ours  # type: ignore[type-var]
+    alone = run_method(SingleCommunicator(), LocalSGD(period=STEPS + 1), steps=STEPS, optimizer=nesterov)
+    for run in (lambda f: [f(SingleCommunicator())], lambda f: simulate(1, f)):
+        [trace] = run(lambda comm: run_method(comm, method, steps=STEPS, optimizer=nesterov))
+        assert (np.array(trace.parameters) == np.array(alone.parameters)).all()
+
+
+def test_t11_easgd_rests_where_ranks_and_center_agree(on_ranks: Ranks) -> None:
+    """Without steps (η = 0) a common start is a fixed point: of the ranks bit for bit, of the center to rounding."""
+    traces = on_ranks(lambda comm: run_method(comm, EASGD(period=1), steps=5, lr=0.0))
+    for trace in traces:
+        np.testing.assert_allclose(trace.parameters[-1], NET.initial(0), rtol=1e-15, atol=1e-16)
+        np.testing.assert_allclose(trace.center, NET.initial(0), rtol=1e-15, atol=1e-16)  # type: ignore[arg-type]
+
+
+def test_t11_easgd_is_the_server_that_sums_elastic_differences(on_ranks: Ranks) -> None:
+    """Δ_m = α(x_m - c); x_m ← x_m - Δ_m; c ← c + Σ_m Δ_m with α = β/W, replayed with a server."""
+    world, beta = on_ranks.size, 0.6
+    traces = on_ranks(lambda comm: run_method(comm, EASGD(period=1, pull=beta), steps=6, lr=0.0, independent=True))
+    x = np.array([NET.initial(m) for m in range(world)])
+    c = x.mean(0)
+    for step in range(6):
+        delta = beta / world * (x - c)
+        x, c = x - delta, c + delta.sum(0)
+        np.testing.assert_allclose([trace.parameters[step] for trace in traces], x, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose([trace.center for trace in traces], [c] * world, rtol=1e-12, atol=1e-13)  # type: ignore[arg-type]
+
+
+def test_t10_the_proximity_pull_moves_by_its_share_of_the_distance(on_ranks: Ranks) -> None:
+    """With η = 0 between rounds x moves by exactly (μ/τ)(c - x) at each step, and not before the first round."""
+    mu = 0.8
+    method = GRAWA(period=PERIOD, pull=0.0, prox=mu)
+    traces = on_ranks(lambda comm: run_method(comm, method, steps=7, lr=0.0, independent=True))
+    c = np.asarray(traces[0].rounds[0].weights).T @ [NET.initial(m) for m in range(on_ranks.size)]
+    for rank, trace in enumerate(traces):
+        assert (trace.parameters[3] == NET.initial(rank)).all()
+        x = trace.parameters[3]
+        for step in (4, 5):
+            x = x + mu / PERIOD * (c[0] - x)
+            np.testing.assert_allclose(trace.parameters[step], x, rtol=1e-13, atol=1e-13)
+
+
+def test_gradient_sharing_keeps_all_ranks_bit_identical(on_ranks: Ranks) -> None:
+    for dtype in TOLERANCE:
+        traces = on_ranks(
+            lambda comm, dtype=dtype: run_method(comm, DataParallel(bucket_mb=1e-4), steps=STEPS, optimizer=nesterov, dtype=dtype)
+        )
+        for trace in traces:
+            assert (np.array(trace.parameters) == np.array(traces[0].parameters)).all()
+            assert all((ours == first).all() for ours, first in zip(trace.momenta, traces[0].momenta, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers that are not finite.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset", "average"])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks, name: str, policy: Any) -> None:
+    """Rank 0 breaks in the last step before a round, the last rank in the first step after one."""
+    last = on_several_ranks.size - 1
+
+    def poison(rank: int, step: int) -> bool:
+        return (rank, step) in ((0, 3), (last, 8))
+
+    row = METHODS[name]
+    row = Row(replace(row.ours, local_momentum=policy), row.oracle)
+    traces = follow(on_several_ranks, row, optimizer=nesterov, poison=poison)
+    assert [round_.healed for round_ in traces[0].rounds] == [(0,), (), (last,), ()]
+    for trace in traces:
+        assert np.isfinite(trace.parameters[-1]).all() and all(np.isfinite(m).all() for m in trace.momenta)
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_if_no_rank_is_finite_all_say_so(on_ranks: Ranks, name: str) -> None:
+    def body(comm: Communicator) -> str:
+        with pytest.raises(NonFinite) as error:
+            run_method(comm, METHODS[name].ours, steps=STEPS, poison=lambda rank, step: step == 5)
+        return str(error.value)
+
+    messages = on_ranks(body)
+    assert messages == [messages[0]] * len(messages) and "diverged on all ranks" in messages[0]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_any_number_that_is_not_finite_is_noticed(value: float) -> None:
+    def body(comm: Communicator) -> tuple[int, ...]:
+        vector = ParameterVector(twin(NET.initial(0)))
+        run = LocalSGD(period=1).build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))
+        if comm.rank == 1:
+            vector.data[:2] = torch.tensor([value, -value])  # their sum is NaN or, for NaN, too
+        healed: list[tuple[int, ...]] = []
+        run.synchronizers[0].on_round = lambda round_: healed.append(round_.healed)
+        run.after_step()
+        assert vector.data.isfinite().all() and run.synchronizers[0].healed == 1
+        return healed[0]
+
+    assert simulate(3, body) == [(1,)] * 3
+
+
+def with_nan(rank: int, step: int) -> tuple[Any, ...]:
+    inputs, targets = NET.random_batch(5, 1, rank, step)
+    return (inputs * math.nan if (rank, step) == (0, 5) else inputs), targets
+
+
+def test_a_shared_gradient_that_is_not_finite_is_an_error_on_all_ranks(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> str:
+        with pytest.raises(NonFinite) as error:
+            run_method(comm, DataParallel(bucket_mb=1e-4), steps=STEPS, batch=with_nan)
+        return str(error.value)
+
+    messages = on_ranks(body)
+    assert messages == [messages[0]] * len(messages) and "method.on_nonfinite: skip" in messages[0]
+
+
+def test_a_shared_gradient_that_is_not_finite_can_be_skipped(on_ranks: Ranks) -> None:
+    row = Row(DataParallel(bucket_mb=1e-4, on_nonfinite="skip"), ref.DataParallel(on_nonfinite="skip"))
+    traces = follow(on_ranks, row, optimizer=nesterov, batch=with_nan)
+    assert (traces[0].parameters[5] == traces[0].parameters[4]).all()
+
+
+def test_statistics_of_a_healed_rank_start_anew() -> None:
+    """NaN never leaves a running mean by itself: reset where they are local, taken over where they are averaged."""
+
+    def body(comm: Communicator) -> list[float]:
+        means = []
+        for buffers in ("local", "average"):
+            model = nn.Sequential(nn.BatchNorm1d(1))
+            vector = ParameterVector(model)
+            run = LocalSGD(period=1, buffers=buffers).build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))  # type: ignore[arg-type]
+            mean = model[0].running_mean
+            assert isinstance(mean, torch.Tensor)
+            mean.fill_(comm.rank + 1.0)
+            if comm.rank == 1:
+                vector.data.fill_(math.nan)
+                mean.fill_(math.nan)
+            run.after_step()
+            means.append(mean.item())
+        return means
+
+    assert simulate(3, body) == [[1.0, 2.0], [0.0, 2.0], [3.0, 2.0]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What building asks for, and what a round costs.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LGRAWA(period=0), "method.period is 0: must be at least 1"),
+        (lambda: GRAWA(pull=1.5), r"method.pull is 1.5: must be in \[0, 1\]"),
+        (lambda: GRAWA(pull=math.nan), "method.pull is nan"),
+        (lambda: GRAWA(prox=-0.1), "method.prox is -0.1"),
+        (lambda: GRAWA(power=-1.0), "method.power is -1.0"),
+        (lambda: GRAWA(score_momentum=1.0), r"method.score_momentum is 1.0: must be in \[0, 1\)"),
+        (lambda: GRAWA(probe_batches=0), "method.probe_batches is 0"),
+        (lambda: EASGD(pull=2.0), "method.pull is 2.0"),
+        (lambda: LSGD(prox=math.inf), "method.prox is inf"),
+        (lambda: DataParallel(bucket_mb=0.0), "method.bucket_mb is 0.0"),
+    ],
+)
+def test_impossible_values_are_refused(make: Callable[[], Method], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("method", [GRAWA(), MGRAWA(), LGRAWA()], ids=str)
+def test_a_missing_probe_is_a_named_error(method: Method) -> None:
+    vector = ParameterVector(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=rf"{type(method).__name__} scores.*probe="):
+        method.build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
+
+
+def test_a_missing_loss_is_a_named_error() -> None:
+    vector = ParameterVector(nn.Linear(2, 1))
+    run = LSGD().build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
+    with pytest.raises(ValueError, match=r"after_step\(loss\)"):
+        run.after_step()
+
+
+def test_the_common_start_is_all_of_rank_0s_model(on_ranks: Ranks) -> None:
+    """Parameters, frozen ones, float, integer and boolean buffers, whatever their memory format."""
+
+    def body(comm: Communicator) -> list[Any]:
+        torch.manual_seed(comm.rank)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model[1].requires_grad_(False)
+        model[2].running_mean.fill_(comm.rank + 7.0)
+        model[2].num_batches_tracked.fill_(comm.rank + 2)
+        model.register_buffer("mask", torch.rand(5) < 0.5)
+        model.register_buffer("nothing", torch.zeros(0))
+        vector = ParameterVector(model)
+        LocalSGD().build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))
+        vector.check()
+        return [t.detach().contiguous().numpy() for t in (*model.parameters(), *model.buffers())]
+
+    results = on_ranks(body)
+    torch.manual_seed(0)
+    expected = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3))
+    for result in results:
+        assert all((ours == first).all() for ours, first in zip(result, results[0], strict=True))
+        for ours, p in zip(result, expected.parameters(), strict=False):
+            assert (ours == p.detach().numpy()).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str) -> None:
+    """Payload of a round: 7 + K numbers, and P parameters. DataParallel: P + 4 flags at each step, one last word."""
+    world, ours = on_ranks.size, METHODS[name].ours
+
+    def body(comm: Communicator) -> tuple[dict[str, int], dict[str, int], dict[str, float]]:
+        run_method(comm, ours, steps=8)
+        return dict(comm.meter.calls), dict(comm.meter.payload_bytes), dict(comm.meter.bytes_sent)
+
+    averaging = isinstance(ours, AveragingMethod)
+    columns = {"LGRAWA": 4, "LGRAWA of modules": 2, "LGRAWA of groups": 2}.get(name, 1) if averaging else 0
+    big, verb = ("center", "allreduce") if averaging else ("gradient", "allreduce")
+    messages = 2 if averaging else 8
+    if name == "LSGD" or (world == 1 and averaging):
+        verb = "broadcast"
+    words = 2 if averaging else 1
+    for calls, payload, sent in on_ranks(body):
+        assert calls["control"] == words
+        assert payload["control"] == words * 8 * (7 + columns)
+        assert calls[big] == messages if averaging else calls[big] > messages  # in buckets
+        assert payload[big] == messages * 8 * (31 if averaging else 31 + 4)
+        assert sent[big] == pytest.approx(ref.bytes_sent(verb, payload[big], world))
+        assert sent["control"] == pytest.approx(ref.bytes_sent("allgather", payload["control"], world))
+
+
+@pytest.mark.parametrize("name", [*ORDINARY, "DataParallel"])
+@pytest.mark.parametrize("buffers", ["local", "average"])
+def test_no_allocation_of_size_p_after_the_first_round(name: str, buffers: Any, tmp_path: Path) -> None:
+    """No tensor as large as all parameters; a gradient or momentum of one layer may be made."""
+    method = METHODS[name].ours
+    if isinstance(method, AveragingMethod):
+        method = replace(method, period=2, buffers=buffers, local_momentum="average" if buffers == "average" else "keep")
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(5)), nn.BatchNorm1d(40))
+    vector = ParameterVector(model)
+    optimizer = torch.optim.SGD(vector.parameters, 0.1, momentum=0.9)
+    inputs = torch.randn(3, 40)
+    run = method.build(SingleCommunicator(), vector, optimizer, lambda: model(inputs).square().mean())
+
+    def step() -> None:
+        run.aggregator.zero_grad(optimizer)
+        run.aggregator.start()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        run.aggregator.finish()
+        optimizer.step()
+        run.after_step(loss.detach())
+
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(4):
+            step()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    made = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]" and event["args"]["Bytes"] > 0]
+    layer = 40 * 40 * 4
+    assert len(made) > 20 and max(made) >= layer  # it does measure
+    assert max(made) < 2 * layer < 4 * len(vector)

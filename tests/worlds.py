@@ -1,0 +1,162 @@
+"""A small world for method tests: the oracle's problem as a torch model, and a run of a method beside its replay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import reference as ref
+import torch
+from torch import Tensor, nn, optim
+
+from hpc_grawa import Method, ParameterVector, Run
+from hpc_grawa.comm import Communicator
+from hpc_grawa.synchronizer import Round
+
+NET = ref.TwoLayer(d=3, h=4, o=3)  # 31 parameters: prime, so that no world divides it
+NET.layers["layer 2, layer 1"] = NET.layers["module"][::-1]
+BATCH = 5
+
+
+def batch(rank: int, step: int) -> tuple[Any, ...]:
+    return NET.random_batch(BATCH, 1, rank, step)
+
+
+def probe_batch(rank: int, round_: int) -> tuple[Any, ...]:
+    return NET.random_batch(BATCH, 2, rank, round_)
+
+
+def starts(world: int) -> ref.Array:
+    return np.array([NET.initial(seed) for seed in range(world)])
+
+
+def plain() -> ref.SGD:
+    return ref.SGD()
+
+
+def nesterov() -> ref.SGD:
+    return ref.SGD(momentum=0.9, nesterov=True, weight_decay=1e-2)
+
+
+def twin(start: ref.Array, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """`NET` in torch, with these parameters."""
+    model = nn.Sequential(nn.Linear(NET.d, NET.h), nn.Tanh(), nn.Linear(NET.h, NET.o)).to(dtype)
+    nn.utils.vector_to_parameters(torch.from_numpy(start).to(dtype), model.parameters())
+    return model
+
+
+@dataclass
+class Trace:
+    """What one rank saw."""
+
+    parameters: list[ref.Array] = field(default_factory=list)  # after each step and its round
+    rounds: list[Round] = field(default_factory=list)
+    center: ref.Array | None = None
+    momenta: list[ref.Array] = field(default_factory=list)  # after the last step, where there are any
+
+
+def run_method(
+    comm: Communicator,
+    method: Method,
+    *,
+    steps: int,
+    lr: float | Callable[[int], float] = 0.1,
+    optimizer: Callable[[], ref.SGD] = plain,
+    dtype: torch.dtype = torch.float64,
+    poison: Callable[[int, int], bool] = lambda rank, step: False,
+    batch: Callable[[int, int], tuple[Any, ...]] = batch,
+    independent: bool = False,
+    parts: int = 1,
+    **build: Any,
+) -> Trace:
+    """Train on one rank as `ref.replay` does; ranks are given different starts, which a common start must undo."""
+    model = twin(starts(comm.size)[comm.rank], dtype)
+    vector = ParameterVector(model)
+    like = optimizer()
+    sgd = optim.SGD(
+        model.parameters(), 1.0, momentum=like.momentum, nesterov=like.nesterov, weight_decay=like.weight_decay
+    )
+
+    def loss_of(inputs: Any, targets: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(torch.as_tensor(inputs, dtype=dtype)), torch.as_tensor(targets))
+
+    def eta(step: int) -> float:
+        return lr(step) if callable(lr) else lr
+
+    def set_lr(step: int) -> None:
+        for group in sgd.param_groups:
+            group["lr"] = eta(step)
+
+    set_lr(0)
+    trace = Trace()
+    rounds = 0
+
+    def probe() -> Tensor:
+        return loss_of(*probe_batch(comm.rank, rounds))
+
+    def on_round(round_: Round) -> None:
+        nonlocal rounds
+        rounds += 1
+        trace.rounds.append(round_)
+
+    run = method.build(
+        comm, vector, sgd, probe, start="independent" if independent else "common", **build
+    )
+    for synchronizer in run.synchronizers:
+        synchronizer.on_round = on_round
+    for step in range(steps):
+        set_lr(step)
+        loss = gradient(run, sgd, loss_of, batch(comm.rank, step), parts)
+        sgd.step()
+        if poison(comm.rank, step):
+            vector.data[step % len(vector)] = math.nan  # one is enough
+        run.after_step(loss)
+        if step == steps - 1:
+            run.finish()
+        trace.parameters.append(vector.data.double().numpy().copy())
+    trace.center = run.center.double().numpy().copy()
+    trace.momenta = [t.double().numpy().copy() for p in vector.parameters for t in sgd.state[p].values() if t is not None]
+    return trace
+
+
+def gradient(run: Run, optimizer: optim.Optimizer, loss_of: Any, batch: tuple[Any, ...], parts: int) -> Tensor:
+    """One shared gradient, as the training loop computes it: accumulated over parts, the last of which is shared."""
+    run.aggregator.zero_grad(optimizer)
+    total = torch.zeros(())
+    pieces = [np.array_split(part, parts) for part in batch]
+    for i, piece in enumerate(zip(*pieces, strict=True)):
+        if i == parts - 1:
+            run.aggregator.start()
+        loss = loss_of(*piece) * (len(piece[0]) / len(batch[0]))
+        loss.backward()
+        total = total + loss.detach()
+    run.aggregator.finish()
+    return total
+
+
+def replay(method: ref.Method, world: int, steps: int, period: Any = 4, lr: Any = 0.1, **options: Any) -> ref.Replay:
+    """The oracle's run of the same."""
+    return ref.replay(
+        method, NET, starts(world), options.pop("batch", batch), steps=steps, period=period, lr=lr, probe=probe_batch, **options
+    )
+
+
+def assert_follows(traces: list[Trace], expected: ref.Replay, tolerance: float) -> None:
+    """Every rank's parameters after every step, every round and the center are the oracle's."""
+
+    def close(actual: Any, desired: Any) -> None:
+        np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance)
+
+    for rank, trace in enumerate(traces):
+        for step, parameters in zip(expected.steps, trace.parameters, strict=True):
+            if np.isnan(step.parameters[rank]).all():
+                assert np.isnan(parameters).any()  # broken, and not healed yet
+            else:
+                close(parameters, step.parameters[rank])
+        for ours, theirs in zip(trace.rounds, expected.rounds, strict=True):
+            assert (ours.step, ours.healed) == (theirs.step, theirs.healed)
+            close(ours.weights, theirs.weights)
+        close(trace.center, expected.parameters[rank] if expected.center is None else expected.center)
