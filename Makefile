@@ -168,7 +168,9 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy --strict hpc_grawa
 
 bench: $(READY)  ## the figures of the README, measured on this machine
-	@$(BIN)/python benchmarks/run.py
+	@export OMP_NUM_THREADS=1
+	for ranks in 2 4; do $(MPIRUN) -np $$ranks $(BIN)/python benchmarks/rounds.py; done
+	$(MPIRUN) -np 2 $(BIN)/python benchmarks/steps.py
 
 clean:  ## remove caches and build outputs; environments and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

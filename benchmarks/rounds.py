@@ -8,6 +8,7 @@ LGRAWA's round is timed without its probe, which is a forward and backward pass 
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,8 @@ def main() -> None:
     other = resnet50()
     for p in other.parameters():
         p.grad = torch.zeros_like(p)  # the averager skips parameters without one
-    averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and still what PyTorch offers
+        averager = PeriodicModelAverager(period=1, warmup_steps=0)
 
     medians = interleaved(
         {

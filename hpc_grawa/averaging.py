@@ -119,7 +119,7 @@ class Averager:
         if self._message is None:
             lengths = [t.numel() for t in riders]
             self._message = torch.empty(size + sum(lengths), dtype=self.vector.exact_dtype, device=x.device)
-            parts = iter(self._message[size:].split(lengths) if lengths else ())
+            parts = iter(torch.split(self._message[size:], lengths) if lengths else ())
             self._seats = [[next(parts).view(t.shape) for t in tensors] for tensors in packed]
             self._riding = [seat for seats in self._seats for seat in seats]
         if leader and not riders:
@@ -154,7 +154,7 @@ class Averager:
 
 
 def pull(x: Tensor, target: Tensor, amount: float, replace: bool = False) -> None:
-    """x ← x + amount · (target - x), in place; with ``replace`` x ← target, whatever x was.
+    """Move x in place: x ← x + amount · (target - x); with ``replace`` x ← target, whatever x was.
 
     Exact at both ends: amount 0 leaves x bit for bit, amount 1 makes it the target.
     """

@@ -33,7 +33,7 @@ class Budget:
             raise ConfigError("budget is empty: give budget.seconds, budget.epochs or budget.steps")
         for name, limit in limits.items():
             if limit is not None and not 0 < limit < math.inf:
-                raise ConfigError(f"budget.{name} is {limit}: must be positive")
+                raise ConfigError(f"budget.{name} is {limit}: must be positive and finite")
 
     def total_steps(self, steps_per_epoch: int) -> int | None:
         """Local steps until the limit in steps or epochs, or None where only the clock decides."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import sys
 import textwrap
 import time
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     facts = rank_facts()
+    sys.path.append(os.getcwd())  # own classes may lie where the program is started
     command = COMMANDS.get(words[0]) if words else None
     if command is None:
         wanted = words[:1] in (["-h"], ["--help"])
@@ -48,31 +50,35 @@ def _usage(words: list[str]) -> str:
 def train(words: list[str], facts: RankFacts) -> None:
     """Train with one method (--dry_run only says what would happen)."""
     program = "hpc-grawa train"
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
     options, words = own.parse_known_args(words)
     config = parse(words, program, speaks=facts.rank == 0)
+    size = facts.size if options.world_size is None else options.world_size
+    with named_errors(program, facts):
+        if options.world_size is not None and not options.dry_run:
+            raise ConfigError(f"world_size is {size}: must come with --dry_run; in training the launcher decides")
+        if size < 1:
+            raise ConfigError(f"world_size is {size}: must be at least 1 rank")
+        config.check(size)
+        first_line = "" if options.dry_run else backend_line(config, facts)
+        folder = None
+        if not options.dry_run and facts.rank == 0:  # last of all, so that an error leaves none behind
+            unnamed = f"{type(config.method).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = new_folder(config.run.dir, config.run.name or unnamed, numbered=config.run.name is None)
+    set_threads(facts)
     if options.dry_run:
         from .plan import plan
 
-        size = facts.size if options.world_size is None else options.world_size
-        with named_errors(program, facts):
-            if size < 1:
-                raise ConfigError(f"world_size is {size}: must be at least 1 rank")
-            config.check(size)
-        set_threads(facts)
         if facts.rank == 0:
             print(plan(config, size))
         return
-    with named_errors(program, facts):
-        if options.world_size is not None:
-            raise ConfigError("world_size is for --dry_run; in training the launcher sets the number of ranks")
-        folder, first_line = ready(config, facts)
-    set_threads(facts)
-    with together(program, config, facts, first_line) as comm:
+    with together(program, config, facts, first_line, folder) as comm:
         from .train import fit
 
+        if folder is not None:
+            open_run(folder, config.text, comm.size, comm.backend)
         fit(config, comm, folder)
 
 
@@ -143,7 +149,7 @@ def compare(words: list[str], facts: RankFacts) -> None:
             config.check(facts.size)
         first_line = backend_line(comparison.configs[0], facts)
         if facts.rank == 0:
-            comparison.check_folders()
+            comparison.check_folders(facts.size)
     set_threads(facts)
     with together(program, comparison.configs[0], facts, first_line) as comm:
         folders = comparison.train(comm)
@@ -210,18 +216,6 @@ def backend_line(config: Config, facts: RankFacts) -> str:
     return f"backend    {backend} ({why}), {ranks}"
 
 
-def ready(config: Config, facts: RankFacts) -> tuple[Path | None, str]:
-    """Check everything that can be checked without a communicator; rank 0 makes the run's folder, last of all."""
-    config.check(facts.size)
-    first_line = backend_line(config, facts)
-    if facts.rank:
-        return None, first_line
-    name = config.run.name or f"{type(config.method).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = new_folder(config.run.dir, name)
-    open_run(folder, config.text, facts.size, choose(config.backend, facts)[0])
-    return folder, first_line
-
-
 def set_threads(facts: RankFacts) -> None:
     """Give this rank its share of the host's processors, unless OMP_NUM_THREADS says otherwise."""
     threads = default_threads(facts)
@@ -230,24 +224,35 @@ def set_threads(facts: RankFacts) -> None:
 
 
 @contextmanager
-def together(program: str, config: Config, facts: RankFacts, first_line: str) -> Iterator[Communicator]:
-    """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
+def together(
+    program: str, config: Config, facts: RankFacts, first_line: str, folder: Path | None = None
+) -> Iterator[Communicator]:
+    """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback.
+
+    A new ``folder`` is removed again if the ranks cannot connect.
+    """
     if facts.rank == 0:
         print(first_line, flush=True)
     with named_errors(program, facts):
-        comm = connect(config.backend, facts)
+        try:
+            comm = connect(config.backend, facts)
+        except ConfigError:
+            if folder is not None:
+                folder.rmdir()
+            raise
     try:
         yield comm
     except BaseException as error:
-        if isinstance(error, (RanksDisagree, NonFinite, ConfigError)):
-            # Raised on all ranks alike: rank 0 speaks; the others give it time before they pull the job down.
+        report, status = f"{program}: rank {comm.rank} of {comm.size} failed:\n{traceback.format_exc()}", 1
+        if isinstance(error, (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt)):
+            # On all ranks alike: rank 0 speaks; the others give it time before they pull the job down.
             report = f"{program}: error: {error}\n" if comm.rank == 0 else ""
-            if comm.rank:
-                time.sleep(10)
-        else:
-            report = f"{program}: rank {comm.rank} of {comm.size} failed:\n{traceback.format_exc()}"
+            time.sleep(10 if comm.rank else 0)
+            status = 2 if isinstance(error, ConfigError) else 1
+        if isinstance(error, KeyboardInterrupt):
+            report, status = report and f"\n{program}: interrupted\n", 130
         sys.stderr.write(report)
         sys.stderr.flush()
-        comm.abort(2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
+        comm.abort(status)
         raise
     comm.close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from .comm import Communicator
-from .config import CLASS_SECTIONS, Config, parse, read_settings
+from .config import Config, parse, read_settings, split_config
 from .errors import ConfigError
 from .log import new_folder, open_run
 
@@ -19,13 +22,11 @@ class Comparison:
 
     Attributes:
         folder: holds one run folder per method and seed.
-        names: of the run folders.
-        configs: of the runs.
+        configs: of the runs; ``run.name`` is the name of the run's folder.
         target: accuracy for the time to target, or None.
     """
 
     folder: Path
-    names: list[str]
     configs: list[Config]
     target: float | None
 
@@ -39,54 +40,70 @@ class Comparison:
         program: str,
         speaks: bool,
     ) -> Comparison:
-        """Read the command line; a recipe's ``compare`` section may hold methods (with settings of theirs), seeds, target.
+        """Read the command line.
+
+        A recipe's ``compare`` section may hold ``methods`` (names, or for each name its own settings), ``seeds`` and
+        ``target``; the command line wins.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
         """
-        settings, options = read_settings(words)
+        files, options = split_config(words)
+        files_again = [f"--config={file}" for file in files]
+        settings = read_settings(files)
         section = settings.get("compare", {})
         if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
             raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
+        if single := [word for word in options if re.match(r"--(method|run\.seed)(=|$)", word)]:
+            raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
         theirs = section.get("methods", {})
-        theirs = theirs if isinstance(theirs, dict) else dict.fromkeys(theirs, {})
-        chosen = methods.split(",") if methods else list(theirs)
-        if not chosen:
+        theirs = theirs if isinstance(theirs, dict) else {name: {} for name in theirs}
+        names = methods.split(",") if methods else list(theirs)
+        if not names:
             raise ConfigError("methods is missing: give --methods LGRAWA,EASGD or a recipe with a compare section")
-        numbers = seeds.split(",") if seeds else section.get("seeds", [settings.get("run", {}).get("seed", 0)])
-        if not all(str(n).strip().isdigit() for n in numbers):
-            raise ConfigError(f"seeds is {seeds or numbers}: must be whole numbers of 0 or more, separated by commas")
-        for what, values in (("methods", chosen), ("seeds", numbers)):
-            if len(set(map(str, values))) < len(values):
-                raise ConfigError(f"{what} is {','.join(map(str, values))}: must not name one twice")
-        first = parse([*words, "--method", chosen[0]], program, speaks)
-        folder = Path(first.run.dir) / (first.run.name or "comparison")
-        names, configs = [], []
-        for seed in map(int, numbers):
-            for method in chosen:
-                own = _as_options(theirs.get(method) or {})
-                name = f"{method.rpartition('.')[2]}-{seed}"
-                identity = [f"--run.seed={seed}", f"--run.name={name}", f"--run.dir={folder}"]
-                names.append(name)
-                configs.append(parse([*_first(words, options), f"--method={method}", *own, *options, *identity], program, speaks))
-        return cls(folder, names, configs, section.get("target") if target is None else target)
+        numbers = [str(n) for n in section.get("seeds", [settings.get("run", {}).get("seed", 0)])]
+        numbers = seeds.split(",") if seeds else numbers
+        if not all(number.isdigit() for number in numbers):
+            raise ConfigError(f"seeds is {','.join(numbers)}: must be whole numbers of 0 or more, separated by commas")
+        for what, values in (("methods", [_short(name) for name in names]), ("seeds", numbers)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{what} is {','.join(values)}: must not name one twice")
 
-    def check_folders(self) -> None:
-        """See that finished runs of this comparison were made by the same configuration.
+        def run(name: str, *identity: str) -> Config:
+            own = _as_options(theirs.get(name) or {})
+            return parse([*files_again, f"--method={name}", *own, *options, *identity], program, speaks)
+
+        first = run(names[0]).run
+        folder = Path(first.dir) / (first.name or "comparison")
+        configs = [
+            run(name, f"--run.seed={seed}", f"--run.name={_short(name)}-{seed}", f"--run.dir={folder}")
+            for seed in map(int, numbers)
+            for name in names
+        ]
+        return cls(folder, configs, section.get("target") if target is None else target)
+
+    def check_folders(self, world_size: int) -> None:
+        """See that finished runs of this comparison were made by the same configuration and ranks.
 
         Raises:
-            ConfigError: one was not; the message names the first line that differs.
+            ConfigError: one was not (the message names the first line that differs), or no folder can be made.
         """
-        for name, config in zip(self.names, self.configs, strict=True):
-            run = self._finished(name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.dir is {self.folder.parent}: cannot be used ({error.strerror})") from None
+        for config in self.configs:
+            run = self._finished(config)
             if run is None:
                 continue
-            there, wanted = (run / "config.yaml").read_text().splitlines(), config.text.splitlines()
-            if there != wanted:
-                old, new = next((a, b) for a, b in zip(there + [""], wanted + [""], strict=False) if a != b)
+            ranks = json.loads((run / "environment.json").read_text())["world_size"]
+            there = [*(run / "config.yaml").read_text().splitlines(), f"{ranks} ranks"]
+            now = [*config.text.splitlines(), f"{world_size} ranks"]
+            if there != now:
+                old, new = next((a, b) for a, b in zip_longest(there, now, fillvalue="") if a != b)
                 raise ConfigError(
                     f"run.name is {self.folder.name}: {run} was made with '{old.strip()}', now it is '{new.strip()}'; "
-                    f"choose another --run.name, or remove that folder"
+                    f"must be another --run.name, or remove that folder"
                 )
 
     def train(self, comm: Communicator) -> list[Path]:
@@ -94,45 +111,31 @@ class Comparison:
         from .train import fit
 
         folders: list[Path] = []
-        done = [self._finished(name) for name in self.names] if comm.rank == 0 else []
-        flags = comm.gather_bytes(bytes(run is not None for run in done))[0]
-        for number, (name, config) in enumerate(zip(self.names, self.configs, strict=True)):
-            title = f"{name} ({number + 1} of {len(self.names)})"
-            if flags[number]:
-                if comm.rank == 0:
-                    print(f"\n{title} is in {done[number]} already", flush=True)
-                    folders.append(done[number])  # type: ignore[arg-type]
-                continue
+        done = [self._finished(config) for config in self.configs] if comm.rank == 0 else []
+        there = comm.gather_bytes(bytes(run is not None for run in done))[0]
+        for number, config in enumerate(self.configs):
+            title = f"{config.run.name} ({number + 1} of {len(self.configs)})"
             folder = None
             if comm.rank == 0:
-                print(f"\n{title}", flush=True)
-                folder = self._new(name)
-                open_run(folder, config.text, comm.size, comm.backend)
+                # A run that was cut off keeps its folder; the next attempt gets a numbered one.
+                folder = done[number] or new_folder(str(self.folder), str(config.run.name), numbered=True)
                 folders.append(folder)
+                print(f"\n{title}" + (f" is in {folder} already" if there[number] else ""), flush=True)
+            if there[number]:
+                continue
+            if folder is not None:
+                open_run(folder, config.text, comm.size, comm.backend)
             fit(config, comm, folder)
         return folders
 
-    def _attempts(self, name: str) -> list[Path]:
-        return [path for path in (self.folder / name, *sorted(self.folder.glob(f"{name}.*"))) if path.is_dir()]
-
-    def _finished(self, name: str) -> Path | None:
-        return next((path for path in self._attempts(name) if (path / "summary.json").is_file()), None)
-
-    def _new(self, name: str) -> Path:
-        # An attempt that was cut off keeps its folder; the next one gets a number.
-        attempts = len(self._attempts(name))
-        return new_folder(str(self.folder), f"{name}.{attempts + 1}" if attempts else name)
+    def _finished(self, config: Config) -> Path | None:
+        name = str(config.run.name)
+        attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
+        return next((path for path in attempts if (path / "summary.json").is_file()), None)
 
 
-def _first(words: Sequence[str], options: Sequence[str]) -> list[str]:
-    """The ``--config`` words of a command line."""
-    rest, configs = list(options), []
-    for word in words:
-        if rest and word == rest[0]:
-            rest.pop(0)
-        else:
-            configs.append(word)
-    return configs
+def _short(method: str) -> str:
+    return method.rpartition(".")[2]
 
 
 def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
@@ -141,10 +144,8 @@ def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in settings.items():
         if isinstance(value, dict):
             options += _as_options(value, f"{prefix}{key}.")
-        elif prefix == "" and key in CLASS_SECTIONS:
-            options.append(f"--{key}={value}")
         else:
-            options.append(f"--{prefix}{key}={value}")
+            options.append(f"--{prefix}{key}={'null' if value is None else value}")
     return options
 
 

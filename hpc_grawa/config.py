@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader
 from torch import nn
 
-from . import data, methods, metrics, models, optim, schedules  # noqa: F401 - their classes are found by name
+from . import data, methods, metrics, models, optim, schedules
 from .budget import Budget
 from .comm import Backend
+from .complaints import one_line
 from .control import CONTROL_EVERY
-from .data import Data
+from .data import Data, shard_size
 from .errors import ConfigError
 from .evaluate import Precision
 from .methods import Method
@@ -36,7 +34,7 @@ RECIPES = Path(__file__).parent / "recipes"
 CLASS_SECTIONS: dict[str, tuple[type, str | None]] = {
     "method": (Method, "LGRAWA"),
     "optimizer": (LocalOptimizer, "SGD"),
-    "schedule": (Schedule, "hpc_grawa.schedules.Constant"),
+    "schedule": (Schedule, "Constant"),
     "model": (nn.Module, None),
     "data": (Data, None),
     "loss": (nn.Module, "torch.nn.CrossEntropyLoss"),
@@ -63,7 +61,7 @@ class Evaluation:
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
         if not 0 < self.every < math.inf:
-            raise ConfigError(f"eval.every is {self.every}: must be positive")
+            raise ConfigError(f"eval.every is {self.every}: must be positive and finite")
         for name in ("bn_batches", "train_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name} is {getattr(self, name)}: must be at least 1")
@@ -113,6 +111,10 @@ class Identity:
             raise ConfigError(f"run.control_every is {self.control_every}: must be at least 1 step")
 
 
+#: Sections with fixed keys.
+GROUPS: dict[str, type] = {"budget": Budget, "eval": Evaluation, "log": Logging, "run": Identity}
+
+
 @dataclass
 class Config:
     """A run's configuration, ready to use. ``build_model`` and ``text`` come from what was parsed."""
@@ -135,7 +137,8 @@ class Config:
 
     def build_model(self) -> nn.Module:
         """The model, initialised from torch's present random stream."""
-        return _instantiate(Namespace(model=self._model)).model  # type: ignore[no-any-return]
+        model: nn.Module = _instantiate(Namespace(model=self._model)).model  # type: ignore[no-untyped-call]
+        return model
 
     def check(self, world_size: int) -> None:
         """Find every impossible value, without communicating or loading data.
@@ -143,17 +146,19 @@ class Config:
         Raises:
             ConfigError: one line that names key, value and what is allowed.
         """
-        for section in (self.budget, self.eval, self.log, self.run):
-            section.check()
+        for name in GROUPS:
+            getattr(self, name).check()
         self.data.check(world_size)
         batch, parts = self.data.batch_size, self.optimizer.accumulate
         if batch % parts:
             raise ConfigError(f"optimizer.accumulate is {parts}: must divide data.batch_size, which is {batch}")
-        wanted = self.method.probe_batches * batch
-        if wanted > self.data.train_size():
+        size, data, method = self.data.train_size(), self.data, self.method
+        if method.probe_from == "shard":
+            size = shard_size(size, batch, world_size, data.split, data.fraction)
+        if method.probe_batches * batch > size:
             raise ConfigError(
-                f"method.probe_batches is {self.method.probe_batches}: {wanted} examples, but the training set has "
-                f"{self.data.train_size()}"
+                f"method.probe_batches is {method.probe_batches}: must be at most {size // batch}, the batches in the "
+                f"{size} examples that the probe draws from"
             )
 
 
@@ -172,8 +177,16 @@ class Parser(ArgumentParser):
         if self.speaks is None:
             super().error(message, ex)
         if self.speaks:
-            print(f"{self.prog}: error: {_one_line(message)}", file=sys.stderr, flush=True)
+            line = str(ex) if isinstance(ex, ConfigError) else one_line(message, self.keys(), known_classes)
+            print(f"{self.prog}: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2 if self.speaks else 0)
+
+    def keys(self) -> list[str]:
+        """All keys outside of classes, as ``budget.seconds``, and the sections that hold a class."""
+        keys = [action.dest for action in self._actions]
+        return [
+            key for key in keys if key not in ("help", "config", *GROUPS) and not re.search(r"\.help$|^print_", key)
+        ]
 
 
 def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser:
@@ -181,13 +194,15 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
     parser = Parser(
         prog=program,
         description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
+        epilog="hpc-grawa train --dry_run [--world_size N] only says what would happen.",
+        allow_abbrev=False,
     )
     parser.speaks = speaks
     parser.add_argument("--config", action="config", help=f"A YAML file or a recipe ({', '.join(recipes())}).")
     for name, (base, _) in CLASS_SECTIONS.items():
         parser.add_argument(f"--{name}", type=base, required=True, help=f"A {base.__name__}, by name or import path.")
-    for name, section in (("budget", Budget), ("eval", Evaluation), ("log", Logging), ("run", Identity)):
-        parser.add_class_arguments(section, name)
+    for name, group in GROUPS.items():
+        parser.add_class_arguments(group, name)
     parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
     parser.add_argument("--backend", type=Backend, default="auto", help="How ranks communicate.")
     return parser
@@ -201,6 +216,8 @@ def recipes() -> list[str]:
 def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bool = True) -> Config:
     """Read command line and files; bad input ends the program with one line and status 2.
 
+    ``--print_config`` prints the configuration as a file that ``--config`` takes, and ends the program.
+
     Args:
         arguments: of the command line; ``--config`` takes a YAML file or a recipe's name, later options win. Naming
             another class for a section forgets the settings of the class before.
@@ -208,39 +225,58 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
         speaks: whether this rank prints them.
     """
     parser = make_parser(program, speaks)
+    if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
+        parser.parse_args(list(arguments))  # prints, and ends the program
     try:
-        settings, options = read_settings(arguments)
+        files, options = split_config(arguments)
+        printing = "--print_config" in options
+        options = _spelled_out([word for word in options if word != "--print_config"])
+        settings = read_settings(files)
         settings.pop("compare", None)
         for name, (_, default) in CLASS_SECTIONS.items():
             chosen = _chosen_class(options, name)
-            if chosen and _short(chosen) != _short(_class_of(settings.get(name))):
+            if chosen and chosen != settings.get(name, {}).get("class_path"):
                 settings.pop(name, None)
             if not chosen and name not in settings:
                 if default is None:
-                    raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config {recipes()[0]})")
-                settings[name] = default
-        parsed = parser.parse_args([f"--config={json.dumps(settings)}", *options])
-        return _config(parser, parsed, settings, options)
+                    raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
+                settings[name] = {"class_path": _import_path(name, default)}
+        parsed = parser.parse_args([f"--config={_as_yaml(settings)}", *options])
+        parsed.pop("config", None)
+        config = _config(parser, parsed, settings, options)
     except ConfigError as error:
-        parser.error(str(error))
+        parser.error(str(error), error)
+    if printing:
+        if speaks:
+            print(config.text, end="")
+        raise SystemExit(0)
+    return config
 
 
 def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str]) -> Config:
-    parsed.pop("config", None)
-    model = parsed.pop("model")
+    model = parsed.model
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
-    built = _instantiate(parsed)
-    own = (settings.get("model") or {}).get("init_args", {}) if isinstance(settings.get("model"), dict) else {}
-    for key, value in built.data.model_arguments().items():
-        named = key in own or any(o.split("=")[0] == f"--model.{key}" for o in options)
-        if key in model.init_args and not named:
-            model.init_args[key] = value
-    parsed.model = model
+    rest = {key: value for key, value in vars(parsed).items() if key != "model"}
+    built = _instantiate(Namespace(**rest))  # type: ignore[no-untyped-call]
+    given = settings.get("model", {}).get("init_args") or {}
+    arguments = model.get("init_args", {})  # a model may take none
+    settled = {
+        key: value
+        for key, value in built.data.model_arguments().items()
+        if key in arguments
+        and key not in given
+        and not any(word.partition("=")[0] in (f"--model.{key}", f"--model.init_args.{key}") for word in options)
+    }
+    for key in settled:
+        del arguments[key]
+    text = parser.dump(parsed, skip_unset=False)  # without what the data settle, so that it fits other data too
+    for key, value in settled.items():
+        arguments[key] = value
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
-        **{name: built[name] for name in ("budget", "eval", "log", "run", "precision", "backend")},
-        model_name=_short(model.class_path),
-        text=parser.dump(parsed, skip_none=False),
+        **{name: built[name] for name in (*GROUPS, "precision", "backend")},
+        model_name=_name(model.class_path),
+        text=text,
         _model=model,
     )
 
@@ -251,117 +287,126 @@ def _instantiate(parsed: Namespace) -> Namespace:
     for name, (base, _) in CLASS_SECTIONS.items():
         if name in parsed:
             keep.add_argument(f"--{name}", type=base)
-    for name, section in (("budget", Budget), ("eval", Evaluation), ("log", Logging), ("run", Identity)):
+    for name, group in GROUPS.items():
         if name in parsed:
-            keep.add_class_arguments(section, name)
-    return keep.instantiate(parsed)
+            keep.add_class_arguments(group, name)
+    built: Namespace = keep.instantiate(parsed)
+    return built
 
 
-def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split a command line into the merged settings of its ``--config`` files, and its other options.
-
-    Raises:
-        ConfigError: a file or recipe does not exist, or is no mapping.
-    """
-    settings: dict[str, Any] = {}
+def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into what it gives to ``--config``, and its other options."""
+    files: list[str] = []
     options: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--config":
             value = next(words, None)
             if value is None:
-                raise ConfigError(f"--config needs a file or a recipe: {', '.join(recipes())}")
+                raise ConfigError(f"config is missing after --config: must be a file or one of {', '.join(recipes())}")
+            files.append(value)
         elif word.startswith("--config="):
-            value = word.partition("=")[2]
+            files.append(word.partition("=")[2])
         else:
             options.append(word)
-            continue
-        _merge(settings, _read(value))
-    return settings, options
+    return files, options
+
+
+def read_settings(files: Sequence[str]) -> dict[str, Any]:
+    """Read YAML files and recipes; later ones win, and a section of another class replaces the one before.
+
+    Raises:
+        ConfigError: a file or recipe does not exist, or does not hold sections.
+    """
+    settings: dict[str, Any] = {}
+    for name in files:
+        _merge(settings, _read(name))
+    return settings
 
 
 def _read(name: str) -> dict[str, Any]:
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"config is {name}: no such file, and no such recipe; recipes are {', '.join(recipes())}")
+        raise ConfigError(f"config is {name}: must be a file or one of the recipes {', '.join(recipes())}")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config is {name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+        settings = get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except Exception as error:  # what a loader raises is its own affair
+        raise ConfigError(f"config is {name}: must be YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"config is {name}: must hold sections (key: value), found {type(settings).__name__}")
+    for key, section in settings.items():
+        if key in CLASS_SECTIONS:
+            section = {"class_path": section} if isinstance(section, str) else section
+            keys = set(section) if isinstance(section, dict) else set()
+            if "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
+                form = "a class, or class_path: CLASS with init_args: {its settings}"
+                raise ConfigError(f"{key} is {section} in {name}: must be {form}")
+            settings[key] = {**section, "class_path": _import_path(key, str(section["class_path"]))}
+        elif key in GROUPS and not isinstance(section, dict):
+            raise ConfigError(f"{key} is {section} in {name}: must hold settings (key: value)")
     return settings
 
 
 def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
     for key, value in more.items():
         old = settings.get(key)
-        another_class = key in CLASS_SECTIONS and _short(_class_of(value)) not in ("", _short(_class_of(old)))
-        if isinstance(value, dict) and isinstance(old, dict) and not another_class:
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            settings[key] = value
+        elif value.get("class_path") == old.get("class_path"):
             _merge(old, value)
         else:
             settings[key] = value
 
 
-def _class_of(section: object) -> str:
-    if isinstance(section, dict):
-        return str(section.get("class_path", ""))
-    return section if isinstance(section, str) else ""
+def _as_yaml(value: Any) -> str:
+    """YAML in one line; JSON except for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_yaml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")
+    return json.dumps(value, default=str)
 
 
-def _short(class_path: str) -> str:
-    return class_path.rpartition(".")[2]
+def _spelled_out(options: Sequence[str]) -> list[str]:
+    """The options, classes by their import paths: ``--method LGRAWA`` as ``--method=hpc_grawa.methods.LGRAWA``."""
+    spelled: list[str] = []
+    words = iter(options)
+    for word in words:
+        key, given, value = word.partition("=")
+        section = key.removeprefix("--").removesuffix(".class_path")
+        if key.startswith("--") and section in CLASS_SECTIONS:
+            spelled.append(f"--{section}={_import_path(section, value if given else next(words, ''))}")
+        else:
+            spelled.append(word)
+    return spelled
 
 
 def _chosen_class(options: Sequence[str], section: str) -> str:
-    chosen = ""
-    for word, following in zip(options, [*options[1:], ""], strict=False):
-        if word == f"--{section}":
-            chosen = following
-        elif word.startswith(f"--{section}="):
-            chosen = word.partition("=")[2]
-    return chosen
+    chosen = [word.partition("=")[2] for word in options if word.startswith(f"--{section}=")]
+    return chosen[-1] if chosen else ""
 
 
-def _one_line(message: str) -> str:
-    """jsonargparse's tree of causes as ``key: what is wrong``."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    keys, notes, given = [], [], ""
-    options: list[str] = []
-    for line in lines:
-        if found := re.fullmatch(r'Parser key "(.+)":', line):
-            keys.append(found[1])
-        elif found := re.fullmatch(r"Problem with given class_path '(.+)':", line):
-            options = _fields(found[1])
-        elif found := re.fullmatch(r"Given value: (.*)", line):
-            given = f", got {found[1]}"
-        elif found := re.fullmatch(r"(?:Option|Key) '(.+)' is not (?:accepted|expected)", line):
-            keys.append(found[1])
-            near = difflib.get_close_matches(found[1], options, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            notes.append(f"no such key; {hint}allowed: {', '.join(options) or ', '.join(_top_level())}")
-        elif found := re.match(r"unrecognized arguments: --(\S+)", line):
-            key = found[1].partition("=")[0]
-            near = difflib.get_close_matches(key, _top_level(), 1, 0.5)
-            notes.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
-        elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
-            notes.append(line.lstrip("- "))
-    text = "; ".join(dict.fromkeys(notes)) + given
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("Expected a ", "must be a ")
-    text = text.replace("dot import path string: ", "known class or an import path, got ").replace(". Got value: ", ", got ")
-    text = re.sub(r"typing.Literal\[(.+?)\]", r"one of \1", text).replace("must be a one of", "must be one of")
-    text = text.replace("; must be a NoneType", " or null").replace("a int", "an int")
-    return f"{'.'.join(keys)}: {text}" if keys else text
+def _import_path(section: str, name: str) -> str:
+    """One import path for each class of this package and each loss of torch, whatever it was called by."""
+    known = known_classes(section)
+    root, dots, _ = name.partition(".")
+    return known.get(_name(name), name) if not dots or root in ("hpc_grawa", "torch") else name
 
 
-def _fields(class_path: str) -> list[str]:
-    try:
-        module, _, name = class_path.rpartition(".")
-        return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "self"]
-    except (ImportError, AttributeError, ValueError, TypeError):
-        return []
+def _name(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
 
 
-def _top_level() -> list[str]:
-    keys = [action.dest for action in make_parser()._actions if action.dest not in ("help", "config")]
-    return [key for key in keys if "print_" not in key]
+def known_classes(section: str) -> dict[str, str]:
+    """The classes of a section that need no import path, and their import paths."""
+    sources = (methods, optim, schedules, models, data, nn.modules.loss, metrics)
+    source = dict(zip(CLASS_SECTIONS, sources, strict=True))[section]
+    base, _ = CLASS_SECTIONS[section]
+    return {
+        name: f"{source.__name__}.{name}"
+        for name, found in sorted(vars(source).items())
+        if isinstance(found, type) and issubclass(found, base) and found.__module__.startswith(source.__name__)
+        if not isabstract(found) and not name.startswith("_")
+    }

@@ -41,6 +41,7 @@ class ControlWord:
 
 
 WIDTH = len(fields(ControlWord))
+_NO_SCORES = torch.empty(0, dtype=torch.float64)
 _MUST_AGREE = {"step": "local step", "period": "period", "lr": "learning rate"}
 
 
@@ -62,6 +63,9 @@ class Control:
     ) -> None:
         self.comm, self.facts, self.every = comm, facts, every
         self.clock = clock
+        #: Scores that a round sends. A word that travels alone is as long: whatever steps two ranks are at, their words
+        #: can meet, and the difference is an error instead of a standstill.
+        self.columns = 0
         self.wants_stop = False
         self.wants_save = False
         #: Agreed by all ranks.
@@ -84,34 +88,38 @@ class Control:
         Raises:
             RanksDisagree: on all ranks, naming the first rank that differs.
         """
+        self._read_pending()
         table = self._send(period, finite, scores).wait()
         self._read(table)
-        return table[:, WIDTH:], table[:, WIDTH - 1] == 1
+        return table[:, WIDTH : WIDTH + len(scores)], table[:, WIDTH - 1] == 1
 
     def after_step(self, period: float) -> None:
         """Keep the control word travelling where rounds are rare: started here, read at the next multiple."""
         if self.facts.step % self.every:
             return
-        if self._pending is not None:
-            self._read(self._pending.wait())
-            self._pending = None
+        self._read_pending()
         if self.facts.step - self._last_sent >= self.every or period > self.every:
-            self._pending = self._send(period, True, torch.empty(0, dtype=torch.float64))
+            self._pending = self._send(period, True, _NO_SCORES)
 
     def finish(self) -> None:
         """Read what is still under way, and agree once more if steps were made since the last word; all ranks must."""
+        self._read_pending()
+        if self.facts.step > self._last_sent:
+            self.exchange(math.inf, True, _NO_SCORES)
+
+    def _read_pending(self) -> None:
         if self._pending is not None:
             self._read(self._pending.wait())
             self._pending = None
-        if self.facts.step > self._last_sent:
-            self.exchange(math.inf, True, torch.empty(0, dtype=torch.float64))
 
     def _send(self, period: float, finite: bool, scores: Tensor) -> Work:
         facts = self.facts
         self._last_sent = facts.step
         word = ControlWord(self.wants_stop, self.wants_save, self.clock(), facts.lr, period, facts.step, finite)
-        row = torch.cat((torch.tensor(astuple(word), dtype=torch.float64), scores))
-        return self.comm.allgather(row, "control", bucket=len(scores))
+        row = torch.zeros(WIDTH + self.columns, dtype=torch.float64)
+        row[:WIDTH] = torch.tensor(astuple(word), dtype=torch.float64)
+        row[WIDTH : WIDTH + len(scores)] = scores
+        return self.comm.allgather(row, "control")
 
     def _read(self, table: Tensor) -> None:
         words = [ControlWord(*row) for row in table[:, :WIDTH].tolist()]

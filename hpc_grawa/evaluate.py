@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .comm import Communicator
 from .data import Examples
 from .metrics import Metric
-from .scores import NoDropout
+from .scores import NoDropout, random_streams_kept
 from .vector import ParameterVector
 
 Precision = Literal["fp32", "bf16"]
@@ -57,18 +57,16 @@ class Judge:
         index = torch.arange(count) * len(examples) // count
         own = index if comm is None else index[comm.rank :: comm.size]
         device = next(model.parameters()).device
-        total: Tensor | None = None
-        losses = torch.zeros(1, dtype=torch.float64, device=device)
-        with eval_mode(model), torch.no_grad(), autocast(self.precision, device):
-            for part in own.split(BATCH):
+        # A rank without examples (fewer than ranks) runs one for the shape of the sums, and counts it as none.
+        parts = torch.split(own, BATCH) if len(own) else (index[:1],)
+        sums: list[Tensor] = []
+        with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
+            for part in parts:
                 inputs, targets = (t.to(device) for t in examples.batch(part))
                 output = model(inputs)
-                losses += self.loss(output, targets).double() * len(part)
-                sums = self.metric.sums(output, targets)
-                total = sums if total is None else total + sums
-        if total is None:  # fewer examples than ranks
-            raise ValueError(f"{count} examples cannot be shared by more ranks than there are examples")
-        message = torch.cat((losses, total.double()))
+                loss = self.loss(output, targets).double().reshape(1) * len(part)
+                sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
+        message = torch.stack(sums).sum(0) if len(own) else torch.zeros_like(sums[0])
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
         message = message.cpu()
@@ -87,13 +85,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def recalibrate(
-    model: nn.Module, batches: Iterable[Tensor], comm: Communicator, precision: Precision = "fp32"
-) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Tensor], comm: Communicator, precision: Precision = "fp32") -> None:
     """Give BatchNorm layers the statistics of the model's present parameters.
 
     The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all batches of
-    all ranks; one allreduce of the sums. All ranks must call it.
+    all ranks; one allreduce of the sums. No dropout is applied, and random streams are left as they were. All ranks
+    must call it.
 
     Args:
         model: changed in its running statistics only.
@@ -124,7 +121,7 @@ def recalibrate(
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        with torch.no_grad(), NoDropout(), autocast(precision, device):
+        with undisturbed(model), torch.no_grad(), NoDropout(), autocast(precision, device):
             for inputs in batches:
                 model(inputs.to(device))
                 count += 1
@@ -135,7 +132,7 @@ def recalibrate(
             module.training = training
     message = torch.cat((count, *(s.flatten() for s in sums)))
     comm.allreduce(message, "evaluate").wait()
-    means = (message[1:] / message[0]).split([s.numel() for s in sums])
+    means = torch.split(message[1:] / message[0], [s.numel() for s in sums])
     for m, mean in zip(norms, means, strict=True):
         first, second = mean.view(2, -1)
         assert m.running_mean is not None and m.running_var is not None
@@ -144,11 +141,12 @@ def recalibrate(
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Within the block buffers may change; afterwards they are as before, bit for bit."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with random_streams_kept():
+            yield
     finally:
         for buffer, own in kept:
             buffer.copy_(own)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from .errors import ConfigError
 from .launch import rank_facts
@@ -21,22 +23,32 @@ from .launch import rank_facts
 LINE_EVERY = 5.0
 
 
-def new_folder(directory: str, name: str) -> Path:
+def new_folder(directory: str, name: str, numbered: bool = False) -> Path:
     """Make ``directory/name``, which must not exist: mkdir is atomic, so of two runs one gets it.
+
+    Args:
+        directory: made if need be.
+        name: of the folder.
+        numbered: where there is one already, make ``name.2``, ``name.3``, ... instead.
 
     Raises:
         ConfigError: it exists, or cannot be made.
     """
-    folder = Path(directory) / name
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except FileExistsError:
-        raise ConfigError(
-            f"run.name is {name}: {folder} exists and is never overwritten; choose another run.name or run.dir"
-        ) from None
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            folder = Path(directory) / (name if number == 1 else f"{name}.{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                if not numbered:
+                    raise ConfigError(
+                        f"run.name is {name}: {folder} exists and is never overwritten; must be a new one, or give "
+                        f"another run.dir"
+                    ) from None
     except OSError as error:
-        raise ConfigError(f"run.dir is {directory}: cannot make {folder} ({error.strerror})") from None
+        raise ConfigError(f"run.dir is {directory}: no folder can be made there ({error.strerror})") from None
     return folder
 
 
@@ -46,10 +58,13 @@ def open_run(folder: Path, configuration: str, world_size: int, backend: str) ->
     write_atomically(folder / "environment.json", json.dumps(environment(world_size, backend), indent=1) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that readers see all of it or nothing."""
+def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
+    """Write text, or tensors as torch does, under another name and rename it: readers see all of it or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    if isinstance(content, str):
+        temporary.write_text(content, encoding="utf-8")
+    else:
+        torch.save(content, temporary)
     temporary.rename(path)
 
 

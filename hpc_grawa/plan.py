@@ -12,7 +12,6 @@ from torch import Tensor
 from .comm.base import Communicator, Purpose, Verb, Work
 from .config import Config
 from .log import human_bytes
-from .schedules import RunFacts
 from .train import Worker
 
 STEPS = 5
@@ -43,37 +42,42 @@ def plan(config: Config, world_size: int) -> str:
     """
     comm = MirrorCommunicator(world_size)
     worker = Worker(config, comm)
+    synchronizers = worker.run.synchronizers
+    periods = [s.period for s in synchronizers]
+    for s in synchronizers:
+        s.period = math.inf  # steps and rounds are timed apart
     worker.step()
     start = time.perf_counter()
     for _ in range(STEPS):
         worker.step()
     seconds = (time.perf_counter() - start) / STEPS
     per_step = comm.meter.bytes_sent["gradient"] / (STEPS + 1)
-    before = _round_bytes(comm)
-    start = time.perf_counter()
-    worker.run.finish()
+    before, start = _round_bytes(comm), time.perf_counter()
+    for s in synchronizers:
+        s.round()
     round_seconds = time.perf_counter() - start
-    per_round = _round_bytes(comm) - before if worker.run.synchronizers else 0
+    per_round = _round_bytes(comm) - before
     epoch = worker.sampler.steps_per_epoch
-    periods = [s.period for s in worker.run.synchronizers]
     rounds = sum(epoch / period for period in periods)
     batch = config.data.batch_size
-    total = worker.total_steps or None
-    length = [f"{total:,} steps" if total else "", f"{config.budget.seconds:g} s" if config.budget.seconds else ""]
-    budget = ", ".join(filter(None, length)) + (", whichever comes first" if all(length) else "")
+    limits = [f"{worker.total_steps:,} steps"] if worker.total_steps else []
+    limits += [f"{config.budget.seconds:g} s"] if config.budget.seconds else []
+    # The steps that this comes to at the speed just measured.
+    per_step_seconds = seconds + rounds / epoch * round_seconds
+    steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / per_step_seconds)
     parameters = worker.vector.data.numel() * worker.vector.data.element_size()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = [
         f"method            {config.method}",
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
-        f"learning rate     {_rates(config, worker)}",
-        f"budget            {budget}; {epoch:,} steps per epoch",
+        f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}",
+        f"budget            {' or '.join(limits)}; {epoch:,} steps per epoch",
         f"rounds            {rounds:.4g} per epoch" + (f", every {periods[0]:g} local steps" if periods else ""),
         f"sent per rank     {human_bytes(per_round)} per round, {human_bytes(per_step)} per step, "
         f"{human_bytes(per_round * rounds + per_step * epoch)} per epoch",
         f"memory per rank   {human_bytes(memory)} at its peak here; parameters {human_bytes(parameters)}",
-        f"time per epoch    {seconds * epoch:.3g} s of local steps ({1000 * seconds:.3g} ms each, timed over {STEPS}) + "
-        f"{round_seconds * rounds:.2g} s of rounds, without the network",
+        f"time per epoch    {seconds * epoch:.3g} s of local steps ({1000 * seconds:.3g} ms each, timed over {STEPS}) "
+        f"+ {round_seconds * rounds:.2g} s of rounds, without the network",
     ]
     return "\n".join(lines)
 
@@ -82,16 +86,11 @@ def _round_bytes(comm: Communicator) -> float:
     return comm.meter.bytes_sent["center"] + comm.meter.bytes_sent["control"]
 
 
-def _rates(config: Config, worker: Worker) -> str:
-    """The learning rate at the start, at quarters and at the end of the budget."""
-    peak, shown = config.optimizer.lr, []
+def _rates(config: Config, worker: Worker, steps: int, seconds: float) -> str:
+    """The learning rate at the first of so many steps of so many seconds, at quarters, and at the last."""
+    shown = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        steps = worker.total_steps
-        facts: RunFacts = replace(
-            worker.facts,
-            step=math.floor(share * ((steps or 1) - 1)),
-            seconds=share * (config.budget.seconds or 0.0),
-            progress=share,
-        )
-        shown.append(f"{peak * config.schedule(facts):.3g} at {share:.0%}")
+        step = math.floor(share * (steps - 1))
+        facts = replace(worker.facts, step=step, seconds=step * seconds, progress=step / steps)
+        shown.append(f"{config.optimizer.lr * config.schedule(facts):.3g} at {share:.0%}")
     return ", ".join(shown)

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from .errors import ConfigError
@@ -96,10 +97,11 @@ class Step(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.milestones or self.milestones != sorted(set(self.milestones)) or self.milestones[0] <= 0:
+        ordered = all(a < b for a, b in pairwise([0, *self.milestones, math.inf]))  # NaN is not
+        if not self.milestones or not ordered:
             raise ConfigError(f"schedule.milestones is {self.milestones}: must be positive and increasing")
-        if not 0 < self.gamma:
-            raise ConfigError(f"schedule.gamma is {self.gamma}: must be positive")
+        if not 0 < self.gamma < math.inf:
+            raise ConfigError(f"schedule.gamma is {self.gamma}: must be positive and finite")
 
     def factor(self, facts: RunFacts) -> float:
         now = facts.elapsed(self.unit)

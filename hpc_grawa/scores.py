@@ -62,7 +62,7 @@ class TrainingLoss(Score):
 
     def take(self) -> Tensor:
         if self._sum is None:
-            raise ValueError("no training loss was observed since the last round: call after_step(loss) after each step")
+            raise ValueError("no training loss was seen since the last round: call after_step(loss) after each step")
         mean = self._sum.to("cpu", torch.float64) / self._count
         self._sum, self._count = None, 0
         return mean.reshape(1)
@@ -97,7 +97,7 @@ class GradientNorm(Score):
         self.size = len(layers) if reduction == "layers" else 1
         self._vector, self._layers, self._probe = vector, layers, probe
         self._reduction, self._momentum = reduction, momentum
-        self.reset()
+        self._mean = self._count = torch.zeros(self.size, dtype=torch.float64)
 
     def take(self) -> Tensor:
         norms = self._layers.norms(probe_gradient(self._vector, self._probe))
@@ -108,13 +108,12 @@ class GradientNorm(Score):
         raw = norms.to("cpu", torch.float64)
         finite = raw.isfinite()
         b = self._momentum
-        self._count += finite
+        self._count = self._count + finite
         self._mean = torch.where(finite, b * self._mean + (1 - b) * raw, self._mean)
         return torch.where(finite, self._mean / (1 - b**self._count), raw)
 
     def reset(self) -> None:
-        self._mean = torch.zeros(self.size, dtype=torch.float64)
-        self._count = torch.zeros(self.size, dtype=torch.float64)
+        self._mean = self._count = torch.zeros(self.size, dtype=torch.float64)
 
 
 class _Probed(nn.Module):

@@ -77,6 +77,7 @@ class Synchronizer:
         self.rounds = 0
         self.healed = 0
         self.on_round: Callable[[Round], None] = lambda _: None
+        control.columns = max(control.columns, score.size)
         self._begin()
 
     def after_step(self, loss: Tensor | None) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from .budget import Clock
 from .comm import Communicator, Meter
 from .config import Config
 from .data import Examples
-from .evaluate import Judge, autocast, buffers_kept, recalibrate, uniform_mean
+from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
 from .log import Log, commit, human_bytes, versions, write_atomically
 from .schedules import RunFacts
 from .synchronizer import Round
@@ -41,9 +43,9 @@ class Worker:
         self.splits = config.data.load()
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
         # One stream for the common start, then one per rank (dropout, and starts that are to differ).
-        torch.manual_seed(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
+        _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
         self.model = config.build_model()
-        torch.manual_seed(_own_seed(seed, comm.rank))
+        _seed_all(_own_seed(seed, comm.rank))
         config.data.prepare_model(self.model)
         self.vector = ParameterVector(self.model)
         self.optimizer = config.optimizer.build(self.vector.parameters)
@@ -104,7 +106,8 @@ class Worker:
 
     def _probe(self) -> Tensor:
         method, number = self.config.method, sum(s.rounds for s in self.run.synchronizers)
-        index = self.sampler.probe_indices(number, method.probe_batches, method.probe_from)
+        source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
+        index = self.sampler.probe_indices(number, method.probe_batches, source)
         return self._loss(self.splits.train.batch(index.flatten()))
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -152,8 +155,7 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
 
     comm.barrier()
     clock.restart()
-    if run.common_start:
-        evaluate()
+    evaluate()
     next_evaluation = config.eval.every
     while worker.used < 1 and not run.control.stop:
         loss = worker.step()
@@ -165,8 +167,9 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
     training_seconds = clock.seconds
     evaluate()
     final = examiner.everything()
+    center = final.pop("center_state")
     if folder is not None:
-        torch.save(final.pop("center_state"), folder / "center.pt")
+        write_atomically(folder / "center.pt", center)
     waiting, communication = meter.waiting_seconds, meter.communication_seconds
     summary: dict[str, Any] = {
         "state": "finished",
@@ -216,14 +219,20 @@ class Examiner:
 
     @contextmanager
     def center(self) -> Iterator[None]:
-        """Within the block the model is the center."""
-        with self._in_place(self._worker.run.center):
+        """Within the block the model is the center; before the first round, the mean of all ranks."""
+        with self._in_place(self._center()):
             yield
+
+    def _center(self) -> Tensor:
+        run = self._worker.run
+        if run.synchronizers and all(s.averager.center is None for s in run.synchronizers):
+            return uniform_mean(self._comm, self._worker.vector)[0]
+        return run.center
 
     @contextmanager
     def _in_place(self, parameters: Tensor) -> Iterator[None]:
         train, sampler = self._worker.splits.train, self._worker.sampler
-        with buffers_kept(self._model), self._worker.vector.swapped(parameters):
+        with undisturbed(self._model), self._worker.vector.swapped(parameters):
             if self._config.method.buffers == "recalibrate":
                 batches = (train.batch(sampler.indices(b))[0] for b in range(self._config.eval.bn_batches))
                 recalibrate(self._model, batches, self._comm, self._config.precision)
@@ -234,23 +243,22 @@ class Examiner:
         return self._judge.judge(self._model, examples, self._comm, limit)
 
     def everything(self) -> dict[str, Any]:
-        """Center, mean and local models on the test set, the center on training examples, and ``center_state``."""
+        """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
         splits, name = self._worker.splits, self._config.metric.name
         mean, consensus = uniform_mean(self._comm, self._worker.vector)
-        with self.center():
-            center = self.judge(splits.test)
-            train = self.judge(splits.train, self._config.eval.train_examples)
-            state = {key: tensor.detach().clone() for key, tensor in self._model.state_dict().items()}
-        with self._in_place(mean):
-            averaged = self.judge(splits.test)
+        found: dict[str, Any] = {"consensus_distance": consensus}
+        for title, parameters in (("center", self._center()), ("mean", mean)):
+            with self._in_place(parameters):
+                test = self.judge(splits.test)
+                train = self.judge(splits.train, self._config.eval.train_examples)
+                if title == "center":
+                    found["center_state"] = {k: t.detach().clone() for k, t in self._model.state_dict().items()}
+            for key in ("loss", name):
+                found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
         local = self._judge.judge(self._model, splits.test)
         row = torch.tensor([local["loss"], local[name]], dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
-        found: dict[str, Any] = {"center_state": state, "consensus_distance": consensus}
-        for column, key in enumerate(("loss", name)):
-            found |= {f"center_test_{key}": center[key], f"center_train_{key}": train[key]}
-            found |= {f"mean_test_{key}": averaged[key], f"local_test_{key}": table[:, column].tolist()}
-        return found
+        return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(("loss", name))}
 
 
 class Progress:
@@ -288,9 +296,7 @@ class Progress:
             )
         if step % self._every == 0:
             lr = self._facts.lr
-            self._log.record(
-                "train", step=step, epoch=epoch, seconds=seconds, loss=mean, lr=lr, images_per_second=rate
-            )
+            self._log.record("train", step=step, epoch=epoch, seconds=seconds, loss=mean, lr=lr, images_per_second=rate)
             self._loss, self._since = None, (step, seconds)
 
     def on_round(self, event: Round) -> None:
@@ -320,6 +326,12 @@ class Progress:
 
 def _own_seed(seed: int, rank: int) -> int:
     return (seed * 1_000_003 + rank + 1) % 2**63
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _greet(log: Log, worker: Worker) -> None:

@@ -110,7 +110,7 @@ class ParameterVector:
         base, width = self.data.data_ptr(), self.data.element_size()
         for name, p, offset in zip(self.names, self.parameters, self.offsets, strict=True):
             moved = p.numel() > 0 and p.data_ptr() != base + offset * width
-            if now.pop(name, None) is not p or moved or p.dtype != self.data.dtype:
+            if now.pop(name, None) is not p or moved:
                 raise LostView(
                     f"parameter '{name}' no longer lives in the ParameterVector, so averaging would not reach it: "
                     f"something replaced it or its memory (p.data = ..., model.double(), "

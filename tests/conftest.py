@@ -110,7 +110,8 @@ class Job:
         time.sleep(self.comm.rank)  # where all ranks fail alike, the lowest speaks for them
         text = getattr(report, "longreprtext", str(report))
         sections = "".join(f"\n--- {name}\n{content}" for name, content in getattr(report, "sections", ()))
-        print(f"\n=== rank {self.comm.rank} of {self.comm.size}: {title}\n{text}{sections}", file=self._stderr, flush=True)
+        where = f"rank {self.comm.rank} of {self.comm.size}"
+        print(f"\n=== {where}: {title}\n{text}{sections}", file=self._stderr, flush=True)
         time.sleep(0.2)  # for the launcher to pass it on
         self.comm.abort(1)
 

@@ -59,7 +59,9 @@ def decaying(step: int) -> float:
     return 0.2 if step < 6 else 0.05
 
 
-def follow(on_ranks: Ranks, row: Row, steps: int = STEPS, dtype: torch.dtype = torch.float64, **options: Any) -> list[Trace]:
+def follow(
+    on_ranks: Ranks, row: Row, steps: int = STEPS, dtype: torch.dtype = torch.float64, **options: Any
+) -> list[Trace]:
     """Run a row on every rank, compare with its oracle, and return what the ranks saw."""
     traces = on_ranks(lambda comm: run_method(comm, row.ours, steps=steps, dtype=dtype, **options))
     if isinstance(row.ours, AveragingMethod):
@@ -177,15 +179,17 @@ def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
     for method in (GRAWA(period=PERIOD, pull=0.0, prox=0.0), LSGD(period=PERIOD, pull=0.0, prox=0.0)):
 
         def body(comm: Communicator, method: Method = method) -> list[ref.Array]:
-            alone = replace(method, period=STEPS + 1)  # type: ignore[type-var]
+            alone = replace(method, period=STEPS + 1)
             return [np.array(run_method(comm, m, steps=STEPS).parameters) for m in (method, alone)]
 
         for together, apart in on_ranks(body):
             assert (together == apart).all()
 
 
-@pytest.mark.parametrize("method", [GRAWA(period=7, pull=1.0), LGRAWA(period=7, pull=1.0), LSGD(period=7, pull=1.0), LocalSGD(period=7)], ids=str)
-def test_t4_full_pull_is_consensus(on_ranks: Ranks, method: Method) -> None:
+@pytest.mark.parametrize("name", ["GRAWA", "LGRAWA", "LSGD", "LocalSGD"])
+def test_t4_full_pull_is_consensus(on_ranks: Ranks, name: str) -> None:
+    full = {} if name == "LocalSGD" else {"pull": 1.0}
+    method = replace(METHODS[name].ours, period=7, **full)
     traces = on_ranks(lambda comm: run_method(comm, method, steps=STEPS))
     for trace in traces:
         for step in (7, 14):
@@ -199,7 +203,7 @@ def test_t4_full_pull_is_consensus(on_ranks: Ranks, method: Method) -> None:
 def test_t2_a_world_of_one_trains_as_if_alone(name: str) -> None:
     """Bit for bit, but for the proximity pull to a center that is its own past."""
     ours = METHODS[name].ours
-    method = replace(ours, prox=0.0) if hasattr(ours, "prox") else ours  # type: ignore[type-var]
+    method = replace(ours, prox=0.0) if hasattr(ours, "prox") else ours
     alone = run_method(SingleCommunicator(), LocalSGD(period=STEPS + 1), steps=STEPS, optimizer=nesterov)
     for run in (lambda f: [f(SingleCommunicator())], lambda f: simulate(1, f)):
         [trace] = run(lambda comm: run_method(comm, method, steps=STEPS, optimizer=nesterov))
@@ -211,7 +215,7 @@ def test_t11_easgd_rests_where_ranks_and_center_agree(on_ranks: Ranks) -> None:
     traces = on_ranks(lambda comm: run_method(comm, EASGD(period=1), steps=5, lr=0.0))
     for trace in traces:
         np.testing.assert_allclose(trace.parameters[-1], NET.initial(0), rtol=1e-15, atol=1e-16)
-        np.testing.assert_allclose(trace.center, NET.initial(0), rtol=1e-15, atol=1e-16)  # type: ignore[arg-type]
+        np.testing.assert_allclose(trace.center, NET.initial(0), rtol=1e-15, atol=1e-16)
 
 
 def test_t11_easgd_is_the_server_that_sums_elastic_differences(on_ranks: Ranks) -> None:
@@ -224,7 +228,7 @@ def test_t11_easgd_is_the_server_that_sums_elastic_differences(on_ranks: Ranks) 
         delta = beta / world * (x - c)
         x, c = x - delta, c + delta.sum(0)
         np.testing.assert_allclose([trace.parameters[step] for trace in traces], x, rtol=1e-12, atol=1e-13)
-    np.testing.assert_allclose([trace.center for trace in traces], [c] * world, rtol=1e-12, atol=1e-13)  # type: ignore[arg-type]
+    np.testing.assert_allclose([trace.center for trace in traces], [c] * world, rtol=1e-12, atol=1e-13)
 
 
 def test_t10_the_proximity_pull_moves_by_its_share_of_the_distance(on_ranks: Ranks) -> None:
@@ -242,13 +246,12 @@ def test_t10_the_proximity_pull_moves_by_its_share_of_the_distance(on_ranks: Ran
 
 
 def test_gradient_sharing_keeps_all_ranks_bit_identical(on_ranks: Ranks) -> None:
+    ours = METHODS["DataParallel"].ours
     for dtype in TOLERANCE:
-        traces = on_ranks(
-            lambda comm, dtype=dtype: run_method(comm, DataParallel(bucket_mb=1e-4), steps=STEPS, optimizer=nesterov, dtype=dtype)
-        )
+        traces = on_ranks(lambda comm, d=dtype: run_method(comm, ours, steps=STEPS, optimizer=nesterov, dtype=d))
         for trace in traces:
             assert (np.array(trace.parameters) == np.array(traces[0].parameters)).all()
-            assert all((ours == first).all() for ours, first in zip(trace.momenta, traces[0].momenta, strict=True))
+            assert all((a == b).all() for a, b in zip(trace.momenta, traces[0].momenta, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ def test_statistics_of_a_healed_rank_start_anew() -> None:
         for buffers in ("local", "average"):
             model = nn.Sequential(nn.BatchNorm1d(1))
             vector = ParameterVector(model)
-            run = LocalSGD(period=1, buffers=buffers).build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))  # type: ignore[arg-type]
+            run = LocalSGD(period=1, buffers=buffers).build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))
             mean = model[0].running_mean
             assert isinstance(mean, torch.Tensor)
             mean.fill_(comm.rank + 1.0)
@@ -387,7 +390,8 @@ def test_the_common_start_is_all_of_rank_0s_model(on_ranks: Ranks) -> None:
 
     def body(comm: Communicator) -> list[Any]:
         torch.manual_seed(comm.rank)
-        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+        model.to(memory_format=torch.channels_last)
         model[1].requires_grad_(False)
         model[2].running_mean.fill_(comm.rank + 7.0)
         model[2].num_batches_tracked.fill_(comm.rank + 2)
@@ -405,6 +409,24 @@ def test_the_common_start_is_all_of_rank_0s_model(on_ranks: Ranks) -> None:
         assert all((ours == first).all() for ours, first in zip(result, results[0], strict=True))
         for ours, p in zip(result, expected.parameters(), strict=False):
             assert (ours == p.detach().numpy()).all()
+
+
+@pytest.mark.parametrize("method", [LocalSGD(period=1), EASGD(period=1, pull=0.5)], ids=str)
+def test_half_precision_parameters_are_averaged_in_fp32(on_ranks: Ranks, method: Method) -> None:
+    """Ranks add 1, 2, 3.. units in the last place to a common start; the mean is rounded once."""
+
+    def body(comm: Communicator) -> tuple[Any, ...]:
+        model = nn.Linear(7, 1).bfloat16()
+        vector = ParameterVector(model)
+        run = method.build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))
+        vector.data.fill_(1 + (comm.rank + 1) * 2**-7)
+        run.after_step()
+        return run.center.dtype, vector.data.dtype, run.center[0].item()
+
+    mean = 1 + 2**-7 * (on_ranks.size + 1) / 2
+    for center_dtype, dtype, value in on_ranks(body):
+        assert (center_dtype, dtype) == (torch.float32, torch.bfloat16)
+        assert isinstance(method, EASGD) or value == pytest.approx(mean, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -438,7 +460,8 @@ def test_no_allocation_of_size_p_after_the_first_round(name: str, buffers: Any, 
     """No tensor as large as all parameters; a gradient or momentum of one layer may be made."""
     method = METHODS[name].ours
     if isinstance(method, AveragingMethod):
-        method = replace(method, period=2, buffers=buffers, local_momentum="average" if buffers == "average" else "keep")
+        momentum = "average" if buffers == "average" else "keep"
+        method = replace(method, period=2, buffers=buffers, local_momentum=momentum)
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(5)), nn.BatchNorm1d(40))
     vector = ParameterVector(model)
     optimizer = torch.optim.SGD(vector.parameters, 0.1, momentum=0.9)
@@ -461,7 +484,7 @@ def test_no_allocation_of_size_p_after_the_first_round(name: str, buffers: Any, 
             step()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    made = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]" and event["args"]["Bytes"] > 0]
+    made = [bytes_ for e in events if e.get("name") == "[memory]" and (bytes_ := e["args"]["Bytes"]) > 0]
     layer = 40 * 40 * 4
     assert len(made) > 20 and max(made) >= layer  # it does measure
     assert max(made) < 2 * layer < 4 * len(vector)

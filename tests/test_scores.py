@@ -1,4 +1,4 @@
-"""What a rank says about itself: norms of a probe's gradient that leave no trace (T12), their momentum (T9), the loss."""
+"""What a rank says about itself: norms of a gradient whose probe leaves no trace (T12), their momentum, the loss."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ INPUT = torch.linspace(-2, 2, 24).reshape(6, 4)
 
 def state_of_the_world(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     return [
-        [(name, p.detach().clone(), None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()],
+        [p.detach().clone() for p in model.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         [(name, b.clone()) for name, b in model.named_buffers()],
         [(name, id(p), p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()],
         [(name, id(b)) for name, b in model.named_buffers()],
@@ -212,7 +213,7 @@ def test_dropout_is_off_however_it_is_written(kind: str) -> None:
         torch.manual_seed(0)
         model = WITH_DROPOUT[kind](rate)
         vector = ParameterVector(model)
-        gradients.append(probe_gradient(vector, lambda model=model: model(INPUT).exp().sum()))  # type: ignore[misc]
+        gradients.append(probe_gradient(vector, lambda model=model: model(INPUT).exp().sum()))
         if rate:  # and outside the probe it is on
             assert len({tuple(model(INPUT).flatten().tolist()) for _ in range(20)}) > 1
     for a, b in zip(*gradients, strict=True):

@@ -102,9 +102,7 @@ def run_method(
         rounds += 1
         trace.rounds.append(round_)
 
-    run = method.build(
-        comm, vector, sgd, probe, start="independent" if independent else "common", **build
-    )
+    run = method.build(comm, vector, sgd, probe, start="independent" if independent else "common", **build)
     for synchronizer in run.synchronizers:
         synchronizer.on_round = on_round
     for step in range(steps):
@@ -118,7 +116,8 @@ def run_method(
             run.finish()
         trace.parameters.append(vector.data.double().numpy().copy())
     trace.center = run.center.double().numpy().copy()
-    trace.momenta = [t.double().numpy().copy() for p in vector.parameters for t in sgd.state[p].values() if t is not None]
+    momenta = [t for p in vector.parameters for t in sgd.state[p].values() if t is not None]
+    trace.momenta = [t.double().numpy().copy() for t in momenta]
     return trace
 
 
@@ -139,9 +138,8 @@ def gradient(run: Run, optimizer: optim.Optimizer, loss_of: Any, batch: tuple[An
 
 def replay(method: ref.Method, world: int, steps: int, period: Any = 4, lr: Any = 0.1, **options: Any) -> ref.Replay:
     """The oracle's run of the same."""
-    return ref.replay(
-        method, NET, starts(world), options.pop("batch", batch), steps=steps, period=period, lr=lr, probe=probe_batch, **options
-    )
+    options = {"batch": batch, "probe": probe_batch, **options}
+    return ref.replay(method, NET, starts(world), steps=steps, period=period, lr=lr, **options)
 
 
 def assert_follows(traces: list[Trace], expected: ref.Replay, tolerance: float) -> None:

@@ -59,7 +59,9 @@ class AllreduceAggregator(Aggregator):
         self._away: set[int] = set()
         self._attach(range(n))
         for i, p in enumerate(vector.parameters):
-            p.register_post_accumulate_grad_hook(lambda p, i=i: self._ready(i, p))
+            p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p, i=i: self._ready(i, p)
+            )
 
     def _cut(self, bucket_bytes: int) -> list[tuple[list[int], Tensor]]:
         """Buckets (tensor numbers, slice of the flat buffer) in the order of backward; the last holds the flags."""

@@ -83,7 +83,7 @@ class Meter:
 
 
 class Work:
-    """A message under way. ``wait()`` blocks until it has arrived and returns the result; later calls return it again."""
+    """A message under way. ``wait()`` blocks until it has arrived and returns the result, again and again."""
 
     def __init__(self, wait: Callable[[], Tensor], meter: Meter | None = None, purpose: str = "setup") -> None:
         self._wait = wait

@@ -69,7 +69,7 @@ class _World:
         for other, theirs in collective.calls.items():
             if theirs != call:
                 raise Unmatched(
-                    f"call {number} of rank {rank} is {_describe(call)}, but that of rank {other} is {_describe(theirs)}"
+                    f"call {number} of rank {rank} is {_describe(call)}, that of rank {other} is {_describe(theirs)}"
                 )
         collective.calls[rank], collective.inputs[rank] = call, x
         if len(collective.calls) == self.size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -115,10 +115,9 @@ class Method(ABC):
         """
         agree(comm, self._description(vector))
         if start == "common":
-            comm.broadcast(vector.data, 0, "setup").wait()
-            for i, (_, tensor) in enumerate(_outside(vector)):
-                message = tensor.detach().contiguous()
-                tensor.detach().copy_(comm.broadcast(message, 0, "setup", bucket=i + 1).wait())
+            data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
+            comm.broadcast(data, 0, "setup").wait()
+            _take_over(comm, [tensor for _, tensor in _outside(vector)])
         facts = facts or RunFacts()
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
@@ -149,6 +148,15 @@ def _outside(vector: ParameterVector) -> list[tuple[str, Tensor]]:
     return [*frozen, *((f"buffer '{name}'", buffer) for name, buffer in vector.model.named_buffers())]
 
 
+def _take_over(comm: Communicator, tensors: list[Tensor]) -> None:
+    """Make ``tensors``, of whatever dtypes, rank 0's: one message of bytes."""
+    pieces = [t.detach().contiguous().flatten().view(torch.uint8) for t in tensors]
+    if pieces:
+        message = comm.broadcast(torch.cat(pieces), 0, "setup").wait()
+        for t, piece in zip(tensors, torch.split(message, [len(p) for p in pieces]), strict=True):
+            t.detach().copy_(piece.clone().view(t.dtype).view(t.shape))
+
+
 @dataclass(kw_only=True)
 class AveragingMethod(Method):
     """A method that averages parameters now and then.
@@ -162,7 +170,7 @@ class AveragingMethod(Method):
 
     period: int = 32
     local_momentum: Literal["keep", "reset", "average"] = "keep"
-    buffers: Literal["recalibrate", "average", "local"] = "recalibrate"  # type: ignore[misc]
+    buffers: Literal["recalibrate", "average", "local"] = "recalibrate"
 
     def __post_init__(self) -> None:
         self._require("period", self.period >= 1, "at least 1 local step")

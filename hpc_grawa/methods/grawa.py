@@ -36,8 +36,8 @@ class GRAWA(AveragingMethod):
     prox: float = 0.01
     power: float = 1.0
     score_momentum: float = SCORE_MOMENTUM
-    probe_batches: int = 1  # type: ignore[misc]
-    probe_from: Literal["all", "shard"] = "all"  # type: ignore[misc]
+    probe_batches: int = 1
+    probe_from: Literal["all", "shard"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,9 +31,7 @@ class SGD(LocalOptimizer):
         self.require("nesterov", not self.nesterov or self.momentum > 0, "false without momentum")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        return optim.SGD(
-            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
-        )
+        return optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
 
 
 @dataclass(kw_only=True)

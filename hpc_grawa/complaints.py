@@ -1,0 +1,82 @@
+"""jsonargparse's messages, each a tree of causes, as one line: key, value, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+
+
+def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterable[str]]) -> str:
+    """Say in one line what is wrong.
+
+    Args:
+        message: of jsonargparse.
+        keys: all dotted keys outside of classes (``budget.seconds``), and the sections that hold a class (``method``).
+        classes: says which classes of a section need no import path.
+    """
+    path: list[str] = []
+    owner = value = ""
+    notes: list[str] = []
+    for line in filter(None, map(str.strip, message.splitlines())):
+        if found := re.fullmatch(r'Parser key "(.+)":', line):
+            path.append(found[1])
+        elif found := re.fullmatch(r"Problem with given class_path '(.+)':", line):
+            owner = value = found[1]
+        elif found := re.fullmatch(r"Option '(.+)' is not accepted", line):
+            return _unknown(".".join([*path, found[1]]), [f"{path[0]}.{k}" for k in _fields(owner)] if path else keys)
+        elif found := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", line):
+            return _unknown(f"{found[1]}.{found[2]}", keys)
+        elif found := re.match(r"unrecognized arguments: (--)?([^\s=]+)", line):
+            return _unknown(found[2], keys) if found[1] else f"{found[2]} belongs to no option: options are --key value"
+        elif found := re.fullmatch(r"the following arguments are required: (.+)", line):
+            return f"{'.'.join([*path, found[1]])} is missing: {owner.rpartition('.')[2]} needs it"
+        elif found := re.fullmatch(r"Expected a dot import path string: (.+)", line):
+            names = ", ".join(classes(path[0])) + " or " if len(path) == 1 else ""
+            value = found[1]
+            notes.append(f"must be {names}the import path of a class (package.module.Class)")
+        elif found := re.fullmatch(r"Import path (.+) does not correspond to a subclass of (.+)", line):
+            value = found[1]
+            notes.append(f"must be a class derived from {found[2]}")
+        elif found := re.fullmatch(r"(?:- )?Expected an? (.+?)(?:\. Got value: (.*))?", line):
+            value = found[2] or value
+            notes.append(_kind(found[1]))
+        elif found := re.fullmatch(r"Given value: (.*)", line):
+            value = found[1]
+        elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
+            notes.append(line.removeprefix("- "))
+    text = " or ".join(dict.fromkeys(notes)).replace(" or must be", " or")
+    if not path:
+        return text
+    return f"{'.'.join(path)} is {value}: {text}" if value else f"{'.'.join(path)}: {text}"
+
+
+def _unknown(key: str, keys: Sequence[str]) -> str:
+    """A key that does not exist: the one that was meant, and its neighbours."""
+    section = key.partition(".")[0] + "."
+    near = difflib.get_close_matches(key, keys, 1)
+    neighbours = [k.removeprefix(section) for k in keys if k.startswith(section)]
+    allowed = neighbours or list(dict.fromkeys(k.partition(".")[0] for k in keys))
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{key} is no setting: {hint}must be one of {', '.join(allowed)}"
+
+
+def _kind(kind: str) -> str:
+    """``must be ...`` from the name of a type."""
+    if found := re.fullmatch(r"typing\.Literal\[(.+)\]", kind):
+        return "must be one of " + found[1].replace("'", "")
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+    if found := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind):
+        return "must be " + {"NoneType": "null", "dict": "key: value pairs", **names}.get(found[1], f"a {found[1]}")
+    return f"must be {kind}"
+
+
+def _fields(class_path: str) -> list[str]:
+    """What a class's constructor takes."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []

@@ -1,0 +1,155 @@
+"""One class of a user's own for each section of a configuration, named there by import path: ``own.Line``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn, optim
+
+from hpc_grawa.data import Data, Splits
+from hpc_grawa.methods import Method, Run
+from hpc_grawa.methods.base import Probe
+from hpc_grawa.metrics import Metric
+from hpc_grawa.optim import LocalOptimizer
+from hpc_grawa.schedules import RunFacts, Schedule
+
+ALL = {
+    "method": "own.Alone",
+    "optimizer": "own.Plain",
+    "schedule": "own.Alternating",
+    "model": "own.Line",
+    "data": "own.Numbers",
+    "loss": "own.Cubic",
+    "metric": "own.R2",
+}
+
+
+@dataclass(kw_only=True)
+class Alone(Method):
+    """Every rank by itself."""
+
+    patience: int = 3
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        pass
+
+
+class LGRAWA(Alone):
+    """Bears the name of another, but has none of its settings."""
+
+
+@dataclass(kw_only=True)
+class Plain(LocalOptimizer):
+    lr: float = 0.05
+    note: str | None = "not null"
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        return optim.SGD(parameters, self.lr)
+
+
+@dataclass
+class Alternating(Schedule):
+    low: float = 0.5
+
+    def factor(self, facts: RunFacts) -> float:
+        return self.low if facts.step % 2 else 1.0
+
+
+class Line(nn.Module):
+    """y = ax + b."""
+
+    def __init__(self, slope: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        nn.init.constant_(self.linear.weight, slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+class Failing(Line):
+    """Raises in its n-th forward pass on one rank of mpirun; `rank` -1 for all of them."""
+
+    def __init__(self, rank: int = 1, calls: int = 5) -> None:
+        super().__init__()
+        self.rank, self.calls = rank, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0 and self.rank in (-1, int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))):
+            raise ZeroDivisionError("this model has failed on purpose")
+        return super().forward(x)
+
+
+class Table:
+    """Inputs `[N, 1]` and targets `[N, 1]`."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+
+@dataclass(kw_only=True)
+class Numbers(Data):
+    """y = 2x + 1 and noise."""
+
+    batch_size: int = 8
+    examples: int = 64
+    tests: int = 21
+    noise: float = 0.1
+
+    def size(self) -> int:
+        return self.examples
+
+    def load(self) -> Splits:
+        generator = torch.Generator().manual_seed(0)
+
+        def table(count: int) -> Table:
+            x = torch.rand(count, 1, generator=generator)
+            return Table(x, 2 * x + 1 + self.noise * torch.randn(count, 1, generator=generator))
+
+        return Splits(table(self.train_size()), table(self.validation) if self.validation else None, table(self.tests))
+
+
+@dataclass(kw_only=True)
+class BrokenNumbers(Numbers):
+    """Cannot be read on rank 1 of mpirun."""
+
+    def load(self) -> Splits:
+        if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+            raise OSError("these data have failed on purpose")
+        return super().load()
+
+
+class Cubic(nn.Module):
+    """Mean |y - ŷ|³."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (output - target).abs().pow(3).mean()
+
+
+class R2(Metric):
+    """The share of the targets' variance that the outputs explain: 1 - Σ(y - ŷ)² / Σ(y - ȳ)²."""
+
+    name = "r2"
+
+    def sums(self, output: Tensor, target: Tensor) -> Tensor:
+        y, error = target.double(), (target - output).double()
+        return torch.stack((y.new_tensor(y.numel()), y.sum(), y.square().sum(), error.square().sum()))
+
+    def value(self, sums: Tensor) -> float:
+        count, total, squares, errors = sums.tolist()
+        return 1 - errors / (squares - total**2 / count)

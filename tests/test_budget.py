@@ -1,0 +1,63 @@
+"""The first limit reached ends a run, and the clock counts training only."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hpc_grawa.budget import Budget, Clock
+from hpc_grawa.schedules import RunFacts
+
+
+def last_step(budget: Budget, steps_per_epoch: int, seconds_per_step: float = 0.5) -> int:
+    """The step after which the run is over."""
+    total = budget.total_steps(steps_per_epoch)
+    facts = RunFacts(steps_per_epoch=steps_per_epoch)
+    while budget.used(facts, total) < 1:
+        facts.step += 1
+        facts.seconds = facts.step * seconds_per_step
+    return facts.step
+
+
+@pytest.mark.parametrize(
+    ("budget", "step"),
+    [
+        (Budget(steps=7), 7),
+        (Budget(epochs=3), 30),
+        (Budget(epochs=0.25), 3),  # 2.5 steps: the third begins within the budget
+        (Budget(seconds=6), 12),
+        (Budget(seconds=6.1), 13),
+        (Budget(steps=7, epochs=3, seconds=6), 7),
+        (Budget(steps=70, epochs=3, seconds=6), 12),
+        (Budget(steps=70, epochs=3, seconds=60), 30),
+    ],
+)
+def test_the_first_limit_reached_ends(budget: Budget, step: int) -> None:
+    assert last_step(budget, steps_per_epoch=10) == step
+
+
+def test_the_share_used_is_that_of_the_limit_that_is_nearest() -> None:
+    budget = Budget(seconds=10, steps=100)
+    assert budget.used(RunFacts(step=20, seconds=3), 100) == pytest.approx(0.3)
+    assert budget.used(RunFacts(step=50, seconds=3), 100) == pytest.approx(0.5)
+    assert budget.used(RunFacts(), 100) == 0
+
+
+def test_only_the_clock_decides_where_there_are_no_steps() -> None:
+    assert Budget(seconds=1).total_steps(10) is None
+    assert Budget(epochs=1.01).total_steps(10) == 11
+
+
+def test_the_clock_pauses() -> None:
+    clock = Clock()
+    with clock.paused():
+        time.sleep(0.2)
+    assert clock.seconds < 0.1
+    time.sleep(0.05)
+    with pytest.raises(KeyError), clock.paused():
+        time.sleep(0.2)
+        raise KeyError
+    assert 0.05 <= clock.seconds < 0.2
+    clock.restart()
+    assert clock.seconds < 0.05

@@ -1,0 +1,366 @@
+"""The configuration: what it takes, what it remembers, and what it says about what cannot be."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own
+import pytest
+import torch
+
+from hpc_grawa import EASGD, LGRAWA, cli
+from hpc_grawa.config import CLASS_SECTIONS, GROUPS, RECIPES, Config, parse, recipes
+from hpc_grawa.launch import _VARIABLES
+from hpc_grawa.optim import SGD, AdamW
+from hpc_grawa.schedules import Constant, Cosine, Step
+
+DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")
+OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}", path))
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for _, names in _VARIABLES:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a configuration file and says where."""
+
+    def write(text: str) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+IMPOSSIBLE = {
+    # what is given: key, value and what is allowed, as the message names them
+    "--method.perod 3": ("method.perod is no setting", "did you mean method.period", "pull"),
+    "--budget.stepz 3": ("budget.stepz is no setting", "did you mean budget.steps", "seconds, epochs, steps"),
+    "--bugdet.steps 3": ("bugdet.steps is no setting", "did you mean budget.steps", "budget, eval"),
+    "--nosuch 3": ("nosuch is no setting", "method, optimizer, schedule, model, data, loss, metric, budget, eval, log"),
+    "--meth EASGD": ("meth is no setting", "did you mean method"),
+    "--model.wdth 3": ("model.wdth is no setting", "in_channels, num_classes, width"),
+    "stray": ("stray", "--key value"),
+    "--method NoSuch": (
+        "method is NoSuch",
+        "DataParallel, EASGD, GRAWA, LGRAWA, LSGD, LocalSGD, MGRAWA",
+        "import path",
+    ),
+    "--optimizer Adam": ("optimizer is Adam", "AdamW, SGD", "import path"),
+    "--schedule NoSuch": ("schedule is NoSuch", "Constant, Cosine, Linear, Step", "import path"),
+    "--model NoSuch": ("model is NoSuch", "ResNet20, ResNet56, SmallCNN", "import path"),
+    "--data NoSuch": ("data is NoSuch", "CIFAR, Digits", "import path"),
+    "--metric NoSuch": ("metric is NoSuch", "Accuracy", "import path"),
+    "--loss NoSuch": ("loss is NoSuch", "CrossEntropyLoss", "import path"),
+    "--model no.such.Net": ("model is no.such.Net", "No module named 'no'"),
+    "--method torch.nn.Linear": ("method is torch.nn.Linear", "derived from Method"),
+    "--method.period 0": ("method.period is 0", "at least 1"),
+    "--method.period 2.5": ("method.period is 2.5", "whole number"),
+    "--method.period two": ("method.period is two", "whole number"),
+    "--method.pull 1.1": ("method.pull is 1.1", "[0, 1]"),
+    "--method.pull -0.1": ("method.pull is -0.1", "[0, 1]"),
+    "--method.pull .nan": ("method.pull is nan", "[0, 1]"),
+    "--method.pull nan": ("method.pull is nan", "a number"),
+    "--method.prox 2": ("method.prox is 2", "[0, 1]"),
+    "--method.score_momentum 1": ("method.score_momentum is 1", "[0, 1)"),
+    "--method.probe_batches 45": ("method.probe_batches is 45", "at most 44"),
+    "--method.probe_batches 23 --method.probe_from shard": ("method.probe_batches is 23", "at most 22"),
+    "--method.layers foo": ("method.layers is foo", "tensor, module", "a list"),
+    "--optimizer.lr -1": ("optimizer.lr is -1", "0 or more"),
+    "--optimizer.lr .inf": ("optimizer.lr is inf", "0 or more"),
+    "--optimizer.momentum 1": ("optimizer.momentum is 1", "[0, 1)"),
+    "--optimizer.momentum 0": ("optimizer.nesterov is True", "false without momentum"),
+    "--optimizer.weight_decay -1": ("optimizer.weight_decay is -1", "0 or more"),
+    "--optimizer.clip_norm 0": ("optimizer.clip_norm is 0", "positive, or null"),
+    "--optimizer.accumulate 5": ("optimizer.accumulate is 5", "divide data.batch_size, which is 32"),
+    "--optimizer.accumulate 0": ("optimizer.accumulate is 0", "at least 1"),
+    "--optimizer AdamW --optimizer.beta1 1": ("optimizer.beta1 is 1", "[0, 1)"),
+    "--schedule.warmup -1": ("schedule.warmup is -1", "0 or more"),
+    "--data.batch_size 719": ("data.batch_size is 719", "at most 718", "1437 examples, 2 ranks"),
+    "--data.batch_size 0": ("data.batch_size is 0", "1 or more"),
+    "--data.batch_size many": ("data.batch_size is many", "whole number"),
+    "--data.validation 1437": ("data.validation is 1437", "0 to 1436"),
+    "--data.split some": ("data.split is some", "disjoint, reshuffled, full, fraction"),
+    "--data.fraction 0": ("data.fraction is 0", "(0, 1]"),
+    "--data CIFAR": ("data.path is missing", "CIFAR"),
+    "--data CIFAR --data.path /no/such": ("data.path is '/no/such'", "data_prep/cifar.py"),
+    "--budget.steps null": ("budget is empty", "budget.seconds, budget.epochs or budget.steps"),
+    "--budget.steps 0": ("budget.steps is 0", "positive"),
+    "--budget.seconds -2": ("budget.seconds is -2", "positive"),
+    "--budget.seconds .nan": ("budget.seconds is nan", "positive"),
+    "--budget.epochs .inf": ("budget.epochs is inf", "positive"),
+    "--eval.every 0": ("eval.every is 0", "positive"),
+    "--eval.unit days": ("eval.unit is days", "steps, epochs, seconds"),
+    "--eval.bn_batches 0": ("eval.bn_batches is 0", "at least 1"),
+    "--eval.train_examples 0": ("eval.train_examples is 0", "at least 1"),
+    "--log.every 0": ("log.every is 0", "at least 1"),
+    "--run.name a/b": ("run.name is a/b", "without a path"),
+    "--run.name ..": ("run.name is ..", "name of a folder"),
+    "--run.seed -3": ("run.seed is -3", "0 or more"),
+    "--run.start together": ("run.start is together", "common, independent"),
+    "--run.control_every 0": ("run.control_every is 0", "at least 1"),
+    "--precision fp16": ("precision is fp16", "fp32, bf16"),
+    "--backend nccl": ("backend is nccl", "auto, horovod, mpi, single"),
+    "--backend single": ("backend is single", "auto, horovod or mpi"),
+    "--config nosuch": ("config is nosuch", "cifar10_resnet20_lgrawa, demo, digits"),
+    "--config /no/such.yaml": ("config is /no/such.yaml", "cifar10_resnet20_lgrawa, demo, digits"),
+    "--config": ("config is missing", "cifar10_resnet20_lgrawa, demo, digits"),
+    "--world_size 2": ("world_size is 2", "--dry_run"),
+}
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_what_cannot_be_is_one_line_on_rank_0_and_silence_elsewhere(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for rank, status in ((0, 2), (1, 0)):
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train", *DIGITS, "--run.dir", str(tmp_path), *words.split()])
+        printed = capsys.readouterr()
+        assert (end.value.code, printed.out) == (status, "")
+        if rank:
+            assert printed.err == ""
+        else:
+            assert printed.err.startswith("hpc-grawa train: error: ")
+            assert printed.err.count("\n") == 1
+            for part in IMPOSSIBLE[words]:
+                assert part in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *DIGITS, "--run.dir", "/dev/null/runs"])
+    error = capsys.readouterr().err
+    assert error == "hpc-grawa train: error: run.dir is /dev/null/runs: no folder can be made there (Not a directory)\n"
+
+
+IMPOSSIBLE_FILES = {
+    "nosuch: 3": ("nosuch is no setting", "method, optimizer"),
+    "budget: {stepz: 3}": ("budget.stepz is no setting", "did you mean budget.steps", "seconds, epochs, steps"),
+    "budget: 5": ("budget is 5", "key: value"),
+    "budget: {steps: five}": ("budget.steps is five", "whole number", "null"),
+    "method: {class_path: LGRAWA, init_args: {perod: 3}}": ("method.perod is no setting", "method.period"),
+    "method: {class_path: LGRAWA, init_args: {period: two}}": ("method.period is two", "whole number"),
+    "method: {class_path: LGRAWA, init_args: {pull: .nan}}": ("method.pull is nan", "[0, 1]"),
+    "method: {period: 3}": ("method is {'period': 3}", "class_path: CLASS", "init_args"),
+    "method: {class_path: LGRAWA, period: 3}": ("'period': 3", "class_path: CLASS", "init_args"),
+    "method: 3": ("method is 3", "must be a class"),
+    "method: NoSuch": ("method is NoSuch", "LGRAWA"),
+    "just a sentence": ("config is", "sections (key: value)"),
+    "model: [3": ("config is", "must be YAML"),
+}
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE_FILES)
+def test_what_cannot_be_in_a_file(text: str, write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", *DIGITS, "--config", write(text), "--dry_run"])
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    for part in IMPOSSIBLE_FILES[text]:
+        assert part in printed.err
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "budget"])
+def test_what_has_no_default_must_be_given(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"model": "--model=SmallCNN", "data": "--data=Digits", "budget": "--budget.steps=1"}
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *(word for section, word in given.items() if section != missing), "--dry_run"])
+    assert re.fullmatch(rf"hpc-grawa train: error: {missing} is (missing|empty): give .*\n", capsys.readouterr().err)
+
+
+def test_every_recipe_says_its_goal_and_is_valid(tmp_path: Path) -> None:
+    assert set(recipes()) >= {"digits", "demo", "cifar10_resnet20_lgrawa"}
+    images = cifar(tmp_path / "images", 10, train=1000)
+    for name in recipes():
+        assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
+        data = [f"--data.path={images}"] if name.startswith("cifar10") else []
+        parse(["--config", name, *data]).check(4)
+
+
+def test_own_classes_for_every_section_by_import_path() -> None:
+    config = parse([*OWN, "--budget.steps=2", "--method.patience=7", "--model.slope=2.5", "--loss.scale=3"])
+    config.check(2)
+    for section, path in own.ALL.items():
+        if section != "model":
+            assert type(getattr(config, section)) is getattr(own, path.removeprefix("own."))
+    model = config.build_model()
+    assert isinstance(model, own.Line) and model.linear.weight.item() == 2.5
+    assert (config.method, config.loss.scale) == (own.Alone(patience=7), 3.0)
+
+
+def test_own_classes_lie_in_the_folder_where_the_program_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lies_here.py").write_text("import own\nclass Net(own.Line):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", *OWN, "--model=lies_here.Net", "--budget.steps=2", "--print_config"])
+    assert "class_path: lies_here.Net" in capsys.readouterr().out
+
+
+RECIPE = """
+method: {class_path: LGRAWA, init_args: {period: 16, pull: 0.3, buffers: local}}
+optimizer: {class_path: SGD, init_args: {lr: 0.02, weight_decay: 0.5}}
+schedule: {class_path: Step, init_args: {milestones: [2, 4], warmup: 7}}
+model: SmallCNN
+data: Digits
+budget: {steps: 3}
+"""
+
+
+@pytest.mark.parametrize("way", ["command line", "=", "file", "file with settings"])
+def test_naming_another_class_forgets_the_settings_of_the_one_before(way: str, write: Callable[[str], str]) -> None:
+    words = {
+        "command line": ["--method", "EASGD", "--optimizer", "AdamW", "--schedule", "Cosine"],
+        "=": ["--method=EASGD", "--optimizer=hpc_grawa.optim.AdamW", "--schedule.class_path=Cosine"],
+        "file": ["--config", write("method: EASGD\noptimizer: AdamW\nschedule: Cosine")],
+        "file with settings": [
+            *("--config", write("method: {class_path: EASGD, init_args: {}}")),
+            *("--config", write("{optimizer: {class_path: AdamW}, schedule: {class_path: Cosine, init_args: {}}}")),
+        ],
+    }[way]
+    config = parse(["--config", write(RECIPE), *words])
+    assert (config.method, config.optimizer, config.schedule) == (EASGD(), AdamW(), Cosine())
+    config = parse(["--config", write(RECIPE), *words, "--method.period=5", "--optimizer.lr=1"])
+    assert (config.method, config.optimizer) == (EASGD(period=5), AdamW(lr=1))
+
+
+@pytest.mark.parametrize("way", ["command line", "import path", "file", "file with settings"])
+def test_naming_the_same_class_keeps_its_settings(way: str, write: Callable[[str], str]) -> None:
+    words = {
+        "command line": ["--method", "LGRAWA", "--method.pull", "0.9"],
+        "import path": ["--method=hpc_grawa.methods.LGRAWA", "--method.pull=0.9"],
+        "file": ["--config", write("method: LGRAWA"), "--method.pull=0.9"],
+        "file with settings": ["--config", write("method: {class_path: LGRAWA, init_args: {pull: 0.9}}")],
+    }[way]
+    config = parse(["--config", write(RECIPE), *words])
+    assert config.method == LGRAWA(period=16, pull=0.9, buffers="local")
+    assert config.optimizer == SGD(lr=0.02, weight_decay=0.5)
+    assert config.schedule == Step(milestones=[2, 4], warmup=7)
+
+
+def test_an_own_class_is_not_taken_for_one_of_the_same_name(write: Callable[[str], str]) -> None:
+    assert type(parse(["--config", write(RECIPE), "--method", "own.LGRAWA"]).method) is own.LGRAWA
+
+
+def test_later_options_win_over_files_and_earlier_ones(write: Callable[[str], str]) -> None:
+    first, second = write("run: {seed: 1, dir: here}\nlog: {every: 7}"), write("run: {seed: 2}")
+    config = parse([*DIGITS, "--run.seed=9", "--config", first, "--config", second])
+    assert (config.run.seed, config.run.dir, config.log.every) == (9, "here", 7)
+    config = parse([*DIGITS, "--config", second, "--config", first, "--log.every=8", "--log.every=9"])
+    assert (config.run.seed, config.run.dir, config.log.every) == (1, "here", 9)
+
+
+def test_numbers_in_files_need_no_point(write: Callable[[str], str]) -> None:
+    file = write("optimizer: {class_path: SGD, init_args: {lr: 1e-3, weight_decay: 0}}\nrun: {name: 2024-05-01}")
+    config = parse([*DIGITS, "--config", file])
+    assert (config.optimizer, config.run.name) == (SGD(lr=1e-3, weight_decay=0.0), "2024-05-01")
+
+
+def everything(config: Config) -> dict[str, Any]:
+    parts = {
+        name: getattr(config, name) for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend") if name != "model"
+    }
+    modules = {"model": config.build_model(), "loss": config.loss, "metric": type(config.metric)}
+    return parts | {name: str(module) for name, module in modules.items()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        DIGITS,
+        (*DIGITS, "--method=MGRAWA", '--method.layers=[["features.*"], ["head.*"]]', "--method.local_momentum=reset"),
+        (*DIGITS, "--schedule=Step", "--schedule.milestones=[1, 2.5]", "--schedule.unit=seconds", "--optimizer=AdamW"),
+        (*DIGITS, "--model.width=4", "--model.num_classes=12", "--loss.label_smoothing=0.1", "--optimizer.clip_norm=2"),
+        (*DIGITS, "--precision=bf16", "--backend=mpi", "--eval.every=2", "--eval.unit=steps", "--run.name=x"),
+        (*OWN, "--budget.epochs=1.5", "--model.slope=.inf", "--schedule.warmup=3", "--optimizer.note=null"),
+    ],
+    ids=lambda words: " ".join(words[-2:]),
+)
+def test_print_config_fed_back_gives_the_same_configuration(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", *words, "--print_config"])
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.err) == (0, "")
+    config = parse(words)
+    assert printed.out == config.text
+    (tmp_path / "printed.yaml").write_text(printed.out)
+    assert everything(parse(["--config", str(tmp_path / "printed.yaml")])) == everything(config)
+
+
+def test_print_config_is_silent_on_other_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", *DIGITS, "--print_config"])
+    assert capsys.readouterr() == ("", "")
+
+
+def cifar(folder: Path, classes: int, train: int = 200) -> Path:
+    """A black data set in the form of the real one."""
+    folder.mkdir()
+    for part, count in (("train", train), ("test", 20)):
+        np.save(folder / f"{part}_images.npy", np.zeros((count, 3, 32, 32), np.uint8))
+        np.save(folder / f"{part}_labels.npy", np.zeros(count, np.uint8))
+    facts = {
+        "name": f"CIFAR-{classes}",
+        "counts": {"train": train, "test": 20},
+        "classes": [str(c) for c in range(classes)],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+    }
+    (folder / "meta.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_data_settle_the_models_inputs_and_classes_unless_they_are_given(
+    tmp_path: Path, write: Callable[[str], str]
+) -> None:
+    def ends(config: Config) -> tuple[int, int]:
+        shapes = [p.shape for p in config.build_model().parameters()]
+        return shapes[0][1], shapes[-1][0]
+
+    other = ["--data=CIFAR", f"--data.path={cifar(tmp_path / 'hundred', 100)}"]
+    assert ends(parse(DIGITS)) == (1, 10)
+    assert ends(parse(["--config=cifar10_resnet20_lgrawa", *other])) == (3, 100)
+    # A digits configuration, written and fed back with other data.
+    assert ends(parse(["--config", write(parse(DIGITS).text), *other])) == (3, 100)
+    given = parse(["--config=cifar10_resnet20_lgrawa", *other, "--model.num_classes=7"])
+    assert ends(given) == ends(parse(["--config", write(given.text)])) == (3, 7)
+
+
+def test_the_published_settings_are_those_of_the_cifar_recipe(tmp_path: Path) -> None:
+    config = parse(["--config=cifar10_resnet20_lgrawa", f"--data.path={cifar(tmp_path / 'ten', 10)}"])
+    assert config.method == LGRAWA(period=32, pull=0.5, prox=0.01)
+    assert config.optimizer == SGD(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    assert (config.data.batch_size, config.schedule) == (128, Constant())
+
+
+def test_the_model_is_initialised_from_the_present_random_stream() -> None:
+    config = parse(DIGITS)
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        starts.append(torch.nn.utils.parameters_to_vector(config.build_model().parameters()))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])

@@ -1,0 +1,264 @@
+"""Ranks that must agree and do not; and decisions that every rank takes at the same step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ranks, launch
+from torch import nn
+
+from hpc_grawa import LGRAWA, DataParallel, LocalSGD, Method, ParameterVector, Run
+from hpc_grawa.comm import Communicator
+from hpc_grawa.errors import RanksDisagree
+
+
+def build(comm: Communicator, model: nn.Module, method: Method, lr: float = 0.1, **more: Any) -> Run:
+    vector = ParameterVector(model)
+    optimizer = torch.optim.SGD(vector.parameters, lr)
+    return method.build(comm, vector, optimizer, lambda: sum(p.sum() for p in model.parameters()), **more)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Before training.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    return model
+
+
+class Pair(nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order:
+            self.register_parameter(name, nn.Parameter(torch.zeros(2)))
+
+
+def net(**kinds: Any) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3, **kinds), nn.BatchNorm2d(3, **kinds))
+
+
+def with_buffer(size: int) -> nn.Module:
+    model = net()
+    model.register_buffer("extra", torch.zeros(size))
+    return model
+
+
+Odd = tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]
+#: The model of rank 0, that of the odd rank, and the difference as the odd rank has it | as rank 0 has it.
+MODELS: dict[str, Odd] = {
+    "order": (lambda: Pair("ab"), lambda: Pair("ba"), r"has parameter 'b' .*, rank 0 has parameter 'a'"),
+    "names": (lambda: Pair("ab"), lambda: Pair("ac"), r"has parameter 'c' .*, rank 0 has parameter 'b'"),
+    "number": (lambda: Pair("ab"), lambda: Pair("abc"), r"has parameter 'c' .*, rank 0 has nothing"),
+    "shapes": (lambda: nn.Linear(2, 3), lambda: nn.Linear(2, 4), r"'weight' \(4, 2\).*rank 0.*'weight' \(3, 2\)"),
+    "dtype": (net, lambda: net(dtype=torch.float64), r"torch\.float64.*rank 0.*torch\.float32"),
+    "memory format": (
+        net,
+        lambda: net().to(memory_format=torch.channels_last),
+        r"strides \(18, 1, 6, 2\), rank 0 .* strides \(18, 9, 3, 1\)",
+    ),
+    "frozen": (
+        lambda: frozen().requires_grad_(True),
+        frozen,
+        r"has parameter '1\.weight'.*rank 0 has parameter '0\.weight'",
+    ),
+    "buffers": (lambda: with_buffer(3), lambda: with_buffer(4), r"'extra' \(4,\).*rank 0 has buffer 'extra' \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("difference", MODELS)
+def test_models_that_differ_are_an_error_on_all_ranks(on_several_ranks: Ranks, difference: str) -> None:
+    one, other, message = MODELS[difference]
+    strange = on_several_ranks.size - 1
+
+    def body(comm: Communicator) -> str:
+        make = other if comm.rank == strange else one
+        with pytest.raises(RanksDisagree, match=message) as error:
+            build(comm, make(), LocalSGD())
+        return str(error.value)
+
+    messages = on_several_ranks(body)
+    assert set(messages) == {messages[0]} and f"rank {strange} differs from rank 0 before training" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (LGRAWA(period=32), LGRAWA(period=16), r"LGRAWA\(.*period=16.*rank 0 has method LGRAWA\(.*period=32"),
+        (LGRAWA(layers="module"), LGRAWA(), r"layers='tensor'.*rank 0 .*layers='module'"),
+        (LocalSGD(), DataParallel(), r"method DataParallel\(.*rank 0 has method LocalSGD\("),
+    ],
+)
+def test_methods_that_differ_are_an_error_on_all_ranks(
+    on_several_ranks: Ranks, ours: Method, theirs: Method, message: str
+) -> None:
+    def body(comm: Communicator) -> str:
+        with pytest.raises(RanksDisagree, match=message) as error:
+            build(comm, nn.Linear(2, 3), theirs if comm.rank == 1 else ours)
+        return str(error.value)
+
+    messages = on_several_ranks(body)
+    assert set(messages) == {messages[0]} and "rank 1 differs" in messages[0]
+
+
+def test_smoke_ranks_that_agree_may_start(on_ranks: Ranks) -> None:
+    assert on_ranks(lambda comm: build(comm, net(), LGRAWA()).comm.size) == [on_ranks.size] * on_ranks.size
+
+
+# ---------------------------------------------------------------------------------------------------------
+# While training.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def unequal_lr(run: Run) -> None:
+    run.optimizer.param_groups[0]["lr"] = 0.3
+
+
+def unequal_period(run: Run) -> None:
+    run.synchronizers[0].period = 7  # the other ranks' word of control_every = 5 meets its round
+
+
+def longer_period(run: Run) -> None:
+    run.synchronizers[0].period = 1000
+
+
+def unequal_step(run: Run) -> None:
+    run.facts.step += 1
+
+
+@pytest.mark.parametrize(
+    ("make_odd", "method", "message"),
+    [
+        (unequal_lr, LGRAWA(period=4), "rank 1 has learning rate 0.3, rank 0 has 0.1"),
+        (unequal_lr, LocalSGD(period=100), "rank 1 has learning rate 0.3, rank 0 has 0.1"),
+        (unequal_lr, DataParallel(), "rank 1 has learning rate 0.3, rank 0 has 0.1"),
+        (unequal_period, LGRAWA(period=4), "rank 1 has local step 5, rank 0 has 4"),
+        (unequal_period, LGRAWA(period=12), "rank 1 has period 7, rank 0 has 12"),
+        (longer_period, LGRAWA(period=4), "rank 1 has local step 5, rank 0 has 4"),
+        (unequal_step, LGRAWA(period=4), "rank 1 has local step 5, rank 0 has 4"),
+        (unequal_step, DataParallel(), "rank 1 has local step 17, rank 0 has 16"),
+    ],
+)
+def test_ranks_that_part_are_an_error_on_all_ranks(
+    on_several_ranks: Ranks, make_odd: Callable[[Run], None], method: Method, message: str
+) -> None:
+    """With `control_every` 5, whether the odd rank's word meets a round's, a word alone, or the last one."""
+
+    def body(comm: Communicator) -> str:
+        run = build(comm, nn.Linear(2, 3), method, control_every=5)
+        if comm.rank == 1:
+            make_odd(run)
+        with pytest.raises(RanksDisagree, match=message) as error:
+            for _ in range(16):
+                run.after_step()
+            run.finish()
+        return str(error.value)
+
+    messages = on_several_ranks(body)
+    assert set(messages) == {messages[0]}
+
+
+def test_a_short_run_agrees_at_its_end(on_several_ranks: Ranks) -> None:
+    """Data-parallel ranks that never exchange a word while they train do so in finish()."""
+
+    def body(comm: Communicator) -> None:
+        run = build(comm, nn.Linear(2, 3), DataParallel(), lr=0.1 * (comm.rank + 1))
+        run.after_step()
+        with pytest.raises(RanksDisagree, match=r"rank 1 has learning rate 0\.2"):
+            run.finish()
+
+    on_several_ranks(body)
+
+
+class Recorded:
+    """What a rank knows after each step."""
+
+    def __init__(self) -> None:
+        self.stop: list[int] = []
+        self.save: list[int] = []
+        self.seconds: list[float] = []
+
+
+def watch(comm: Communicator, method: Method, steps: int, act: Callable[[Run, int], None]) -> Recorded:
+    seen = Recorded()
+    run = build(comm, nn.Linear(2, 3), method, control_every=5, clock=lambda: 100 * comm.rank + run.facts.step)
+    for step in range(1, steps + 1):
+        act(run, step)
+        run.after_step()
+        seen.seconds.append(run.facts.seconds)
+        if run.control.stop:
+            seen.stop.append(step)
+        if run.control.save:
+            seen.save.append(step)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("method", "read", "words"),
+    [
+        (LocalSGD(period=4), 4, [4, 8, 12, 16, 20]),  # with the next round, and no words between
+        (LocalSGD(period=5), 5, [5, 10, 15, 20]),
+        (LocalSGD(period=13), 10, [5, 10, 13, 15, 20]),  # sent at 5, read at 10
+        (LocalSGD(period=1000), 10, [5, 10, 15, 20]),
+        (DataParallel(), 10, [5, 10, 15, 20]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("flag", ["stop", "save"])
+def test_a_wish_of_one_rank_reaches_all_at_the_same_step(
+    on_ranks: Ranks, method: Method, read: int, words: list[int], flag: str
+) -> None:
+    last = on_ranks.size - 1
+
+    def act(run: Run, step: int) -> None:
+        if step == 3 and run.comm.rank == last:
+            setattr(run.control, f"wants_{flag}", True)
+
+    def body(comm: Communicator) -> tuple[list[int], list[int], int]:
+        seen = watch(comm, method, 20, act)
+        return seen.stop, seen.save, comm.meter.calls["control"]
+
+    wished = list(range(read, 21))
+    expected = (wished, [], len(words)) if flag == "stop" else ([], wished, len(words))
+    assert on_ranks(body) == [expected] * on_ranks.size
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (LocalSGD(period=4), [0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12]),
+        (DataParallel(), [0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 5, 5]),
+    ],
+)
+def test_the_clock_is_rank_0s_on_all_ranks(on_ranks: Ranks, method: Method, expected: list[float]) -> None:
+    assert on_ranks(lambda comm: watch(comm, method, 12, lambda run, step: None).seconds) == [expected] * on_ranks.size
+
+
+LOOP = """
+import torch, hpc_grawa
+from hpc_grawa.comm import connect
+comm = connect("{backend}")
+vector = hpc_grawa.ParameterVector(torch.nn.Linear(2, 3))
+optimizer = torch.optim.SGD(vector.parameters, 0.1 * (1 + comm.rank))
+run = hpc_grawa.LocalSGD(period=4).build(comm, vector, optimizer)
+for _ in range(100):
+    run.after_step()
+print("reached the end")
+"""
+
+
+@pytest.mark.parametrize("backend", ["mpi", "horovod"])
+def test_a_job_of_ranks_that_disagree_ends_with_the_named_error(backend: str) -> None:
+    if backend == "horovod":
+        pytest.importorskip("horovod.torch")
+    start = time.monotonic()
+    status, output = launch(2, "-c", LOOP.format(backend=backend), seconds=60)
+    assert status != 0 and time.monotonic() - start < 30
+    assert "RanksDisagree: rank 1 has learning rate 0.2, rank 0 has 0.1" in output, output
+    assert "reached the end" not in output

@@ -1,0 +1,294 @@
+"""Evaluation is exact however ranks share the examples, and training notices nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import own
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hpc_grawa import simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.config import Config, parse
+from hpc_grawa.data import ArraySplit
+from hpc_grawa.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
+from hpc_grawa.metrics import Accuracy
+from hpc_grawa.train import Examiner, Worker
+from hpc_grawa.vector import ParameterVector
+
+WORLDS = (1, 2, 3, 4)
+
+
+class Images(ArraySplit):
+    """Random images and labels; batches in float64, so that sums do not depend on their order."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        images = torch.randint(256, (count, 1, 5, 5), generator=generator, dtype=torch.uint8)
+        super().__init__(images, torch.randint(4, (count,), generator=generator), [0.5], [0.25])
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        inputs, labels = super().batch(index, generator)
+        return inputs.double(), labels
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(27, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 4),
+    ).double()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 37, BATCH + 3])
+def test_ranks_together_find_what_one_process_finds(count: int) -> None:
+    model, examples = network(), Images(count)
+    inputs, labels = examples.batch(torch.arange(count))
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).eval()(inputs)
+    correct = int((outputs.argmax(1) == labels).sum())
+    loss = float(nn.functional.cross_entropy(outputs, labels))
+    judge = Judge(nn.CrossEntropyLoss(), Accuracy())
+    alone = judge.judge(model, examples)
+    for found in (
+        alone,
+        *(f for world in WORLDS for f in simulate(world, lambda comm: judge.judge(model, examples, comm))),
+    ):
+        assert found["accuracy"] == correct / count
+        assert found["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_metric_of_several_sums(world: int) -> None:
+    examples = own.Numbers(tests=11, noise=0.5).load().test
+    model = own.Line(slope=1.5)
+    x, y = (t.double() for t in examples.batch(torch.arange(11)))
+    with torch.no_grad():
+        error = y - model(x.float())
+    expected = float(1 - error.square().sum() / (y - y.mean()).square().sum())
+    judge = Judge(own.Cubic(), own.R2())
+    for found in simulate(world, lambda comm: judge.judge(model, examples, comm)):
+        assert found == pytest.approx({"r2": expected, "loss": float(error.abs().pow(3).mean())}, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(4, [0, 2, 5, 7]), (10, list(range(10))), (99, list(range(10))), (1, [0])]
+)
+def test_a_limit_takes_examples_that_are_evenly_spaced(limit: int, expected: list[int]) -> None:
+    examples = Images(10)
+    seen: list[int] = []
+    original = examples.batch
+    examples.batch = lambda index, generator=None: seen.extend(index.tolist()) or original(index)  # type: ignore[method-assign, func-returns-value]
+    judge = Judge(nn.CrossEntropyLoss(), Accuracy())
+    simulate(3, lambda comm: judge.judge(network(), examples, comm, limit))
+    assert sorted(set(seen)) == expected
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_recalibrated_statistics_are_those_of_all_batches_of_all_ranks(world: int) -> None:
+    each = 3
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randn(world, each, 6, 1, 5, 5, generator=generator, dtype=torch.float64) * 3 + 1
+
+    def body(comm: Communicator) -> nn.Sequential:
+        model = network()
+        model[1].running_mean.fill_(7)  # forgotten
+        recalibrate(model, batches[comm.rank], comm)
+        return model
+
+    # What the layers see, by NumPy: the second layer's inputs come through the first's batch statistics.
+    model = network()
+    first, second = [], []
+    with torch.no_grad():
+        for batch in batches.flatten(0, 1):
+            seen = model[0](batch)
+            first.append(seen.transpose(0, 1).flatten(1).numpy())
+            normed = nn.functional.batch_norm(seen, None, None, model[1].weight, model[1].bias, training=True)
+            second.append(model[4](normed.flatten(1)).T.numpy())
+    for result in simulate(world, body):
+        for layer, seen in ((result[1], first), (result[5], second)):
+            mean = np.mean([x.mean(1) for x in seen], axis=0)
+            squares = np.mean([(x**2).mean(1) for x in seen], axis=0)
+            np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(layer.running_var, squares - mean**2, rtol=1e-5)
+
+
+def test_recalibration_changes_nothing_else() -> None:
+    model = network()
+    model[0].eval()  # a mode of its own
+    before = copy.deepcopy(model.state_dict())
+    batches = torch.randn(2, 6, 1, 5, 5).double()
+    streams = torch.get_rng_state()
+    recalibrate(model, batches, SingleCommunicator())
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {f"{i}.running_{what}" for i in (1, 5) for what in ("mean", "var")}
+    assert [m.training for m in model] == [False] + [True] * 6
+    assert torch.equal(torch.get_rng_state(), streams)
+
+
+def test_eval_mode_and_kept_buffers_are_undone_even_after_an_error() -> None:
+    model = network()
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError), undisturbed(model), eval_mode(model):
+        assert not any(m.training for m in model.modules())
+        model[1].running_mean.fill_(3)
+        raise KeyError
+    assert [m.training for m in model] == [True, False] + [True] * 5
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_mean_of_all_ranks_and_how_far_they_are_from_it(world: int) -> None:
+    starts = np.random.default_rng(0).normal(size=(world, 6))
+
+    def body(comm: Communicator) -> tuple[Tensor, float]:
+        model = nn.Linear(5, 1).double()
+        vector = ParameterVector(model)
+        vector.data.copy_(torch.from_numpy(starts[comm.rank]))
+        return uniform_mean(comm, vector)
+
+    mean = starts.mean(0)
+    distance = np.sqrt(((starts - mean) ** 2).sum(1).mean())
+    for found, consensus in simulate(world, body):
+        np.testing.assert_allclose(found, mean, rtol=1e-12)
+        assert consensus == pytest.approx(distance, rel=1e-12, abs=1e-15)
+
+
+class Noisy(nn.Module):
+    """Draws from every global stream in its forward pass, beside dropout and BatchNorm."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(in_channels), nn.Dropout(0.2)
+        self.head = nn.Linear(64, num_classes)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)  # type: ignore[operator]
+        noise = torch.randn(()) + float(np.random.randn()) + random.gauss(0, 1)
+        y: Tensor = self.head(self.drop(self.norm(x)).flatten(1)) + 1e-3 * noise * self.training
+        return y
+
+
+def configuration(*words: str) -> Config:
+    return parse(
+        ["--config=digits", "--model=test_evaluate.Noisy", "--budget.seconds=null", "--budget.steps=9", *words]
+    )
+
+
+def state(worker: Worker) -> list[Any]:
+    """All that training goes on from, bit for bit."""
+    model, optimizer = worker.model, worker.optimizer
+    synchronizers = [vars(s) | {"center": s.averager.center, "score": vars(s.score)} for s in worker.run.synchronizers]
+    kept = [
+        {key: tensor.clone() for key, tensor in model.state_dict().items()},
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        copy.deepcopy(optimizer.state_dict()),
+        [module.training for module in model.modules()],
+        [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
+        [(s["position"], s["rounds"], None if s["center"] is None else s["center"].clone()) for s in synchronizers],
+        [{k: v.clone() for k, v in s["score"].items() if isinstance(v, Tensor)} for s in synchronizers],
+        [vars(worker.facts) | {"seconds": 0.0}],
+    ]
+    return kept
+
+
+@pytest.mark.parametrize("method", ["LGRAWA", "EASGD", "LSGD", "DataParallel"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_training_notices_nothing_of_an_evaluation(method: str, world: int) -> None:
+    config = configuration(f"--method={method}", *([] if method == "DataParallel" else ["--method.period=4"]))
+
+    def body(comm: Communicator, evaluating: bool) -> list[Any]:
+        worker = Worker(config, comm)
+        examiner = Examiner(worker)
+        for step in range(9):
+            worker.step()
+            if evaluating and step in (0, 3, 5):
+                before = state(worker)
+                with examiner.center():
+                    examiner.judge(worker.splits.test)
+                examiner.everything()
+                torch.testing.assert_close(state(worker), before, rtol=0, atol=0)
+        return state(worker)
+
+    for with_it, without in zip(
+        simulate(world, lambda comm: body(comm, True)), simulate(world, lambda comm: body(comm, False)), strict=True
+    ):
+        torch.testing.assert_close(with_it, without, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_models_in_place_are_those_that_are_named(world: int) -> None:
+    """The center with recalibrated statistics, by hand from all ranks' parameters; and the mean."""
+    config = parse(
+        ["--config=digits", "--method=LocalSGD", "--method.period=3", "--budget.seconds=null", "--budget.steps=5"]
+    )
+
+    def body(comm: Communicator) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        worker = Worker(config, comm)
+        for _ in range(3):
+            worker.step()
+        center = worker.vector.data.clone()  # LocalSGD has just set every rank to it
+        worker.step()
+        return center, worker.vector.data.clone(), Examiner(worker).everything()
+
+    results = simulate(world, body)
+    mean = torch.stack([own for _, own, _ in results]).double().mean(0)
+    spread = torch.stack([own for _, own, _ in results]).double() - mean
+    test = config.data.load().test
+
+    def judged(parameters: Tensor) -> dict[str, float]:
+        def at(comm: Communicator) -> dict[str, float]:
+            worker = Worker(config, comm)
+            worker.vector.data.copy_(parameters)
+            train = worker.splits.train
+            batches = (train.batch(worker.sampler.indices(b))[0] for b in range(config.eval.bn_batches))
+            recalibrate(worker.model, batches, comm)
+            return Judge(config.loss, config.metric).judge(worker.model, test)
+
+        return simulate(world, at)[0]
+
+    center, averaged = judged(results[0][0]), judged(mean.float())
+    for _, _, found in results:
+        assert found["consensus_distance"] == pytest.approx(float(spread.square().sum(1).mean().sqrt()), rel=1e-4)
+        assert found["center_test_accuracy"] == center["accuracy"]
+        assert found["mean_test_accuracy"] == pytest.approx(averaged["accuracy"], abs=2 / 360)
+        assert found["center_test_loss"] == pytest.approx(center["loss"], rel=1e-5)
+        assert found["mean_test_loss"] == pytest.approx(averaged["loss"], rel=1e-3)
+        assert len(found["local_test_accuracy"]) == world
+        assert found["local_test_accuracy"] == results[0][2]["local_test_accuracy"]
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_saved_center_is_what_was_judged(steps: int) -> None:
+    """Statistics included; after 1 step there was no round yet, and the center is the mean."""
+    config = parse(["--config=digits", "--method.period=3", "--budget.seconds=null", "--budget.steps=9"])
+
+    def body(comm: Communicator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        worker = Worker(config, comm)
+        for _ in range(steps):
+            worker.step()
+        return Examiner(worker).everything(), worker.model.state_dict()
+
+    (found, own_state), (elsewhere, _) = simulate(2, body)
+    saved = found.pop("center_state")
+    torch.testing.assert_close(elsewhere.pop("center_state"), saved, rtol=0, atol=0)
+    assert elsewhere == found
+    model = config.build_model()
+    model.load_state_dict(saved)
+    test = config.data.load().test
+    assert Judge(config.loss, config.metric).judge(model, test)["accuracy"] == found["center_test_accuracy"]
+    assert not torch.equal(saved["features.1.running_mean"], own_state["features.1.running_mean"])
+    assert (found["center_test_loss"] == found["mean_test_loss"]) == (steps == 1)

@@ -1,0 +1,118 @@
+"""`pip install .` takes what an environment has: it never brings another torch.
+
+The environments here are thrown away after. No network: pip has no index, so whatever it would replace or add is an
+error that names it.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+REPO = Path(__file__).parents[1]
+SITE_PACKAGES = Path(torch.__file__).parents[1]
+LEFT_OUT = ("hpc_grawa*", "__editable__*", "horovod*", ".throw-away-*", "include", "tests")
+
+
+@pytest.fixture
+def environment() -> Iterator[Path]:
+    """An empty environment, on the file system of this one so that files can be hard links."""
+    with tempfile.TemporaryDirectory(dir=SITE_PACKAGES, prefix=".throw-away-") as folder:
+        venv.create(folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What an install reads, copied, for pip builds in the folder that it is given."""
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, tmp_path)
+    shutil.copytree(REPO / "hpc_grawa", tmp_path / "hpc_grawa", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def site_packages(environment: Path) -> Path:
+    return next(environment.glob("lib/python*/site-packages"))
+
+
+def link(source: Path, target: Path) -> None:
+    """Copy a folder by hard links: real files, which pip may remove without harm, but 5 GB in seconds."""
+    ignored = shutil.ignore_patterns(*LEFT_OUT)
+    shutil.copytree(source, target, copy_function=os.link, symlinks=True, dirs_exist_ok=True, ignore=ignored)
+
+
+def pip_install(environment: Path, checkout: Path) -> None:
+    command = [sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "-q"]
+    done = subprocess.run(
+        [*command, "--no-index", "--no-build-isolation", checkout],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def python(environment: Path, code: str, cwd: Path) -> str:
+    command = [environment / "bin/python", "-I", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout.strip()
+
+
+def lower_bounds() -> dict[str, str]:
+    settings = configparser.ConfigParser()
+    settings.read(REPO / "setup.cfg")
+    found = {}
+    for requirement in settings["options"]["install_requires"].split():
+        match = re.fullmatch(r"([a-z0-9]+)(?:\[.*\])?>=([\d.]+)", requirement)
+        assert match, f"{requirement} is more than a lower bound: it can replace what is there"
+        found[match[1]] = match[2]
+    return found
+
+
+def test_the_oldest_releases_are_kept(environment: Path, checkout: Path) -> None:
+    """Stand-ins, which pip cannot tell from the real thing: the lower bounds suffice, and nothing else is asked for."""
+    site = site_packages(environment)
+    for name, release in lower_bounds().items():
+        record = site / f"{name}-{release}.dist-info"
+        record.mkdir()
+        extra = "Provides-Extra: signatures\n" if name == "jsonargparse" else ""
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n{extra}")
+        (record / "INSTALLER").write_text("pip\n")
+        (record / "RECORD").write_text(f"{name}.py,,\n{record.name}/METADATA,,\n{record.name}/RECORD,,\n")
+        (site / f"{name}.py").write_text(f"__version__ = '{release}'\n")
+    for pattern in ("setuptools", "setuptools-*.dist-info", "_distutils_hack", "pkg_resources"):
+        for source in Path(setuptools.__file__).parents[1].glob(pattern):
+            link(source, site / source.name)
+
+    pip_install(environment, checkout)
+
+    for name, release in lower_bounds().items():
+        assert python(environment, f"import {name}; print({name}.__version__)", checkout) == release
+    for file in ("py.typed", "install/constraints.txt", "install/horovod.py", "recipes/demo.yaml"):
+        assert (site / "hpc_grawa" / file).is_file(), file
+    assert (environment / "bin/hpc-grawa").is_file()
+
+
+def test_the_torch_that_is_there_is_kept(environment: Path, checkout: Path) -> None:
+    """The real thing: every package of this environment but ours."""
+    site = site_packages(environment)
+    link(SITE_PACKAGES, site)
+    releases = "from importlib.metadata import distributions as d; print(sorted((i.name, i.version) for i in d()))"
+    before = python(environment, releases, checkout)
+
+    pip_install(environment, checkout)
+
+    assert python(environment, releases, checkout) == str(sorted([*eval(before), ("hpc-grawa", "0.1.0")]))
+    seen = python(environment, "import torch, hpc_grawa; print(torch.__version__, hpc_grawa.__file__)", checkout)
+    assert seen == f"{torch.__version__} {site / 'hpc_grawa/__init__.py'}"

@@ -1,0 +1,117 @@
+"""The README says nothing that was not run: every command and every Python block of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+#: A tiny budget in place of the README's, so that what is tested is that the command works.
+SHORT = ["--budget.seconds", "1000", "--budget.steps", "3", "--eval.train_examples", "50", "--eval.bn_batches", "1"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def launched() -> list[str]:
+    """The launcher table's commands, with the dots filled in."""
+    return [c.replace("...", "--config digits") for c in re.findall(r"^\| `([^`]*hpc-grawa train[^`]*)`", README, re.M)]
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path) -> Path:
+    """A folder in which the README's commands find what they need: a small set as ``data_prep/cifar.py`` leaves it."""
+    data = tmp_path / "data" / "cifar10"
+    data.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    counts = {"train": 2000, "test": 100}
+    for part, count in counts.items():
+        np.save(data / f"{part}_images.npy", draw.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
+        np.save(data / f"{part}_labels.npy", draw.integers(0, 10, count, dtype=np.uint8))
+    facts = {"name": "CIFAR-10", "counts": counts, "classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
+    (data / "meta.json").write_text(json.dumps(facts))
+    return tmp_path
+
+
+def test_make_targets_exist() -> None:
+    targets = [c.split()[1] for c in commands() if c.startswith("make ")]
+    targets += re.findall(r"`(?:\w+=\S+ )?make (\w[\w-]*)", README)
+    assert {"demo", "test", "lint", "bench", "env", "wheels"} <= set(targets)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_every_command_is_of_a_known_kind() -> None:
+    known = ("make ", "mpirun -np 4 hpc-grawa ", "hpc-grawa ", "python data_prep/", "source .venv", "pip install .")
+    assert [c for c in commands() if not c.startswith((*known, "python hpc_grawa/install/horovod.py"))] == []
+
+
+@pytest.mark.slow
+def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
+    """In the README's order, as one newcomer would type them, on a small set in CIFAR-10's format."""
+    ran = 0
+    for command in commands():
+        if "hpc-grawa" not in command:
+            continue
+        trains = re.search(r"hpc-grawa (train|compare) ", command) and not re.search(r"--(help|print_config)", command)
+        words = shlex.split(command)
+        words = [str(w) for word in words for w in (sorted(newcomer.glob(word)) if "*" in word else [word])]
+        run(shlex.join(words + (SHORT if trains else [])), newcomer)
+        ran += 1
+    assert ran >= 8
+    assert (newcomer / "figure.png").is_file() and (newcomer / "table.csv").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", launched())
+def test_launcher_table(command: str, tmp_path: Path) -> None:
+    if command.startswith("srun"):
+        pytest.skip("needs a SLURM cluster")
+    if command.startswith("horovodrun") and not (BIN / "horovodrun").exists():
+        pytest.skip("Horovod is not built here")
+    done = run(shlex.join(shlex.split(command) + ["--run.name", "x", *SHORT]), tmp_path)
+    assert re.search(r"backend +(horovod|mpi|single) \(", done.stdout)
+    assert (tmp_path / "runs" / "x" / "summary.json").is_file()
+
+
+def test_own_loop(tmp_path: Path) -> None:
+    (tmp_path / "own_loop.py").write_text(next(b for b in blocks("python") if "ParameterVector" in b))
+    output = run(f"mpirun -np 2 {shlex.quote(sys.executable)} own_loop.py", tmp_path).stdout
+    losses = {float(x) for x in re.findall(r"center's loss ([\d.]+)", output)}
+    assert losses and max(losses) < 0.5, output
+
+
+def test_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_module.py").write_text(next(b for b in blocks("python") if "FollowTheLeader" in b))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run(f"mpirun -np 2 hpc-grawa train --config digits --method my_module.FollowTheLeader {shlex.join(SHORT)}", tmp_path)

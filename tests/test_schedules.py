@@ -1,0 +1,99 @@
+"""Learning rates and periods, against their closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.schedules import Constant, Cosine, Linear, RunFacts, Schedule, Step, every
+
+TOTAL = 40
+SHARES = [step / TOTAL for step in range(TOTAL)]
+
+
+def course(schedule: Schedule, steps: int = TOTAL) -> list[float]:
+    """The factor at each of so many steps."""
+    return [schedule(RunFacts(step=t, progress=t / TOTAL, steps_per_epoch=8, seconds=t / 2)) for t in range(steps)]
+
+
+def test_constant() -> None:
+    assert course(Constant()) == [1.0] * TOTAL
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_cosine_and_linear_go_from_1_to_their_final_factor_over_the_budget(final: float) -> None:
+    cosine = [final + (1 - final) * (1 + math.cos(math.pi * p)) / 2 for p in SHARES]
+    assert course(Cosine(final=final)) == pytest.approx(cosine, rel=1e-15)
+    assert course(Linear(final=final)) == pytest.approx([1 - (1 - final) * p for p in SHARES], rel=1e-15)
+    for schedule in (Cosine(final=final), Linear(final=final)):
+        assert schedule(RunFacts(progress=0.0)) == 1
+        assert schedule(RunFacts(progress=0.5)) == pytest.approx((1 + final) / 2)
+        assert schedule(RunFacts(progress=1.0)) == pytest.approx(final, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "drops"),
+    [
+        (Step(milestones=[10, 25], unit="steps"), (10, 25)),
+        (Step(milestones=[1, 2.5], unit="epochs"), (8, 20)),  # 8 steps each
+        (Step(milestones=[5, 12.25], unit="seconds"), (10, 25)),  # half a second a step; 12.5 is the first after 12.25
+        (Step(milestones=[500], unit="seconds"), ()),
+    ],
+)
+def test_step_multiplies_by_gamma_from_each_milestone_on(schedule: Step, drops: tuple[int, ...]) -> None:
+    schedule.gamma = 0.2
+    assert course(schedule) == pytest.approx([0.2 ** sum(t >= drop for drop in drops) for t in range(TOTAL)])
+
+
+@pytest.mark.parametrize("warmup", [1, 5, 2 * TOTAL])
+@pytest.mark.parametrize("schedule", [Constant, Cosine, Linear, lambda: Step(milestones=[3], unit="steps")])
+def test_warm_up_rises_linearly_to_the_peak_that_the_schedule_has_there(
+    schedule: Callable[[], Schedule], warmup: int
+) -> None:
+    plain, warm = schedule(), schedule()
+    warm.warmup = warmup
+    expected = [min(1.0, (t + 1) / warmup) * factor for t, factor in enumerate(course(plain))]
+    assert course(warm) == pytest.approx(expected, rel=1e-15)
+    assert course(warm)[0] == pytest.approx(1 / warmup)  # never 0: the first step counts
+
+
+@pytest.mark.parametrize("step", [0, 7, 1000])
+def test_facts_know_steps_epochs_and_seconds(step: int) -> None:
+    facts = RunFacts(step=step, seconds=2.5, steps_per_epoch=4)
+    assert [facts.elapsed(unit) for unit in ("steps", "epochs", "seconds")] == [step, step / 4, 2.5]
+
+
+def test_epochs_need_their_length() -> None:
+    with pytest.raises(ValueError, match="steps per epoch"):
+        Step(milestones=[1])(RunFacts())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Constant(warmup=-1), "schedule.warmup is -1: must be 0 or more"),
+        (lambda: Step(), r"schedule.milestones is \[\]: must be positive and increasing"),
+        (lambda: Step(milestones=[2, 2]), r"schedule.milestones is \[2, 2\]: must be"),
+        (lambda: Step(milestones=[3, 1]), r"schedule.milestones is \[3, 1\]: must be"),
+        (lambda: Step(milestones=[0, 1]), r"schedule.milestones is \[0, 1\]: must be"),
+        (lambda: Step(milestones=[1, math.nan]), r"schedule.milestones is \[1, nan\]: must be"),
+        (lambda: Step(milestones=[1], gamma=0), "schedule.gamma is 0: must be positive"),
+        (lambda: Step(milestones=[1], gamma=math.nan), "schedule.gamma is nan: must be positive"),
+        (lambda: Step(milestones=[1], gamma=math.inf), "schedule.gamma is inf: must be positive"),
+        (lambda: Cosine(final=-0.1), r"schedule.final is -0.1: must be in \[0, 1\]"),
+        (lambda: Cosine(final=math.nan), r"schedule.final is nan: must be in \[0, 1\]"),
+        (lambda: Linear(final=1.1), r"schedule.final is 1.1: must be in \[0, 1\]"),
+    ],
+)
+def test_impossible_values_are_named(make: Callable[[], Schedule], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_constant_period() -> None:
+    assert [every(5)(RunFacts(step=t, lr=1 / (t + 1))) for t in range(20)] == [5] * 20
+    with pytest.raises(ConfigError, match=r"method\.period is 0: must be at least 1"):
+        every(0)

@@ -1,0 +1,382 @@
+"""Runs from their configuration to their summary, on simulated ranks with the digits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import own
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hpc_grawa import cli, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.config import Config, parse
+from hpc_grawa.errors import NonFinite
+from hpc_grawa.evaluate import Judge
+from hpc_grawa.log import open_run
+from hpc_grawa.train import Worker, fit
+
+METHODS = ("GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
+PERIOD = 4
+P, LAYERS, CONTROL = 15_418, 11, 7  # SmallCNN's parameters and tensors; numbers in a control word
+
+
+def digits(*words: str, method: str = "LGRAWA", steps: int = 10) -> Config:
+    period = [] if method == "DataParallel" else [f"--method.period={PERIOD}"]
+    budget = ["--budget.seconds=null", f"--budget.steps={steps}"]
+    config = parse(["--config=digits", f"--method={method}", *period, *budget, *words])
+    config.check(4)
+    return config
+
+
+def run(config: Config, folder: Path, world: int = 3) -> list[dict[str, Any]]:
+    """The summaries of all ranks; the run's files are in `folder`."""
+    folder.mkdir(exist_ok=True)
+    open_run(folder, config.text, world, "simulated")
+    return simulate(world, lambda comm: fit(config, comm, None if comm.rank else folder, speaks=False))
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def center(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(folder / "center.pt", weights_only=True)
+    return found
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Path, dict[str, Any]]:
+    """A run of each method on three ranks: 30 steps, so that the last round comes 2 steps after the one before."""
+    config = digits(
+        "--eval.unit=steps", "--eval.every=10", "--log.every=5", "--run.seed=36", method=request.param, steps=30
+    )
+    folder = tmp_path_factory.mktemp("runs") / f"{request.param}-36"
+    summaries = run(config, folder)
+    written = json.loads((folder / "summary.json").read_text())
+    assert summaries[0] == written
+    return config, folder, written
+
+
+def test_the_loss_falls(finished: tuple[Config, Path, dict[str, Any]]) -> None:
+    _, folder, summary = finished
+    losses = [event["loss"] for event in events(folder, "train")]
+    assert [event["step"] for event in events(folder, "train")] == [5, 10, 15, 20, 25, 30]
+    assert losses[0] > 1.5 > 0.8 > losses[-1]
+    assert summary["center_train_loss"] < 1
+    assert summary["center_test_accuracy"] > 0.6
+
+
+def test_the_summary_has_every_key(finished: tuple[Config, Path, dict[str, Any]]) -> None:
+    config, folder, summary = finished
+    averaging = summary["method"] != "DataParallel"
+    assert {
+        **{"method": type(config.method).__name__, "backend": "simulated", "world_size": 3, "seed": 36, "steps": 30},
+        **{
+            "rounds": 8 if averaging else 0,
+            "epochs": 30 / 15,
+            "state": "finished",
+            "name": folder.name,
+            "parameters": P,
+        },
+        **{"metric": "accuracy", "higher_is_better": True, "best_part": "test", "healed": 0},
+    }.items() <= summary.items()
+    for key in ("center_test", "mean_test", "center_train", "mean_train", "best_center", "final_center"):
+        assert 0 <= summary[f"{key}_accuracy"] <= 1
+        # All test examples count once.
+        assert key.endswith("train") or summary[f"{key}_accuracy"] * 360 == pytest.approx(
+            round(summary[f"{key}_accuracy"] * 360)
+        )
+    assert len(summary["local_test_accuracy"]) == 3 and all(0 <= a <= 1 for a in summary["local_test_accuracy"])
+    for key in ("center_test", "mean_test", "center_train", "mean_train"):
+        assert 0 < summary[f"{key}_loss"] < math.inf
+    assert len(summary["local_test_loss"]) == 3
+    parts = [summary[f"{part}_seconds"] for part in ("compute", "communication", "waiting")]
+    assert min(parts) >= 0 and sum(parts) == pytest.approx(summary["training_seconds"])
+    assert summary["images_per_second"] == pytest.approx(30 * 3 * 32 / summary["training_seconds"])
+    assert summary["gap"] == summary["center_train_accuracy"] - summary["center_test_accuracy"]
+    assert summary["final_center_accuracy"] == summary["center_test_accuracy"]
+    curve = {event["step"]: event["accuracy"] for event in events(folder, "evaluate")}
+    assert list(curve) == [0, 10, 20, 30]
+    assert summary["best_center_accuracy"] == max(curve.values()) == curve[summary["best_step"]]
+    assert curve[30] == summary["center_test_accuracy"]
+    assert (summary["consensus_distance"] > 1e-3) == (summary["method"] not in ("DataParallel", "LocalSGD"))
+    assert summary["versions"].keys() >= {"python", "torch", "numpy", "hpc-grawa"}
+    assert summary["commit"] is None or len(summary["commit"].rstrip("+")) == 40
+
+
+def test_bytes_are_those_counted_by_hand(finished: tuple[Config, Path, dict[str, Any]]) -> None:
+    """2n(W-1)/W for an allreduce, n(W-1) for an allgather, n(W-1)/W for a broadcast, of n bytes on each of W ranks."""
+    _, _, summary = finished
+    scores = {"LGRAWA": LAYERS}.get(summary["method"], 1)
+    rounds, ranks = 8, 3
+    if summary["method"] == "DataParallel":  # one bucket with a flag per tensor; control words at steps 20 and 30
+        payload = [30 * 4 * (P + LAYERS), 2 * 8 * CONTROL]
+        sent = 2 * payload[0] * (ranks - 1) / ranks + payload[1] * (ranks - 1)
+    else:
+        share = 1 if summary["method"] == "LSGD" else 2
+        payload = [rounds * 4 * P, rounds * 8 * (CONTROL + scores)]
+        sent = share * payload[0] * (ranks - 1) / ranks + payload[1] * (ranks - 1)
+    assert summary["payload_bytes"] == sum(payload)
+    assert summary["bytes_sent"] == pytest.approx(sent, abs=1)
+
+
+def test_rounds_are_written_with_weights_that_sum_to_1(finished: tuple[Config, Path, dict[str, Any]]) -> None:
+    config, folder, summary = finished
+    rounds = events(folder, "round")
+    if summary["method"] == "DataParallel":
+        assert rounds == []
+        return
+    assert [event["step"] for event in rounds] == [4, 8, 12, 16, 20, 24, 28, 30]  # the last is shortened
+    assert [event["period"] for event in rounds] == [4] * 7 + [2]
+    assert [event["round"] for event in rounds] == list(range(1, 9))
+    names = [name for name, _ in nn.Module.named_parameters(config.build_model())]
+    assert events(folder, "start")[0]["layers"] == names
+    for event in rounds:
+        weights = torch.tensor(event["weights"], dtype=torch.float64)
+        assert weights.shape == (3, LAYERS if summary["method"] == "LGRAWA" else 1)
+        torch.testing.assert_close(weights.sum(0), torch.ones(weights.shape[1], dtype=torch.float64), rtol=0, atol=2e-6)
+        assert event["leader"] == int(weights.mean(1).argmax())
+        assert (event["lr"], event["healed"]) == (0.1, [])
+        if summary["method"] in ("EASGD", "LocalSGD"):
+            assert weights.flatten().tolist() == [0.333333] * 3
+        elif summary["method"] == "LSGD":
+            assert sorted(weights.flatten().tolist()) == [0, 0, 1]
+        else:
+            assert len(set(weights.flatten().tolist())) > 1
+
+
+def test_the_center_loads_into_a_fresh_model_and_evaluate_prints_its_accuracy(
+    finished: tuple[Config, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder, summary = finished
+    model = config.build_model()
+    model.load_state_dict(center(folder))
+    scores = Judge(config.loss, config.metric).judge(model, config.data.load().test)
+    assert scores["accuracy"] == summary["center_test_accuracy"]
+    assert scores["loss"] == pytest.approx(summary["center_test_loss"], rel=1e-5)
+    cli.main(["evaluate", str(folder), "--backend=single"])
+    printed = capsys.readouterr().out
+    assert f"test accuracy {summary['center_test_accuracy']:.4f}" in printed
+
+
+def final_parameters(config: Config, world: int) -> list[Tensor]:
+    def body(comm: Communicator) -> Tensor:
+        worker = Worker(config, comm)
+        while worker.used < 1:
+            worker.step()
+        worker.run.finish()
+        return worker.vector.data
+
+    return simulate(world, body)
+
+
+@pytest.mark.parametrize("words", [(), ("--optimizer=AdamW",), ("--optimizer.clip_norm=0.5", "--schedule=Cosine")])
+def test_data_parallel_leaves_all_ranks_bit_identical(words: tuple[str, ...]) -> None:
+    first, *others = final_parameters(digits(*words, method="DataParallel"), 4)
+    for other in others:
+        assert torch.equal(other, first)
+
+
+@pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(method: str, tmp_path: Path) -> None:
+    summaries = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        config = digits(f"--run.seed={seed}", "--eval.train_examples=50", method=method, steps=6)
+        summaries[name] = run(config, tmp_path / name, world=2)[0]
+    a, b, c = (center(tmp_path / name) for name in "abc")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+    for key in ("center_test_loss", "mean_train_loss", "local_test_loss", "consensus_distance"):
+        assert summaries["a"][key] == summaries["b"][key]
+
+
+def test_the_file_of_a_run_repeats_it_bit_for_bit(tmp_path: Path) -> None:
+    words = ("--schedule=Cosine", "--schedule.warmup=3", "--data.augment=true", "--model.width=8", "--run.seed=5")
+    run(digits(*words, "--data.split=reshuffled", method="MGRAWA"), tmp_path / "a", world=2)
+    run(parse(["--config", str(tmp_path / "a" / "config.yaml")]), tmp_path / "b", world=2)
+    torch.testing.assert_close(center(tmp_path / "a"), center(tmp_path / "b"), rtol=0, atol=0)
+    assert (tmp_path / "a" / "config.yaml").read_text() == (tmp_path / "b" / "config.yaml").read_text()
+
+
+def test_ranks_start_alike_and_independent_ones_do_not() -> None:
+    def start(config: Config) -> list[Tensor]:
+        return simulate(3, lambda comm: Worker(config, comm).vector.data)
+
+    alike, apart = start(digits()), start(digits("--run.start=independent"))
+    assert all(torch.equal(x, alike[0]) for x in alike)
+    assert all(not torch.equal(x, y) for i, x in enumerate(apart) for y in apart[:i])
+
+
+@pytest.mark.parametrize("method", ["LocalSGD", "DataParallel", "LGRAWA"])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(method: str) -> None:
+    """On a model without BatchNorm, whose statistics are those of the part."""
+    words = ("--model=test_train.Perceptron", "--optimizer.clip_norm=1")
+    whole = final_parameters(digits(*words, method=method, steps=6), 2)
+    for parts in (2, 4, 32):
+        for ours, theirs in zip(
+            final_parameters(digits(*words, f"--optimizer.accumulate={parts}", method=method, steps=6), 2),
+            whole,
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_norm_is_clipped_after_gradients_are_shared(parts: int) -> None:
+    """One step of plain SGD is -lr·g·min(1, c/‖g‖) with g the mean gradient of all ranks; computed here by hand."""
+    plain = ("--optimizer.momentum=0", "--optimizer.nesterov=false", "--optimizer.weight_decay=0", "--optimizer.lr=1")
+    config = digits(
+        *("--model=test_train.Perceptron", "--optimizer.clip_norm=0.3", f"--optimizer.accumulate={parts}", *plain),
+        *("--run.start=common",),
+        method="DataParallel",
+        steps=1,
+    )
+
+    def body(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+        worker = Worker(config, comm)
+        start = worker.vector.data.clone()
+        batch = worker.splits.train.batch(worker.sampler.indices(0))
+        gradient = torch.autograd.grad(config.loss(worker.model(batch[0]), batch[1]), [*worker.model.parameters()])
+        worker.step()
+        return start, worker.vector.data, torch.cat([g.flatten() for g in gradient])
+
+    results = simulate(3, body)
+    mean = torch.stack([gradient for _, _, gradient in results]).mean(0)
+    assert mean.norm() > 0.3
+    for start, end, gradient in results:
+        assert not torch.allclose(gradient / gradient.norm(), mean / mean.norm(), atol=1e-3)
+        torch.testing.assert_close(end - start, -0.3 * mean / mean.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_follows_the_schedule_on_all_ranks(tmp_path: Path) -> None:
+    words = ("--schedule=Step", "--schedule.milestones=[3, 6]", "--schedule.unit=steps", "--schedule.warmup=2")
+    run(digits(*words, "--optimizer.lr=0.5", "--log.every=1", steps=8), tmp_path / "a", world=2)
+    rates = [event["lr"] for event in events(tmp_path / "a", "train")]
+    assert rates == pytest.approx([0.25, 0.5, 0.5, 0.05, 0.05, 0.05, 0.005, 0.005])
+    assert [event["lr"] for event in events(tmp_path / "a", "round")] == pytest.approx([0.05, 0.005])
+
+
+class Slow(Perceptron):
+    """Takes 4 ms longer in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.004 if self.training else 0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
+def test_a_budget_in_seconds_ends_on_all_ranks_at_the_same_step(method: str, tmp_path: Path) -> None:
+    config = digits(
+        "--budget.seconds=0.5",
+        "--model=test_train.Slow",
+        "--run.control_every=5",
+        "--eval.every=100",
+        method=method,
+        steps=10_000,
+    )
+    summaries = run(config, tmp_path / "a", world=3)
+    assert len({summary["steps"] for summary in summaries}) == 1
+    assert 0.5 <= summaries[0]["training_seconds"] < 5
+    assert summaries[0]["steps"] % (PERIOD if method == "LGRAWA" else 5) == 0
+    assert summaries[0]["steps"] < 10_000
+
+
+class Examined(Perceptron):
+    """Takes 100 ms longer in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0 if self.training else 0.1)
+        return super().forward(x)
+
+
+def test_evaluation_does_not_count_as_training(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    config = digits("--model=test_train.Examined", "--eval.unit=steps", "--eval.every=2", steps=20)
+    summary = run(config, tmp_path / "a", world=1)[0]
+    assert time.perf_counter() - start > 1.1  # 11 evaluations
+    assert summary["training_seconds"] < 0.6
+    stamps = [event["seconds"] for event in events(tmp_path / "a", "evaluate")]
+    assert (
+        len(stamps) == 11
+        and stamps == sorted(stamps)
+        and stamps[-1] == pytest.approx(summary["training_seconds"], abs=0.01)
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "every", "steps"), [("steps", 4, [0, 4, 8, 12]), ("epochs", 0.5, [0, 6, 12]), ("steps", 5, [0, 5, 10, 12])]
+)
+def test_the_cadence_of_evaluations(unit: str, every: float, steps: list[int], tmp_path: Path) -> None:
+    config = digits(f"--eval.unit={unit}", f"--eval.every={every}", "--model=test_train.Perceptron", steps=12)
+    run(config, tmp_path / "a", world=4)  # 12 steps an epoch
+    assert [event["step"] for event in events(tmp_path / "a", "evaluate")] == steps
+
+
+def test_choices_are_made_on_validation_examples_and_results_reported_on_test(tmp_path: Path) -> None:
+    config = digits("--data.validation=200", "--eval.unit=steps", "--eval.every=3", steps=9)
+    summary = run(config, tmp_path / "a", world=2)[0]
+    curve = [event["accuracy"] for event in events(tmp_path / "a", "evaluate")]
+    assert {event["part"] for event in events(tmp_path / "a", "evaluate")} == {summary["best_part"]} == {"validation"}
+    assert all(accuracy * 200 == pytest.approx(round(accuracy * 200)) for accuracy in curve)
+    assert summary["best_center_accuracy"] == max(curve)
+    assert summary["center_test_accuracy"] * 360 == pytest.approx(round(summary["center_test_accuracy"] * 360))
+
+
+def test_own_classes_train_and_a_metric_of_their_own_is_reported(tmp_path: Path) -> None:
+    words = [f"--{section}={path}" for section, path in own.ALL.items() if section not in ("method", "data")]
+    config = parse(
+        [
+            *words,
+            "--data=own.Numbers",
+            "--data.tests=2",
+            "--method=LocalSGD",
+            "--budget.epochs=150",
+            "--optimizer.lr=0.1",
+        ]
+    )
+    config.check(3)  # with fewer test examples than ranks
+    summary = run(config, tmp_path / "a", world=3)[0]
+    assert (summary["metric"], summary["steps"]) == ("r2", 450)
+    assert summary["gap"] == pytest.approx(summary["center_train_r2"] - summary["center_test_r2"])
+    assert 0.8 < summary["center_train_r2"] <= 1
+    trained = center(tmp_path / "a")
+    assert trained["linear.weight"].item() == pytest.approx(2, abs=0.4)
+    assert trained["linear.bias"].item() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
+def test_bf16_trains_over_fp32_parameters(method: str, tmp_path: Path) -> None:
+    summary = run(digits("--precision=bf16", method=method, steps=20), tmp_path / "a", world=2)[0]
+    assert summary["center_test_accuracy"] > 0.5
+    assert {tensor.dtype for tensor in center(tmp_path / "a").values()} == {torch.float32, torch.int64}
+
+
+def test_training_that_diverges_everywhere_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="lower the learning rate"):
+        run(digits("--optimizer.lr=1e20", method="DataParallel"), tmp_path / "a", world=2)
+    assert not (tmp_path / "a" / "summary.json").exists()
+
+
+def test_a_world_of_one_trains_with_every_method(tmp_path: Path) -> None:
+    for method in METHODS:
+        summary = run(digits("--eval.train_examples=50", method=method, steps=6), tmp_path / method, world=1)[0]
+        assert (summary["bytes_sent"], summary["steps"], summary["consensus_distance"]) == (0, 6, 0)
