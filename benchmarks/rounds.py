@@ -63,8 +63,8 @@ def main() -> None:
     other = resnet50()
     for p in other.parameters():
         p.grad = torch.zeros_like(p)  # the averager skips parameters without one
-    with warnings.catch_warnings(action="ignore"):  # deprecated, and still what PyTorch offers
-        averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still what PyTorch offers
+    averager = PeriodicModelAverager(period=1, warmup_steps=0)
 
     medians = interleaved(
         {
@@ -78,7 +78,9 @@ def main() -> None:
         world.Barrier,
     )
     if comm.rank == 0:
-        title = f"one round, {len(vector):,} parameters, {comm.size} ranks on {os.cpu_count()} cores, median of {REPEATS}"
+        title = (
+            f"one round, {len(vector):,} parameters, {comm.size} ranks on {os.cpu_count()} cores, median of {REPEATS}"
+        )
         print(table(title, medians, "scaled copy + raw MPI allreduce + lerp"), flush=True)
     dist.destroy_process_group()
     comm.close()

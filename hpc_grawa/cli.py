@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import os
+import platform
 import sys
 import textwrap
 import time
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     facts = rank_facts()
-    sys.path.append(os.getcwd())  # own classes may lie where the program is started
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # own classes may lie where the program is started
     command = COMMANDS.get(words[0]) if words else None
     if command is None:
         wanted = words[:1] in (["-h"], ["--help"])
@@ -141,7 +143,7 @@ def compare(words: list[str], facts: RankFacts) -> None:
     own.add_argument("--target", type=float, help="accuracy for the column time to target, a fraction")
     if any(word in ("-h", "--help") for word in words):
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
-        return
+        raise SystemExit(0)
     options, words = own.parse_known_args(words)
     with named_errors(program, facts):
         comparison = Comparison.read(options.methods, options.seeds, options.target, words, program, facts.rank == 0)
@@ -199,14 +201,20 @@ class LineParser(argparse.ArgumentParser):
 def named_errors(program: str, facts: RankFacts) -> Iterator[None]:
     """Within the block bad input ends the program: one line and status 2 on rank 0, silence and 0 on the others.
 
-    (If they left with an error first, mpirun would kill rank 0 before it has spoken.)
+    (If they left with an error first, mpirun would kill rank 0 before it has spoken.) What is wrong on another host
+    only, a path say, rank 0 cannot know: the first rank there says it, unless the launcher ends it before.
     """
     try:
         yield
     except ConfigError as error:
-        if facts.rank == 0:
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if facts.rank == 0 else 0) from None
+        elsewhere = facts.rank > 0 and facts.local_rank == 0 and facts.local_size < facts.size
+        if elsewhere:
+            time.sleep(5)
+        if facts.rank == 0 or elsewhere:
+            where = f"on {platform.node()}: " if elsewhere else ""
+            print(f"{program}: error: {where}{error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        raise SystemExit(0) from None
 
 
 def backend_line(config: Config, facts: RankFacts) -> str:

@@ -150,10 +150,17 @@ def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure: Path | None) -> None:
-    """Print one table of the runs; write it as CSV and draw the figure where asked, and say where they are."""
+    """Print one table of the runs; write it as CSV and draw the figure where asked, and say where they are.
+
+    Args:
+        runs: run folders, or folders of run folders.
+        target: accuracy for the time to target, or None.
+        csv: where to write the numbers.
+        figure: where to draw.
+    """
     from .report import draw, markdown, read_run, rows, write_csv
 
-    records = [read_run(path) for path in runs]
+    records = [read_run(run) for path in runs for run in _runs_in(path)]
     lines = rows(records, target=target)
     print("\n" + markdown(lines))
     if csv is not None:
@@ -162,3 +169,9 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
     if figure is not None:
         draw(records, figure, target=target)
         print(f"figure  {figure}")
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The runs in a folder of runs; the folder itself otherwise."""
+    inner = sorted(log.parent for log in path.glob("*/metrics.jsonl"))
+    return inner if inner and not (path / "metrics.jsonl").is_file() else [path]

@@ -230,17 +230,16 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
     try:
         files, options = split_config(arguments)
         printing = "--print_config" in options
-        options = _spelled_out([word for word in options if word != "--print_config"])
+        chosen, options = _split_classes([word for word in options if word != "--print_config"])
         settings = read_settings(files)
         settings.pop("compare", None)
         for name, (_, default) in CLASS_SECTIONS.items():
-            chosen = _chosen_class(options, name)
-            if chosen and chosen != settings.get(name, {}).get("class_path"):
-                settings.pop(name, None)
-            if not chosen and name not in settings:
+            if name in chosen:
+                _merge(settings, {name: _class_section(name, chosen[name])})
+            elif name not in settings:
                 if default is None:
                     raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
-                settings[name] = {"class_path": _import_path(name, default)}
+                settings[name] = _class_section(name, default)
         parsed = parser.parse_args([f"--config={_as_yaml(settings)}", *options])
         parsed.pop("config", None)
         config = _config(parser, parsed, settings, options)
@@ -328,23 +327,33 @@ def _read(name: str) -> dict[str, Any]:
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"config is {name}: must be a file or one of the recipes {', '.join(recipes())}")
-    try:
-        settings = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except Exception as error:  # what a loader raises is its own affair
-        raise ConfigError(f"config is {name}: must be YAML ({' '.join(str(error).split())})") from None
+    settings = _load(path.read_text(encoding="utf-8", errors="replace"), f"config is {name}")
     if not isinstance(settings, dict):
         raise ConfigError(f"config is {name}: must hold sections (key: value), found {type(settings).__name__}")
     for key, section in settings.items():
         if key in CLASS_SECTIONS:
-            section = {"class_path": section} if isinstance(section, str) else section
-            keys = set(section) if isinstance(section, dict) else set()
-            if "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
-                form = "a class, or class_path: CLASS with init_args: {its settings}"
-                raise ConfigError(f"{key} is {section} in {name}: must be {form}")
-            settings[key] = {**section, "class_path": _import_path(key, str(section["class_path"]))}
+            settings[key] = _class_section(key, section)
         elif key in GROUPS and not isinstance(section, dict):
             raise ConfigError(f"{key} is {section} in {name}: must hold settings (key: value)")
     return settings
+
+
+def _load(text: str, what: str) -> Any:
+    try:
+        return get_loader("yaml")(text)
+    except Exception as error:  # what a loader raises is its own affair
+        raise ConfigError(f"{what}: must be YAML ({' '.join(str(error).split())})") from None
+
+
+def _class_section(name: str, section: object) -> dict[str, Any]:
+    """``{"class_path": ..., "init_args": ...}``, whichever way a class was given."""
+    section = {"class_path": section} if isinstance(section, str) else section
+    keys = set(section) if isinstance(section, dict) else set()
+    if not isinstance(section, dict) or "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
+        raise ConfigError(
+            f"{name} is {section}: must be a class, or class_path: CLASS with init_args: {{its settings}}"
+        )
+    return {**section, "class_path": _import_path(name, str(section["class_path"]))}
 
 
 def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
@@ -369,23 +378,20 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _spelled_out(options: Sequence[str]) -> list[str]:
-    """The options, classes by their import paths: ``--method LGRAWA`` as ``--method=hpc_grawa.methods.LGRAWA``."""
-    spelled: list[str] = []
+def _split_classes(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split options into the class that is chosen last for each section (``--method LGRAWA``), and the others."""
+    chosen: dict[str, Any] = {}
+    others: list[str] = []
     words = iter(options)
     for word in words:
         key, given, value = word.partition("=")
         section = key.removeprefix("--").removesuffix(".class_path")
         if key.startswith("--") and section in CLASS_SECTIONS:
-            spelled.append(f"--{section}={_import_path(section, value if given else next(words, ''))}")
+            value = value if given else next(words, "")
+            chosen[section] = _load(value, f"{section} is {value}") if value.startswith("{") else value
         else:
-            spelled.append(word)
-    return spelled
-
-
-def _chosen_class(options: Sequence[str], section: str) -> str:
-    chosen = [word.partition("=")[2] for word in options if word.startswith(f"--{section}=")]
-    return chosen[-1] if chosen else ""
+            others.append(word)
+    return chosen, others
 
 
 def _import_path(section: str, name: str) -> str:

@@ -98,7 +98,7 @@ class Control:
         if self.facts.step % self.every:
             return
         self._read_pending()
-        if self.facts.step - self._last_sent >= self.every or period > self.every:
+        if period > self.every:
             self._pending = self._send(period, True, _NO_SCORES)
 
     def finish(self) -> None:

@@ -150,8 +150,10 @@ def probe_gradient(vector: ParameterVector, probe: Callable[[], Tensor]) -> tupl
 def random_streams_kept() -> Iterator[None]:
     """Within the block random numbers may be drawn; afterwards every stream stands where it stood."""
     states = random.getstate(), np.random.get_state()
+    # By default fork_rng would wake every GPU of the host.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(states[0])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn, optim
 
 from hpc_grawa.data import Data, Splits
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.launch import _VARIABLES
 from hpc_grawa.methods import Method, Run
 from hpc_grawa.methods.base import Probe
 from hpc_grawa.metrics import Metric
@@ -25,6 +29,14 @@ ALL = {
     "loss": "own.Cubic",
     "metric": "own.R2",
 }
+
+
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program find one process on one thread, whatever started the tests."""
+    for _, names in _VARIABLES:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @dataclass(kw_only=True)
@@ -69,6 +81,14 @@ class Line(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
         return y
+
+
+class Slow(Line):
+    """Takes 50 ms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return super().forward(x)
 
 
 class Failing(Line):
@@ -128,6 +148,16 @@ class BrokenNumbers(Numbers):
         if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
             raise OSError("these data have failed on purpose")
         return super().load()
+
+
+@dataclass(kw_only=True)
+class ElsewhereMissing(Numbers):
+    """Lies on the host of rank 0 only."""
+
+    def size(self) -> int:
+        if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+            raise ConfigError("data.path is /there: must be a folder")
+        return super().size()
 
 
 class Cubic(nn.Module):

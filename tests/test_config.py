@@ -16,7 +16,6 @@ import torch
 
 from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.config import CLASS_SECTIONS, GROUPS, RECIPES, Config, parse, recipes
-from hpc_grawa.launch import _VARIABLES
 from hpc_grawa.optim import SGD, AdamW
 from hpc_grawa.schedules import Constant, Cosine, Step
 
@@ -25,10 +24,8 @@ OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for _, names in _VARIABLES:
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    own.plain_process(monkeypatch)
 
 
 @pytest.fixture
@@ -124,7 +121,8 @@ IMPOSSIBLE = {
 def test_what_cannot_be_is_one_line_on_rank_0_and_silence_elsewhere(
     words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for size in ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.setenv(size, "2")
     for rank, status in ((0, 2), (1, 0)):
         monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
         with pytest.raises(SystemExit) as end:

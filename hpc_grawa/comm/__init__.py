@@ -29,7 +29,7 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     by = f"started by {launcher}" if launcher else "no launcher"
     if backend == "auto":
         if launcher == "torchrun":
-            raise ConfigError("backend is auto under torchrun: neither MPI nor Horovod starts there; use mpirun or srun")
+            raise ConfigError("backend is auto under torchrun: no backend of ours starts there; use mpirun or srun")
         if launcher is None:
             return "single", by
         if _built("horovod"):
@@ -51,7 +51,7 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     if backend == "mpi" and find_spec("mpi4py") is None:
         raise ConfigError("backend is mpi: mpi4py is not installed (pip install mpi4py)")
     if backend == "horovod" and not _built("horovod"):
-        raise ConfigError("backend is horovod: Horovod is not installed (python -m hpc_grawa.install.horovod builds it)")
+        raise ConfigError("backend is horovod: not installed (python -m hpc_grawa.install.horovod builds it)")
     return backend, by
 
 
@@ -76,8 +76,8 @@ def connect(backend: Backend = "auto", facts: RankFacts | None = None) -> Commun
         comm = MPICommunicator()
     if comm.size != facts.size and facts.launcher is not None:
         raise ConfigError(
-            f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and MPI "
-            f"library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun"
+            f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and "
+            f"MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun"
         )
     return comm
 

@@ -116,7 +116,7 @@ class ImageData(Data):
     def prepare_model(self, model: nn.Module) -> None:
         """Weights in ``torch.channels_last`` where the images are."""
         if self.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
 
     def model_arguments(self) -> dict[str, object]:
         """``in_channels`` and ``num_classes``."""

@@ -1,0 +1,494 @@
+"""The program as it is used: started by mpirun, alone, interrupted, failing; comparisons, tables and plans."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import platform
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import own
+import pytest
+import torch
+
+from hpc_grawa import cli, log, simulate
+from hpc_grawa.config import parse
+from hpc_grawa.train import fit
+
+BIN = Path(sys.executable).parent
+MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
+HOROVOD = find_spec("horovod") is not None
+BACKENDS = ["mpi", pytest.param("horovod", marks=pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))]
+launched = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun beside this Python, nor on PATH")
+
+LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
+QUICK = (
+    "--config=digits",
+    "--budget.seconds=null",
+    "--budget.steps=9",
+    "--method.period=4",
+    "--eval.train_examples=50",
+)
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own.plain_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+
+
+def start(*words: str, ranks: int | None = None, **options: Any) -> subprocess.Popen[str]:
+    launcher = [] if ranks is None else [str(MPIRUN), "-np", str(ranks)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    return subprocess.Popen([*launcher, sys.executable, "-m", "hpc_grawa", *words], text=True, **pipes)
+
+
+def launch(*words: str, ranks: int | None = None, limit: float = 100) -> tuple[int, str, str]:
+    """Exit status, output and errors of the program."""
+    process = start(*words, ranks=ranks)
+    try:
+        output, errors = process.communicate(timeout=limit)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+def ours(errors: str) -> list[str]:
+    """What the program wrote, without what the launcher adds."""
+    return [line for line in errors.splitlines() if line.startswith("hpc-grawa")]
+
+
+@launched
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> None:
+    """Training, its folder, and the evaluation of what it saved; the result is that of simulated ranks."""
+    status, output, errors = launch("train", *QUICK, f"--backend={backend}", "--run.name=a", "--run.seed=3", ranks=2)
+    assert (status, ours(errors)) == (0, []), errors
+    assert output.splitlines()[0] == f"backend    {backend} (started by mpirun, asked for), 2 ranks"
+    assert output.count("backend ") == 1 and output.splitlines()[-1].endswith("see runs/a")
+    files = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
+    assert files == {"config.yaml", "environment.json", "metrics.jsonl", "center.pt", "summary.json"}
+    summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
+    assert (summary["backend"], summary["world_size"], summary["steps"], summary["rounds"]) == (backend, 2, 9, 3)
+
+    config = parse([*QUICK, "--run.seed=3"])
+    (tmp_path / "b").mkdir()
+    simulated = simulate(2, lambda comm: fit(config, comm, None if comm.rank else tmp_path / "b", speaks=False))[0]
+    centers = [
+        torch.load(folder / "center.pt", weights_only=True) for folder in (tmp_path / "runs" / "a", tmp_path / "b")
+    ]
+    torch.testing.assert_close(centers[0], centers[1], rtol=1e-4, atol=1e-5)
+    for key in ("bytes_sent", "payload_bytes", "epochs", "parameters"):
+        assert summary[key] == simulated[key]
+    assert summary["center_test_loss"] == pytest.approx(simulated["center_test_loss"], rel=1e-3)
+
+    status, output, errors = launch("evaluate", "runs/a", f"--backend={backend}", ranks=3)
+    assert status == 0, errors
+    assert f"test accuracy {summary['center_test_accuracy']:.4f}" in output
+
+
+@launched
+def test_the_backend_chosen_is_named_with_the_reason(tmp_path: Path) -> None:
+    status, output, errors = launch("train", *LINE, "--budget.steps=3", ranks=1)
+    assert status == 0, errors
+    why = (
+        "horovod (started by mpirun, Horovod is built)" if HOROVOD else "mpi (started by mpirun, Horovod is not built)"
+    )
+    assert output.splitlines()[0] == f"backend    {why}, 1 rank"
+
+
+@launched
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(backend: str) -> None:
+    began = time.monotonic()
+    status, _, errors = launch(
+        *("train", *LINE, "--model=own.Failing", "--model.calls=20", f"--backend={backend}"),
+        *("--budget.seconds=1000", "--method=DataParallel"),
+        ranks=2,
+    )
+    assert time.monotonic() - began < 60  # of which starting takes most
+    assert status not in (0, 2)
+    assert errors.count("hpc-grawa train: rank 1 of 2 failed:") == 1
+    assert "ZeroDivisionError: this model has failed on purpose" in errors
+    assert "in forward\n" in errors
+    assert "rank 0 of 2 failed" not in errors
+
+
+@launched
+def test_an_exception_on_one_rank_before_training(tmp_path: Path) -> None:
+    status, _, errors = launch("train", *LINE, "--data=own.BrokenNumbers", "--budget.steps=9", "--backend=mpi", ranks=2)
+    assert status not in (0, 2)
+    assert "hpc-grawa train: rank 1 of 2 failed:" in errors
+    assert "OSError: these data have failed on purpose" in errors
+
+
+@launched
+def test_what_is_wrong_on_another_host_only_is_said_there() -> None:
+    command = (sys.executable, "-m", "hpc_grawa", "train", *LINE, "--data=own.ElsewhereMissing", "--budget.steps=9")
+    there = ("env", "OMPI_COMM_WORLD_LOCAL_RANK=0", "OMPI_COMM_WORLD_LOCAL_SIZE=1")  # as on a second host
+    job = subprocess.run(
+        [str(MPIRUN), "-np", "1", *command, ":", "-np", "1", *there, *command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert job.returncode == 2
+    assert ours(job.stderr) == [f"hpc-grawa train: error: on {platform.node()}: data.path is /there: must be a folder"]
+
+
+@launched
+def test_a_bad_key_is_one_line_in_all(tmp_path: Path) -> None:
+    status, output, errors = launch("train", *QUICK, "--method.perod=3", ranks=2)
+    assert (status, output) == (2, "")
+    assert len(ours(errors)) == 1 and "did you mean method.period?" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@launched
+def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("precious")
+    status, output, errors = launch("train", *QUICK, "--run.name=a", ranks=2)
+    assert (status, output) == (2, "")
+    assert len(ours(errors)) == 1 and "run.name is a: runs/a exists and is never overwritten" in errors
+    assert [path.name for path in folder.iterdir()] == ["summary.json"]
+    assert (folder / "summary.json").read_text() == "precious"
+
+
+def test_a_launcher_that_starts_worlds_of_one_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As srun does where it and the MPI library do not know each other: here without any launcher."""
+    pytest.importorskip("mpi4py")
+    if (Path(sys.prefix) / "bin" / "orted").exists():
+        monkeypatch.setenv("OPAL_PREFIX", sys.prefix)  # the wheel's Open MPI finds its parts only by its own mpirun
+    for name, value in {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    jobs = []
+    for rank in "01":
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        jobs.append(start("train", *QUICK, "--backend=mpi", "--run.name=a"))
+    (_, errors), (_, silence) = (job.communicate(timeout=100) for job in jobs)
+    assert [job.returncode for job in jobs] == [2, 0]
+    assert ours(errors) == [
+        "hpc-grawa train: error: srun started 2 ranks, but mpi finds a world of 1: launcher and MPI library do not "
+        "know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun"
+    ]
+    assert ours(silence) == []
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def running(mark: str) -> list[int]:
+    """Processes that were started with this word."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (entry / "cmdline").read_text() and "State:\tZ" not in (entry / "status").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(path: Path, text: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end, f"{path} never had {text}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=launched)])
+def test_ctrl_c_ends_all_ranks(ranks: int | None, tmp_path: Path) -> None:
+    job = start(
+        "train",
+        *LINE,
+        "--model=own.Slow",
+        "--budget.seconds=1000",
+        "--log.every=1",
+        f"--run.dir={tmp_path}/c",
+        "--run.name=c",
+        ranks=ranks,
+    )
+    wait_for(tmp_path / "c" / "c" / "metrics.jsonl", '"train"')
+    assert len(running(f"--run.dir={tmp_path}/c")) == (1 if ranks is None else 3)
+    began = time.monotonic()
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=40)
+    assert time.monotonic() - began < 30
+    assert job.returncode != 0
+    if ranks is None:
+        assert (job.returncode, errors) == (130, "\nhpc-grawa train: interrupted\n")
+    while running(f"--run.dir={tmp_path}/c"):
+        assert time.monotonic() - began < 40
+        time.sleep(0.1)
+
+
+COMPARED = """
+method: LGRAWA
+model: own.Slow
+data: own.Numbers
+loss: MSELoss
+metric: own.R2
+optimizer: {{class_path: SGD, init_args: {{lr: 0.05}}}}
+budget: {{steps: 4}}
+log: {{every: 1}}
+run: {{name: study}}
+compare:
+  methods: {{LocalSGD: {{}}, LGRAWA: {{method.period: 2, budget: {{steps: {steps}}}}}, DataParallel: {{}}}}
+  seeds: [36]
+"""
+
+
+def test_a_comparison_continues_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, study = tmp_path / "recipe.yaml", tmp_path / "runs" / "study"
+    recipe.write_text(COMPARED.format(steps=1_000_000))
+    job = start("compare", "--config=recipe.yaml")
+    wait_for(study / "LGRAWA-36" / "metrics.jsonl", '"train"')
+    job.kill()
+    job.communicate()
+    finished = (study / "LocalSGD-36" / "summary.json").read_text()
+    assert not (study / "LGRAWA-36" / "summary.json").exists()
+    cut = {path.name: path.read_bytes() for path in (study / "LGRAWA-36").iterdir()}
+
+    recipe.write_text(COMPARED.format(steps=6))  # of the run that was cut off; it may change
+    cli.main(["compare", "--config=recipe.yaml"])
+    printed = capsys.readouterr().out
+    assert "LocalSGD-36 (1 of 3) is in runs/study/LocalSGD-36 already" in printed
+    assert {p.name for p in study.iterdir() if p.is_dir()} == {
+        "LocalSGD-36",
+        "LGRAWA-36",
+        "LGRAWA-36.2",
+        "DataParallel-36",
+    }
+    assert (study / "LocalSGD-36" / "summary.json").read_text() == finished
+    assert {path.name: path.read_bytes() for path in (study / "LGRAWA-36").iterdir()} == cut
+    again = json.loads((study / "LGRAWA-36.2" / "summary.json").read_text())
+    assert (again["steps"], again["rounds"], again["seed"]) == (6, 3, 36)
+    with (study / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["LocalSGD", "LGRAWA", "DataParallel"]
+    assert (study / "figure.png").stat().st_size > 10_000
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:] == [
+        row["experiment"] for row in rows
+    ]
+
+    cli.main(["compare", "--config=recipe.yaml"])
+    assert capsys.readouterr().out.count(" already\n") == 3
+
+    for words, difference in (
+        (["--optimizer.lr=0.2"], "was made with 'lr: 0.05', now it is 'lr: 0.2'"),
+        (["--data.noise=0.5"], "was made with 'noise: 0.1', now it is 'noise: 0.5'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["compare", "--config=recipe.yaml", *words])
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"runs/study/LocalSGD-36 {difference}" in error
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", "--config=recipe.yaml"])
+    assert "was made with '1 ranks', now it is '2 ranks'" in capsys.readouterr().err
+
+
+def test_a_comparison_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*LINE, "--budget.steps=40", "--log.every=10", "--eval.unit=steps", "--eval.every=5"]
+    cli.main(["compare", "--methods=EASGD,DataParallel", "--seeds=36,720,1042", "--target=-0.5", *words])
+    names = [f"{method}-{seed}" for seed in (36, 720, 1042) for method in ("EASGD", "DataParallel")]
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\S+) \(\d of 6\)$", printed, re.M) == names
+    summaries = {name: json.loads((Path("runs/comparison") / name / "summary.json").read_text()) for name in names}
+    with Path("runs/comparison/table.csv").open() as file:
+        for row in csv.DictReader(file):
+            values = torch.tensor([s["center_test_r2"] for s in summaries.values() if s["method"] == row["method"]])
+            assert row["seeds"] == "36 720 1042"
+            assert float(row["center_test_r2"]) == pytest.approx(values.mean().item(), rel=1e-4)
+            assert float(row["center_test_r2_std"]) == pytest.approx(values.std().item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ("methods is missing", "--methods LGRAWA,EASGD")),
+        (["--methods=LGRAWA,NoSuch"], ("method is NoSuch", "LGRAWA")),
+        (["--methods=LGRAWA,LGRAWA"], ("methods is LGRAWA,LGRAWA", "twice")),
+        (["--methods=LGRAWA,own.LGRAWA"], ("methods is LGRAWA,LGRAWA", "twice")),
+        (["--methods=LGRAWA", "--seeds=1,x"], ("seeds is 1,x", "whole numbers")),
+        (["--methods=LGRAWA", "--seeds=1,1"], ("seeds is 1,1", "twice")),
+        (["--methods=LGRAWA", "--target=high"], ("--target", "'high'")),
+        (["--methods=LGRAWA", "--method=EASGD"], ("--method=EASGD", "--methods")),
+        (["--methods=LGRAWA", "--run.seed", "3"], ("--run.seed", "--seeds")),
+        (["--methods=EASGD,LGRAWA", "--method.power=2"], ("method.power is no setting", "pull")),
+        (["--methods=EASGD", "--data.batch_size=2000"], ("data.batch_size is 2000", "at most 1437")),
+        (["--methods=EASGD", "--run.dir=/dev/null"], ("run.dir is /dev/null", "Not a directory")),
+    ],
+)
+def test_what_cannot_be_compared(words: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", "--config=digits", *words])
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    for part in parts:
+        assert part in printed.err
+
+
+def test_a_table_of_any_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", *QUICK, "--run.name=one"])
+    other = ("--config=digits", "--method=DataParallel", "--budget.seconds=null", "--budget.steps=5")
+    cli.main(["train", *other, "--run.dir=other", "--run.name=two"])
+    capsys.readouterr()
+    cli.main(["table", "runs/one", "other/two", "--csv=t.csv", "--figure=f.png", "--target=0.2"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| LGRAWA +\|", printed, re.M) and re.search(r"^\| DataParallel +\|", printed, re.M)
+    with Path("t.csv").open() as file:
+        assert [int(float(row["steps"])) for row in csv.DictReader(file)] == [9, 5]
+    assert Path("f.png").stat().st_size > 10_000
+    cli.main(["train", *QUICK, "--run.name=three", "--run.seed=1"])
+    capsys.readouterr()
+    cli.main(["table", "runs", "other/two"])
+    assert re.search(r"^\| LGRAWA +\| +2 \|", capsys.readouterr().out, re.M)  # both of its runs
+    for words in (["nowhere"], ["."]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["table", *words])
+        error = capsys.readouterr().err
+        assert error.startswith("hpc-grawa table: error: ") and error.count("\n") == 1
+
+
+def test_evaluate_needs_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["evaluate", "nowhere"], ["evaluate"], ["evaluate", "."]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(words)
+        error = capsys.readouterr().err
+        assert error.startswith("hpc-grawa evaluate: error: ") and error.count("\n") == 1
+
+
+def test_a_dry_run_says_what_a_run_would_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = ("--schedule=Step", "--schedule.milestones=[4, 7]", "--budget.seconds=null", "--budget.epochs=10")
+    cli.main(["train", "--config=digits", "--dry_run", "--world_size=12", "--method.period=8", *schedule])
+    lines = {line[:18].strip(): line[18:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["effective batch"] == "32 per rank x 12 ranks = 384"
+    assert lines["learning rate"] == "0.1 at 0%, 0.1 at 25%, 0.01 at 50%, 0.001 at 75%, 0.001 at 100%"
+    assert lines["budget"] == "40 steps; 4 steps per epoch"
+    assert lines["rounds"] == "0.5 per epoch, every 8 local steps"
+    sent = 2 * 4 * 15_418 * 11 / 12 + 8 * (7 + 11) * 11  # the center; control word and scores
+    assert lines["sent per rank"] == f"{sent / 1000:.3g} kB per round, 0 B per step, {sent / 2000:.3g} kB per epoch"
+    assert re.search(r"MB at its peak here; parameters 61.7 kB$", lines["memory per rank"])
+    assert re.search(r"timed over 5", lines["time per epoch"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("period", [1, 3, 6, 1000])
+@pytest.mark.parametrize("method", ["LSGD", "EASGD"])
+def test_a_dry_run_counts_one_round_whatever_the_period(
+    method: str, period: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["train", *QUICK, f"--method={method}", f"--method.period={period}", "--dry_run", "--world_size=2"])
+    center = 4 * 15_418 * (1 if method == "EASGD" else 0.5)
+    assert f"{(center + 8 * 8) / 1000:.3g} kB per round" in capsys.readouterr().out
+
+
+def test_world_size_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for size, part in (
+        ("0", "world_size is 0: must be at least 1"),
+        ("x", "world_size: invalid int value: 'x'"),
+        ("2000", "data.batch_size is 32: must be at most 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["train", *QUICK, "--dry_run", "--world_size", size])
+        error = capsys.readouterr().err
+        assert error.startswith("hpc-grawa train: error: ") and part in error and error.count("\n") == 1
+
+
+def test_plain_lines_where_the_screen_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "LINE_EVERY", 0)
+    cli.main(["train", *QUICK])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "backend    single (no launcher), 1 rank"
+    steps = [
+        line for line in lines if re.match(r" +\d+\.\d s  step \d+  epoch \d\.\d\d  loss \d\.\d{4}  lr 0\.1  ", line)
+    ]
+    assert len(steps) == 9
+    assert all(re.search(r"compute \d+ %  communicate \d+ %  wait \d+ %  sent .* ETA \d+ s", line) for line in steps)
+    assert not any("\r" in line or "\x1b" in line for line in lines)
+
+
+def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    words = [*LINE, "--model=own.Slow", "--budget.steps=30", "--run.name=a", "--method.period=2"]
+    process = start("train", *words, stdout=slave)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            if not (piece := os.read(master, 1000)):
+                break
+        except OSError:  # the other end is closed
+            break
+        shown += piece
+    os.close(master)
+    assert process.wait(60) == 0
+    assert re.search(rb"\r +\d+% \|.*\| .*step \d+", shown)
+    assert b"see runs/a" in shown.splitlines()[-1]
+
+
+def test_names_of_runs_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        cli.main(["train", *LINE, "--budget.steps=1"])
+    names = sorted(path.name for path in Path("runs").iterdir())
+    assert len(names) == 2
+    for name in names:
+        assert re.fullmatch(r"LGRAWA-\d{8}-\d{6}(\.2)?", name)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, parts in (
+        (["--help"], ("train", "evaluate", "table", "compare")),
+        (["train", "--help"], ("--config", "--budget.seconds", "--dry_run", "--run.seed")),
+        (["train", "--method.help=EASGD"], ("--method.pull", "β")),
+        (["compare", "--help"], ("--methods", "--seeds")),
+        (["table", "--help"], ("--csv", "--figure")),
+        (["evaluate", "--help"], ("run",)),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        printed = capsys.readouterr()
+        assert (end.value.code, printed.err) == (0, "")
+        for part in parts:
+            assert part in printed.out
+    cli.main(["methods"])
+    assert {line for line in capsys.readouterr().out.splitlines() if line and line[0] != " "} == {
+        *("DataParallel", "EASGD", "GRAWA", "LGRAWA", "LSGD", "LocalSGD", "MGRAWA")
+    }
+    for words in ([], ["tran"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(words)
+        assert re.match(r"hpc-grawa: error: no command.*must be one of train, evaluate,", capsys.readouterr().err)
