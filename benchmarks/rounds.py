@@ -63,7 +63,7 @@ def main() -> None:
     other = resnet50()
     for p in other.parameters():
         p.grad = torch.zeros_like(p)  # the averager skips parameters without one
-    warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still what PyTorch offers
+    warnings.simplefilter("ignore")  # it is deprecated, and advises against a period of 1
     averager = PeriodicModelAverager(period=1, warmup_steps=0)
 
     medians = interleaved(
