@@ -106,7 +106,7 @@ def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> No
         assert summary[key] == simulated[key]
     assert summary["center_test_loss"] == pytest.approx(simulated["center_test_loss"], rel=1e-3)
 
-    status, output, errors = launch("evaluate", "runs/a", f"--backend={backend}", ranks=3)
+    status, output, errors = launch("evaluate", "runs/a", f"--backend={backend}", ranks=2)
     assert status == 0, errors
     assert f"test accuracy {summary['center_test_accuracy']:.4f}" in output
 
