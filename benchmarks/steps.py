@@ -13,9 +13,9 @@ import torch
 from interleave import interleaved, table
 
 from hpc_grawa.comm import connect
-from hpc_grawa.config import parse
 from hpc_grawa.data import ArraySplit, Data, Splits
 from hpc_grawa.models import ResNet20
+from hpc_grawa.parsing import parse
 from hpc_grawa.train import Worker
 
 REPEATS, STEPS = 25, 4

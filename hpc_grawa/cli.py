@@ -10,7 +10,6 @@ import platform
 import sys
 import textwrap
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any, NoReturn
 import torch
 
 from .comm import Communicator, choose, connect
-from .config import Config, parse
+from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, rank_facts
 from .log import new_folder, open_run
+from .parsing import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -250,17 +250,15 @@ def together(
             raise
     try:
         yield comm
-    except BaseException as error:
-        report, status = f"{program}: rank {comm.rank} of {comm.size} failed:\n{traceback.format_exc()}", 1
-        if isinstance(error, (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt)):
-            # On all ranks alike: rank 0 speaks; the others give it time before they pull the job down.
-            report = f"{program}: error: {error}\n" if comm.rank == 0 else ""
-            time.sleep(10 if comm.rank else 0)
-            status = 2 if isinstance(error, ConfigError) else 1
-        if isinstance(error, KeyboardInterrupt):
-            report, status = report and f"\n{program}: interrupted\n", 130
-        sys.stderr.write(report)
-        sys.stderr.flush()
-        comm.abort(status)
+    except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:
+        # Raised on all ranks alike: rank 0 speaks; the others give it time before they pull the job down.
+        # (Whatever else is raised on a rank ends the job through the hook that the communicator has set.)
+        if comm.rank:
+            time.sleep(10)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if comm.rank == 0:
+            report = f"\n{program}: interrupted" if interrupted else f"{program}: error: {error}"
+            print(report, file=sys.stderr, flush=True)
+        comm.abort(130 if interrupted else 2 if isinstance(error, ConfigError) else 1)
         raise
     comm.close()

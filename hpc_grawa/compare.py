@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .comm import Communicator
-from .config import Config, parse, read_settings, split_config
+from .config import Config
 from .errors import ConfigError
 from .log import new_folder, open_run
+from .parsing import parse, read_settings, split_config
 
 
 @dataclass

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,7 +286,10 @@ class Progress:
         rate = count * self._examples / max(seconds - since, 1e-9)
         epoch = step / (self._facts.steps_per_epoch or 1)
         if self._log.due:
-            meter, used = self._comm.meter, self._worker.used
+            meter = self._comm.meter
+            # This rank's own clock, for the screen only: the agreed one stands still between control words.
+            now = replace(self._facts, seconds=seconds)
+            used = min(1.0, self._worker.config.budget.used(now, self._worker.total_steps))
             waiting, communication = (100 * s / seconds for s in (meter.waiting_seconds, meter.communication_seconds))
             eta = f"ETA {seconds * (1 - used) / used:.0f} s" if used else ""
             self._log.progress(

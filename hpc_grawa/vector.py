@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import LostView
+from .errors import ConfigError, LostView
 
 #: ``tensor``: every parameter tensor; ``module``: the parameters one module holds directly; or groups of name patterns.
 Partition = Literal["tensor", "module"] | list[list[str]]
@@ -137,7 +137,7 @@ class ParameterVector:
                 list of parameter names or patterns (``"features.*"``).
 
         Raises:
-            ValueError: a tensor is in no group or in several.
+            ConfigError: a tensor is in no group or in several.
         """
         if partition == "tensor":
             return Layers(self.names, tuple(range(len(self.names))))
@@ -146,17 +146,17 @@ class ParameterVector:
             names = tuple(dict.fromkeys(owners))
             return Layers(names, tuple(names.index(owner) for owner in owners))
         if isinstance(partition, str):
-            raise ValueError(f"layers must be 'tensor', 'module' or a list of groups, not '{partition}'")
+            raise ConfigError(f"layers is {partition}: must be 'tensor', 'module' or a list of groups")
         index = []
         for name in self.names:
             groups = [g for g, patterns in enumerate(partition) if any(fnmatch.fnmatchcase(name, x) for x in patterns)]
             if len(groups) != 1:
                 where = f"groups {groups}" if groups else "no group"
-                raise ValueError(f"layers: every trainable tensor must be in exactly one group, '{name}' is in {where}")
+                raise ConfigError(f"layers: every trainable tensor must be in one group, '{name}' is in {where}")
             index.append(groups[0])
         empty = [g for g in range(len(partition)) if g not in index]
         if empty:
-            raise ValueError(f"layers: group {partition[empty[0]]} matches no trainable tensor")
+            raise ConfigError(f"layers: group {partition[empty[0]]} matches no trainable tensor")
         return Layers(tuple("+".join(group) for group in partition), tuple(index))
 
     def scale(self, x: Tensor, weights: Sequence[float], layers: Layers | None, out: Tensor) -> Tensor:

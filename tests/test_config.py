@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from hpc_grawa import EASGD, LGRAWA, cli
-from hpc_grawa.config import CLASS_SECTIONS, GROUPS, RECIPES, Config, parse, recipes
+from hpc_grawa.config import CLASS_SECTIONS, GROUPS, Config
 from hpc_grawa.optim import SGD, AdamW
+from hpc_grawa.parsing import RECIPES, parse, recipes
 from hpc_grawa.schedules import Constant, Cosine, Step
 
 DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from hpc_grawa import simulate
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.config import Config, parse
+from hpc_grawa.config import Config
 from hpc_grawa.data import ArraySplit
 from hpc_grawa.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
 from hpc_grawa.metrics import Accuracy
+from hpc_grawa.parsing import parse
 from hpc_grawa.train import Examiner, Worker
 from hpc_grawa.vector import ParameterVector
 

@@ -1,4 +1,4 @@
-"""`pip install .` takes what an environment has: it never brings another torch.
+"""`pip install .` takes what an environment has: it never brings another torch. Horovod's build names what it lacks.
 
 The environments here are thrown away after. No network: pip has no index, so whatever it would replace or add is an
 error that names it.
@@ -15,11 +15,14 @@ import sys
 import tempfile
 import venv
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
+
+from hpc_grawa.install import horovod
 
 REPO = Path(__file__).parents[1]
 SITE_PACKAGES = Path(torch.__file__).parents[1]
@@ -116,3 +119,32 @@ def test_the_torch_that_is_there_is_kept(environment: Path, checkout: Path) -> N
     assert python(environment, releases, checkout) == str(sorted([*eval(before), ("hpc-grawa", "0.1.0")]))
     seen = python(environment, "import torch, hpc_grawa; print(torch.__version__, hpc_grawa.__file__)", checkout)
     assert seen == f"{torch.__version__} {site / 'hpc_grawa/__init__.py'}"
+
+
+TARGET = horovod.Target("2.15.0+cu132", Path("bin/mpicxx"), "openmpi4.1.8", ("$ORIGIN/../../../..",), "")
+
+
+def test_horovod_is_kept_by_what_it_was_built_for() -> None:
+    others = [replace(TARGET, torch="2.13.0+cu130"), replace(TARGET, mpi="mpi0123abcd"), replace(TARGET, gpu="NCCL")]
+    assert len({horovod.cache_key(target) for target in [TARGET, *others]}) == 4
+
+
+def test_an_edit_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    edit = horovod.Edit("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)")
+    with pytest.raises(horovod.AnchorNotFoundError, match=r"CMakeLists\.txt .* no 'set\(CMAKE_CXX_STANDARD 14\)'"):
+        horovod.apply(edit, tmp_path)
+    (tmp_path / "CMakeLists.txt").write_text("project(horovod)\nset(CMAKE_CXX_STANDARD 14)\n")
+    horovod.apply(edit, tmp_path)
+    assert (tmp_path / "CMakeLists.txt").read_text() == "project(horovod)\nset(CMAKE_CXX_STANDARD 20)\n"
+
+
+def test_horovod_without_a_compiler_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(horovod, "find_target", lambda: TARGET)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert horovod.main([]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Horovod 0.28.1: not installed. no C++ compiler") and err.count("\n") == 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import own
 import pytest
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 
 from hpc_grawa import cli, simulate
 from hpc_grawa.comm import Communicator
-from hpc_grawa.config import Config, parse
+from hpc_grawa.config import Config
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.evaluate import Judge
 from hpc_grawa.log import open_run
+from hpc_grawa.parsing import parse
 from hpc_grawa.train import Worker, fit
 
 METHODS = ("GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
@@ -212,6 +215,20 @@ def test_ranks_start_alike_and_independent_ones_do_not() -> None:
     alike, apart = start(digits()), start(digits("--run.start=independent"))
     assert all(torch.equal(x, alike[0]) for x in alike)
     assert all(not torch.equal(x, y) for i, x in enumerate(apart) for y in apart[:i])
+
+
+def test_every_rank_has_random_streams_of_its_own_set_by_the_seed() -> None:
+    def draws(seed: int) -> list[tuple[float, float, float]]:
+        def body(comm: Communicator) -> tuple[float, float, float]:
+            Worker(digits(f"--run.seed={seed}"), comm)
+            return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+        return simulate(3, body)
+
+    once = draws(1)
+    assert draws(1) == once
+    for stream in zip(*once, *draws(2), strict=True):
+        assert len(set(stream)) == 6
 
 
 @pytest.mark.parametrize("method", ["LocalSGD", "DataParallel", "LGRAWA"])

@@ -247,7 +247,7 @@ def test_scale_into_a_wider_dtype_is_done_there(weights: list[float]) -> None:
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        ("tensors", "'tensor', 'module' or a list of groups, not 'tensors'"),
+        ("tensors", "layers is tensors: must be 'tensor', 'module' or a list of groups"),
         ([["body.*"], ["head.*", "tied.*"]], "'scale' is in no group"),
         ([["*"], ["head.*"]], r"'head\.weight' is in groups \[0, 1\]"),
         ([["*"], ["tail.*"]], r"group \['tail\.\*'\] matches no trainable tensor"),

