@@ -22,7 +22,7 @@ from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, rank_facts
 from .log import new_folder, open_run
-from .parsing import parse
+from .parsing import is_class, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -167,7 +167,7 @@ def methods(words: list[str], facts: RankFacts) -> None:
         return
     for name in sorted(package.__all__):
         method = getattr(package, name)
-        if not (isinstance(method, type) and issubclass(method, package.Method)) or inspect.isabstract(method):
+        if not is_class(method, package.Method) or inspect.isabstract(method):
             continue
         print(f"{name}\n    {inspect.cleandoc(method.__doc__ or '').splitlines()[0]}")
         settings = [f"{f.name}={f.default!r}" for f in dataclasses.fields(method)]

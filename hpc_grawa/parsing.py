@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from inspect import isabstract
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, get_loader
@@ -262,6 +263,11 @@ def known_classes(section: str) -> dict[str, str]:
     return {
         name: f"{source.__name__.removesuffix('.modules.loss')}.{name}"
         for name, found in sorted(vars(source).items())
-        if isinstance(found, type) and issubclass(found, base) and found.__module__.startswith(source.__name__)
+        if is_class(found, base) and found.__module__.startswith(source.__name__)
         if not isabstract(found) and not name.startswith("_")
     }
+
+
+def is_class(found: object, base: type) -> bool:
+    """Whether ``found`` is a class derived from ``base`` (a generic alias passes for a class on Python 3.10)."""
+    return isinstance(found, type) and not isinstance(found, GenericAlias) and issubclass(found, base)

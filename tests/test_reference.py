@@ -565,7 +565,7 @@ def test_a_healed_rank_starts_anew() -> None:
     first, _, third = result.rounds
     assert_close(third.scores[1], third.raw_scores[1])
     assert np.all(np.abs(third.scores[0] - third.raw_scores[0]) > 1e-6)
-    assert np.all(first.scores == first.raw_scores)
+    assert_close(first.scores, first.raw_scores)
     x, optimizer = result.rounds[1].center, nesterov()
     for step in range(8, 12):
         x = optimizer.step(x, NET.loss_and_grad(x, *batch(1, step))[1], 0.1)

@@ -333,7 +333,7 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     bar = figure.colorbar(
         ScalarMappable(norm, _colour_map()), cax=bar_axes, extend=extend[clipped], extendfrac=0.02, drawedges=False
     )
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
     ticks = [-limit, 0.0, limit]
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
