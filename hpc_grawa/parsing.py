@@ -6,13 +6,14 @@ import json
 import math
 import re
 import sys
+from argparse import Action
 from collections.abc import Sequence
 from inspect import isabstract
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader
 from torch import nn
 
 from . import data, methods, metrics, models, optim, schedules
@@ -52,18 +53,31 @@ class Parser(ArgumentParser):
         ]
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, without all subclasses that a section's type has anywhere (torch has hundreds)."""
+
+    def _get_help_string(self, action: Action) -> str:
+        if action.dest in CLASS_SECTIONS:
+            return action.help or ""
+        return str(super()._get_help_string(action))  # type: ignore[no-untyped-call, unused-ignore]
+
+
 def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser:
     """The parser of a run's configuration."""
     parser = Parser(
         prog=program,
         description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
         epilog="hpc-grawa train --dry_run [--world_size N] only says what would happen.",
+        usage="%(prog)s [--config FILE_OR_RECIPE] [--dry_run] [--KEY VALUE ...]",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.speaks = speaks
     parser.add_argument("--config", action="config", help=f"A YAML file or a recipe ({', '.join(recipes())}).")
-    for name, (base, _) in CLASS_SECTIONS.items():
-        parser.add_argument(f"--{name}", type=base, required=True, help=f"A {base.__name__}, by name or import path.")
+    for name, (base, default) in CLASS_SECTIONS.items():
+        choice = f"{', '.join(known_classes(name))}, or the import path of a class of yours"
+        without = f" Default: {default.rpartition('.')[2]}." if default else ""
+        parser.add_argument(f"--{name}", type=base, required=True, help=f"{choice}.{without}")
     for name, group in GROUPS.items():
         parser.add_class_arguments(group, name)
     parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
