@@ -26,6 +26,12 @@ class Budget:
     epochs: float | None = None
     steps: int | None = None
 
+    def __str__(self) -> str:
+        """Every limit in words."""
+        limits = {"s of training": self.seconds, "epochs": self.epochs, "steps": self.steps}
+        given = [f"{limit:,g} {unit}" for unit, limit in limits.items() if limit is not None]
+        return " or ".join(given) + (", whichever comes first" if len(given) > 1 else "")
+
     def check(self) -> None:
         """Raise ``ConfigError`` unless there is a limit and every limit is positive."""
         limits = {"seconds": self.seconds, "epochs": self.epochs, "steps": self.steps}

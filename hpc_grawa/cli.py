@@ -21,7 +21,7 @@ from .comm import Communicator, choose, connect
 from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, rank_facts
-from .log import new_folder, open_run
+from .log import new_folder, open_run, say
 from .parsing import is_class, parse
 
 
@@ -240,7 +240,7 @@ def together(
     A new ``folder`` is removed again if the ranks cannot connect.
     """
     if facts.rank == 0:
-        print(first_line, flush=True)
+        say(first_line)
     with named_errors(program, facts):
         try:
             comm = connect(config.backend, facts)

@@ -112,6 +112,12 @@ def environment(world_size: int, backend: str) -> dict[str, Any]:
     }
 
 
+def say(text: str) -> None:
+    """Print a line by one write: horovodrun puts its prefix before each, and an unbuffered print makes two."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 class Log:
     """``metrics.jsonl`` and the screen. On ranks other than 0, and without a folder, it does nothing.
 
@@ -140,7 +146,7 @@ class Log:
             self._last_line = time.monotonic()
             if self._bar is not None:
                 self._bar.clear()
-            print(text, flush=True)
+            say(text)
 
     @property
     def due(self) -> bool:

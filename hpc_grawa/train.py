@@ -354,6 +354,7 @@ def _greet(log: Log, worker: Worker) -> None:
         f"data       {type(config.data).__name__}, {train:,} training and {test:,} test examples; {batch} per rank x "
         f"{size} ranks = {batch * size} per step, {worker.sampler.steps_per_epoch} steps per epoch"
     )
+    log.say(f"budget     {config.budget}; the last step ends with a round")
     log.say(f"model      {config.model_name}, {len(vector):,} parameters in {len(vector.parameters)} tensors")
     log.say(f"optimizer  {config.optimizer}; {config.schedule}; {config.precision}, {torch.get_num_threads()} threads")
 

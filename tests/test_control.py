@@ -26,6 +26,14 @@ def build(comm: Communicator, model: nn.Module, method: Method, lr: float = 0.1,
 # ---------------------------------------------------------------------------------------------------------
 
 
+def step_of(run: Run) -> None:
+    """A local step without a gradient, shared where the method shares."""
+    run.aggregator.zero_grad(run.optimizer)
+    run.aggregator.start()
+    run.aggregator.finish()
+    run.after_step()
+
+
 def frozen() -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     model[0].requires_grad_(False)
@@ -141,7 +149,7 @@ def unequal_step(run: Run) -> None:
         (unequal_period, LGRAWA(period=12), "rank 1 has period 7, rank 0 has 12"),
         (longer_period, LGRAWA(period=4), "rank 1 has local step 5, rank 0 has 4"),
         (unequal_step, LGRAWA(period=4), "rank 1 has local step 5, rank 0 has 4"),
-        (unequal_step, DataParallel(), "rank 1 has local step 17, rank 0 has 16"),
+        (unequal_step, LocalSGD(period=100), "rank 1 has local step 17, rank 0 has 16"),
     ],
 )
 def test_ranks_that_part_are_an_error_on_all_ranks(
@@ -155,7 +163,7 @@ def test_ranks_that_part_are_an_error_on_all_ranks(
             make_odd(run)
         with pytest.raises(RanksDisagree, match=message) as error:
             for _ in range(16):
-                run.after_step()
+                step_of(run)
             run.finish()
         return str(error.value)
 
@@ -168,7 +176,7 @@ def test_a_short_run_agrees_at_its_end(on_several_ranks: Ranks) -> None:
 
     def body(comm: Communicator) -> None:
         run = build(comm, nn.Linear(2, 3), DataParallel(), lr=0.1 * (comm.rank + 1))
-        run.after_step()
+        step_of(run)
         with pytest.raises(RanksDisagree, match=r"rank 1 has learning rate 0\.2"):
             run.finish()
 
@@ -189,7 +197,7 @@ def watch(comm: Communicator, method: Method, steps: int, act: Callable[[Run, in
     run = build(comm, nn.Linear(2, 3), method, control_every=5, clock=lambda: 100 * comm.rank + run.facts.step)
     for step in range(1, steps + 1):
         act(run, step)
-        run.after_step()
+        step_of(run)
         seen.seconds.append(run.facts.seconds)
         if run.control.stop:
             seen.stop.append(step)

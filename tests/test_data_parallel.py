@@ -318,3 +318,24 @@ def test_a_skipped_step_leaves_nothing_behind(zeroing: str) -> None:
             assert torch.equal(vector.data, before)
             assert all(p.grad is None for p in vector.parameters)
     torch.testing.assert_close(vector.data, expected_run(1, USES["all in order"], 1, 1)[0], rtol=1e-14, atol=1e-14)
+
+
+def test_a_step_whose_gradients_were_not_shared_is_an_error() -> None:
+    """A loop that forgets the aggregator would train apart without a word."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = DataParallel().build(SingleCommunicator(), ParameterVector(model), optimizer)
+
+    def step(shared: bool) -> None:
+        run.aggregator.zero_grad(optimizer)
+        if shared:
+            run.aggregator.start()
+        model(torch.ones(1, 2)).sum().backward()
+        if shared:
+            run.aggregator.finish()
+        optimizer.step()
+        run.after_step()
+
+    step(shared=True)
+    with pytest.raises(RuntimeError, match=r"were not shared: .* aggregator\.start\(\)"):
+        step(shared=False)

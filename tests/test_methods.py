@@ -386,10 +386,9 @@ def test_a_lost_view_is_an_error_before_it_matters(on_ranks: Ranks, method: Meth
         model = nn.Linear(2, 1)
         vector = ParameterVector(model)
         run = method.build(comm, vector, torch.optim.SGD(vector.parameters, 0.1))
-        run.after_step()
-        model.double()
-        if not run.synchronizers:
+        if run.synchronizers:
             run.after_step()
+        model.double()
         with pytest.raises(LostView, match="'weight' no longer lives"):
             run.after_step() if run.synchronizers else run.center
 

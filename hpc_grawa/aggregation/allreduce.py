@@ -50,6 +50,7 @@ class AllreduceAggregator(Aggregator):
         self._buckets = self._cut(bucket_bytes)
         self._bucket_of = {i: b for b, (tensors, _) in enumerate(self._buckets) for i in tensors}
         self._armed = False
+        self._shared = False
         self._works: list[Work] = []
         #: Of each bucket, the tensors whose gradient is still to come in the backward that shares.
         self._awaited: list[set[int]] = []
@@ -88,7 +89,16 @@ class AllreduceAggregator(Aggregator):
         self._awaited = [set(tensors) for tensors, _ in self._buckets]
         self._armed = True
 
+    def stepped(self) -> None:
+        if not self._shared:
+            raise RuntimeError(
+                "this step's gradients were not shared: in a loop of your own, call aggregator.zero_grad(optimizer), "
+                "aggregator.start(), loss.backward(), aggregator.finish() of run.aggregator, then optimizer.step()"
+            )
+        self._shared = False
+
     def finish(self) -> None:
+        self._shared = True
         self._armed = False
         absent = sorted(set(range(len(self._views))) - self._given)
         self._given.clear()

@@ -21,3 +21,6 @@ class Aggregator:
 
     def finish(self) -> None:
         """Return when every ``.grad`` is the gradient to step with."""
+
+    def stepped(self) -> None:
+        """The optimizer has stepped; raises ``RuntimeError`` if it did so with gradients that were to be shared."""

@@ -55,6 +55,7 @@ class Run:
         Args:
             loss: of the step, a 0-d tensor; only methods that score by it need it.
         """
+        self.aggregator.stepped()
         self.facts.step += 1
         self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
         for synchronizer in self.synchronizers:
