@@ -83,7 +83,7 @@ class Identity:
         dir: the folder of runs.
         seed: of all random draws.
         start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own.
-        control_every: steps between control words where rounds are rarer; a limit in seconds is that exact.
+        control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
     """
 
     name: str | None = None

@@ -24,6 +24,7 @@ pytest=(python -m pytest -p no:cacheprovider -q --color=no)
 ranks=("${pytest[@]}" -m ranks)
 
 launch 900 python -m pytest -q -m "not slow"
+launch 120 python -m pytest -q --doctest-modules hpc_grawa # the examples in docstrings
 for size in 1 2 3 4; do
     launch 300 mpirun -np "$size" "${ranks[@]}" --backend mpi
 done
