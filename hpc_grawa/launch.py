@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import socket
+import struct
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import torch
+
+from .errors import ConfigError
 
 Launcher = Literal["horovodrun --gloo", "horovodrun", "mpirun", "srun", "torchrun"]
 
@@ -20,6 +31,7 @@ class RankFacts:
         size: number of processes in the job.
         local_rank: among those on this host.
         local_size: number of processes on this host.
+        job: tells this job apart from others on its hosts; empty where the launcher does not.
     """
 
     launcher: Launcher | None = None
@@ -27,6 +39,7 @@ class RankFacts:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    job: str = ""
 
 
 # The inner launcher first: under SLURM, mpirun starts one srun task per host, whose variables its ranks inherit.
@@ -47,6 +60,17 @@ _VARIABLES: tuple[tuple[Launcher, tuple[str, str, str, str]], ...] = (
 )
 
 
+#: What a launcher names its jobs by.
+_JOB = (
+    ("TORCHELASTIC_RUN_ID", "MASTER_PORT"),
+    ("PMIX_NAMESPACE",),
+    ("OMPI_MCA_ess_base_jobid",),
+    ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"),
+    ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+)
+_SIOCGIFADDR = 0x8915
+
+
 def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
     """Read the launcher's variables.
 
@@ -54,6 +78,7 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
         >>> rank_facts({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
         RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1)
     """
+    job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
     for launcher, (rank, size, local_rank, local_size) in _VARIABLES:
         if rank in environment and size in environment:
             if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
@@ -63,9 +88,88 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
                 int(environment[rank]),
                 int(environment[size]),
                 int(environment.get(local_rank, 0)),
-                int(environment.get(local_size, "1").split("(")[0].split(",")[0]),
+                _tasks_here(environment.get(local_size, "1"), int(environment.get("SLURM_NODEID", 0))),
+                job,
             )
     return RankFacts()
+
+
+def _tasks_here(text: str, node: int) -> int:
+    """A number, or SLURM's tasks of each node: ``4(x2),3``."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts[node] if len(counts) > 1 else counts[0]
+
+
+def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The host of rank 0, where variables say it: MASTER_ADDR, this host if the job has no other, the first of srun's.
+
+    Example:
+        >>> first_host(RankFacts("srun", size=9), {"SLURM_STEP_NODELIST": "gpu[007-009,012],cpu1"})
+        'gpu007'
+    """
+    if "MASTER_ADDR" in environment:
+        return environment["MASTER_ADDR"]
+    if facts.job and facts.local_size == facts.size:
+        return "127.0.0.1"
+    nodes = environment.get("SLURM_STEP_NODELIST") if facts.launcher == "srun" else None
+    return None if nodes is None else re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
+
+
+def first_port(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> int:
+    """Where rank 0 listens if nothing else does: MASTER_PORT, else from the job's name, below the ports of clients."""
+    if "MASTER_PORT" in environment:
+        return int(environment["MASTER_PORT"])
+    return 20_000 + zlib.crc32(facts.job.encode()) % 12_000
+
+
+def host_identity() -> str:
+    """The same for all processes of one host, and for no other host's: its name and what its kernel drew at start."""
+    drawn = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {drawn.read_text().strip() if drawn.exists() else ''}"
+
+
+def own_addresses(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Where other hosts may reach this one: the interface that was chosen for Gloo or NCCL, its name, its addresses."""
+    found = []
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        name = environment.get(variable, "").lstrip("=^").split(",")[0].encode()[:15]
+        if name and not environment[variable].startswith("^"):
+            with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name))
+                found.append(socket.inet_ntoa(answer[20:24]))
+    host = socket.gethostname()
+    found.append(host)
+    with suppress(OSError):
+        found += [str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: asks for the address of the default route
+        found.append(probe.getsockname()[0])
+    return list(dict.fromkeys(found))
+
+
+def local_device(facts: RankFacts | None = None, wanted: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+    """This rank's device: of all GPUs of the node that of its local rank; of a single visible one, that.
+
+    With more ranks than GPUs they share them in turn.
+
+    Args:
+        facts: of the launcher.
+        wanted: ``auto``: CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA was asked for, and this process sees none.
+    """
+    facts = facts or rank_facts()
+    count = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cuda" and not count:
+        raise ConfigError(
+            f"device is cuda: rank {facts.rank} on {socket.gethostname()} sees no GPU; must be cpu or auto, or ask the "
+            f"scheduler for GPUs and look at torch.cuda.is_available()"
+        )
+    return torch.device("cuda", facts.local_rank % count) if count else torch.device("cpu")
 
 
 def default_threads(facts: RankFacts) -> int | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .comm.base import Communicator, Purpose, Verb, Work
+from .comm.single import LocalCounter
 from .config import Config
 from .log import human_bytes
 from .train import Worker
@@ -29,7 +30,19 @@ class MirrorCommunicator(Communicator):
         if verb == "allreduce":
             x.mul_(self.size)
         result = x.expand(self.size, *x.shape).clone() if verb == "allgather" else x
-        return Work(lambda: result, self.meter, purpose)
+        return Work(lambda: result)
+
+    def counter(self) -> LocalCounter:
+        return LocalCounter()
+
+    def node(self) -> MirrorCommunicator:
+        return self
+
+    def _carries(self, x: Tensor, verb: Verb) -> bool:
+        return True
+
+    def _split(self, parts: list[list[int]], own: int) -> MirrorCommunicator:
+        return MirrorCommunicator(len(parts[own]))
 
     def abort(self, status: int = 1) -> None:
         raise SystemExit(status)

@@ -122,7 +122,7 @@ class Job:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=("simulated", "mpi", "horovod", "single"), default="simulated")
+    parser.addoption("--backend", choices=("simulated", "mpi", "horovod", "gloo", "single"), default="simulated")
 
 
 @pytest.hookimpl(trylast=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.comm.base import Meter
+from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.errors import Unmatched
 
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
@@ -145,6 +146,115 @@ def test_hidden_seconds_are_those_between_start_and_wait_counted_once() -> None:
     assert meter.communication_seconds == pytest.approx(1.0)
 
 
+PARTITIONS = {
+    "all in one": lambda rank, world: 0,
+    "each alone": lambda rank, world: rank,
+    "even and odd": lambda rank, world: rank % 2,
+    "first and rest, colors descending": lambda rank, world: 9 if rank == 0 else -3,
+}
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_smoke_a_part_is_a_communicator_of_its_own(on_ranks: Ranks, name: str) -> None:
+    """Every verb among the ranks of one color, roots and rows counted within the part; the parts do not wait for
+    each other, messages of the whole may be under way meanwhile, and the whole goes on as before."""
+    world = on_ranks.size
+    colors = [PARTITIONS[name](m, world) for m in range(world)]
+
+    def body(comm: Communicator) -> tuple[list[int], list[Tensor], float]:
+        part = comm.split(colors)
+        whole = comm.allreduce(torch.ones(3), "center")
+        own = torch.tensor([float(comm.rank)])
+        results = []
+        for _ in range(1 + comm.rank * (name == "each alone")):
+            total = part.allreduce(own.clone(), "center").wait()
+            rows = part.allgather(own, "control").wait()
+            last = part.broadcast(own.clone(), part.size - 1, "center").wait()
+            swapped = part.alltoall(torch.arange(part.size) + 10 * part.rank, "center").wait()
+            results = [total, rows, last, swapped]
+        part.barrier()
+        assert part.ranks[part.rank] == comm.rank and part.size == len(part.ranks) and part.meter is comm.meter
+        assert whole.wait().tolist() == [world] * 3
+        again = part.split([0] * part.size)  # a part of the part
+        return list(part.ranks), results, again.allreduce(own.clone(), "center").wait().item()
+
+    for rank, (ranks, (total, rows, last, swapped), nested) in enumerate(on_ranks(body)):
+        assert ranks == [m for m in range(world) if colors[m] == colors[rank]]
+        assert total.item() == sum(ranks) == nested
+        assert rows.flatten().tolist() == ranks
+        assert last.item() == ranks[-1]
+        assert swapped.tolist() == [10 * m + ranks.index(rank) for m in range(len(ranks))]
+
+
+def test_split_wants_a_color_per_rank(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        with pytest.raises(ValueError, match=f"one color per rank: {comm.size}, got {comm.size + 1}"):
+            comm.split([0] * (comm.size + 1))
+
+    on_ranks(body)
+
+
+def test_the_node_is_the_ranks_of_this_host(on_ranks: Ranks) -> None:
+    """All ranks of a test are on one host."""
+
+    def body(comm: Communicator) -> tuple[tuple[int, ...], bool, float]:
+        node = comm.node()
+        return node.ranks, node is comm.node(), node.allreduce(torch.ones(1), "center").wait().item()
+
+    world = on_ranks.size
+    assert on_ranks(body) == [(tuple(range(world)), True, world)] * world
+
+
+def test_hosts_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 0 and 2 on one host, 1 on another: what gather_bytes of the hosts' names comes to."""
+    names = {0: b"a", 1: b"b", 2: b"a"}
+    monkeypatch.setattr(Communicator, "gather_bytes", lambda comm, message, purpose="setup": list(names.values()))
+    assert simulate(3, lambda comm: comm.node().ranks) == [(0, 2), (1,), (0, 2)]
+
+
+def test_smoke_a_counter_gives_every_number_once(on_ranks: Ranks) -> None:
+    """Ranks add as often as they like without waiting for each other."""
+    world = on_ranks.size
+
+    def body(comm: Communicator) -> tuple[list[int], list[int]]:
+        one, other = comm.counter(), comm.counter()
+        comm.barrier()
+        drawn = [one.add(1) for _ in range(50 * (comm.rank + 1))]
+        twos = [other.add(2) for _ in range(3)]
+        comm.barrier()
+        return drawn, twos
+
+    results = on_ranks(body)
+    assert sorted(n for drawn, _ in results for n in drawn) == list(range(1, 50 * world * (world + 1) // 2 + 1))
+    assert sorted(n for _, twos in results for n in twos) == list(range(2, 6 * world + 1, 2))
+    assert all(drawn == sorted(drawn) for drawn, _ in results)
+
+
+def test_tensors_that_a_backend_cannot_read_travel_by_way_of_the_host(
+    on_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA tensors do on MPI, done with the CPU's: the messages arrive, in the caller's tensor."""
+    world = on_ranks.size
+
+    def body(comm: Communicator) -> list[list[float]]:
+        monkeypatch.setattr(type(comm), "_carries", lambda comm, x, verb: False)
+        results = []
+        for turn in range(2):  # the second turn uses the first one's buffers
+            x = torch.tensor([1.0 + comm.rank + turn])
+            total, last = x.clone(), x.clone()
+            assert comm.allreduce(total, "center").wait().data_ptr() == total.data_ptr()
+            rows = comm.allgather(x, "control").wait()
+            assert comm.broadcast(last, world - 1, "center").wait().data_ptr() == last.data_ptr()
+            mine = comm.alltoall(x.expand(world).contiguous(), "center").wait()
+            results.append([*total.tolist(), *last.tolist(), *rows.flatten().tolist(), *mine.tolist()])
+        return results
+
+    for results in on_ranks(body):
+        for turn, result in enumerate(results):
+            x = [1.0 + m + turn for m in range(world)]
+            assert result == [sum(x), x[-1], *x, *x]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Simulated ranks.
 # ---------------------------------------------------------------------------------------------------------
@@ -218,6 +328,30 @@ def test_ranks_have_random_streams_of_their_own_and_the_callers_is_kept() -> Non
     assert draw() == following
 
 
+def test_a_rank_with_the_earlier_clock_adds_first() -> None:
+    """Rank m needs 1/(m+1) seconds between two numbers: of the first 20 it gets 2, 4, 6, 8; rank 0 waits for none."""
+
+    def body(comm: Communicator) -> list[int]:
+        assert isinstance(comm, SimulatedCommunicator)
+        counter, drawn = comm.counter(), []
+        while not drawn or drawn[-1] < 20:
+            drawn.append(counter.add(1))
+            comm.elapse(1 / (comm.rank + 1))
+        return [number for number in drawn if number <= 20]
+
+    assert [len(drawn) for drawn in simulate(4, body)] == [2, 4, 6, 8]
+
+
+def test_a_message_arrives_when_its_last_rank_has_sent_it() -> None:
+    def body(comm: Communicator) -> float:
+        assert isinstance(comm, SimulatedCommunicator)
+        comm.elapse(comm.rank)
+        comm.split([0, 0, 1]).barrier()
+        return comm.clock
+
+    assert simulate(3, body) == [1.0, 1.0, 2.0]
+
+
 def test_a_rank_starts_from_the_callers_random_stream() -> None:
     torch.manual_seed(5)
     first = torch.rand(()).item()
@@ -244,7 +378,9 @@ print("reached the end")
 
 
 @pytest.mark.parametrize(
-    ("backend", "failing"), [("mpi", (1,)), ("mpi", (0, 1, 2)), ("horovod", (1,))], ids=["mpi", "mpi, all", "horovod"]
+    ("backend", "failing"),
+    [("mpi", (1,)), ("mpi", (0, 1, 2)), ("horovod", (1,)), ("gloo", (1,))],
+    ids=["mpi", "mpi, all", "horovod", "gloo"],
 )
 def test_a_rank_that_raises_ends_the_job(backend: str, failing: tuple[int, ...]) -> None:
     if backend == "horovod":

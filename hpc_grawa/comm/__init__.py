@@ -8,21 +8,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ..errors import ConfigError
 from ..launch import RankFacts, rank_facts
-from .base import Communicator, Meter, Purpose, Work
+from .base import Communicator, Meter, Purpose, SharedCounter, Work
 from .simulated import simulate
 from .single import SingleCommunicator
 
-Backend = Literal["auto", "horovod", "mpi", "single"]
+Backend = Literal["auto", "horovod", "mpi", "gloo", "nccl", "single"]
 
-__all__ = ["Backend", "Communicator", "Meter", "Purpose", "Work", "choose", "connect", "simulate"]
+__all__ = ["Backend", "Communicator", "Meter", "Purpose", "SharedCounter", "Work", "choose", "connect", "simulate"]
 
 
 def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[Backend, str]:
     """The backend to use and why, decided without starting any.
 
-    ``auto``: Horovod under horovodrun; under mpirun or srun Horovod if it is built, else MPI; otherwise single.
+    ``auto``: Horovod under horovodrun; under mpirun or srun Horovod if it is built, else MPI; under torchrun NCCL if
+    every rank of this host has a GPU, else Gloo; otherwise single.
 
     Raises:
         ConfigError: the backend is not installed, or cannot run under this launcher.
@@ -31,10 +34,13 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     launcher = facts.launcher
     by = f"started by {launcher}" if launcher else "no launcher"
     if backend == "auto":
-        if launcher == "torchrun":
-            raise ConfigError("backend is auto under torchrun: no backend of ours starts there; use mpirun or srun")
         if launcher is None:
             return "single", by
+        if launcher == "torchrun":
+            gpus = torch.cuda.device_count()
+            if gpus >= facts.local_size:
+                return "nccl", f"{by}, a GPU for each rank"
+            return "gloo", f"{by}, {gpus} GPUs for {facts.local_size} ranks"
         if _built("horovod"):
             return "horovod", f"{by}, Horovod is built"
         if launcher == "horovodrun --gloo":
@@ -44,17 +50,19 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
         by = f"{by}, asked for"
     if backend == "single" and facts.size > 1:
         raise ConfigError(
-            f"backend is single under {launcher} with {facts.size} ranks: they would train apart; "
-            f"must be auto, horovod or mpi"
+            f"backend is single under {launcher} with {facts.size} ranks: they would train apart; must be another"
         )
     if backend in ("mpi", "horovod") and launcher == "torchrun":
-        raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use mpirun or srun")
+        raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use gloo or nccl, or mpirun")
     if backend == "mpi" and launcher == "horovodrun --gloo":
         raise ConfigError(f"backend is mpi under {launcher}: MPI would start {facts.size} worlds of one; use mpirun")
     if backend == "mpi" and find_spec("mpi4py") is None:
         raise ConfigError("backend is mpi: mpi4py is not installed (pip install mpi4py)")
     if backend == "horovod" and not _built("horovod"):
         raise ConfigError("backend is horovod: not installed (python -m hpc_grawa.install.horovod builds it)")
+    if backend == "nccl" and not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
+        lacks = "this PyTorch has no NCCL" if torch.cuda.is_available() else "PyTorch sees no GPU here"
+        raise ConfigError(f"backend is nccl: {lacks}; must be gloo, mpi or horovod on CPUs")
     return backend, by
 
 
@@ -76,14 +84,19 @@ def connect(backend: Backend = "auto", facts: RankFacts | None = None) -> Commun
         from .horovod import HorovodCommunicator
 
         comm = HorovodCommunicator()
-    else:
+    elif backend == "mpi":
         from .mpi import MPICommunicator
 
         comm = MPICommunicator()
+    else:
+        from .torch_dist import TorchCommunicator
+
+        comm = TorchCommunicator("nccl" if backend == "nccl" else "gloo", facts)
     if comm.size != facts.size and facts.launcher is not None:
         raise ConfigError(
             f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and "
-            f"MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun"
+            f"MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun, or "
+            f"backend gloo"
         )
     return comm
 

@@ -6,12 +6,15 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from ..launch import host_identity
+from ..trace import Trace
 
 Verb = Literal["allreduce", "allgather", "alltoall", "broadcast"]
 
@@ -40,15 +43,21 @@ class Meter:
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
     until the last rank arrives. Seconds in every other wait are *communication*. *Hidden* seconds are those in which
     a message was under way while this rank went on computing.
+
+    On CUDA a wait returns before the message has arrived: seconds are then those between two events of the stream,
+    read where they are asked for.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.bytes_sent: defaultdict[str, float] = defaultdict(float)
         self.payload_bytes: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.hidden_seconds = 0.0
+        #: Where spans of time are kept, if any.
+        self.trace: Trace | None = None
         self._hidden_until = 0.0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def started(self, verb: Verb, purpose: str, x: Tensor, world_size: int) -> None:
         payload = x.numel() * x.element_size()
@@ -57,13 +66,34 @@ class Meter:
         self.bytes_sent[purpose] += bytes_sent(verb, payload, world_size)
 
     def waited(self, purpose: str, began: float, waited_from: float, waited_until: float, done: float | None) -> None:
-        self.seconds[purpose] += waited_until - waited_from
+        self._seconds[purpose] += waited_until - waited_from
+        self._note(purpose, began, waited_from, waited_until, done)
+
+    def waited_on_device(
+        self, purpose: str, began: float, waited_from: float, events: tuple[torch.cuda.Event, torch.cuda.Event]
+    ) -> None:
+        self._events.append((purpose, *events))
+        self._note(purpose, began, waited_from, time.perf_counter(), None)
+
+    def _note(self, purpose: str, began: float, waited_from: float, waited_until: float, done: float | None) -> None:
+        if self.trace is not None:
+            self.trace.add("wire", purpose, began, done or waited_until)
+            self.trace.add("wait", purpose, waited_from, waited_until)
         if purpose in ("center", "gradient"):
             # Messages overlap each other: count the union of their intervals, not their sum.
             start, end = max(began, self._hidden_until), min(waited_from, done or waited_from)
             if end > start:
                 self.hidden_seconds += end - start
                 self._hidden_until = end
+
+    @property
+    def seconds(self) -> defaultdict[str, float]:
+        """Seconds inside ``Work.wait`` by purpose; on CUDA waits for what is still under way."""
+        for purpose, start, end in self._events:
+            end.synchronize()
+            self._seconds[purpose] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
 
     @property
     def waiting_seconds(self) -> float:
@@ -83,24 +113,52 @@ class Meter:
 
 
 class Work:
-    """A message under way. ``wait()`` blocks until it has arrived and returns the result, again and again."""
+    """A message under way. ``wait()`` blocks until it has arrived and returns the result, again and again.
 
-    def __init__(self, wait: Callable[[], Tensor], meter: Meter | None = None, purpose: str = "setup") -> None:
+    On CUDA the result is ready for the current stream, not yet for the host.
+    """
+
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
         self._wait = wait
-        self._meter = meter
-        self._purpose = purpose
+        self._meter: Meter | None = None
+        self._purpose = ""
+        self._on_device = False
         self._began = time.perf_counter()
         self._result: Tensor | None = None
         #: When the message arrived, on the clock of ``time.perf_counter``, where the backend knows it.
         self.done_at: float | None = None
 
+    def metered(self, meter: Meter, purpose: str, on_device: bool) -> Work:
+        """Have the time of the wait counted."""
+        self._meter, self._purpose, self._on_device = meter, purpose, on_device
+        return self
+
     def wait(self) -> Tensor:
         if self._result is None:
             start = time.perf_counter()
+            if self._meter is not None and self._on_device:
+                events = cuda_event(), cuda_event()
+                events[0].record()
+                self._result = self._wait()
+                events[1].record()
+                self._meter.waited_on_device(self._purpose, self._began, start, events)
+                return self._result
             self._result = self._wait()
             if self._meter is not None:
                 self._meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
         return self._result
+
+
+def cuda_event() -> torch.cuda.Event:
+    """An event that tells the time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class SharedCounter(Protocol):
+    """A number that all ranks add to."""
+
+    def add(self, amount: int) -> int:
+        """Add atomically and return the sum, which no other rank gets; no other rank need call."""
 
 
 class Communicator(ABC):
@@ -120,9 +178,13 @@ class Communicator(ABC):
     size: int
     meter: Meter
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, ranks: Sequence[int] | None = None) -> None:
         self.rank, self.size = rank, size
+        #: The ranks of all in the world, which ``split`` makes parts of.
+        self.ranks = tuple(range(size) if ranks is None else ranks)
         self.meter = Meter()
+        self._node: Communicator | None = None
+        self._buffers: dict[object, Tensor] = {}
 
     def allreduce(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
         """Sum ``x`` over all ranks, in place; not of uint8, which Horovod cannot add."""
@@ -148,6 +210,39 @@ class Communicator(ABC):
         """Return after all ranks have called it."""
         self.allreduce(torch.zeros(1, dtype=torch.int64), "setup").wait()
 
+    def split(self, colors: Sequence[int]) -> Communicator:
+        """The communicator of the ranks of this rank's color, in order of rank; its meter is this one's.
+
+        All ranks of the job must call it at the same time, for whichever communicators they split.
+
+        Args:
+            colors: of all ranks ``[size]``, the same on all of them, so that each rank knows every part.
+
+        Example:
+            >>> from hpc_grawa import simulate
+            >>> simulate(4, lambda comm: comm.split([0, 0, 1, 1]).ranks)
+            [(0, 1), (0, 1), (2, 3), (2, 3)]
+        """
+        if len(colors) != self.size:
+            raise ValueError(f"split needs one color per rank: {self.size}, got {len(colors)}")
+        parts = [[m for m in range(self.size) if colors[m] == color] for color in sorted(set(colors))]
+        part = self._split(parts, next(i for i, part in enumerate(parts) if self.rank in part))
+        part.meter = self.meter
+        return part
+
+    def node(self) -> Communicator:
+        """The communicator of the ranks on this host; all ranks must make the first call together."""
+        if self._node is None:
+            hosts = self.gather_bytes(host_identity().encode())
+            self._node = self.split([hosts.index(host) for host in hosts])
+        return self._node
+
+    def counter(self) -> SharedCounter:
+        """A new counter of all ranks, at 0; all must call it."""
+        from .store import StoreCounter
+
+        return StoreCounter(self)
+
     def gather_bytes(self, message: bytes, purpose: Purpose = "setup") -> list[bytes]:
         """Gather a byte string of any length from every rank."""
         lengths = self.allgather(torch.tensor([len(message)]), purpose).wait().flatten().tolist()
@@ -155,17 +250,49 @@ class Communicator(ABC):
         if message:
             padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         rows = self.allgather(padded, purpose).wait()
-        return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
+        return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
     def _start(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int = 0) -> Work:
         if not x.is_contiguous():
             raise ValueError(f"{verb} needs a contiguous tensor, got strides {x.stride()} for shape {tuple(x.shape)}")
         self.meter.started(verb, purpose, x, self.size)
-        return self._launch(verb, x.detach(), purpose, bucket, root)
+        launch = self._launch if self._carries(x, verb) else self._launch_staged
+        return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda)
+
+    def _launch_staged(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        """Send a tensor of a device that the backend cannot read by way of the host."""
+        key = (verb, purpose, bucket, x.shape, x.dtype)
+        host = self._buffers.get(key)
+        if host is None:
+            # Page-locked memory is copied twice as fast, and without the host.
+            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+            if purpose in TRAINING_PURPOSES:
+                self._buffers[key] = host
+        host.copy_(x, non_blocking=True)
+        if x.is_cuda:
+            torch.cuda.current_stream(x.device).synchronize()  # the backend reads it from another thread
+        work = self._launch(verb, host, purpose, bucket, root)
+
+        def wait() -> Tensor:
+            # On the current stream, as the next copy into the same buffer will be: neither overtakes the other.
+            result = work.wait()
+            if verb in ("allreduce", "broadcast"):
+                return x.copy_(result, non_blocking=True)
+            return result.to(x.device)
+
+        return Work(wait)
+
+    def _carries(self, x: Tensor, verb: Verb) -> bool:
+        """Whether the backend reads and writes ``x`` where it lies."""
+        return not x.is_cuda
 
     @abstractmethod
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         """Start the message on this backend."""
+
+    @abstractmethod
+    def _split(self, parts: list[list[int]], own: int) -> Communicator:
+        """The communicator of ``parts[own]``; the parts (ranks of this communicator) are disjoint and in order."""
 
     @abstractmethod
     def abort(self, status: int = 1) -> None:

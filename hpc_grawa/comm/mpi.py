@@ -8,11 +8,14 @@ still reach it.
 from __future__ import annotations
 
 import atexit
+import ctypes
+import os
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +43,8 @@ class _Call:
 
 
 class _CallWork(Work):
-    def __init__(self, call: _Call, *args: object) -> None:
-        super().__init__(self._take, *args)  # type: ignore[arg-type]
+    def __init__(self, call: _Call) -> None:
+        super().__init__(self._take)
         self._call = call
 
     def _take(self) -> Tensor:
@@ -53,54 +56,93 @@ class _CallWork(Work):
         return self._call.result
 
 
-class MPICommunicator(Communicator):
-    """All ranks of ``MPI.COMM_WORLD``, on a duplicate of it."""
+class _Thread:
+    """The communication thread, shared by a communicator and its parts, so that all keep the program's order."""
 
-    backend = "mpi"
-
-    def __init__(self) -> None:
-        from mpi4py import MPI
-
-        self._mpi = MPI
-        self._comm = MPI.COMM_WORLD.Dup()
-        super().__init__(self._comm.Get_rank(), self._comm.Get_size())
+    def __init__(self, several: bool) -> None:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        # All MPI calls after this line come from one thread, so SERIALIZED is enough; below it, calls run at once.
         self._thread: threading.Thread | None = None
-        if MPI.Query_thread() >= MPI.THREAD_SERIALIZED:
+        if several:
             self._thread = threading.Thread(target=self._serve, name="hpc_grawa-mpi", daemon=True)
             self._thread.start()
-        atexit.register(self.close)
-        self._end_together()
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             call.run()
 
-    def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
-        # Calls are paired by their order: the thread keeps the program's, which is the same on all ranks.
-        call = _Call(lambda: self._collective(verb, x, root))
+    def run(self, function: Callable[[], Tensor]) -> _CallWork:
+        call = _Call(function)
         if self._thread is None:
             call.run()
         else:
             self._calls.put(call)
-        return _CallWork(call, self.meter, purpose)
+        return _CallWork(call)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class MPICommunicator(Communicator):
+    """All ranks of ``MPI.COMM_WORLD``, on a duplicate of it; or a part of them."""
+
+    backend = "mpi"
+
+    def __init__(self, part: tuple[MPICommunicator, Any] | None = None) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = MPI.COMM_WORLD.Dup() if part is None else part[1]
+        ranks = None if part is None else [part[0].ranks[m] for m in self._comm.allgather(part[0].rank)]
+        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), ranks)
+        if part is not None:
+            self._thread: _Thread = part[0]._thread
+            self._reads_cuda: bool = part[0]._reads_cuda
+            return
+        self._reads_cuda = torch.cuda.is_available() and reads_cuda()
+        # All MPI calls after this line come from one thread, so SERIALIZED is enough; below it, calls run at once.
+        self._thread = _Thread(MPI.Query_thread() >= MPI.THREAD_SERIALIZED)
+        atexit.register(self.close)
+        self._end_together()
+
+    def _carries(self, x: Tensor, verb: Verb) -> bool:
+        return not x.is_cuda or self._reads_cuda
+
+    def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        if x.is_cuda:
+            torch.cuda.current_stream(x.device).synchronize()  # MPI knows no streams
+        # Calls are paired by their order: the thread keeps the program's, which is the same on all ranks.
+        return self._thread.run(lambda: self._collective(verb, x, root))
 
     def _collective(self, verb: Verb, x: Tensor, root: int) -> Tensor:
-        buffer = x.numpy()
+        def buffer(t: Tensor) -> Any:
+            return t if t.is_cuda else t.numpy()
+
         if verb == "allreduce":
-            self._comm.Allreduce(self._mpi.IN_PLACE, buffer)
+            self._comm.Allreduce(self._mpi.IN_PLACE, buffer(x))
             return x
         if verb == "broadcast":
-            self._comm.Bcast(buffer, root)
+            self._comm.Bcast(buffer(x), root)
             return x
         if verb == "allgather":
-            result = torch.empty((self.size, *x.shape), dtype=x.dtype)
-            self._comm.Allgather(buffer, result.numpy())
+            result = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+            self._comm.Allgather(buffer(x), buffer(result))
             return result
         result = torch.empty_like(x)
-        self._comm.Alltoall(buffer, result.numpy())
+        self._comm.Alltoall(buffer(x), buffer(result))
         return result
+
+    def _split(self, parts: list[list[int]], own: int) -> MPICommunicator:
+        made: list[MPICommunicator] = []
+
+        def split() -> Tensor:
+            made.append(MPICommunicator((self, self._comm.Split(own, self.rank))))
+            return torch.empty(0)
+
+        self._thread.run(split).wait()
+        return made[0]
 
     def abort(self, status: int = 1) -> None:
         sys.stdout.flush()
@@ -108,7 +150,14 @@ class MPICommunicator(Communicator):
         self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._calls.put(None)
-            self._thread.join()
-            self._thread = None
+        self._thread.close()
+
+
+def reads_cuda() -> bool:
+    """Whether the MPI library reads and writes CUDA memory: asked of the library, or said by its site's variable."""
+    from mpi4py import MPI
+
+    try:
+        return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
+    except (OSError, AttributeError):  # an MPI without the question
+        return any(os.environ.get(v) == "1" for v in ("MPICH_GPU_SUPPORT_ENABLED", "MV2_USE_CUDA", "I_MPI_OFFLOAD"))

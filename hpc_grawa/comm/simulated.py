@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import Unmatched
 from .base import Communicator, Purpose, Verb, Work
+from .single import LocalCounter
 
 T = TypeVar("T")
 
@@ -28,11 +29,23 @@ class _Cancelled(BaseException):
 
 @dataclass
 class _Collective:
-    """The n-th call of every rank: complete when all have made it."""
+    """The n-th call of every rank of a communicator: complete when all have made it."""
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[object, ...]] = field(default_factory=dict)
     results: list[Tensor] | None = None
+    time: float = 0.0
+
+
+class _Group:
+    """The ranks of one communicator, and their calls."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        self.made = [0] * len(self.ranks)
+        self.collectives: dict[int, _Collective] = {}
+        self.parts: dict[object, _Group] = {}
+        self.counters: dict[int, LocalCounter] = {}
 
 
 def _streams() -> tuple[Any, ...]:
@@ -56,37 +69,40 @@ class _World:
         self.turn = 0
         self.woken = threading.Condition()
         self.streams = [_streams() for _ in range(size)]
-        self.made = [0] * size
-        self.waits_for: dict[int, int] = {}
+        self.clocks = [0.0] * size
+        self.waits_for: dict[int, tuple[_Group, int]] = {}
         self.ended: set[int] = set()
-        self.collectives: dict[int, _Collective] = {}
+        self.groups = [_Group(range(size))]
         self.failure: BaseException | None = None
 
-    def post(self, rank: int, call: tuple[object, ...], x: Tensor) -> int:
-        number = self.made[rank]
-        self.made[rank] += 1
-        collective = self.collectives.setdefault(number, _Collective())
+    def post(self, group: _Group, rank: int, call: tuple[object, ...], x: Tensor) -> int:
+        number, world_rank = group.made[rank], group.ranks[rank]
+        group.made[rank] += 1
+        collective = group.collectives.setdefault(number, _Collective())
         for other, theirs in collective.calls.items():
             if theirs != call:
                 raise Unmatched(
-                    f"call {number} of rank {rank} is {_describe(call)}, that of rank {other} is {_describe(theirs)}"
+                    f"call {number} of rank {world_rank} is {_describe(call)}, that of rank {group.ranks[other]} is "
+                    f"{_describe(theirs)}"
                 )
         collective.calls[rank], collective.inputs[rank] = call, x
-        if len(collective.calls) == self.size:
-            collective.results = _carry_out(call, [collective.inputs[m] for m in range(self.size)])
+        collective.time = max(collective.time, self.clocks[world_rank])
+        if len(collective.calls) == len(group.ranks):
+            collective.results = _carry_out(call, [collective.inputs[m] for m in range(len(group.ranks))])
         return number
 
-    def take(self, rank: int, number: int) -> Tensor:
-        collective = self.collectives[number]
+    def take(self, group: _Group, rank: int, number: int) -> Tensor:
+        collective, world_rank = group.collectives[number], group.ranks[rank]
         if collective.results is None:
-            self.waits_for[rank] = number
-            self._hand_over(rank)
-            del self.waits_for[rank]
+            self.waits_for[world_rank] = group, number
+            self.hand_over(world_rank)
+            del self.waits_for[world_rank]
         assert collective.results is not None
+        self.clocks[world_rank] = max(self.clocks[world_rank], collective.time)
         result = collective.results[rank]
         del collective.inputs[rank]
         if not collective.inputs:
-            del self.collectives[number]
+            del group.collectives[number]
         return result
 
     def run(self, rank: int, function: Callable[[], None]) -> None:
@@ -108,7 +124,7 @@ class _World:
             self.failure = self.failure or error
             self.woken.notify_all()
 
-    def _hand_over(self, rank: int) -> None:
+    def hand_over(self, rank: int) -> None:
         self._give_turn(rank)
         self._await_turn(rank)
 
@@ -126,20 +142,22 @@ class _World:
                 order = [(rank + k) % self.size for k in range(1, self.size + 1)]
                 able = [m for m in order if m not in self.ended and self._can_go_on(m)]
                 if able:
-                    self.turn = able[0]
-                elif any(collective.results is None for collective in self.collectives.values()):
+                    self.turn = min(able, key=lambda m: self.clocks[m])  # the first of equals
+                elif any(c.results is None for group in self.groups for c in group.collectives.values()):
                     self.failure = Unmatched(self._standstill())
             self.woken.notify_all()
 
     def _can_go_on(self, rank: int) -> bool:
-        return rank not in self.waits_for or self.collectives[self.waits_for[rank]].results is not None
+        group, number = self.waits_for.get(rank, (None, 0))
+        return group is None or group.collectives[number].results is not None
 
     def _standstill(self) -> str:
-        waiting = [
-            f"rank {m} waits in call {n}, {_describe(self.collectives[n].calls[m])}"
-            for m, n in sorted(self.waits_for.items())
-        ]
-        ended = [f"rank {m} has ended after {self.made[m]} calls" for m in sorted(self.ended)]
+        waiting = []
+        for m, (group, n) in sorted(self.waits_for.items()):
+            among = "" if group is self.groups[0] else f" among ranks {group.ranks}"
+            call = group.collectives[n].calls[group.ranks.index(m)]
+            waiting.append(f"rank {m} waits in call {n}{among}, {_describe(call)}")
+        ended = [f"rank {m} has ended after {self.groups[0].made[m]} calls" for m in sorted(self.ended)]
         return "; ".join(waiting + ended)
 
 
@@ -159,18 +177,58 @@ def _carry_out(call: tuple[object, ...], inputs: list[Tensor]) -> list[Tensor]:
     return inputs
 
 
+class _SimulatedCounter:
+    def __init__(self, world: _World, rank: int, counter: LocalCounter) -> None:
+        self._world, self._rank, self._counter = world, rank, counter
+
+    def add(self, amount: int) -> int:
+        self._world.hand_over(self._rank)  # whoever comes earlier adds first
+        return self._counter.add(amount)
+
+
 class SimulatedCommunicator(Communicator):
-    """One of the ranks of ``simulate``."""
+    """One of the ranks of ``simulate``.
+
+    Ranks have clocks, which stand still unless ``elapse`` moves them: a rank with an earlier one adds to counters
+    first, and a message arrives when the last of its ranks has sent it.
+    """
 
     backend = "simulated"
 
-    def __init__(self, rank: int, world: _World) -> None:
-        super().__init__(rank, world.size)
-        self._world = world
+    def __init__(self, world: _World, group: _Group, rank: int) -> None:
+        super().__init__(rank, len(group.ranks), group.ranks)
+        self._world, self._group = world, group
+        self._splits = self._counters = 0
+
+    @property
+    def clock(self) -> float:
+        """This rank's simulated seconds."""
+        return self._world.clocks[self.ranks[self.rank]]
+
+    def elapse(self, seconds: float) -> None:
+        """Let this rank's clock run for so long, as a local step would."""
+        self._world.clocks[self.ranks[self.rank]] += seconds
+
+    def counter(self) -> _SimulatedCounter:
+        self._counters += 1
+        counter = self._group.counters.setdefault(self._counters, LocalCounter())
+        return _SimulatedCounter(self._world, self.ranks[self.rank], counter)
+
+    def _carries(self, x: Tensor, verb: Verb) -> bool:
+        return True
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
-        number = self._world.post(self.rank, (verb, purpose, bucket, root, tuple(x.shape), x.dtype), x)
-        return Work(lambda: self._world.take(self.rank, number), self.meter, purpose)
+        world, group, rank = self._world, self._group, self.rank
+        number = world.post(group, rank, (verb, purpose, bucket, root, tuple(x.shape), x.dtype), x)
+        return Work(lambda: world.take(group, rank, number))
+
+    def _split(self, parts: list[list[int]], own: int) -> SimulatedCommunicator:
+        self._splits += 1
+        key = self._splits, tuple(map(tuple, parts)), own
+        if key not in self._group.parts:
+            group = self._group.parts[key] = _Group([self.ranks[m] for m in parts[own]])
+            self._world.groups.append(group)
+        return SimulatedCommunicator(self._world, self._group.parts[key], parts[own].index(self.rank))
 
     def abort(self, status: int = 1) -> None:
         raise SystemExit(status)
@@ -194,7 +252,7 @@ def simulate(world_size: int, function: Callable[[Communicator], T]) -> list[T]:
     world, results, before = _World(world_size), {}, _streams()
 
     def live(rank: int) -> None:
-        results[rank] = function(SimulatedCommunicator(rank, world))
+        results[rank] = function(SimulatedCommunicator(world, world.groups[0], rank))
 
     threads = [
         threading.Thread(target=world.run, args=(m, lambda m=m: live(m)), name=f"rank {m}", daemon=True)

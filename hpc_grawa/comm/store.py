@@ -1,0 +1,97 @@
+"""A key-value store that rank 0 serves, where ranks find each other: PyTorch's, in a thread of its own."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import uuid4
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from ..launch import own_addresses
+from .base import Communicator
+
+#: Ports that rank 0 tries, one after the other.
+PORTS = 16
+#: Seconds until ranks that cannot find rank 0 give up; the first of a big job may start minutes before the last.
+PATIENCE = 300.0
+_PATIENCE = timedelta(seconds=PATIENCE)
+_NAME = "hpc_grawa job"
+
+
+def serve(port: int, name: str) -> TCPStore:
+    """Serve a store at ``port``, or at one of the next where something else listens there (0: at any).
+
+    Raises:
+        OSError: all of them are taken.
+    """
+    candidates = range(port, port + PORTS) if port else (0,)
+    for candidate in candidates:
+        try:
+            store = TCPStore("0.0.0.0", candidate, None, True, _PATIENCE, wait_for_workers=False)
+        except (OSError, RuntimeError) as error:  # DistNetworkError is a RuntimeError
+            if candidate == candidates[-1]:
+                tried = f"{candidates[0]}-{candidates[-1]}"
+                raise OSError(f"rank 0 cannot listen at ports {tried}: set MASTER_PORT to a free one") from error
+            continue
+        store.set(_NAME, name)
+        return store
+    raise AssertionError
+
+
+def join(addresses: Sequence[str], port: int, name: str, ports: int = PORTS, seconds: float = PATIENCE) -> TCPStore:
+    """The store of this ``name`` at one of the addresses and ports, once rank 0 serves it.
+
+    Raises:
+        TimeoutError: nothing of this name was found there.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for candidate in range(port, port + ports):
+            for address in addresses:
+                store = _knock(address, candidate, name)
+                if store is not None:
+                    return store
+        time.sleep(0.1)
+    where = f"{' or '.join(addresses)}, port {port}" + (f" to {port + ports - 1}" if ports > 1 else "")
+    raise TimeoutError(
+        f"rank 0 was not found at {where} within {seconds:.0f} s: set MASTER_ADDR to the host of rank 0 and "
+        f"MASTER_PORT to a port that is free there, or GLOO_SOCKET_IFNAME to the network interface that the hosts share"
+    )
+
+
+def _knock(address: str, port: int, name: str) -> TCPStore | None:
+    # A store's own constructor retries a closed port until its time is over.
+    try:
+        socket.create_connection((address, port), 2).close()
+        store = TCPStore(address, port, None, False, timedelta(seconds=5), wait_for_workers=False)
+        if store.get(_NAME).decode() != name:
+            return None  # another job's
+    except (OSError, RuntimeError):
+        return None
+    store.set_timeout(_PATIENCE)
+    return store
+
+
+def shared_store(comm: Communicator) -> TCPStore:
+    """A store that rank 0 of ``comm`` serves and announces; all its ranks must call it."""
+    message = b""
+    if comm.rank == 0:
+        store = serve(0, uuid4().hex)
+        message = json.dumps([own_addresses(), store.port, store.get(_NAME).decode()]).encode()
+    addresses, port, name = json.loads(comm.gather_bytes(message)[0])
+    return store if comm.rank == 0 else join(["127.0.0.1", *addresses], port, name, ports=1, seconds=60)
+
+
+class StoreCounter:
+    """A counter of all ranks of ``comm``, which must make it together."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._store = shared_store(comm)
+
+    def add(self, amount: int) -> int:
+        total: int = self._store.add("sum", amount)
+        return total

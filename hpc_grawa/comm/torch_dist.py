@@ -1,0 +1,162 @@
+"""torch.distributed: Gloo for CPUs, NCCL for GPUs, whatever launcher started the ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
+
+from ..errors import ConfigError
+from ..launch import RankFacts, first_host, first_port, host_identity, local_device, rank_facts
+from .base import Communicator, Purpose, Verb, Work
+from .store import join, serve, shared_store
+
+
+class TorchCommunicator(Communicator):
+    """All ranks of the launcher on PyTorch's default process group, or a part of them.
+
+    Under NCCL, tensors on the CPU (the control word) go through Gloo.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+        facts: of the launcher.
+        part: a communicator and the group of some of its ranks.
+
+    Raises:
+        ConfigError: several ranks would share a GPU under NCCL.
+    """
+
+    backend: Literal["gloo", "nccl"]
+
+    def __init__(
+        self,
+        backend: Literal["gloo", "nccl"],
+        facts: RankFacts | None = None,
+        part: tuple[TorchCommunicator, Any, list[int]] | None = None,
+    ) -> None:
+        self.backend = backend
+        if part is not None:
+            root, group, ranks = part
+            self._group: Any = group
+            super().__init__(ranks.index(root.ranks[root.rank]), len(ranks), ranks)
+            return
+        facts = facts or rank_facts()
+        if facts.local_size == facts.size and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve to an address it has
+        if backend == "nccl":
+            torch.cuda.set_device(local_device(facts))
+        ours = not dist.is_initialized()
+        if ours:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+                store=find_each_other(facts),
+                rank=facts.rank,
+                world_size=facts.size,
+                # A message waits as long as its slowest rank computes.
+                timeout=timedelta(days=1),
+            )
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        # Where a program has started the default group itself, its messages and ours must not meet.
+        self._group = dist.group.WORLD if ours else dist.new_group(timeout=timedelta(days=1))
+        if backend == "nccl":
+            self._check_devices()
+        self._end_together()
+
+    def _check_devices(self) -> None:
+        device = torch.cuda.current_device()
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device)
+        devices = [found.decode() for found in self.gather_bytes(f"{host_identity()} {uuid}".encode())]
+        for rank, found in enumerate(devices):
+            if devices.index(found) < rank:
+                raise ConfigError(
+                    f"backend is nccl: ranks {devices.index(found)} and {rank} would share a GPU, which NCCL cannot; "
+                    f"must be gloo, mpi or horovod, or one rank per GPU"
+                )
+
+    def _carries(self, x: Tensor, verb: Verb) -> bool:
+        # Gloo copies to the host by itself, but for these two verbs only.
+        return not x.is_cuda or self.backend == "nccl" or verb in ("allreduce", "broadcast")
+
+    def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        # Calls are paired by their order within the group, which is the program's.
+        result = x
+        if verb == "allgather":
+            result = x.new_empty((self.size, *x.shape))
+        elif verb == "alltoall":
+            result = torch.empty_like(x)
+        if not result.numel():
+            return Work(lambda: result)
+        work: Any
+        if verb == "allreduce":
+            work = dist.all_reduce(x, group=self._group, async_op=True)
+        elif verb == "broadcast":
+            work = dist.broadcast(x, self.ranks[root], group=self._group, async_op=True)
+        elif verb == "allgather":
+            work = dist.all_gather_into_tensor(result.view(-1), x.view(-1), group=self._group, async_op=True)
+        else:
+            work = dist.all_to_all_single(result, x, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            # Gloo's wait blocks in C++: polling keeps Ctrl-C and signals alive. NCCL's only orders the stream.
+            while not result.is_cuda and not work.is_completed():
+                time.sleep(5e-5)
+            work.wait()
+            return result
+
+        return Work(wait)
+
+    def _split(self, parts: list[list[int]], own: int) -> TorchCommunicator:
+        ranks = [self.ranks[m] for m in parts[own]]
+        group = dist.new_group(ranks, timeout=timedelta(days=1), use_local_synchronization=True)
+        return TorchCommunicator(self.backend, part=(self, group, ranks))
+
+    def abort(self, status: int = 1) -> None:
+        # Without a word to the others: the launcher sees the death of this rank and ends them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def find_each_other(facts: RankFacts) -> Store:
+    """Where the ranks of a job find each other, from what their launcher says.
+
+    torchrun serves a store itself. Else rank 0 serves one, at a port that comes from the job's name and moves on where
+    it is taken; the others know it by that name. Its host is MASTER_ADDR, this host if the job has no other, or the
+    first of srun's; where mpirun started several hosts, MPI tells.
+
+    Raises:
+        ConfigError: the launcher does not say where rank 0 is.
+        TimeoutError: rank 0 was not found there.
+    """
+    if facts.launcher == "torchrun":
+        # Unlike ours it is there already, at the port it says.
+        store, _, _ = next(rendezvous("env://", facts.rank, facts.size))
+        return store  # type: ignore[no-any-return]
+    if facts.size == 1:
+        return serve(0, facts.job)
+    host = first_host(facts)
+    if host is not None:
+        port = first_port(facts)
+        return serve(port, facts.job) if facts.rank == 0 else join([host], port, facts.job)
+    if facts.launcher == "mpirun" and find_spec("mpi4py") is not None:
+        from .mpi import MPICommunicator
+
+        comm = MPICommunicator()
+        if comm.size == facts.size:
+            return shared_store(comm)
+    raise ConfigError(
+        f"backend is gloo or nccl under {facts.launcher}, which does not say on which host rank 0 is: set MASTER_ADDR "
+        f"to that host's name"
+    )
