@@ -20,7 +20,7 @@ Example:
 """
 
 from .comm import Communicator, simulate
-from .methods import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, Run
+from .methods import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalLGRAWA, LocalMGRAWA, LocalSGD, Method, Run
 from .vector import ParameterVector
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "MGRAWA",
     "Communicator",
     "DataParallel",
+    "LocalLGRAWA",
+    "LocalMGRAWA",
     "LocalSGD",
     "Method",
     "ParameterVector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
@@ -27,8 +28,11 @@ class ControlWord:
         seconds: training seconds; rank 0's count.
         lr: learning rate of the last step.
         period: local steps of this round.
-        step: local steps made.
+        step: local steps made, the same on all ranks.
         finite: whether all parameters of this rank are finite.
+        made: local steps that this rank made in this round.
+        busy: seconds that it computed in it.
+        leaving: whether this rank makes no further steps.
     """
 
     stop: float
@@ -38,6 +42,38 @@ class ControlWord:
     period: float
     step: float
     finite: float
+    made: float
+    busy: float
+    leaving: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a round's gather brought, the same on all ranks.
+
+    Attributes:
+        scores: ``[W, K]``, float64.
+        words: of all ranks.
+    """
+
+    scores: Tensor
+    words: list[ControlWord]
+
+    @property
+    def alive(self) -> Tensor:
+        """``[W]``: whether each rank's parameters are finite."""
+        return torch.tensor([word.finite == 1 for word in self.words])
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        """Local steps of each rank in this round."""
+        return tuple(int(word.made) for word in self.words)
+
+    @property
+    def slowest(self) -> int:
+        """The rank that computed longest per local step."""
+        seconds = [word.busy / max(word.made, 1) for word in self.words]
+        return seconds.index(max(seconds))
 
 
 WIDTH = len(fields(ControlWord))
@@ -53,16 +89,23 @@ class Control:
     is again the same step everywhere.
 
     Args:
-        comm: all ranks.
+        comm: the ranks.
         clock: this rank's training seconds.
         every: steps between control words where rounds are rarer.
+        decides: whether these are all ranks of the run; among a part of them, words only assert that they agree.
     """
 
     def __init__(
-        self, comm: Communicator, facts: RunFacts, clock: Callable[[], float] = lambda: 0.0, every: int = CONTROL_EVERY
+        self,
+        comm: Communicator,
+        facts: RunFacts,
+        clock: Callable[[], float] | None = None,
+        every: int = CONTROL_EVERY,
+        decides: bool = True,
     ) -> None:
-        self.comm, self.facts, self.every = comm, facts, every
-        self.clock = clock
+        began = time.perf_counter()
+        self.comm, self.facts, self.every, self.decides = comm, facts, every, decides
+        self.clock = clock or (lambda: time.perf_counter() - began)
         #: Scores that a round sends. A word that travels alone is as long: whatever steps two ranks are at, their words
         #: can meet, and the difference is an error instead of a standstill.
         self.columns = 0
@@ -72,26 +115,32 @@ class Control:
         self.stop = False
         self.save = False
         self._last_sent = 0
+        self._busy_since = 0.0
         self._pending: Work | None = None
 
-    def exchange(self, period: float, finite: bool, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def exchange(self, period: float, finite: bool, scores: Tensor, made: int = 0, leaving: bool = False) -> Table:
         """One small allgather of control words and scores; waits.
 
         Args:
-            period: local steps of this round.
+            period: local steps of this round, the same on all ranks.
             finite: whether this rank's parameters are finite.
             scores: ``[K]``, float64.
-
-        Returns:
-            All ranks' scores ``[W, K]`` and finite flags ``[W]``.
+            made: local steps of this rank.
+            leaving: whether this rank makes no further steps.
 
         Raises:
             RanksDisagree: on all ranks, naming the first rank that differs.
         """
         self._read_pending()
-        table = self._send(period, finite, scores).wait()
-        self._read(table)
-        return table[:, WIDTH : WIDTH + len(scores)], table[:, WIDTH - 1] == 1
+        busy = self._computed()
+        rows = self._send(period, finite, scores, made, busy - self._busy_since, leaving).wait()
+        self._busy_since = busy
+        return Table(rows[:, WIDTH : WIDTH + len(scores)], self._read(rows))
+
+    def _computed(self) -> float:
+        """Training seconds in which this rank stood still for no message."""
+        meter = self.comm.meter
+        return self.clock() - meter.waiting_seconds - meter.communication_seconds
 
     def after_step(self, period: float) -> None:
         """Keep the control word travelling where rounds are rare: started here, read at the next multiple."""
@@ -112,25 +161,32 @@ class Control:
             self._read(self._pending.wait())
             self._pending = None
 
-    def _send(self, period: float, finite: bool, scores: Tensor) -> Work:
+    def _send(
+        self, period: float, finite: bool, scores: Tensor, made: int = 0, busy: float = 0.0, leaving: bool = False
+    ) -> Work:
         facts = self.facts
         self._last_sent = facts.step
-        word = ControlWord(self.wants_stop, self.wants_save, self.clock(), facts.lr, period, facts.step, finite)
+        word = ControlWord(
+            self.wants_stop, self.wants_save, self.clock(), facts.lr, period, facts.step, finite, made, busy, leaving
+        )
         row = torch.zeros(WIDTH + self.columns, dtype=torch.float64)
         row[:WIDTH] = torch.tensor(astuple(word), dtype=torch.float64)
         row[WIDTH : WIDTH + len(scores)] = scores
         return self.comm.allgather(row, "control")
 
-    def _read(self, table: Tensor) -> None:
-        words = [ControlWord(*row) for row in table[:, :WIDTH].tolist()]
+    def _read(self, rows: Tensor) -> list[ControlWord]:
+        words, ranks = [ControlWord(*row) for row in rows[:, :WIDTH].tolist()], self.comm.ranks
         for name, title in _MUST_AGREE.items():
-            for rank, word in enumerate(words):
+            for rank, word in zip(ranks, words, strict=True):
                 ours, theirs = getattr(words[0], name), getattr(word, name)
                 if ours != theirs:
                     raise RanksDisagree(
-                        f"rank {rank} has {title} {theirs:.10g}, rank 0 has {ours:.10g}: every rank must use the same; "
-                        f"derive it from what all ranks share (the step, the control word), not from a rank's own data"
+                        f"rank {rank} has {title} {theirs:.10g}, rank {ranks[0]} has {ours:.10g}: every rank must use "
+                        f"the same; derive it from what all ranks share (the step, the control word), not from a "
+                        f"rank's own data or steps"
                     )
-        self.facts.seconds = max(self.facts.seconds, words[0].seconds)
-        self.stop = self.stop or any(word.stop for word in words)
-        self.save = self.save or any(word.save for word in words)
+        if self.decides:
+            self.facts.seconds = max(self.facts.seconds, words[0].seconds)
+            self.stop = self.stop or any(word.stop for word in words)
+            self.save = self.save or any(word.save for word in words)
+        return words

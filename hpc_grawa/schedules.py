@@ -19,12 +19,12 @@ class RunFacts:
     """What a schedule or a period may know; the same on every rank.
 
     Attributes:
-        step: local steps made (all ranks have made as many).
+        step: local steps made by each rank; under pooled rounds by all ranks together, divided by their number.
         seconds: rank 0's training seconds, as of the last control word.
         lr: the learning rate of the coming step.
         peak_lr: the learning rate that the schedule is a factor of.
         warmup_steps: steps of linear warm-up.
-        steps_left: to the end of the run, or None where a clock decides.
+        total_steps: of the run, or None where a clock decides.
         steps_per_epoch: or None where there are no epochs.
         progress: share of the budget used, in [0, 1]; 0 where there is no budget.
     """
@@ -34,9 +34,14 @@ class RunFacts:
     lr: float = 0.0
     peak_lr: float = 0.0
     warmup_steps: int = 0
-    steps_left: int | None = None
+    total_steps: int | None = None
     steps_per_epoch: int | None = None
     progress: float = 0.0
+
+    @property
+    def steps_left(self) -> int | None:
+        """To the end of the run, or None where a clock decides."""
+        return None if self.total_steps is None else self.total_steps - self.step
 
     def elapsed(self, unit: Unit) -> float:
         """Steps, epochs or seconds since the start."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -47,11 +47,12 @@ class Equal(Score):
 
 
 class TrainingLoss(Score):
-    """The mean training loss of the local steps since the last round."""
+    """The mean training loss of the local steps since the last round; without any, that of the round before."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
+        self._last = torch.full((1,), torch.nan, dtype=torch.float64)
 
     def observe(self, loss: Tensor | None) -> None:
         if loss is None:
@@ -61,19 +62,59 @@ class TrainingLoss(Score):
         self._count += 1
 
     def take(self) -> Tensor:
-        if self._sum is None:
-            raise ValueError("no training loss was seen since the last round: call after_step(loss) after each step")
-        mean = self._sum.to("cpu", torch.float64) / self._count
-        self._sum, self._count = None, 0
-        return mean.reshape(1)
+        if self._sum is not None:
+            self._last = (self._sum.to("cpu", torch.float64) / self._count).reshape(1)
+            self._sum, self._count = None, 0
+        return self._last
+
+
+class Momentum:
+    """v_t = b v_{t-1} + (1-b) s_t, v_0 = 0, with bias correction v_t / (1-b^t), element by element.
+
+    What is not finite does not enter. It stays on the device of what enters it, and waits for nothing.
+    """
+
+    def __init__(self, b: float) -> None:
+        self._b = b
+        self._mean: Tensor | None = None
+        self._count: Tensor | None = None
+
+    def update(self, s: Tensor) -> None:
+        """Let ``s`` ``[K]`` enter."""
+        if self._mean is None or self._count is None:
+            self._mean, self._count = torch.zeros_like(s), torch.zeros_like(s)
+        finite = s.isfinite()
+        self._count += finite
+        self._mean = torch.where(finite, torch.lerp(s, self._mean, self._b), self._mean)
+
+    @property
+    def value(self) -> Tensor | None:
+        """The bias-corrected mean ``[K]``, NaN where nothing has entered; None before the first ``update``."""
+        if self._mean is None or self._count is None:
+            return None
+        return self._mean / (1 - self._b**self._count)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._mean = self._count = None
+
+
+#: How layer norms become scores: ‖g‖₂ of all parameters, Σ_l ‖g_l‖_F, or (‖g_l‖_F)_l.
+Reduction = Literal["vector", "sum", "layers"]
+
+
+def reduce(norms: Tensor, reduction: Reduction) -> Tensor:
+    """Scores ``[K]`` from layer norms ``[L]``."""
+    if reduction == "vector":
+        return norms.square().sum().sqrt().reshape(1)
+    return norms.sum().reshape(1) if reduction == "sum" else norms
 
 
 class GradientNorm(Score):
     """Norms of the gradient of a fresh batch, with momentum over rounds.
 
-    ``vector``: ‖g‖₂ of all parameters (K = 1). ``sum``: Σ_l ‖g_l‖_F (K = 1). ``layers``: (‖g_l‖_F)_l (K = L). The
-    momentum is v_t = b v_{t-1} + (1-b) s_t, v_0 = 0, ŝ_t = v_t / (1-b^t), element by element; a norm that is not
-    finite is passed on but does not enter it.
+    ``vector``: ‖g‖₂ of all parameters (K = 1). ``sum``: Σ_l ‖g_l‖_F (K = 1). ``layers``: (‖g_l‖_F)_l (K = L). A norm
+    that is not finite is passed on but does not enter the momentum.
 
     Args:
         vector: the parameters; the gradient is taken at their current values.
@@ -91,29 +132,88 @@ class GradientNorm(Score):
         vector: ParameterVector,
         layers: Layers,
         probe: Callable[[], Tensor],
-        reduction: Literal["vector", "sum", "layers"],
+        reduction: Reduction,
         momentum: float = SCORE_MOMENTUM,
     ) -> None:
         self.size = len(layers) if reduction == "layers" else 1
         self._vector, self._layers, self._probe = vector, layers, probe
-        self._reduction, self._momentum = reduction, momentum
-        self._mean = self._count = torch.zeros(self.size, dtype=torch.float64)
+        self._reduction, self._momentum = reduction, Momentum(momentum)
 
     def take(self) -> Tensor:
         norms = self._layers.norms(probe_gradient(self._vector, self._probe))
-        if self._reduction == "vector":
-            norms = norms.square().sum().sqrt().reshape(1)
-        elif self._reduction == "sum":
-            norms = norms.sum().reshape(1)
-        raw = norms.to("cpu", torch.float64)
-        finite = raw.isfinite()
-        b = self._momentum
-        self._count = self._count + finite
-        self._mean = torch.where(finite, b * self._mean + (1 - b) * raw, self._mean)
-        return torch.where(finite, self._mean / (1 - b**self._count), raw)
+        raw = reduce(norms, self._reduction).to("cpu", torch.float64)
+        self._momentum.update(raw)
+        smooth = self._momentum.value
+        assert smooth is not None
+        return torch.where(raw.isfinite(), smooth, raw)
 
     def reset(self) -> None:
-        self._mean = self._count = torch.zeros(self.size, dtype=torch.float64)
+        self._momentum.reset()
+
+
+class RunningGradientNorm(Score):
+    """Norms of the training gradients: their running mean over the local steps since the last round.
+
+    The norms are taken where a backward pass ends, before clipping and weight decay; of several backward passes for one
+    step those of the last, which completes the gradient. They stay on the device until a round. Without a step since
+    the last round the score is that of the round before.
+
+    Args:
+        vector: the parameters.
+        layers: the L layers.
+        reduction: ``vector``, ``sum`` or ``layers``.
+        momentum: b in [0, 1).
+
+    Source: Dimlioglu and Choromanska, GRAWA (AISTATS 2024), appendix G.
+    """
+
+    def __init__(self, vector: ParameterVector, layers: Layers, reduction: Reduction, momentum: float = 0.85) -> None:
+        self.size = len(layers) if reduction == "layers" else 1
+        self._parameters, self._layers = vector.parameters, layers
+        self._reduction, self._momentum = reduction, Momentum(momentum)
+        self._latest: Tensor | None = None
+        self._last = torch.full((self.size,), torch.nan, dtype=torch.float64)
+        after_backward(self._parameters, self._measure)
+
+    def _measure(self) -> None:
+        self._latest = reduce(self._layers.norms([p.grad for p in self._parameters]), self._reduction)
+
+    def observe(self, loss: Tensor | None) -> None:
+        if self._latest is None:  # gradients that came without a backward pass
+            self._measure()
+        assert self._latest is not None
+        self._momentum.update(self._latest)
+        self._latest = None
+
+    def take(self) -> Tensor:
+        mean = self._momentum.value
+        if mean is not None:
+            self._last = mean.to("cpu", torch.float64)
+            self._momentum.reset()
+        return self._last
+
+    def reset(self) -> None:
+        self._momentum.reset()
+        self._latest, self._last = None, torch.full_like(self._last, torch.nan)
+
+
+def after_backward(parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of every backward pass that reaches one of the parameters, if it ends well."""
+    passes: set[int] = set()
+
+    def ended(number: int) -> None:
+        passes.discard(number)
+        function()
+
+    def reached(_: Tensor) -> None:
+        number = torch._C._current_graph_task_id()
+        if number not in passes:
+            passes.clear()  # a pass that has failed never ends
+            passes.add(number)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: ended(number))
+
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
 
 class _Probed(nn.Module):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn, optim
 
 from .averaging import Averager, WeightRule, pull
+from .comm import SharedCounter
 from .control import Control
+from .errors import NonFinite
 from .schedules import Period
 from .scores import Score
 
@@ -20,30 +23,66 @@ class Round:
 
     Attributes:
         number: counted from 1.
-        step: local steps made by each rank.
+        step: local steps made, as ``RunFacts`` counts them.
         period: H, the local steps of this round.
         lr: learning rate of its last step.
-        weights: ``[W, K]``.
-        healed: ranks whose parameters were not finite and became the center.
+        ranks: those that took part.
+        weights: of these ranks, ``[W, K]``.
+        made: local steps of each of them in this round.
+        healed: those whose parameters were not finite and became the center.
+        slowest: the one that computed longest per local step.
     """
 
     number: int
     step: int
     period: int
     lr: float
+    ranks: tuple[int, ...]
     weights: Tensor
+    made: tuple[int, ...]
     healed: tuple[int, ...]
+    slowest: int
 
     @property
     def leader(self) -> int:
         """The rank with the largest mean weight."""
-        return int(self.weights.mean(1).argmax())
+        return self.ranks[int(self.weights.mean(1).argmax())]
+
+    @property
+    def effective_workers(self) -> float:
+        """1/Σβ², the mean over the K columns: W where all weigh the same, 1 where one rank has all the weight."""
+        return float((1 / self.weights.square().sum(0)).mean())
+
+
+class Pool:
+    """W·H tickets of a counter that all ranks share; a local step takes one, whoever makes it.
+
+    Each rank draws until it gets a ticket past the end, so a round takes one ticket more from every rank that enters it
+    so, and the next round's follow after these.
+
+    Args:
+        counter: of all ranks.
+        world_size: W.
+    """
+
+    def __init__(self, counter: SharedCounter, world_size: int) -> None:
+        self._counter, self._world_size, self._end = counter, world_size, 0
+
+    def open(self, period: float, overdrawn: int) -> None:
+        """Add W·H tickets, after ``overdrawn`` ones were drawn past the end."""
+        self._end += overdrawn + round(period) * self._world_size
+
+    def draw(self) -> bool:
+        """Whether there was a ticket left."""
+        return self._counter.add(1) <= self._end
 
 
 class Synchronizer:
-    """Runs rounds in lockstep: scores → allgather → weights → center → pull, after each period of local steps.
+    """Runs rounds: scores → allgather → weights → center → pull, after each period of local steps.
 
-    Between rounds each local step adds the proximity pull x ← x + (μ/H)(c - x) to the last round's center c.
+    Between rounds each local step adds the proximity pull x ← x + (μ/H)(c - x) to the last round's center c. In
+    lockstep each rank makes H steps; with a pool all ranks together make W·H, each as many as it can, and a round waits
+    for at most one step of the slowest.
 
     Args:
         averager: makes the center and pulls.
@@ -54,6 +93,7 @@ class Synchronizer:
         optimizer: reset on a rank that is healed.
         prox: μ.
         reset_momentum: clear the optimizer's state at every round.
+        pool: of tickets for local steps; None for lockstep.
     """
 
     def __init__(
@@ -66,58 +106,116 @@ class Synchronizer:
         optimizer: optim.Optimizer,
         prox: float = 0.0,
         reset_momentum: bool = False,
+        pool: Pool | None = None,
     ) -> None:
         self.averager, self.score, self.rule = averager, score, rule
-        self.control, self.optimizer, self.prox = control, optimizer, prox
+        self.control, self.optimizer, self.prox, self.pool = control, optimizer, prox, pool
         self._reset_momentum = reset_momentum
         self._period = period
         self._vector = averager.vector
-        #: Local steps since the last round.
+        #: This rank's local steps since the last round.
         self.position = 0
         self.rounds = 0
         self.healed = 0
         self.on_round: Callable[[Round], None] = lambda _: None
         control.columns = max(control.columns, score.size)
-        self._begin()
+        self._ticket = False
+        self._over = False
+        self._begin(overdrawn=0)
 
-    def after_step(self, loss: Tensor | None) -> None:
-        """Observe a local step; pull to the center, and run a round if one is due."""
+    def before_step(self) -> bool:
+        """Whether this rank is to make a local step; if the pool is used up, run the round instead."""
+        if self.pool is None or self._ticket:
+            return True
+        self._ticket = self.pool.draw()
+        if not self._ticket:
+            self.round()
+        return self._ticket
+
+    def observe(self, loss: Tensor | None) -> None:
+        """See a local step, and pull to the center."""
+        if self.pool is not None and not self._ticket:
+            raise RuntimeError("under pooled rounds make a local step only if before_step() returns True")
+        self._ticket = False
         self.score.observe(loss)
         self.position += 1
         if self.prox and self.averager.center is not None:
             pull(self._vector.data, self.averager.center, self.prox / self.period)
-        if self.position >= self.period:
+
+    def round_if_due(self) -> None:
+        """Run a round if this rank has made its steps; a pool's end is seen by ``before_step``."""
+        if self.pool is None and self.position >= self.period:
             self.round()
 
-    def round(self) -> None:
-        """Run a round now; all ranks must."""
-        vector, x = self._vector, self._vector.data
+    def round(self, leaving: bool = False) -> None:
+        """Run a round now; all ranks must.
+
+        Args:
+            leaving: this rank makes no further steps. (Deadlock argument: a rank that has left goes on taking part in
+                rounds until every rank has, which all see in the same gather.)
+        """
+        vector, x, control = self._vector, self._vector.data, self.control
         vector.check()
         # One pass, no allocation: a sum is finite only if every term is (overflow counts as diverged).
         finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
-        scores, alive = self.control.exchange(self.position, finite, self.score.take())
-        weights = self.rule(torch.where(alive[:, None], scores, torch.nan))
+        trace = self.averager.comm.meter.trace
+        with trace.span("compute", "score") if trace else nullcontext():
+            scores = self.score.take()
+        period = self.position if self.pool is None else self.period
+        table = control.exchange(period, finite, scores, self.position, leaving)
+        staying = sum(not word.leaving for word in table.words)
+        self._over = not staying
+        if self._over and not sum(table.made):
+            return
+        if self.pool is not None:
+            control.facts.step += sum(table.made) // len(table.made)
+        alive = table.alive
+        try:
+            weights = self.rule(torch.where(alive[:, None], table.scores, torch.nan))
+        except NonFinite:
+            if control.decides:
+                raise
+            self._begin(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
+            return
         self.averager.start(x, weights, alive)
         if not finite:
             self._forget()  # before the averages arrive, which it takes over like every rank
         self.averager.finish(x, healed=not finite)
         if self._reset_momentum:
             self.optimizer.state.clear()
-        healed = tuple((~alive).nonzero().flatten().tolist())
+        ranks = self.averager.comm.ranks
+        healed = tuple(ranks[m] for m in (~alive).nonzero().flatten().tolist())
         self.rounds += 1
         self.healed += len(healed)
-        facts = self.control.facts
-        self.on_round(Round(self.rounds, facts.step, self.position, facts.lr, weights, healed))
-        self._begin()
+        self.on_round(
+            Round(
+                number=self.rounds,
+                step=control.facts.step,
+                period=int(period),
+                lr=control.facts.lr,
+                ranks=ranks,
+                weights=weights,
+                made=table.made,
+                healed=healed,
+                slowest=ranks[table.slowest],
+            )
+        )
+        self._begin(staying)
 
     def finish(self) -> None:
         """End with a round: the last one, shortened to the steps made since the one before."""
-        if self.position:
+        if self.pool is None and self.position:
             self.round()
+        while self.pool is not None and not self._over:
+            self.round(leaving=True)
 
-    def _begin(self) -> None:
+    def _begin(self, overdrawn: int) -> None:
         self.position = 0
         self.period = self._period(self.control.facts)
+        if self.pool is not None:
+            left = self.control.facts.steps_left
+            self.period = self.period if left is None else min(self.period, max(left, 1))
+            self.pool.open(self.period, overdrawn)
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""

@@ -56,7 +56,7 @@ class Worker:
             lr=self._peaks[0],
             peak_lr=self._peaks[0],
             warmup_steps=config.schedule.warmup,
-            steps_left=self.total_steps,
+            total_steps=self.total_steps,
             steps_per_epoch=self.sampler.steps_per_epoch,
         )
         self.run = config.method.build(
@@ -78,8 +78,6 @@ class Worker:
             group["lr"] = peak * factor
         self._batch = self.splits.train.batch(self.sampler.indices(facts.step), self.sampler.generator(facts.step))
         loss: Tensor = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
-        if self.total_steps is not None:
-            facts.steps_left = self.total_steps - facts.step - 1
         self.run.after_step(loss)
         facts.progress = min(1.0, self.used)
         return loss

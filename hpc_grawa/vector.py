@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ class Layers:
 
     names: tuple[str, ...]
     index: tuple[int, ...]
+    _on_device: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,7 +46,11 @@ class Layers:
         norms = torch.stack(torch._foreach_norm(present, 2, dtype=exact))
         if given == list(range(len(self.index))) and self.index == tuple(given):
             return norms
-        layer = torch.tensor([self.index[i] for i in given], device=norms.device)
+        key = tuple(given), norms.device
+        layer = self._on_device.get(key)
+        if layer is None:  # kept: a copy to the device would be one per step
+            self._on_device.clear()
+            layer = self._on_device[key] = torch.tensor([self.index[i] for i in given], device=norms.device)
         return torch.zeros(len(self), dtype=exact, device=norms.device).index_add_(0, layer, norms.square()).sqrt_()
 
 

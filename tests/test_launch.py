@@ -69,6 +69,8 @@ MPIRUN, SRUN = RankFacts("mpirun", 0, 4, 0, 4), RankFacts("srun", 0, 4, 0, 4)
         ("auto", SRUN, True, "horovod", "started by srun, Horovod is built"),
         ("auto", SRUN, False, "mpi", "started by srun, Horovod is not built"),
         ("auto", RankFacts("horovodrun --gloo", 0, 4), True, "horovod", "started by horovodrun --gloo"),
+        ("auto", RankFacts("torchrun", 0, 4, 0, 4), True, "gloo", "started by torchrun, 0 GPUs for 4 ranks"),
+        ("gloo", SRUN, True, "gloo", "started by srun, asked for"),
         ("mpi", MPIRUN, True, "mpi", "started by mpirun, asked for"),
         ("horovod", SRUN, True, "horovod", "started by srun, asked for"),
         ("single", RankFacts(), True, "single", "no launcher, asked for"),
@@ -78,6 +80,7 @@ def test_the_backend_that_is_chosen_and_why(
     asked: Backend, facts: RankFacts, built: bool, expected: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comm, "_built", lambda module: built)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     backend, reason = choose(asked, facts)
     assert backend == expected and reason.startswith(why)
 
@@ -85,11 +88,11 @@ def test_the_backend_that_is_chosen_and_why(
 @pytest.mark.parametrize(
     ("asked", "facts", "built", "message"),
     [
-        ("auto", RankFacts("torchrun", 0, 4), True, "backend is auto under torchrun: .*use mpirun or srun"),
-        ("mpi", RankFacts("torchrun", 0, 4), True, "backend is mpi under torchrun: .*use mpirun or srun"),
+        ("mpi", RankFacts("torchrun", 0, 4), True, "backend is mpi under torchrun: .*use gloo or nccl"),
+        ("horovod", RankFacts("torchrun", 0, 4), True, "backend is horovod under torchrun: .*use gloo or nccl"),
         ("auto", RankFacts("horovodrun --gloo", 0, 4), False, "backend is auto under horovodrun --gloo: needs Horovod"),
         ("mpi", RankFacts("horovodrun --gloo", 0, 4), True, "backend is mpi under horovodrun --gloo: .*use mpirun"),
-        ("single", MPIRUN, True, "backend is single under mpirun with 4 ranks: .*must be auto, horovod or mpi"),
+        ("single", MPIRUN, True, "backend is single under mpirun with 4 ranks: .*must be another"),
         ("horovod", MPIRUN, False, "backend is horovod: .*not installed"),
     ],
 )

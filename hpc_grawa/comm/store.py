@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from uuid import uuid4
 
@@ -67,13 +69,21 @@ def _knock(address: str, port: int, name: str) -> TCPStore | None:
     # A store's own constructor retries a closed port until its time is over.
     try:
         socket.create_connection((address, port), 2).close()
-        store = TCPStore(address, port, None, False, timedelta(seconds=5), wait_for_workers=False)
-        if store.get(_NAME).decode() != name:
-            return None  # another job's
-    except (OSError, RuntimeError):
+    except OSError:
         return None
-    store.set_timeout(_PATIENCE)
-    return store
+    found: list[TCPStore] = []
+
+    def look() -> None:
+        with suppress(OSError, RuntimeError):
+            store = TCPStore(address, port, None, False, _PATIENCE, wait_for_workers=False)
+            if store.get(_NAME).decode() == name:
+                found.append(store)
+
+    # Where something else listens and never answers, the constructor waits for ever.
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(5)
+    return found[0] if found else None
 
 
 def shared_store(comm: Communicator) -> TCPStore:

@@ -3,7 +3,7 @@
 from .base import AveragingMethod, Method, Probe, Run
 from .data_parallel import DataParallel
 from .easgd import EASGD
-from .grawa import GRAWA, LGRAWA, MGRAWA
+from .grawa import GRAWA, LGRAWA, MGRAWA, LocalLGRAWA, LocalMGRAWA
 from .local_sgd import LocalSGD
 from .lsgd import LSGD
 
@@ -15,6 +15,8 @@ __all__ = [
     "MGRAWA",
     "AveragingMethod",
     "DataParallel",
+    "LocalLGRAWA",
+    "LocalMGRAWA",
     "LocalSGD",
     "Method",
     "Probe",

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, optim
@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..riders import LocalMomentum, Rider, RunningStatistics
 from ..schedules import RunFacts, every
 from ..scores import Score
-from ..synchronizer import Synchronizer
+from ..synchronizer import Pool, Synchronizer
 from ..vector import ParameterVector
 
 #: Returns the loss (0-d tensor) of a fresh batch.
@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         aggregator: shares gradients; the null one does nothing.
-        synchronizers: average parameters; none under pure gradient sharing.
+        synchronizers: average parameters; none under pure gradient sharing. The last averages over all ranks.
         control: decisions all ranks take alike.
         facts: step, learning rate and the like, the same on all ranks.
         common_start: whether all ranks began with the same parameters.
@@ -49,6 +49,20 @@ class Run:
         self.aggregator = Aggregator()
         self.synchronizers: list[Synchronizer] = []
 
+    @property
+    def pooled(self) -> bool:
+        """Whether ranks make as many local steps as they can, see ``before_step``."""
+        return any(s.pool is not None for s in self.synchronizers)
+
+    def before_step(self) -> bool:
+        """Whether to make a local step now; always True in lockstep.
+
+        Under pooled rounds False says that a round was run instead. All ranks then have the same ``facts``, in which
+        only rounds count steps: what ranks do together (evaluate, end) they decide by these.
+        """
+        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
+        return all(s.before_step() for s in self.synchronizers)
+
     def after_step(self, loss: Tensor | None = None) -> None:
         """Count a local step; observe its loss, pull, and run a round if one is due.
 
@@ -56,14 +70,21 @@ class Run:
             loss: of the step, a 0-d tensor; only methods that score by it need it.
         """
         self.aggregator.stepped()
-        self.facts.step += 1
+        if not self.pooled:
+            self.facts.step += 1
         self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
         for synchronizer in self.synchronizers:
-            synchronizer.after_step(loss)
-        self.control.after_step(min((s.period for s in self.synchronizers), default=math.inf))
+            synchronizer.observe(loss)
+        for synchronizer in self.synchronizers:
+            synchronizer.round_if_due()
+        if not self.pooled:
+            self.control.after_step(self.synchronizers[-1].period if self.synchronizers else math.inf)
 
     def finish(self) -> None:
-        """End with a round at the last step, shortened if need be; all ranks must."""
+        """End with a round at the last step, shortened if need be; all ranks must.
+
+        Under pooled rounds ranks may call it at different times: it returns when all have.
+        """
         for synchronizer in self.synchronizers:
             synchronizer.finish()
         self.control.finish()
@@ -72,8 +93,8 @@ class Run:
     def center(self) -> Tensor:
         """The center ``[P]`` of the last round; without rounds the parameters, which are the same on all ranks."""
         self.vector.check()
-        centers = [s.averager.center for s in self.synchronizers if s.averager.center is not None]
-        return centers[-1] if centers else self.vector.data
+        center = self.synchronizers[-1].averager.center if self.synchronizers else None
+        return self.vector.data if center is None else center
 
 
 @dataclass(kw_only=True)
@@ -83,6 +104,8 @@ class Method(ABC):
     #: Batches of the gradient probe and where they are drawn; methods with a probe make them fields.
     probe_batches = 1
     probe_from = "all"
+    #: Whether ``after_step`` needs the loss.
+    needs_loss: ClassVar[bool] = False
     #: How evaluated models get BatchNorm statistics; averaging methods make it a field.
     buffers = "recalibrate"
 
@@ -94,7 +117,7 @@ class Method(ABC):
         probe: Probe | None = None,
         *,
         facts: RunFacts | None = None,
-        clock: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] | None = None,
         control_every: int = CONTROL_EVERY,
         start: Literal["common", "independent"] = "common",
     ) -> Run:
@@ -106,7 +129,7 @@ class Method(ABC):
             optimizer: steps them; its learning rate is read, its state reset where the method says so.
             probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
             facts: shared with the caller's schedule.
-            clock: training seconds; rank 0's count.
+            clock: training seconds; rank 0's count. None: seconds since this call.
             control_every: steps between control words where rounds are rarer.
             start: ``common``: all ranks begin with rank 0's parameters and buffers; ``independent``: with their own.
 
@@ -167,11 +190,14 @@ class AveragingMethod(Method):
         local_momentum: the optimizer's state at a round: ``keep``, ``reset`` or ``average`` (it rides in the message).
         buffers: BatchNorm statistics of evaluated models: ``recalibrate`` on training batches, ``average`` (they ride
             in the message), or each rank's own (``local``).
+        rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
+            so that a round waits for at most one step of the slowest rank.
     """
 
     period: int = 32
     local_momentum: Literal["keep", "reset", "average"] = "keep"
     buffers: Literal["recalibrate", "average", "local"] = "recalibrate"
+    rounds: Literal["lockstep", "pooled"] = "lockstep"
 
     def __post_init__(self) -> None:
         self._require("period", self.period >= 1, "at least 1 local step")
@@ -191,8 +217,9 @@ class AveragingMethod(Method):
     def _synchronize(self, run: Run, averager: Averager, score: Score, rule: WeightRule, prox: float = 0.0) -> None:
         averager.riders = self._riders(run)
         reset = self.local_momentum == "reset"
+        pool = Pool(run.comm.counter(), run.comm.size) if self.rounds == "pooled" else None
         run.synchronizers.append(
-            Synchronizer(averager, score, rule, every(self.period), run.control, run.optimizer, prox, reset)
+            Synchronizer(averager, score, rule, every(self.period), run.control, run.optimizer, prox, reset, pool)
         )
 
 

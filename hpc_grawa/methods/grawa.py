@@ -6,62 +6,85 @@ AISTATS 2024.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
 from ..averaging import Averager, inverse
-from ..scores import SCORE_MOMENTUM, GradientNorm
-from ..vector import Partition
+from ..scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
+from ..vector import Layers, Partition
 from .base import AveragingMethod, Probe, Run, not_negative, unit_interval
 
 
 @dataclass(kw_only=True)
-class GRAWA(AveragingMethod):
-    """Weights inverse to the gradient norm of the whole model: β_m ∝ ‖g_m‖₂^{-q}, c = Σ_m β_m x_m.
+class _GradientWeighted(AveragingMethod):
+    """What all of them have.
 
     Attributes:
         period: local steps between rounds, τ.
         pull: λ of x ← x + λ(c - x) at a round.
         prox: μ of x ← x + (μ/τ)(c - x) after each local step.
         power: q; 1 as in the experiments, 2 as in the proof for convex functions.
-        score_momentum: b of the scores' bias-corrected momentum over rounds.
-        probe_batches: fresh batches, of the training batch size, that a score's gradient is the mean of.
-        probe_from: draw them from the whole training set (``all``) or the rank's own ``shard``.
+        score_momentum: b of the scores' bias-corrected momentum.
     """
 
-    reduction: ClassVar[Literal["vector", "sum", "layers"]] = "vector"
+    reduction: ClassVar[Reduction]
 
     pull: float = 0.5
     prox: float = 0.01
     power: float = 1.0
-    score_momentum: float = SCORE_MOMENTUM
-    probe_batches: int = 1
-    probe_from: Literal["all", "shard"] = "all"
+    score_momentum: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unit_interval(self, "pull", "prox")
         not_negative(self, "power")
         self._require("score_momentum", 0 <= self.score_momentum < 1, "in [0, 1)")
-        self._require("probe_batches", self.probe_batches >= 1, "at least 1")
 
     @property
     def partition(self) -> Partition:
         """The layers whose norms are taken."""
         return "tensor"
 
+    @abstractmethod
+    def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score: ...
+
     def _assemble(self, run: Run, probe: Probe | None) -> None:
+        layers = run.vector.layers(self.partition)
+        score = self._score(run, layers, probe)
+        averager = Averager(run.comm, run.vector, self.pull, layers)
+        self._synchronize(run, averager, score, partial(inverse, power=self.power), self.prox)
+
+
+@dataclass(kw_only=True)
+class GRAWA(_GradientWeighted):
+    """Weights inverse to the gradient norm of the whole model: β_m ∝ ‖g_m‖₂^{-q}, c = Σ_m β_m x_m.
+
+    Attributes:
+        score_momentum: b of the scores' bias-corrected momentum over rounds.
+        probe_batches: fresh batches, of the training batch size, that a score's gradient is the mean of.
+        probe_from: draw them from the whole training set (``all``) or the rank's own ``shard``.
+    """
+
+    reduction: ClassVar[Reduction] = "vector"
+
+    score_momentum: float = SCORE_MOMENTUM
+    probe_batches: int = 1
+    probe_from: Literal["all", "shard"] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("probe_batches", self.probe_batches >= 1, "at least 1")
+
+    def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score:
         if probe is None:
             name = type(self).__name__
             raise ValueError(
-                f"{name} scores ranks by the gradient of a fresh batch: pass build(..., probe=f) where f() returns "
-                f"the loss of one"
+                f"{name} scores ranks by the gradient of a fresh batch: pass probe=f where f() returns the loss of "
+                f"one, or take LocalMGRAWA or LocalLGRAWA, which score by the training gradients"
             )
-        layers = run.vector.layers(self.partition)
-        score = GradientNorm(run.vector, layers, probe, self.reduction, self.score_momentum)
-        averager = Averager(run.comm, run.vector, self.pull, layers)
-        self._synchronize(run, averager, score, partial(inverse, power=self.power), self.prox)
+        return GradientNorm(run.vector, layers, probe, self.reduction, self.score_momentum)
 
 
 @dataclass(kw_only=True)
@@ -72,7 +95,7 @@ class MGRAWA(GRAWA):
         layers: ``tensor`` (each parameter tensor), ``module``, or a list of groups of name patterns.
     """
 
-    reduction: ClassVar[Literal["vector", "sum", "layers"]] = "sum"
+    reduction: ClassVar[Reduction] = "sum"
 
     layers: Literal["tensor", "module"] | list[list[str]] = "tensor"
 
@@ -85,4 +108,38 @@ class MGRAWA(GRAWA):
 class LGRAWA(MGRAWA):
     """One weight per layer: β_m^l ∝ ‖g_{m,l}‖_F^{-q}, c^l = Σ_m β_m^l x_m^l."""
 
-    reduction: ClassVar[Literal["vector", "sum", "layers"]] = "layers"
+    reduction: ClassVar[Reduction] = "layers"
+
+
+@dataclass(kw_only=True)
+class LocalMGRAWA(_GradientWeighted):
+    """MGRAWA without a probe: its norms are a running mean of those of the training gradients since the last round.
+
+    Source: the GRAWA paper's appendix G.
+
+    Attributes:
+        score_momentum: b of the norms' bias-corrected running mean over the local steps of a round.
+        layers: ``tensor`` (each parameter tensor), ``module``, or a list of groups of name patterns.
+    """
+
+    reduction: ClassVar[Reduction] = "sum"
+
+    score_momentum: float = 0.85
+    layers: Literal["tensor", "module"] | list[list[str]] = "tensor"
+
+    @property
+    def partition(self) -> Partition:
+        return self.layers
+
+    def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score:
+        return RunningGradientNorm(run.vector, layers, self.reduction, self.score_momentum)
+
+
+@dataclass(kw_only=True)
+class LocalLGRAWA(LocalMGRAWA):
+    """LGRAWA without a probe: its norms are a running mean of those of the training gradients since the last round.
+
+    Source: the GRAWA paper's appendix G.
+    """
+
+    reduction: ClassVar[Reduction] = "layers"

@@ -1,0 +1,103 @@
+"""How ranks on torch.distributed find each other, whatever launcher started them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import launch
+
+from hpc_grawa.comm import choose, connect
+from hpc_grawa.comm.store import join, serve
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.launch import RankFacts, first_port
+
+PROGRAM = """
+import os, torch
+from hpc_grawa.comm import connect
+from hpc_grawa.launch import RankFacts, rank_facts
+facts = rank_facts()
+{change}
+comm = connect("gloo", facts)
+total = comm.allreduce(torch.ones(1), "setup").wait().item()
+print(f"rank {{comm.rank}} of {{comm.size}} {{comm.backend}} sums {{total:.0f}}", flush=True)
+comm.close()
+"""
+EXPECTED = ["rank 0 of 3 gloo sums 3", "rank 1 of 3 gloo sums 3", "rank 2 of 3 gloo sums 3"]
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that something listens at, without ever answering."""
+    with socket.socket() as silent:
+        silent.bind(("0.0.0.0", 0))
+        silent.listen()
+        yield silent.getsockname()[1]
+
+
+def test_rank_0_moves_on_from_a_port_that_is_taken_and_others_follow(port: int) -> None:
+    other = serve(port, "another job")
+    ours = serve(port, "ours")
+    assert port < other.port < ours.port < port + 16
+    ours.set("key", "value")
+    found = join(["127.0.0.1"], port, "ours", seconds=60)
+    assert found.get("key") == b"value"
+
+
+def test_a_missing_rank_0_is_a_named_error(port: int) -> None:
+    store = serve(0, "another job")
+    with pytest.raises(TimeoutError, match=rf"127.0.0.1, port {store.port} within 1 s: set MASTER_ADDR"):
+        join(["127.0.0.1"], store.port, "ours", ports=1, seconds=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "",
+        "os.environ['MASTER_ADDR'] = 'localhost'",
+        # as if each rank were on a host of its own: MPI tells where rank 0 is
+        "facts = RankFacts('mpirun', facts.rank, facts.size, 0, 1, facts.job)",
+    ],
+    ids=["one host", "MASTER_ADDR", "several hosts"],
+)
+def test_under_mpirun(change: str) -> None:
+    status, output = launch(3, "-c", PROGRAM.format(change=change), seconds=90)
+    assert status == 0, output
+    assert sorted(line for line in output.splitlines() if line.startswith("rank ")) == EXPECTED
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM.format(change=""))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "program.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == EXPECTED
+
+
+def test_in_one_process(tmp_path: Path) -> None:
+    program = PROGRAM.format(change="")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "rank 0 of 1 gloo sums 1\n", done.stderr
+
+
+def test_several_hosts_that_say_nothing_of_rank_0_are_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match=r"under horovodrun --gloo, which does not say.*set MASTER_ADDR"):
+        connect("gloo", RankFacts("horovodrun --gloo", 1, 2, 0, 1, "job"))
+
+
+def test_nccl_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="backend is nccl: PyTorch sees no GPU here; must be gloo, mpi or horovod"):
+        choose("nccl", RankFacts("torchrun", 0, 2, 0, 2))
+
+
+def test_ports_come_from_the_job() -> None:
+    facts = [RankFacts("srun", size=2, job=job) for job in ("17.0", "17.1")]
+    ports = [first_port(f, {}) for f in facts]
+    assert len(set(ports)) == 2 and all(20_000 <= port < 32_000 for port in ports)
+    assert first_port(facts[0], {"MASTER_PORT": "4711"}) == 4711
