@@ -44,7 +44,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits) -> None:
         inputs, targets = (t.to(device) for t in splits.train.batch(torch.arange(few) * count // few))
         with _named(f"model is {config.model_name}: must take inputs {_kind(inputs)}"):
             output = model(inputs)
-        what = f"outputs {_kind(output)} and targets {_kind(targets)}"
+        what = f"outputs of {config.model_name} {_kind(output)} and targets of {_name(data)} {_kind(targets)}"
         with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
             loss = config.loss(output, targets)
             if loss.numel() != 1:
@@ -62,10 +62,10 @@ def _named(what: str) -> Iterator[None]:
             warnings.filterwarnings("error", message="Using a target size")
             yield
     except Exception as error:  # what an own class raises is its own affair
-        message = " ".join(str(error).split())
+        message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         places = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
         place = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
-        raise ConfigError(f"{what}; {type(error).__name__}: {message[:300]}{place}") from error
+        raise ConfigError(f"{what}; {message[:300]}{place}") from error
 
 
 def _is_own(file: str) -> bool:
