@@ -81,8 +81,8 @@ class Unsplit(own.Numbers):
         ),
         (
             {"--model": "test_trial.Flat"},
-            r"loss is MSELoss: must make one number of outputs of Flat \[8\] \(float32\) and targets of Numbers \[8, 1\] "
-            r"\(float32\); UserWarning: Using a target size .*",
+            r"loss is MSELoss: must make one number of outputs of Flat \[8\] \(float32\) and targets of Numbers "
+            r"\[8, 1\] \(float32\); UserWarning: Using a target size .*",
         ),
         (
             {"--model": "test_trial.Talkative"},
