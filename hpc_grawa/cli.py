@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from .comm import Communicator, choose, connect
 from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, rank_facts
-from .log import new_folder, open_run, say
+from .log import new_folder, say
 from .parsing import is_class, parse
 
 
@@ -65,23 +66,22 @@ def train(words: list[str], facts: RankFacts) -> None:
             raise ConfigError(f"world_size is {size}: must be at least 1 rank")
         config.check(size)
         first_line = "" if options.dry_run else backend_line(config, facts)
-        folder = None
-        if not options.dry_run and facts.rank == 0:  # last of all, so that an error leaves none behind
-            unnamed = f"{type(config.method).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
-            folder = new_folder(config.run.dir, config.run.name or unnamed, numbered=config.run.name is None)
+        unnamed = f"{type(config.method).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = partial(new_folder, config.run.dir, config.run.name or unnamed, numbered=config.run.name is None)
+        if not options.dry_run and facts.rank == 0:
+            folder().rmdir()  # only seen to be possible: it is made once nothing is left to go wrong
     set_threads(facts)
     if options.dry_run:
         from .plan import plan
 
         if facts.rank == 0:
-            print(plan(config, size))
+            with named_errors(program, facts):
+                print(plan(config, size))
         return
-    with together(program, config, facts, first_line, folder) as comm:
+    with together(program, config, facts, first_line) as comm:
         from .train import fit
 
-        if folder is not None:
-            open_run(folder, config.text, comm.size, comm.backend)
-        fit(config, comm, folder)
+        fit(config, comm, None if comm.rank else folder)
 
 
 def evaluate(words: list[str], facts: RankFacts) -> None:
@@ -107,10 +107,11 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
     with together(program, config, facts, first_line) as comm:
         from .evaluate import Judge
 
+        judge = Judge(config.loss, config.metric, config.precision, config.eval.batch_size)
         model = config.build_model()
         config.data.prepare_model(model)
         model.load_state_dict(torch.load(options.run / "center.pt", weights_only=True))
-        scores = Judge(config.loss, config.metric, config.precision).judge(model, config.data.load().test, comm)
+        scores = judge.judge(model, config.data.load().test, comm)
         if facts.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
 
@@ -121,8 +122,10 @@ def table(words: list[str], facts: RankFacts) -> None:
     parser = LineParser(prog=program, speaks=facts.rank == 0, description=table.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
-    parser.add_argument("--figure", type=Path, help="draw test error over training time, and weights, to this file")
-    parser.add_argument("--target", type=float, help="accuracy for the column time to target, a fraction")
+    parser.add_argument("--figure", type=Path, help="draw the metric over training time, and weights, to this file")
+    parser.add_argument(
+        "--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)"
+    )
     options = parser.parse_args(words)
     if facts.rank:
         return
@@ -140,7 +143,7 @@ def compare(words: list[str], facts: RankFacts) -> None:
     own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
     own.add_argument("--methods", help="names, separated by commas")
     own.add_argument("--seeds", help="numbers, separated by commas")
-    own.add_argument("--target", type=float, help="accuracy for the column time to target, a fraction")
+    own.add_argument("--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)")
     if any(word in ("-h", "--help") for word in words):
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
         raise SystemExit(0)
@@ -232,27 +235,17 @@ def set_threads(facts: RankFacts) -> None:
 
 
 @contextmanager
-def together(
-    program: str, config: Config, facts: RankFacts, first_line: str, folder: Path | None = None
-) -> Iterator[Communicator]:
-    """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback.
-
-    A new ``folder`` is removed again if the ranks cannot connect.
-    """
+def together(program: str, config: Config, facts: RankFacts, first_line: str) -> Iterator[Communicator]:
+    """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
     if facts.rank == 0:
         say(first_line)
     with named_errors(program, facts):
-        try:
-            comm = connect(config.backend, facts)
-        except ConfigError:
-            if folder is not None:
-                folder.rmdir()
-            raise
+        comm = connect(config.backend, facts)
     try:
         yield comm
     except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:
-        # Raised on all ranks alike: rank 0 speaks; the others give it time before they pull the job down.
-        # (Whatever else is raised on a rank ends the job through the hook that the communicator has set.)
+        # Raised on all ranks alike or on rank 0 alone: it speaks; the others give it time before they pull the job
+        # down. (Whatever else is raised on a rank ends the job through the hook that the communicator has set.)
         if comm.rank:
             time.sleep(10)
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from .comm import Communicator
 from .config import Config
 from .errors import ConfigError
-from .log import new_folder, open_run
+from .log import new_folder
 from .parsing import parse, read_settings, split_config
 
 
@@ -24,7 +25,7 @@ class Comparison:
     Attributes:
         folder: holds one run folder per method and seed.
         configs: of the runs; ``run.name`` is the name of the run's folder.
-        target: accuracy for the time to target, or None.
+        target: value of the metric for the time to target, or None.
     """
 
     folder: Path
@@ -108,26 +109,20 @@ class Comparison:
                 )
 
     def train(self, comm: Communicator) -> list[Path]:
-        """Make every run that is not there yet; rank 0 decides which and gets the folders."""
+        """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
         from .train import fit
 
-        folders: list[Path] = []
         done = [self._finished(config) for config in self.configs] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
         for number, config in enumerate(self.configs):
             title = f"{config.run.name} ({number + 1} of {len(self.configs)})"
-            folder = None
             if comm.rank == 0:
+                print(f"\n{title}" + (f" is in {done[number]} already" if there[number] else ""), flush=True)
+            if not there[number]:
                 # A run that was cut off keeps its folder; the next attempt gets a numbered one.
-                folder = done[number] or new_folder(str(self.folder), str(config.run.name), numbered=True)
-                folders.append(folder)
-                print(f"\n{title}" + (f" is in {folder} already" if there[number] else ""), flush=True)
-            if there[number]:
-                continue
-            if folder is not None:
-                open_run(folder, config.text, comm.size, comm.backend)
-            fit(config, comm, folder)
-        return folders
+                folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
+                fit(config, comm, None if comm.rank else folder)
+        return [path for config in self.configs if (path := self._finished(config))] if comm.rank == 0 else []
 
     def _finished(self, config: Config) -> Path | None:
         name = str(config.run.name)
@@ -155,7 +150,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
 
     Args:
         runs: run folders, or folders of run folders.
-        target: accuracy for the time to target, or None.
+        target: value of the metric for the time to target, or None.
         csv: where to write the numbers.
         figure: where to draw.
     """

@@ -15,7 +15,7 @@ from .comm import Backend
 from .control import CONTROL_EVERY
 from .data import Data, shard_size
 from .errors import ConfigError
-from .evaluate import Precision
+from .evaluate import BATCH, Precision
 from .methods import Method
 from .metrics import Metric
 from .optim import LocalOptimizer
@@ -40,12 +40,14 @@ class Evaluation:
     Attributes:
         every: evaluations are this far apart.
         unit: of ``every``.
+        batch_size: examples per forward pass of an evaluation.
         bn_batches: un-augmented training batches per rank from which BatchNorm statistics are recalibrated.
-        train_examples: training examples, evenly spaced, on which training accuracy is measured at the end.
+        train_examples: training examples, evenly spaced, on which training loss and metric are measured at the end.
     """
 
     every: float = 1.0
     unit: Literal["steps", "epochs", "seconds"] = "epochs"
+    batch_size: int = BATCH
     bn_batches: int = 16
     train_examples: int = 10_000
 
@@ -53,7 +55,7 @@ class Evaluation:
         """Raise ``ConfigError`` for impossible values."""
         if not 0 < self.every < math.inf:
             raise ConfigError(f"eval.every is {self.every}: must be positive and finite")
-        for name in ("bn_batches", "train_examples"):
+        for name in ("batch_size", "bn_batches", "train_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name} is {getattr(self, name)}: must be at least 1")
 

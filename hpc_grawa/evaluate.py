@@ -33,11 +33,13 @@ class Judge:
         loss: (output, target) → mean loss of a batch.
         metric: the metric.
         precision: of the forward pass.
+        batch_size: examples per forward pass and rank.
     """
 
     loss: Callable[[Any, Any], Tensor]
     metric: Metric
     precision: Precision = "fp32"
+    batch_size: int = BATCH
 
     def judge(
         self, model: nn.Module, examples: Examples, comm: Communicator | None = None, limit: int | None = None
@@ -58,7 +60,7 @@ class Judge:
         own = index if comm is None else index[comm.rank :: comm.size]
         device = next(model.parameters()).device
         # A rank without examples (fewer than ranks) runs one for the shape of the sums, and counts it as none.
-        parts = torch.split(own, BATCH) if len(own) else (index[:1],)
+        parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
         with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
             for part in parts:

@@ -30,7 +30,7 @@ class Metric(ABC):
 
 
 class Accuracy(Metric):
-    """The fraction of examples whose largest output is the target's.
+    """The fraction of targets ``[...]``, class numbers, that are the place of the largest output ``[..., classes]``.
 
     Example:
         >>> accuracy = Accuracy()
@@ -41,6 +41,8 @@ class Accuracy(Metric):
     name = "accuracy"
 
     def sums(self, output: Tensor, target: Tensor) -> Tensor:
+        if output.shape[:-1] != target.shape or target.is_floating_point():
+            raise ValueError("accuracy is of class numbers [...] beside outputs [..., classes]; give another metric")
         correct = (output.argmax(-1) == target).double()
         return torch.stack((correct.sum(), correct.new_tensor(correct.numel())))
 

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,10 @@ from .comm import Communicator, Meter
 from .config import Config
 from .data import Examples
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
-from .log import Log, commit, human_bytes, versions, write_atomically
+from .log import Log, commit, human_bytes, open_run, versions, write_atomically
 from .schedules import RunFacts
 from .synchronizer import Round
+from .trial import try_out
 from .vector import ParameterVector
 
 
@@ -35,6 +36,7 @@ class Worker:
         comm: the ranks; all must make a worker.
 
     Raises:
+        ConfigError: model, data, loss and metric do not fit together; on rank 0 alone, which tries them out.
         RanksDisagree: ranks do not have the same model or method.
     """
 
@@ -48,6 +50,8 @@ class Worker:
         self.model = config.build_model()
         _seed_all(_own_seed(seed, comm.rank))
         config.data.prepare_model(self.model)
+        if comm.rank == 0:
+            try_out(config, self.model, self.splits)
         self.vector = ParameterVector(self.model)
         self.optimizer = config.optimizer.build(self.vector.parameters)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -116,25 +120,32 @@ class Worker:
         return loss
 
 
-def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: bool | None = None) -> dict[str, Any]:
+def fit(
+    config: Config, comm: Communicator, new_folder: Callable[[], Path] | None = None, speaks: bool | None = None
+) -> dict[str, Any]:
     """Train until the budget is used, evaluate, and write the run's folder. All ranks must call it.
 
     Args:
         config: checked, the same on all ranks.
         comm: the ranks.
-        folder: the run's folder on rank 0; nothing is written without one.
+        new_folder: makes the run's folder, on rank 0, once nothing is left to go wrong before the first step; nothing
+            is written without it.
         speaks: whether this rank prints; by default rank 0 does.
 
     Returns:
         The summary that ``summary.json`` holds.
 
     Raises:
+        ConfigError: model, data, loss and metric do not fit together (on rank 0 alone), or no folder can be made.
         RanksDisagree: ranks do not have the same model, method, learning rate or period.
         NonFinite: training has diverged on all ranks.
     """
     comm.meter = meter = Meter()
-    log = Log(folder, speaks=comm.rank == 0 if speaks is None else speaks)
     worker = Worker(config, comm)
+    folder = None if new_folder is None else new_folder()
+    if folder is not None:
+        open_run(folder, config.text, comm.size, comm.backend)
+    log = Log(folder, speaks=comm.rank == 0 if speaks is None else speaks)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
     examiner = Examiner(worker)
     progress = Progress(log, worker)
@@ -195,7 +206,7 @@ def fit(config: Config, comm: Communicator, folder: Path | None = None, speaks: 
         "best_step": best[1],
         "best_part": part,
         f"final_center_{name}": final[f"center_test_{name}"],
-        "images_per_second": facts.step * comm.size * config.data.batch_size / training_seconds,
+        "examples_per_second": facts.step * comm.size * config.data.batch_size / training_seconds,
         "parameters": len(worker.vector),
         "seed": config.run.seed,
         "versions": versions(),
@@ -214,7 +225,9 @@ class Examiner:
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config, self._comm = worker, worker.config, worker.comm
         self._model = worker.model
-        self._judge = Judge(self._config.loss, self._config.metric, self._config.precision)
+        self._judge = Judge(
+            self._config.loss, self._config.metric, self._config.precision, self._config.eval.batch_size
+        )
 
     @contextmanager
     def center(self) -> Iterator[None]:
@@ -298,7 +311,9 @@ class Progress:
             )
         if step % self._every == 0:
             lr = self._facts.lr
-            self._log.record("train", step=step, epoch=epoch, seconds=seconds, loss=mean, lr=lr, images_per_second=rate)
+            self._log.record(
+                "train", step=step, epoch=epoch, seconds=seconds, loss=mean, lr=lr, examples_per_second=rate
+            )
             self._loss, self._since = None, (step, seconds)
 
     def on_round(self, event: Round) -> None:

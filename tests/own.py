@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from hpc_grawa.data import Data, Splits
+from hpc_grawa.data import Data, Splits, TensorExamples
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.launch import _VARIABLES
 from hpc_grawa.methods import Method, Run
@@ -105,19 +105,6 @@ class Failing(Line):
         return super().forward(x)
 
 
-class Table:
-    """Inputs `[N, 1]` and targets `[N, 1]`."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs, targets
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
-
-
 @dataclass(kw_only=True)
 class Numbers(Data):
     """y = 2x + 1 and noise."""
@@ -133,9 +120,9 @@ class Numbers(Data):
     def load(self) -> Splits:
         generator = torch.Generator().manual_seed(0)
 
-        def table(count: int) -> Table:
+        def table(count: int) -> TensorExamples:
             x = torch.rand(count, 1, generator=generator)
-            return Table(x, 2 * x + 1 + self.noise * torch.randn(count, 1, generator=generator))
+            return TensorExamples(x, 2 * x + 1 + self.noise * torch.randn(count, 1, generator=generator))
 
         return Splits(table(self.train_size()), table(self.validation) if self.validation else None, table(self.tests))
 

@@ -98,7 +98,9 @@ def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> No
 
     config = parse([*QUICK, "--run.seed=3"])
     (tmp_path / "b").mkdir()
-    simulated = simulate(2, lambda comm: fit(config, comm, None if comm.rank else tmp_path / "b", speaks=False))[0]
+    simulated = simulate(
+        2, lambda comm: fit(config, comm, None if comm.rank else lambda: tmp_path / "b", speaks=False)
+    )[0]
     centers = [
         torch.load(folder / "center.pt", weights_only=True) for folder in (tmp_path / "runs" / "a", tmp_path / "b")
     ]
@@ -145,6 +147,77 @@ def test_an_exception_on_one_rank_before_training(tmp_path: Path) -> None:
     assert status not in (0, 2)
     assert "rank 1 of 2 failed" in errors
     assert "OSError: these data have failed on purpose" in errors
+    assert list((tmp_path / "runs").iterdir()) == []  # the name is free for the next attempt
+
+
+@launched
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_does_not_fit_is_one_line_and_leaves_no_folder(backend: str, tmp_path: Path) -> None:
+    words = ("--model.num_classes=5", f"--backend={backend}", "--run.name=a")
+    status, _, errors = launch("train", *QUICK, *words, ranks=2)
+    assert status == 2
+    assert ours(errors) == [
+        "hpc-grawa train: error: loss is CrossEntropyLoss: must make one number of outputs of SmallCNN [32, 5] "
+        "(float32) and targets of Digits [32] (int64); IndexError: Target 9 is out of bounds."
+    ]
+    assert "Traceback" not in errors
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_model_that_does_not_fit_alone_in_a_plan_and_in_a_comparison(tmp_path: Path) -> None:
+    for words in (["train", "--run.name=a"], ["train", "--dry_run"], ["compare", "--methods=EASGD", "--run.name=b"]):
+        status, _, errors = launch(*words, *LINE, "--budget.steps=1", "--model=character_model.Transformer")
+        assert (status, errors.count("\n")) == (2, 1)
+        assert "error: model is Transformer: must take inputs [8, 1] (float32); " in errors
+        assert re.search(r"\(character_model.py, line \d+\)$", errors)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+    assert list((tmp_path / "runs" / "b").iterdir()) == []
+
+
+CHARACTERS = (
+    "--model=character_model.Transformer",
+    "--data=character_model.Text",
+    f"--data.path={ROOT / 'LICENSE'}",
+    "--loss=character_model.NextCharacter",
+    "--metric=character_model.Perplexity",
+    "--model.dropout=0.05",
+    "--method=LGRAWA",
+    "--method.period=8",
+    "--optimizer=AdamW",
+    "--optimizer.lr=0.01",
+    "--eval.train_examples=50",
+)
+
+
+@launched
+def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its targets are as many as its inputs, its vocabulary is the data's, and its metric falls."""
+    cadence = ("--eval.unit=steps", "--eval.every=8", "--run.name=text")
+    status, output, errors = launch("train", *CHARACTERS, *cadence, "--budget.steps=40", ranks=2)
+    assert (status, ours(errors)) == (0, []), errors
+    assert "image" not in output and "accura" not in output
+    summary = json.loads(Path("runs/text/summary.json").read_text())
+    distinct = len(set((ROOT / "LICENSE").read_text()))
+    curve = [
+        event["perplexity"]
+        for event in map(json.loads, Path("runs/text/metrics.jsonl").read_text().splitlines())
+        if event["event"] == "evaluate"
+    ]
+    assert curve[0] > distinct / 2 and curve[-1] == summary["center_test_perplexity"] < distinct / 3
+    assert summary["best_center_perplexity"] == min(curve) and not summary["higher_is_better"]
+    gap = summary["center_test_perplexity"] - summary["center_train_perplexity"]
+    assert summary["gap"] == gap  # positive where the center is better on what it was trained on
+    assert summary["rounds"] == 5
+
+    status, output, errors = launch("evaluate", "runs/text", ranks=2)
+    assert status == 0, errors
+    assert output.splitlines()[-1].endswith(f"test perplexity {summary['center_test_perplexity']:.4f}")
+    cli.main(["train", *CHARACTERS, "--budget.steps=40", "--dry_run", "--world_size=3"])
+    assert re.search(r"effective batch +16 per rank x 3 ranks = 48\n", capsys.readouterr().out)
+    cli.main(["table", "runs/text", "--figure=f.png", f"--target={distinct / 3}"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LGRAWA")).split("|")
+    assert row[2].strip() == f"{summary['center_test_perplexity']:.4g}" and row[-2].strip().endswith(" s")
+    assert Path("f.png").stat().st_size > 10_000
 
 
 @launched

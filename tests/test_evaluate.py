@@ -96,6 +96,15 @@ def test_a_limit_takes_examples_that_are_evenly_spaced(limit: int, expected: lis
     assert sorted(set(seen)) == expected
 
 
+def test_no_forward_pass_sees_more_examples_than_it_may() -> None:
+    sizes: list[int] = []
+    model = network()
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole, parts = (Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=n).judge(model, Images(10)) for n in (10, 4))
+    assert sizes == [10, 4, 4, 2]
+    assert parts == pytest.approx(whole, rel=1e-12)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_recalibrated_statistics_are_those_of_all_batches_of_all_ranks(world: int) -> None:
     each = 3

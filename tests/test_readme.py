@@ -60,7 +60,13 @@ def newcomer(tmp_path: Path) -> Path:
         np.save(data / f"{part}_labels.npy", draw.integers(0, 10, count, dtype=np.uint8))
     facts = {"name": "CIFAR-10", "counts": counts, "classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
     (data / "meta.json").write_text(json.dumps(facts))
+    write_own_file("diabetes.py", tmp_path)
     return tmp_path
+
+
+def write_own_file(name: str, folder: Path) -> None:
+    """The Python block that begins with the name of the file that it is."""
+    (folder / name).write_text(next(b for b in blocks("python") if b.startswith(f"# {name}\n")))
 
 
 def test_make_targets_exist() -> None:
@@ -72,8 +78,9 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_command_is_of_a_known_kind() -> None:
-    known = ("make ", "mpirun -np 4 hpc-grawa ", "hpc-grawa ", "python data_prep/", "source .venv", "pip install .")
-    assert [c for c in commands() if not c.startswith((*known, "python hpc_grawa/install/horovod.py"))] == []
+    known = ("make ", "mpirun -np 4 hpc-grawa ", "mpirun -np 2 hpc-grawa ", "hpc-grawa ", "python data_prep/")
+    others = ("source .venv", "pip install .", "python hpc_grawa/install/horovod.py")
+    assert [c for c in commands() if not c.startswith((*known, *others))] == []
 
 
 @pytest.mark.slow
@@ -110,6 +117,15 @@ def test_own_loop(tmp_path: Path) -> None:
     output = run(f"mpirun -np 2 {shlex.quote(sys.executable)} own_loop.py", tmp_path).stdout
     losses = {float(x) for x in re.findall(r"center's loss ([\d.]+)", output)}
     assert losses and max(losses) < 0.5, output
+
+
+def test_own_model_data_loss_and_metric(tmp_path: Path) -> None:
+    write_own_file("diabetes.py", tmp_path)
+    train, evaluate = (c for c in commands() if "diabetes" in c)
+    finished = run(train, tmp_path).stdout.splitlines()[-1]
+    found = re.search(r"test r2: center ([-\d.]+), mean", finished)
+    assert found and 0.4 < float(found[1]) < 0.65, finished
+    assert run(evaluate, tmp_path).stdout.strip().endswith(f"test r2 {found[1]}")
 
 
 def test_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

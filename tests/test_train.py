@@ -20,7 +20,6 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.config import Config
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.evaluate import Judge
-from hpc_grawa.log import open_run
 from hpc_grawa.parsing import parse
 from hpc_grawa.train import Worker, fit
 
@@ -45,8 +44,7 @@ def digits(*words: str, method: str = "LGRAWA", steps: int = 10) -> Config:
 def run(config: Config, folder: Path, world: int = 3) -> list[dict[str, Any]]:
     """The summaries of all ranks; the run's files are in `folder`."""
     folder.mkdir(exist_ok=True)
-    open_run(folder, config.text, world, "simulated")
-    return simulate(world, lambda comm: fit(config, comm, None if comm.rank else folder, speaks=False))
+    return simulate(world, lambda comm: fit(config, comm, None if comm.rank else lambda: folder, speaks=False))
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -101,7 +99,7 @@ def test_the_summary_has_every_key(finished: tuple[Config, Path, dict[str, Any]]
     assert len(summary["local_test_loss"]) == 3
     parts = [summary[f"{part}_seconds"] for part in ("compute", "communication", "waiting")]
     assert min(parts) >= 0 and sum(parts) == pytest.approx(summary["training_seconds"])
-    assert summary["images_per_second"] == pytest.approx(30 * 3 * 32 / summary["training_seconds"])
+    assert summary["examples_per_second"] == pytest.approx(30 * 3 * 32 / summary["training_seconds"])
     assert summary["gap"] == summary["center_train_accuracy"] - summary["center_test_accuracy"]
     assert summary["final_center_accuracy"] == summary["center_test_accuracy"]
     curve = {event["step"]: event["accuracy"] for event in events(folder, "evaluate")}

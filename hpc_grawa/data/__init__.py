@@ -5,6 +5,7 @@ from .base import Data, Examples, ImageData, Splits
 from .cifar import CIFAR
 from .digits import Digits
 from .sharding import Sampler, Split, held_out, shard_size
+from .tensors import TensorExamples
 
 __all__ = [
     "CIFAR",
@@ -17,6 +18,7 @@ __all__ = [
     "Sampler",
     "Split",
     "Splits",
+    "TensorExamples",
     "held_out",
     "shard_size",
 ]

@@ -47,7 +47,7 @@ class Data(ABC):
 
     Attributes:
         batch_size: examples per rank and step.
-        validation: training examples held out for validation, by classes; the same ones in every run.
+        validation: training examples held out for validation; the same ones in every run.
         split: disjoint (fixed shards), reshuffled (a new disjoint partition each epoch), full (each rank sees
             everything) or fraction (each rank keeps a random subset).
         fraction: of the examples that a rank keeps under the split fraction, in (0, 1].
@@ -86,10 +86,13 @@ class Data(ABC):
         return Sampler(self.train_size(), self.batch_size, rank, world_size, seed, self.split, self.fraction)
 
     def prepare_model(self, model: nn.Module) -> None:  # noqa: B027 - most data ask nothing of a model
-        """Bring a new model into the memory format of the inputs."""
+        """Bring a new model into the memory format of the inputs, where that matters."""
 
     def model_arguments(self) -> dict[str, object]:
-        """Keyword arguments that the data settle for a model that takes them and was not given them."""
+        """Keyword arguments that the data settle, a vocabulary's size say; cheap, without loading the examples.
+
+        A model gets those that it has a default for and was not given.
+        """
         return {}
 
 
