@@ -122,7 +122,8 @@ class _Probed(nn.Module):
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self._probe = probe
+        # Not a submodule where it is a module itself: it would hold the model's tensors under second names.
+        object.__setattr__(self, "_probe", probe)
 
     def forward(self) -> Tensor:
         return self._probe()
