@@ -298,7 +298,7 @@ def find_class(section: str, name: str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{section} is {name}: {must}" + (f"; {error}" if module else "")) from None
     if not is_class(found, base) or isabstract(found):
-        raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}")
+        raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}, and not abstract")
     return found  # type: ignore[no-any-return]
 
 

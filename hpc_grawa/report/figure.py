@@ -81,13 +81,15 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
 
 
 def check_drawable(path: Path) -> None:
-    """Raise ``ConfigError`` if no figure can be drawn to ``path``: another format, or Matplotlib is missing."""
+    """Raise ``ConfigError`` if no figure can be drawn to ``path``: format, Matplotlib or folder is missing."""
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"the figure's name is {path}: must end in {', '.join(_SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError("figures need Matplotlib, which is not installed: pip install 'hpc-grawa[demo]'") from error
+    if not path.parent.is_dir():
+        raise ConfigError(f"the figure {path} cannot be written: there is no folder {path.parent}")
 
 
 @contextmanager
