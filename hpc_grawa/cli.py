@@ -182,7 +182,7 @@ def toy(words: list[str], facts: RankFacts) -> None:
         prog=program,
         speaks=facts.rank == 0,
         description=toy.__doc__,
-        epilog="A setting goes to the methods that have it; their others keep their defaults.",
+        epilog="A setting goes to the methods that have it; whatever else they have keeps its default.",
         allow_abbrev=False,
     )
     show = "GRAWA,MGRAWA,LGRAWA,EASGD,LSGD"
