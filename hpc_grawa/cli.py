@@ -1,4 +1,4 @@
-"""The command line: ``hpc-grawa train | evaluate | table | compare | methods``."""
+"""The command line: ``hpc-grawa train | evaluate | table | compare | methods | toy``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from .comm import Communicator, choose, connect
 from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, rank_facts
-from .log import new_folder, say
-from .parsing import is_class, parse
+from .log import Log, new_folder, say
+from .methods import Method
+from .parsing import find_class, is_class, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -177,12 +178,82 @@ def methods(words: list[str], facts: RankFacts) -> None:
         print(textwrap.fill(", ".join(settings), 110, initial_indent="    ", subsequent_indent="    ") + "\n")
 
 
+def toy(words: list[str], facts: RankFacts) -> None:
+    """Let methods go down a function of flat and sharp valleys, on 4 simulated ranks, and draw their ways."""
+    program = "hpc-grawa toy"
+    parser = LineParser(
+        prog=program,
+        speaks=facts.rank == 0,
+        description=toy.__doc__,
+        epilog="A setting goes to the methods that have it; whatever else they have keeps its default.",
+        allow_abbrev=False,
+    )
+    show = "GRAWA,MGRAWA,LGRAWA,EASGD,LSGD"
+    parser.add_argument("--methods", default=show, help=f"names or import paths, separated by commas ({show})")
+    parser.add_argument("--figure", type=Path, default=Path("toy.png"), help="draw to this file (toy.png)")
+    parser.add_argument("--steps", type=int, default=4000, help="local steps of each rank (4000)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
+    settings = parser.add_argument_group("settings of methods")
+    settings.add_argument("--period", type=int, default=4, help="local steps between rounds (4)")
+    settings.add_argument("--pull", type=float, default=0.5, help="of ranks to the center; EASGD: of the center (0.5)")
+    settings.add_argument("--prox", type=float, default=0.0, help="pull between rounds (0)")
+    settings.add_argument("--power", type=float, default=1.0, help="weights are inverse to this power of scores (1)")
+    settings.add_argument("--score_momentum", type=float, default=0.0, help="of scores over rounds (0)")
+    options = parser.parse_args(words)
+    if facts.rank:
+        return
+    from .report.figure import check_drawable
+    from .toy import descend, draw, table
+
+    log = Log(None, speaks=True)
+    try:
+        with named_errors(program, facts):
+            chosen = _toy_methods(options)
+            check_drawable(options.figure)
+            descents = {}
+            for number, (name, method) in enumerate(chosen.items()):
+
+                def watch(step: int, number: int = number, name: str = name) -> None:
+                    if log.due:
+                        share = (number + step / options.steps) / len(chosen)
+                        log.progress(share, f"{name}  step {step} of {options.steps}")
+
+                descents[name] = descend(method, options.steps, options.lr, watch=watch)
+            log.close()
+            print(table(descents))
+            shared = f"Gradient descent, lr {options.lr:g}, {options.steps:,} steps;\na round every {options.period}."
+            draw(descents, options.figure, shared)
+            print(f"\nfigure  {options.figure}")
+    except KeyboardInterrupt:
+        log.close()
+        print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
+    """The methods that the command line names, each with those of its settings that it has."""
+    methods: dict[str, Method] = {}
+    for path in options.methods.split(","):
+        found = find_class("method", path)
+        if found.__name__ in methods:
+            raise ConfigError(f"methods is {options.methods}: must not name one twice")
+        settings = {key: value for key, value in vars(options).items() if key in inspect.signature(found).parameters}
+        try:
+            methods[found.__name__] = found(**settings)
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("method.")) from None
+        except TypeError as error:
+            raise ConfigError(f"method is {path}: {error}") from None
+    return methods
+
+
 COMMANDS: dict[str, Callable[[list[str], RankFacts], None]] = {
     "train": train,
     "evaluate": evaluate,
     "table": table,
     "compare": compare,
     "methods": methods,
+    "toy": toy,
 }
 
 

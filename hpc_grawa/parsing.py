@@ -8,6 +8,7 @@ import re
 import sys
 from argparse import Action
 from collections.abc import Sequence
+from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
 from types import GenericAlias
@@ -280,6 +281,25 @@ def known_classes(section: str) -> dict[str, str]:
         if is_class(found, base) and found.__module__.startswith(source.__name__)
         if not isabstract(found) and not name.startswith("_")
     }
+
+
+def find_class(section: str, name: str) -> type:
+    """The class of a section that ``name`` or import path means.
+
+    Raises:
+        ConfigError: there is none, it cannot be imported, or it is no class of that section.
+    """
+    base, _ = CLASS_SECTIONS[section]
+    module, _, attribute = _import_path(section, name).rpartition(".")
+    known = ", ".join(known_classes(section))
+    must = f"must be {known} or the import path of a class (package.module.Class)"
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{section} is {name}: {must}" + (f"; {error}" if module else "")) from None
+    if not is_class(found, base) or isabstract(found):
+        raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}, and not abstract")
+    return found  # type: ignore[no-any-return]
 
 
 def is_class(found: object, base: type) -> bool:

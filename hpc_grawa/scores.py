@@ -222,10 +222,11 @@ class _Probed(nn.Module):
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self._probe = probe
+        # In a tuple, so that a probe that is a module is no submodule, with second names for the model's tensors.
+        self._probe = (probe,)
 
     def forward(self) -> Tensor:
-        return self._probe()
+        return self._probe[0]()
 
 
 def probe_gradient(vector: ParameterVector, probe: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:

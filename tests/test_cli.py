@@ -545,12 +545,13 @@ def test_names_of_runs_without_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words, parts in (
-        (["--help"], ("train", "evaluate", "table", "compare")),
+        (["--help"], ("train", "evaluate", "table", "compare", "toy")),
         (["train", "--help"], ("--config", "--budget.seconds", "--dry_run", "--run.seed")),
         (["train", "--method.help=EASGD"], ("--method.pull", "β")),
         (["compare", "--help"], ("--methods", "--seeds")),
         (["table", "--help"], ("--csv", "--figure")),
         (["evaluate", "--help"], ("run",)),
+        (["toy", "--help"], ("--methods", "--figure", "--period")),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(words)

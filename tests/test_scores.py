@@ -118,6 +118,25 @@ def test_a_probe_that_raises_leaves_no_trace_either() -> None:
     assert same(before, state_of_the_world(model, optimizer))
 
 
+def test_a_probe_may_be_a_module_that_holds_the_model() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Linear(3, 1)
+
+        def forward(self) -> Tensor:
+            return self.model(torch.ones(2, 3)).square().mean()
+
+    whole = Square()
+    for model in (whole, whole.model):
+        vector = ParameterVector(model)
+        gradient = probe_gradient(vector, whole)
+        vector.check()
+        whole.zero_grad()
+        whole().backward()
+        assert same(list(gradient), [p.grad for p in vector.parameters])
+
+
 def test_the_probes_gradient_is_that_of_backward() -> None:
     model = everything().eval()
     vector = ParameterVector(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +24,21 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 #: After Okabe and Ito: apart for colour-blind readers, the pale ones darkened to carry text, yellow left out.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#B5578F", "#C98A00", "#555555", "#4FA8DE")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#B5578F", "#C98A00", "#555555", "#4FA8DE")
 #: Tell a second and third round of the colours apart.
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
-_INK, _FAINT, _RULE = "#222222", "#6B6B6B", "#E4E4E4"
+INK, FAINT, _RULE = "#222222", "#6B6B6B", "#E4E4E4"
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.8,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "svg.fonttype": "none",
 }
 _SIZE = (12.0, 5.4)  # inches; 1200 pixels wide on a page at 100 per inch
@@ -65,27 +66,47 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
             different metrics, or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"the figure's name is {path}: must end in {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("figures need Matplotlib, which is not installed: pip install 'hpc-grawa[demo]'") from error
+    check_drawable(path)
     experiments = group(records)
     part = evaluated_part(records)
     curves = {label: curve for label, runs in experiments.items() if (curve := _mean_curve(runs, part)) is not None}
     if not curves:
         raise ConfigError(f"there is nothing to draw in {records[0].path}: the center was not evaluated yet")
     weighted = _weighted_run(records)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, dpi=_DPI, facecolor="white")
-        FigureCanvasAgg(figure)
+    with saved_figure(path, _SIZE) as figure:
         _draw_title(figure, records, experiments)
         _draw_curves(figure, records[0], part, curves, target, right=0.985 if weighted is None else 0.53)
         if weighted is not None:
             _draw_weights(figure, weighted, 0.565, sum(run.method == weighted.method for run in records))
+
+
+def check_drawable(path: Path) -> None:
+    """Raise ``ConfigError`` if no figure can be drawn to ``path``: format, Matplotlib or folder is missing."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"the figure's name is {path}: must end in {', '.join(_SUFFIXES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("figures need Matplotlib, which is not installed: pip install 'hpc-grawa[demo]'") from error
+    if not path.parent.is_dir():
+        raise ConfigError(f"the figure {path} cannot be written: there is no folder {path.parent}")
+
+
+@contextmanager
+def saved_figure(path: Path, size: tuple[float, float], dpi: int = _DPI) -> Iterator[Figure]:
+    """An empty figure of ``size`` inches in this package's style, saved at the end of the block.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, dpi=dpi, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
         try:
             figure.savefig(path)
         except OSError as error:
@@ -98,12 +119,12 @@ def _draw_title(figure: Figure, records: Sequence[RunRecord], experiments: Mappi
     if max(repeats) > 1:
         many = f"{min(repeats)} to {max(repeats)}" if len(repeats) > 1 else f"{max(repeats)}"
         title += f"{'; ' if title else ''}mean ± standard deviation of {many} runs"
-    figure.text(0.02, 0.945, title, size=11, color=_FAINT, va="center")
+    figure.text(0.02, 0.945, title, size=11, color=FAINT, va="center")
 
 
 def _draw_heading(figure: Figure, left: float, text: str, note: str = "") -> None:
     heading = figure.text(left, 0.87, text, size=13, weight="bold", va="baseline")
-    figure.text(left + _width(heading) + 0.01, 0.87, note, size=10, color=_FAINT, va="baseline")
+    figure.text(left + _width(heading) + 0.01, 0.87, note, size=10, color=FAINT, va="baseline")
 
 
 def _text_width(figure: Figure, content: str, size: float) -> float:
@@ -203,14 +224,14 @@ def _draw_curves(
         axes.plot(seconds[-1:], values[-1:], "o", color=colour, markersize=4.5, clip_on=False, zorder=3)
     if target is not None:
         level = 1 - target if as_error else target
-        axes.axhline(level, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        axes.axhline(level, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
         axes.annotate(
             f"target {amount(level)}",
             (0, level),
             (3, 3),
             textcoords="offset points",
             size=8.5,
-            color=_FAINT,
+            color=FAINT,
             bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             zorder=4,
         )
@@ -219,7 +240,7 @@ def _draw_curves(
 
 def _pen(index: int) -> tuple[str, Any]:
     """Colour and dashes of a line."""
-    return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+    return COLOURS[index % len(COLOURS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
 
 
 def _name_ends(
@@ -374,7 +395,7 @@ def _draw_ranks(
         line, column = divmod(rank, columns)
         axes = figure.add_axes((left + column * (width + gap_x), top - height - line * (height + gap_y), width, height))
         _draw_image(axes, ratio[:, rank].T, norm)
-        axes.set_title(f"rank {rank}" if columns <= 4 or column == 0 else f"{rank}", size=9, pad=3, color=_INK)
+        axes.set_title(f"rank {rank}" if columns <= 4 or column == 0 else f"{rank}", size=9, pad=3, color=INK)
         axes.set_yticks(shown if column == 0 else [], labels if column == 0 else [])
         axes.tick_params(axis="y", labelsize=7.5, pad=2)
         ends = {1: roomy or column == 0, rounds: roomy or column == columns - 1 or rank == ranks - 1}

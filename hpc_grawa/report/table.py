@@ -129,7 +129,7 @@ def markdown(table: Table) -> str:
 
     grid = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in table)]
     title = ": ".join(filter(None, (metric.capitalize(), table.setting)))
-    return "\n".join([f"{title}.", "", *_aligned(grid), "", _note(table)])
+    return "\n".join([f"{title}.", "", *aligned(grid), "", _note(table)])
 
 
 def write_csv(table: Table, path: str | Path) -> None:
@@ -239,7 +239,7 @@ def _seconds(value: float) -> str:
     return f"{value:,.1f} s"
 
 
-def _aligned(grid: list[list[str]]) -> list[str]:
+def aligned(grid: list[list[str]]) -> list[str]:
     """Markdown lines: the first column to the left, numbers to the right."""
     widths = [max(3, *map(len, column)) for column in zip(*grid, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -1,0 +1,261 @@
+"""Methods on the Vincent function: where they end, by which ways, and the command that shows it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own
+import pytest
+import reference as ref
+import torch
+from test_cli import launch, launched, ours
+from torch import Tensor
+
+from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, cli, simulate
+from hpc_grawa.averaging import Averager, argmin
+from hpc_grawa.comm import Communicator
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.methods import AveragingMethod, Probe, Run
+from hpc_grawa.scores import SCORE_MOMENTUM, TrainingLoss
+from hpc_grawa.toy import Descent, Vincent, descend, draw, table, valley, vincent
+from hpc_grawa.toy.vincent import CORNERS
+
+GRADIENT: dict[str, Any] = {"period": 4, "pull": 0.5, "prox": 0.0, "score_momentum": 0.0}
+METHODS: dict[str, Method] = {
+    "GRAWA": GRAWA(**GRADIENT),
+    "MGRAWA": MGRAWA(**GRADIENT),
+    "LGRAWA": LGRAWA(**GRADIENT),
+    "EASGD": EASGD(period=4, pull=0.5),
+    "LSGD": LSGD(period=4, pull=0.5, prox=0.0),
+    "LocalSGD": LocalSGD(period=4),
+    "DataParallel": DataParallel(),
+}
+
+
+@dataclass(kw_only=True)
+class Follow(AveragingMethod):
+    """All become the rank with the smallest loss; has none of pull, prox, power and score_momentum."""
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        self._synchronize(run, Averager(run.comm, run.vector, 1.0), TrainingLoss(), argmin)
+
+
+@dataclass(kw_only=True)
+class Demanding(Follow):
+    leader: int
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own.plain_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+def oracle(name: str) -> ref.Method:
+    if name in ("GRAWA", "MGRAWA", "LGRAWA"):
+        return ref.METHODS[name](pull=0.5, prox=0.0, power=1.0, score_momentum=0.0)  # type: ignore[call-arg]
+    settings: dict[str, Any] = {"EASGD": {"pull": 0.5}, "LSGD": {"pull": 0.5, "prox": 0.0}}
+    return ref.METHODS[name](**settings.get(name, {}))
+
+
+def test_the_function_and_its_valleys() -> None:
+    x = torch.tensor([[0.3, 9.0], [1.0, 4.0]], dtype=torch.float64)
+    assert vincent(x).tolist() == pytest.approx([ref.Vincent().loss_and_grad(row)[0] for row in x.numpy()], rel=1e-14)
+    minima = valley(torch.linspace(0.25, 10, 2000, dtype=torch.float64)).unique()
+    assert minima.tolist() == pytest.approx([0.333, 0.624, 1.170, 2.193, 4.111, 7.706], abs=5e-4)
+    assert vincent(minima[:, None]).tolist() == pytest.approx([-1] * 6, abs=1e-14)
+    for inside in (0.26, 2.9, 7.0):  # no hill lies between a point and its valley
+        way = torch.linspace(inside, valley(torch.tensor(inside)).item(), 200)
+        assert (vincent(way[:, None]).diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("GRAWA", [0.040, 0.056, 0.056, 0.847]), ("MGRAWA", [0.038, 0.073, 0.073, 0.815])]
+)
+def test_the_start(name: str, weights: list[float]) -> None:
+    def body(comm: Communicator) -> tuple[float, float, Tensor]:
+        model = Vincent(CORNERS[comm.rank])
+        vector = ParameterVector(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        run = METHODS[name].build(comm, vector, optimizer, probe=model, start="independent")
+        rounds = []
+        run.synchronizers[0].on_round = rounds.append
+        loss = model()
+        norm = torch.stack(torch.autograd.grad(loss, vector.parameters)).norm().item()
+        run.synchronizers[0].round()
+        return loss.item(), norm, rounds[0].weights
+
+    losses, norms, tables = zip(*simulate(4, body), strict=True)
+    assert losses == pytest.approx((0.963, 0.911, 0.911, 0.860), abs=5e-4)
+    assert norms == pytest.approx((7.66, 5.42, 5.42, 0.361), abs=5e-3)
+    assert norms[3] == pytest.approx(0.361, abs=5e-4)
+    assert tables[0].flatten().tolist() == pytest.approx(weights, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_is_the_oracles(name: str) -> None:
+    steps = 42  # so that the last round is a shortened one
+    expected = ref.replay(
+        oracle(name), ref.Vincent(), np.array(CORNERS), lambda m, t: (), steps=steps, lr=1e-3, period=4,
+        probe=lambda m, r: (), independent=True,
+    )  # fmt: skip
+    descent = descend(METHODS[name], steps=steps)
+    ways = np.stack([np.array(CORNERS), *(step.parameters for step in expected.steps)], axis=1)
+    np.testing.assert_allclose(descent.ranks, ways, rtol=1e-11)
+    if expected.center is None or name == "DataParallel":
+        assert descent.center.isnan().all()
+        return
+    for record in expected.rounds:
+        np.testing.assert_allclose(descent.center[record.step], record.center, rtol=1e-11)
+    before = descent.center[0]
+    assert before.tolist() == pytest.approx([5.125] * 2) if name == "EASGD" else before.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "tolerance"),
+    [
+        pytest.param("GRAWA", 7.706, 0.05, marks=pytest.mark.slow),
+        pytest.param("MGRAWA", 7.706, 0.05, marks=pytest.mark.slow),
+        ("LGRAWA", 7.706, 0.05),
+        pytest.param("EASGD", 4.111, 0.001, marks=pytest.mark.slow),
+        pytest.param("LSGD", 0.333, 0.001, marks=pytest.mark.slow),
+    ],
+)
+def test_the_valley_a_method_ends_in(name: str, end: float, tolerance: float) -> None:
+    descent = descend(METHODS[name])
+    for ends in (descent.ranks[:, -1], descent.center[-1]):
+        assert (ends - end).abs().max() < tolerance
+        assert (valley(ends) - end).abs().max() < 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [GRAWA, MGRAWA, LGRAWA])
+def test_score_momentum_ends_in_the_same_valley(method: type[GRAWA]) -> None:
+    assert pytest.approx(0.4305, abs=5e-5) == SCORE_MOMENTUM
+    descent = descend(method(**(GRADIENT | {"score_momentum": SCORE_MOMENTUM})), steps=8000)
+    assert (descent.ranks[:, -1] - 7.706).abs().max() < 0.05
+    assert (descent.center[-1] - 7.706).abs().max() < 0.05
+
+
+def test_leaving_the_domain_is_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"lr is 0\.1: must be smaller for EASGD, under which rank [02] left .* at step 3,"
+    ):
+        descend(METHODS["EASGD"], steps=5, lr=0.1)
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(0.0, 5), (-1.0, 5), (float("nan"), 5), (float("inf"), 5), (1e-3, 0)])
+def test_impossible_numbers(lr: float, steps: int) -> None:
+    with pytest.raises(ConfigError, match="steps is 0" if not steps else "lr is "):
+        descend(METHODS["EASGD"], steps=steps, lr=lr)
+
+
+def test_the_command_with_every_kind_of_method(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel", "test_toy.Follow", "own.Alone"]
+    cli.main(["toy", "--methods", ",".join(names), "--steps=12", "--figure=a.png"])
+    printed = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.splitlines() if "rank" in line]
+    assert {row[0] for row in rows} == {name.rpartition(".")[2] for name in names}
+    expected = descend(METHODS["LGRAWA"], steps=12).ranks[3, -1]
+    point = f"({expected[0]:.3f}, {expected[1]:.3f})"
+    assert ["LGRAWA", "rank 3", point, f"{vincent(expected):.4f}", "(7.706, 7.706)", "0.842"] in rows
+    assert ["Follow", "rank 0 1 2 3, center"] in [row[:2] for row in rows]
+    assert printed.out.splitlines()[-1] == "figure  a.png" and printed.err == ""
+    assert Path("a.png").stat().st_size > 10_000
+
+
+def test_settings_reach_the_methods_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--period=3", "--pull=0.2", "--prox=0.1", "--power=2", "--score_momentum=0.3"]
+    cli.main(["toy", "--methods=MGRAWA,EASGD", "--steps=7", "--lr=0.002", "--figure=a.svg", *settings])
+    chosen: dict[str, Method] = {
+        "MGRAWA": MGRAWA(period=3, pull=0.2, prox=0.1, power=2, score_momentum=0.3),
+        "EASGD": EASGD(period=3, pull=0.2),
+    }
+    descents = {name: descend(method, 7, 0.002) for name, method in chosen.items()}
+    assert capsys.readouterr().out == f"{table(descents)}\n\nfigure  a.svg\n"
+    drawn = Path("a.svg").read_text()
+    assert "lr 0.002, 7 steps" in drawn and "a round every 3" in drawn
+
+
+def test_the_figure_names_methods_and_ends(tmp_path: Path) -> None:
+    together = descend(METHODS["LocalSGD"], steps=4)
+    draw({"One": together, "Two": descend(METHODS["DataParallel"], steps=4)}, tmp_path / "a.svg", "in all panels")
+    drawn = (tmp_path / "a.svg").read_text()
+    end = ", ".join(f"{x:.2f}" for x in together.ranks[0, -1].tolist())
+    texts = ("One", f"ends at ({end})", "Two", "ranks end apart", *(f"rank {m}" for m in range(4)), "in all panels")
+    for text in (*texts, "center", "start"):
+        assert drawn.count(f">{text}</text>") == 1, text
+
+
+@pytest.mark.parametrize("panels", [1, 2, 5])
+def test_nothing_is_cut_off(panels: int, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    descent = descend(METHODS["LSGD"], steps=8)
+    draw(
+        {f"Method {n}": descent for n in range(panels)}, tmp_path / "a.png", "Gradient descent, lr 0.001, 4,000 steps;"
+    )
+    pixels = imread(tmp_path / "a.png")[:, :, :3]
+    border = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)])
+    assert (border == 1).all() and (pixels[:, :4] == 1).all()
+    assert len(np.unique((pixels * 15).round().reshape(-1, 3), axis=0)) > 20
+
+
+def test_ways_out_of_the_picture_are_drawn(tmp_path: Path) -> None:
+    ranks = torch.tensor([[[0.25, 10.0], [300.0, 4.0]], [[10.0, 10.0], [0.01, 5.0]]], dtype=torch.float64)
+    draw({"Far": Descent(ranks, torch.full((2, 2), torch.nan))}, tmp_path / "a.png", "")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--methods=NoSuch"], ("method is NoSuch", "LGRAWA", "import path")),
+        (["--methods="], ("method is :", "LGRAWA")),
+        (["--methods=LGRAWA,"], ("method is :",)),
+        (["--methods=no_module.Method"], ("method is no_module.Method", "No module named")),
+        (["--methods=own.Line"], ("method is own.Line", "derived from Method")),
+        (["--methods=hpc_grawa.methods.base.Method"], ("derived from Method, and not abstract",)),
+        (["--methods=LGRAWA,own.LGRAWA"], ("methods is LGRAWA,own.LGRAWA", "twice")),
+        (["--methods=test_toy.Demanding"], ("method is test_toy.Demanding", "leader")),
+        (["--steps=0"], ("steps is 0",)),
+        (["--steps=many"], ("--steps", "'many'")),
+        (["--lr=0"], ("lr is 0.0",)),
+        (["--lr=0.1", "--steps=9"], ("lr is 0.1", "GRAWA", "left")),
+        (["--period=0"], (": period is 0",)),
+        (["--pull=1.5"], (": pull is 1.5", "[0, 1]")),
+        (["--power=-1"], (": power is -1",)),
+        (["--figure=a.gif"], ("a.gif", ".png")),
+        (["--figure=nowhere/a.png"], ("nowhere/a.png", "no folder")),
+        (["--perod=4"], ("--perod",)),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["toy", *words])
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("hpc-grawa toy: error: ") and printed.err.count("\n") == 1
+    for part in parts:
+        assert part in printed.err
+    assert list(Path().iterdir()) == []
+
+
+def test_without_matplotlib_the_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["toy"])
+    assert re.fullmatch(r"hpc-grawa toy: error: .*pip install 'hpc-grawa\[demo\]'\n", capsys.readouterr().err)
+
+
+@launched
+def test_of_several_processes_one_does_it() -> None:
+    status, output, errors = launch("toy", "--methods=EASGD", "--steps=4", ranks=2)
+    assert (status, ours(errors)) == (0, [])
+    assert output.count("figure  toy.png") == 1 and output.count("| EASGD") == 5
