@@ -111,6 +111,15 @@ class Averager:
             weights: ``[W, K]``, the same on all ranks.
             alive: ``[W]``, the ranks whose riders count.
         """
+        with self.comm.meter.span("pack", "center"):
+            message, leader = self._pack(x, weights, alive)
+        if leader is None:
+            self._work = self.comm.allreduce(message, "center")
+        else:
+            self._work = self.comm.broadcast(message, leader, "center")
+
+    def _pack(self, x: Tensor, weights: Tensor, alive: Tensor) -> tuple[Tensor, int | None]:
+        """This rank's message, and the rank that has all the weight if nothing else rides along."""
         rank, size = self.comm.rank, len(self.vector)
         own = weights[rank].tolist()
         leader = (weights == 1).all(1).nonzero().flatten().tolist()
@@ -125,8 +134,7 @@ class Averager:
         if leader and not riders:
             if leader[0] == rank:
                 self._message.copy_(x)
-            self._work = self.comm.broadcast(self._message, leader[0], "center")
-            return
+            return self._message, leader[0]
         share = self._message[:size]
         if any(own):
             self.vector.scale(x, own, self.layers, out=share)
@@ -137,7 +145,7 @@ class Averager:
             torch._foreach_mul_(self._riding, 1 / int(alive.sum()))
         elif riders:
             torch._foreach_zero_(self._riding)
-        self._work = self.comm.allreduce(self._message, "center")
+        return self._message, None
 
     def finish(self, x: Tensor, healed: bool = False) -> None:
         """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's ``x`` becomes the center."""

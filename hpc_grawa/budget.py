@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from .errors import ConfigError
 from .schedules import RunFacts
 
@@ -59,9 +61,14 @@ class Budget:
 
 
 class Clock:
-    """Training seconds: runs from its making, except while paused."""
+    """Training seconds: runs from its making, except while paused.
 
-    def __init__(self) -> None:
+    Args:
+        device: what is under way there ends before the clock is paused, and is waited for in ``settled``.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
         self.restart()
 
     def restart(self) -> None:
@@ -73,10 +80,17 @@ class Clock:
     def seconds(self) -> float:
         return time.perf_counter() - self._began - self._paused
 
+    @property
+    def settled(self) -> float:
+        """``seconds`` when all work so far is done."""
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
+        return self.seconds
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within the block no training time passes."""
-        start = time.perf_counter()
+        start = time.perf_counter() + self.settled - self.seconds
         try:
             yield
         finally:

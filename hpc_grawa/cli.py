@@ -21,7 +21,7 @@ import torch
 from .comm import Communicator, choose, connect
 from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
-from .launch import RankFacts, default_threads, rank_facts
+from .launch import RankFacts, default_threads, local_device, rank_facts
 from .log import Log, new_folder, say
 from .methods import Method
 from .parsing import find_class, is_class, parse
@@ -57,6 +57,7 @@ def train(words: list[str], facts: RankFacts) -> None:
     own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
+    own.add_argument("--trace", action="store_true")
     options, words = own.parse_known_args(words)
     config = parse(words, program, speaks=facts.rank == 0)
     size = facts.size if options.world_size is None else options.world_size
@@ -82,7 +83,7 @@ def train(words: list[str], facts: RankFacts) -> None:
     with together(program, config, facts, first_line) as comm:
         from .train import fit
 
-        fit(config, comm, None if comm.rank else folder)
+        fit(config, comm, None if comm.rank else folder, trace=options.trace)
 
 
 def evaluate(words: list[str], facts: RankFacts) -> None:
@@ -109,7 +110,9 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         from .evaluate import Judge
 
         judge = Judge(config.loss, config.metric, config.precision, config.eval.batch_size)
-        model = config.build_model()
+        device = local_device(facts, config.device)
+        model = config.build_model().to(device)
+        config.loss.to(device)
         config.data.prepare_model(model)
         model.load_state_dict(torch.load(options.run / "center.pt", weights_only=True))
         scores = judge.judge(model, config.data.load().test, comm)
@@ -295,7 +298,8 @@ def backend_line(config: Config, facts: RankFacts) -> str:
     """Which backend and why; raises ``ConfigError`` where it cannot run."""
     backend, why = choose(config.backend, facts)
     ranks = "1 rank" if facts.size == 1 else f"{facts.size} ranks"
-    return f"backend    {backend} ({why}), {ranks}"
+    where = ", on GPUs" if local_device(facts, config.device).type == "cuda" else ""
+    return f"backend    {backend} ({why}), {ranks}{where}"
 
 
 def set_threads(facts: RankFacts) -> None:

@@ -48,6 +48,8 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
             notes.append(line.removeprefix("- "))
     text = " or ".join(dict.fromkeys(notes)).replace(" or must be", " or")
+    if (path, value) == (["precision"], "fp16"):
+        text += " (fp16 needs loss scaling: each rank's scale would be another and enter the weights)"
     if not path:
         return text
     return f"{'.'.join(path)} is {value}: {text}" if value else f"{'.'.join(path)}: {text}"

@@ -16,6 +16,7 @@ from .control import CONTROL_EVERY
 from .data import Data, shard_size
 from .errors import ConfigError
 from .evaluate import BATCH, Precision
+from .launch import Wanted
 from .methods import Method
 from .metrics import Metric
 from .optim import LocalOptimizer
@@ -66,9 +67,11 @@ class Logging:
 
     Attributes:
         every: steps between training records in metrics.jsonl.
+        tensorboard: write event files for TensorBoard beside it, where TensorBoard is installed.
     """
 
     every: int = 50
+    tensorboard: bool = True
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
@@ -124,6 +127,7 @@ class Config:
     run: Identity
     precision: Precision
     backend: Backend
+    device: Wanted
     model_name: str
     text: str
     _model: Namespace = field(repr=False)

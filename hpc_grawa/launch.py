@@ -18,6 +18,7 @@ import torch
 
 from .errors import ConfigError
 
+Wanted = Literal["auto", "cpu", "cuda"]
 Launcher = Literal["horovodrun --gloo", "horovodrun", "mpirun", "srun", "torchrun"]
 
 
@@ -150,7 +151,7 @@ def own_addresses(environment: Mapping[str, str] = os.environ) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def local_device(facts: RankFacts | None = None, wanted: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+def local_device(facts: RankFacts | None = None, wanted: Wanted = "auto") -> torch.device:
     """This rank's device: of all GPUs of the node that of its local rank; of a single visible one, that.
 
     With more ranks than GPUs they share them in turn.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -119,26 +120,40 @@ def say(text: str) -> None:
 
 
 class Log:
-    """``metrics.jsonl`` and the screen. On ranks other than 0, and without a folder, it does nothing.
+    """``metrics.jsonl``, TensorBoard's events and the screen. On ranks other than 0, and without a folder, nothing.
 
     Args:
         folder: the run's folder, or None.
         speaks: whether this rank prints.
+        tensorboard: whether to write events for TensorBoard.
     """
 
-    def __init__(self, folder: Path | None, speaks: bool) -> None:
+    def __init__(self, folder: Path | None, speaks: bool, tensorboard: bool = False) -> None:
         self.folder, self.speaks = folder, speaks
         self._file: IO[str] | None = (folder / "metrics.jsonl").open("a") if folder else None
         self._last_line = time.monotonic()
         # mpirun gives ranks a pseudo-terminal of its own, whatever it prints to itself.
         self._live = sys.stdout.isatty() and rank_facts().launcher is None
         self._bar: Any = None
+        self._events: Any = None
+        if folder is not None and tensorboard:
+            if find_spec("tensorboard") is None:
+                self.say("log        no events for TensorBoard, which is not installed: pip install 'hpc-grawa[log]'")
+            else:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._events = SummaryWriter(folder, flush_secs=10)
 
     def record(self, event: str, **values: Any) -> None:
-        """Add a line to ``metrics.jsonl``."""
+        """Add a line to ``metrics.jsonl``, and its numbers to TensorBoard's curves over steps."""
         if self._file is not None:
             self._file.write(json.dumps({"event": event, **values}) + "\n")
             self._file.flush()
+        if self._events is not None and "step" in values:
+            part = f"{values['part']}_" if "part" in values else ""
+            for key, value in values.items():
+                if isinstance(value, int | float) and key not in ("step", "epoch", "round"):
+                    self._events.add_scalar(f"{event}/{part}{key}", value, values["step"])
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -182,6 +197,9 @@ class Log:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
 
 def human_bytes(count: float) -> str:

@@ -23,6 +23,7 @@ from .complaints import one_line
 from .config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .errors import ConfigError
 from .evaluate import Precision
+from .launch import Wanted
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -83,6 +84,7 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
         parser.add_class_arguments(group, name)
     parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
     parser.add_argument("--backend", type=Backend, default="auto", help="How ranks communicate.")
+    parser.add_argument("--device", type=Wanted, default="auto", help="Where ranks compute; auto: on GPUs if any.")
     return parser
 
 
@@ -151,7 +153,7 @@ def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options
         arguments[key] = value
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
-        **{name: built[name] for name in (*GROUPS, "precision", "backend")},
+        **{name: built[name] for name in (*GROUPS, "precision", "backend", "device")},
         model_name=_name(model.class_path),
         text=text,
         _model=model,

@@ -58,7 +58,7 @@ def plan(config: Config, world_size: int) -> str:
     synchronizers = worker.run.synchronizers
     periods = [s.period for s in synchronizers]
     for s in synchronizers:
-        s.period = math.inf  # steps and rounds are timed apart
+        s.period, s.pool = math.inf, None  # steps and rounds are timed apart
     worker.step()
     start = time.perf_counter()
     for _ in range(STEPS):

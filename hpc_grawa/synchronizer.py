@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -158,8 +157,7 @@ class Synchronizer:
         vector.check()
         # One pass, no allocation: a sum is finite only if every term is (overflow counts as diverged).
         finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
-        trace = self.averager.comm.meter.trace
-        with trace.span("compute", "score") if trace else nullcontext():
+        with self.averager.comm.meter.span("compute", "score"):
             scores = self.score.take()
         period = self.position if self.pool is None else self.period
         table = control.exchange(period, finite, scores, self.position, leaving)

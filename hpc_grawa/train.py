@@ -21,9 +21,11 @@ from .comm import Communicator, Meter
 from .config import Config
 from .data import Examples
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
+from .launch import local_device
 from .log import Log, commit, human_bytes, open_run, versions, write_atomically
 from .schedules import RunFacts
 from .synchronizer import Round
+from .trace import Trace
 from .trial import try_out
 from .vector import ParameterVector
 
@@ -41,7 +43,9 @@ class Worker:
     """
 
     def __init__(self, config: Config, comm: Communicator) -> None:
-        self.config, self.comm, self.clock = config, comm, Clock()
+        self.config, self.comm = config, comm
+        self.device = local_device(wanted=config.device)
+        self.clock = Clock(self.device)
         seed = config.run.seed
         self.splits = config.data.load()
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
@@ -49,6 +53,8 @@ class Worker:
         _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
         self.model = config.build_model()
         _seed_all(_own_seed(seed, comm.rank))
+        self.model.to(self.device)
+        config.loss.to(self.device)
         config.data.prepare_model(self.model)
         if comm.rank == 0:
             try_out(config, self.model, self.splits)
@@ -56,6 +62,8 @@ class Worker:
         self.optimizer = config.optimizer.build(self.vector.parameters)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
+        #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
+        self.local_steps = 0
         self.facts = RunFacts(
             lr=self._peaks[0],
             peak_lr=self._peaks[0],
@@ -74,17 +82,33 @@ class Worker:
             start=config.run.start,
         )
 
-    def step(self) -> Tensor:
-        """One local step, and the round if one is due; returns its loss, a 0-d tensor."""
+    def step(self) -> Tensor | None:
+        """One local step, and the round if one is due; returns its loss, a 0-d tensor.
+
+        Under pooled rounds it may be the round alone, without a step and a loss.
+        """
         facts = self.facts
         factor = self.config.schedule(facts)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        self._batch = self.splits.train.batch(self.sampler.indices(facts.step), self.sampler.generator(facts.step))
-        loss: Tensor = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
-        self.run.after_step(loss)
+        loss: Tensor | None = None
+        if self.run.before_step():
+            with self.comm.meter.span("compute", "local step"):
+                sampler, number = self.sampler, self.local_steps
+                self._batch = self._to_device(
+                    self.splits.train.batch(sampler.indices(number), sampler.generator(number))
+                )
+                loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
+            self.local_steps += 1
+            self.run.after_step(loss)
         facts.progress = min(1.0, self.used)
         return loss
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        if self.device.type == "cuda":  # from page-locked memory the copy does not stop the host
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     @property
     def used(self) -> float:
@@ -111,7 +135,7 @@ class Worker:
         method, number = self.config.method, sum(s.rounds for s in self.run.synchronizers)
         source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
         index = self.sampler.probe_indices(number, method.probe_batches, source)
-        return self._loss(self.splits.train.batch(index.flatten()))
+        return self._loss(self._to_device(self.splits.train.batch(index.flatten())))
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
@@ -121,7 +145,11 @@ class Worker:
 
 
 def fit(
-    config: Config, comm: Communicator, new_folder: Callable[[], Path] | None = None, speaks: bool | None = None
+    config: Config,
+    comm: Communicator,
+    new_folder: Callable[[], Path] | None = None,
+    speaks: bool | None = None,
+    trace: bool = False,
 ) -> dict[str, Any]:
     """Train until the budget is used, evaluate, and write the run's folder. All ranks must call it.
 
@@ -131,6 +159,7 @@ def fit(
         new_folder: makes the run's folder, on rank 0, once nothing is left to go wrong before the first step; nothing
             is written without it.
         speaks: whether this rank prints; by default rank 0 does.
+        trace: whether to write ``trace.json``, where the time of all ranks went.
 
     Returns:
         The summary that ``summary.json`` holds.
@@ -145,7 +174,7 @@ def fit(
     folder = None if new_folder is None else new_folder()
     if folder is not None:
         open_run(folder, config.text, comm.size, comm.backend)
-    log = Log(folder, speaks=comm.rank == 0 if speaks is None else speaks)
+    log = Log(folder, comm.rank == 0 if speaks is None else speaks, config.log.tensorboard)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
     examiner = Examiner(worker)
     progress = Progress(log, worker)
@@ -164,17 +193,24 @@ def fit(
         progress.on_evaluation(part, scores)
 
     comm.barrier()
+    meter.trace = Trace() if trace else None
     clock.restart()
     evaluate()
     next_evaluation = config.eval.every
     while worker.used < 1 and not run.control.stop:
         loss = worker.step()
-        progress.on_step(loss)
+        if loss is not None:
+            progress.on_step(loss)
         if worker.used < 1 and facts.elapsed(config.eval.unit) >= next_evaluation:
             next_evaluation = config.eval.every * (1 + facts.elapsed(config.eval.unit) // config.eval.every)
             evaluate()
     run.finish()
-    training_seconds = clock.seconds
+    training_seconds = clock.settled
+    spans, meter.trace = meter.trace, None
+    if spans is not None:
+        text = spans.gather(comm)
+        if folder is not None and text is not None:
+            write_atomically(folder / "trace.json", text)
     evaluate()
     final = examiner.everything()
     center = final.pop("center_state")
@@ -201,6 +237,7 @@ def fit(
         "metric": name,
         "higher_is_better": config.metric.higher_is_better,
         **final,
+        "gpu_memory": gpu_memory(worker.device),
         "gap": sign * (final[f"center_train_{name}"] - final[f"center_test_{name}"]),
         f"best_center_{name}": sign * best[0],
         "best_step": best[1],
@@ -237,7 +274,7 @@ class Examiner:
 
     def _center(self) -> Tensor:
         run = self._worker.run
-        if run.synchronizers and all(s.averager.center is None for s in run.synchronizers):
+        if run.synchronizers and run.synchronizers[-1].averager.center is None:
             return uniform_mean(self._comm, self._worker.vector)[0]
         return run.center
 
@@ -264,7 +301,8 @@ class Examiner:
                 test = self.judge(splits.test)
                 train = self.judge(splits.train, self._config.eval.train_examples)
                 if title == "center":
-                    found["center_state"] = {k: t.detach().clone() for k, t in self._model.state_dict().items()}
+                    state = self._model.state_dict()
+                    found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
             for key in ("loss", name):
                 found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
         local = self._judge.judge(self._model, splits.test)
@@ -281,20 +319,23 @@ class Progress:
         self._comm, self._clock, self._facts = worker.comm, worker.clock, worker.facts
         self._examples, self._every = worker.comm.size * worker.config.data.batch_size, worker.config.log.every
         self._loss: Tensor | None = None
+        self._count, self._rate = 0, 0.0
         self._since = (0, 0.0)
         self._shown = ""
 
     def on_step(self, loss: Tensor) -> None:
         """Add up the loss; write and show it now and then."""
         self._loss = loss.clone() if self._loss is None else self._loss.add_(loss)
-        step = self._facts.step
-        if step % self._every and not self._log.due:
+        self._count += 1
+        step, (since_step, since) = self._facts.step, self._since
+        due = step // self._every > since_step // self._every
+        if not due and not self._log.due:
             return
         seconds = self._clock.seconds
-        since_step, since = self._since
-        count = step - since_step
-        mean = float(self._loss) / count
-        rate = count * self._examples / max(seconds - since, 1e-9)
+        mean = float(self._loss) / self._count
+        if step > since_step:  # pooled steps are counted at rounds
+            self._rate = (step - since_step) * self._examples / max(seconds - since, 1e-9)
+        rate = self._rate
         epoch = step / (self._facts.steps_per_epoch or 1)
         if self._log.due:
             meter = self._comm.meter
@@ -309,12 +350,13 @@ class Progress:
                 f"{rate:,.0f}/s  compute {100 - waiting - communication:.0f} %  communicate {communication:.0f} %  "
                 f"wait {waiting:.0f} %  sent {human_bytes(meter.training_bytes_sent)}  {self._shown}{eta}",
             )
-        if step % self._every == 0:
-            lr = self._facts.lr
-            self._log.record(
-                "train", step=step, epoch=epoch, seconds=seconds, loss=mean, lr=lr, examples_per_second=rate
-            )
-            self._loss, self._since = None, (step, seconds)
+        if due:
+            values = {"loss": mean, "lr": self._facts.lr, "examples_per_second": rate}
+            memory = gpu_memory(self._worker.device)
+            if memory is not None:
+                values["gpu_memory"] = memory
+            self._log.record("train", step=step, epoch=epoch, seconds=seconds, **values)
+            self._loss, self._count, self._since = None, 0, (step, seconds)
 
     def on_round(self, event: Round) -> None:
         """Write a round; say so if a rank was healed."""
@@ -325,8 +367,12 @@ class Progress:
             seconds=self._clock.seconds,
             period=event.period,
             lr=event.lr,
+            ranks=list(event.ranks),
+            made=list(event.made),
             weights=[[round(w, 6) for w in row] for row in event.weights.tolist()],
             leader=event.leader,
+            effective_workers=round(event.effective_workers, 4),
+            slowest=event.slowest,
             healed=list(event.healed),
         )
         if event.healed:
@@ -339,6 +385,11 @@ class Progress:
         epoch = facts.step / (facts.steps_per_epoch or 1)
         self._log.record("evaluate", step=facts.step, epoch=epoch, seconds=seconds, part=part, model="center", **scores)
         self._shown = "".join(f"{part} {k} {v:.4f}  " for k, v in scores.items() if k != "loss")
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes that this process's tensors have taken at most on a GPU; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _own_seed(seed: int, rank: int) -> int:

@@ -52,7 +52,7 @@ IMPOSSIBLE = {
     "stray": ("stray", "--key value"),
     "--method NoSuch": (
         "method is NoSuch",
-        "DataParallel, EASGD, GRAWA, LGRAWA, LSGD, LocalSGD, MGRAWA",
+        "DataParallel, EASGD, GRAWA, LGRAWA, LSGD, LocalLGRAWA, LocalMGRAWA, LocalSGD, MGRAWA",
         "import path",
     ),
     "--optimizer Adam": ("optimizer is Adam", "AdamW, SGD", "import path"),
@@ -108,9 +108,9 @@ IMPOSSIBLE = {
     "--run.seed -3": ("run.seed is -3", "0 or more"),
     "--run.start together": ("run.start is together", "common, independent"),
     "--run.control_every 0": ("run.control_every is 0", "at least 1"),
-    "--precision fp16": ("precision is fp16", "fp32, bf16"),
-    "--backend nccl": ("backend is nccl", "auto, horovod, mpi, single"),
-    "--backend single": ("backend is single", "auto, horovod or mpi"),
+    "--precision fp16": ("precision is fp16", "fp32, bf16", "loss scaling"),
+    "--backend nccl": ("backend is nccl", "sees no GPU"),
+    "--backend single": ("backend is single", "must be another"),
     "--config nosuch": ("config is nosuch", "cifar10_resnet20_lgrawa, demo, digits"),
     "--config /no/such.yaml": ("config is /no/such.yaml", "cifar10_resnet20_lgrawa, demo, digits"),
     "--config": ("config is missing", "cifar10_resnet20_lgrawa, demo, digits"),
@@ -274,7 +274,9 @@ def test_numbers_in_files_need_no_point(write: Callable[[str], str]) -> None:
 
 def everything(config: Config) -> dict[str, Any]:
     parts = {
-        name: getattr(config, name) for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend") if name != "model"
+        name: getattr(config, name)
+        for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend", "device")
+        if name != "model"
     }
     modules = {"model": config.build_model(), "loss": config.loss, "metric": type(config.metric)}
     return parts | {name: str(module) for name, module in modules.items()}

@@ -141,8 +141,9 @@ class AllreduceAggregator(Aggregator):
         """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
         made = [(i, grad) for i in self._away if (grad := self._vector.parameters[i].grad) is not None]
         if made:
-            torch._foreach_copy_([self._views[i] for i, _ in made], [grad for _, grad in made])
-            self._attach([i for i, _ in made])
+            with self._comm.meter.span("pack", "gradient"):
+                torch._foreach_copy_([self._views[i] for i, _ in made], [grad for _, grad in made])
+                self._attach([i for i, _ in made])
 
     def _zero(self, absent: Sequence[int]) -> None:
         """Tensors that got no gradient count as zero; those whose ``.grad`` is home were zeroed with it."""

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..launch import host_identity
-from ..trace import Trace
+from ..trace import Kind, Trace
 
 Verb = Literal["allreduce", "allgather", "alltoall", "broadcast"]
 
@@ -74,6 +75,10 @@ class Meter:
     ) -> None:
         self._events.append((purpose, *events))
         self._note(purpose, began, waited_from, time.perf_counter(), None)
+
+    def span(self, kind: Kind, name: str) -> AbstractContextManager[None]:
+        """Keep the span of the block, where spans are kept."""
+        return nullcontext() if self.trace is None else self.trace.span(kind, name)
 
     def _note(self, purpose: str, began: float, waited_from: float, waited_until: float, done: float | None) -> None:
         if self.trace is not None:
@@ -176,15 +181,24 @@ class Communicator(ABC):
     backend: str
     rank: int
     size: int
-    meter: Meter
 
     def __init__(self, rank: int, size: int, ranks: Sequence[int] | None = None) -> None:
         self.rank, self.size = rank, size
         #: The ranks of all in the world, which ``split`` makes parts of.
         self.ranks = tuple(range(size) if ranks is None else ranks)
-        self.meter = Meter()
+        self._meter = Meter()
+        self._whole: Communicator | None = None
         self._node: Communicator | None = None
         self._buffers: dict[object, Tensor] = {}
+
+    @property
+    def meter(self) -> Meter:
+        """Counts this rank's messages; that of the whole where this is a part."""
+        return self._meter if self._whole is None else self._whole.meter
+
+    @meter.setter
+    def meter(self, meter: Meter) -> None:
+        self._meter = meter
 
     def allreduce(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
         """Sum ``x`` over all ranks, in place; not of uint8, which Horovod cannot add."""
@@ -227,7 +241,7 @@ class Communicator(ABC):
             raise ValueError(f"split needs one color per rank: {self.size}, got {len(colors)}")
         parts = [[m for m in range(self.size) if colors[m] == color] for color in sorted(set(colors))]
         part = self._split(parts, next(i for i, part in enumerate(parts) if self.rank in part))
-        part.meter = self.meter
+        part._whole = self
         return part
 
     def node(self) -> Communicator:

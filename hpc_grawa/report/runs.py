@@ -81,8 +81,9 @@ class RunRecord:
 
     @property
     def weights(self) -> list[list[list[float]]]:
-        """Each round's weights, ``[R, W, K]``."""
-        return [event["weights"] for event in self.events.get("round", []) if event.get("weights")]
+        """The weights of each round of all ranks, ``[R, W, K]``."""
+        rounds = [event["weights"] for event in self.events.get("round", []) if event.get("weights")]
+        return [weights for weights in rounds if len(weights) == max(map(len, rounds))]
 
     def curve(self, part: str) -> list[tuple[float, float]]:
         """(training seconds, metric of the center on ``part``) at each evaluation."""
