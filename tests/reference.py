@@ -336,6 +336,7 @@ class World:
     optimizers: list[Optimizer]
     center: Array | None = None  # [P], of the last round; EASGD: its state c
     step: int = 0  # steps made so far
+    steps: int = 0  # of the whole run
     round: int = 0  # rounds made so far
     round_began: int = 0  # the step count at which the present round began
     period: int = 0  # the H of the present round
@@ -368,6 +369,12 @@ class Method:
     def share(self, world: World) -> Array | None:
         """Gradients [W, P] as the optimizers get them; None: no rank steps."""
         return world.gradients
+
+    def proximity(self, world: World) -> None:
+        """The pull of every step to the last center, if there is one."""
+        if world.center is not None:
+            for m in range(world.size):
+                world.x[m] = world.x[m] + (self.prox / world.period) * (world.center - world.x[m])
 
     def after_step(self, world: World) -> None:
         """Called after every step, before a round that may be due."""
@@ -466,6 +473,34 @@ class LGRAWA(_GradientNorms):
 
 
 @dataclass
+class LocalMGRAWA(MGRAWA):
+    """As MGRAWA, by the norms of the mini-batch gradients: their bias-corrected running mean since the last round."""
+
+    score_momentum: float = 0.85
+
+    def after_step(self, world: World) -> None:
+        self.mean = self.momentum.update(np.array([self.norms(world, g) for g in world.gradients]))
+
+    def raw_scores(self, world: World) -> Array:
+        self.momentum = ScoreMomentum(self.score_momentum)
+        return self.mean
+
+    def smoothed(self, scores: Array) -> Array:
+        return scores
+
+
+@dataclass
+class LocalLGRAWA(LocalMGRAWA):
+    """As LGRAWA, by the same running means."""
+
+    def norms(self, world: World, gradient: Array) -> list[float]:
+        return self.layer_norms(world, gradient)
+
+    def spans(self, world: World) -> list[Span]:
+        return world.problem.layers[self.layer]
+
+
+@dataclass
 class EASGD(Method):
     """x_m <- x_m - alpha (x_m - c),  alpha = beta / W;   c <- (1 - beta) c + beta mean(x);  both from old values.
 
@@ -488,16 +523,50 @@ class EASGD(Method):
 
 @dataclass
 class LSGD(Method):
-    """c = x_leader,  x_m <- lerp(x_m, c, pull);  leader = argmin of the mean mini-batch loss since the last round."""
+    """c = x_leader,  x_m <- lerp(x_m, c, pull);  leader = argmin of the mean mini-batch loss since the last round.
+
+    With `group` ranks per group each group has a leader of its own every `group_period` steps and at the end: its
+    proximity pull comes before that to c, and its round before a round of all.
+    """
 
     pull: float = 0.1
     prox: float = 0.1
+    group: int = 0
+    group_period: int = 0
+    group_pull: float = 0.1
+    group_prox: float = 0.1
 
     def start(self, world: World) -> None:
         self.losses: list[Array] = []
+        self.group_losses: list[Array] = []
+        self.leaders: dict[int, Array] = {}
+
+    def proximity(self, world: World) -> None:
+        for m, leader in self.leaders.items():
+            world.x[m] = world.x[m] + (self.group_prox / self.group_period) * (leader - world.x[m])
+        super().proximity(world)
 
     def after_step(self, world: World) -> None:
         self.losses.append(world.losses)
+        self.group_losses.append(world.losses)
+        if self.group and (len(self.group_losses) == self.group_period or world.step == world.steps):
+            mean = np.mean(self.group_losses, axis=0)
+            self.group_losses = []
+            for first in range(0, world.size, self.group):
+                self.group_round(world, mean, range(first, min(first + self.group, world.size)))
+
+    def group_round(self, world: World, losses: Array, members: Sequence[int]) -> None:
+        finite = [m for m in members if np.all(np.isfinite(world.x[m])) and np.isfinite(losses[m])]
+        if not finite:
+            return
+        leader = world.x[min(finite, key=lambda m: losses[m])].copy()
+        for m in members:
+            if np.all(np.isfinite(world.x[m])):
+                world.x[m] = lerp(world.x[m], leader, self.group_pull)
+            else:
+                world.x[m] = leader
+                world.optimizers[m].state.clear()
+            self.leaders[m] = leader
 
     def raw_scores(self, world: World) -> Array:
         mean = np.sum(self.losses, axis=0) / len(self.losses)
@@ -609,7 +678,7 @@ def replay(
     eta = lr if callable(lr) else lambda step: lr
     every = period if callable(period) else lambda facts: period
     x = starts.copy() if independent else np.array([starts[0]] * len(starts))
-    world = World(problem, x.astype(np.float64), [optimizer() for _ in starts], probe=probe)
+    world = World(problem, x.astype(np.float64), [optimizer() for _ in starts], probe=probe, steps=steps)
     peak_lr = max(eta(step) for step in range(steps))
     method.start(world)
     step_records: list[Step] = []
@@ -631,9 +700,7 @@ def replay(
         if shared is not None:
             for m in range(world.size):
                 world.x[m] = world.optimizers[m].step(world.x[m], shared[m], world.lr)
-        if world.center is not None:
-            for m in range(world.size):
-                world.x[m] = world.x[m] + (method.prox / world.period) * (world.center - world.x[m])
+        method.proximity(world)
         for m in range(world.size):
             if poison is not None and poison(m, step):
                 world.x[m] = np.nan

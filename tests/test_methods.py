@@ -20,7 +20,20 @@ from conftest import Ranks
 from torch import nn
 from worlds import NET, Trace, assert_follows, nesterov, plain, replay, run_method, twin
 
-from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, simulate
+from hpc_grawa import (
+    EASGD,
+    GRAWA,
+    LGRAWA,
+    LSGD,
+    MGRAWA,
+    DataParallel,
+    LocalLGRAWA,
+    LocalMGRAWA,
+    LocalSGD,
+    Method,
+    ParameterVector,
+    simulate,
+)
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, LostView, NonFinite
@@ -47,11 +60,21 @@ METHODS: dict[str, Row] = {
     "LGRAWA of groups": Row(LGRAWA(period=PERIOD, layers=[["2.*"], ["0.*"]]), ref.LGRAWA(layer="layer 2, layer 1")),
     "EASGD": Row(EASGD(period=PERIOD), ref.EASGD()),
     "LSGD": Row(LSGD(period=PERIOD, pull=0.2, prox=0.4), ref.LSGD(pull=0.2, prox=0.4)),
+    "LSGD of groups": Row(
+        LSGD(period=PERIOD, prox=0.4, group_period=2, ranks_per_group=2, group_pull=0.3, group_prox=0.2),
+        ref.LSGD(prox=0.4, group_period=2, group=2, group_pull=0.3, group_prox=0.2),
+    ),
+    "LocalMGRAWA": Row(LocalMGRAWA(period=PERIOD, pull=0.3), ref.LocalMGRAWA(pull=0.3)),
+    "LocalLGRAWA": Row(LocalLGRAWA(period=PERIOD), ref.LocalLGRAWA()),
+    "LocalLGRAWA of modules": Row(
+        LocalLGRAWA(period=PERIOD, layers="module", power=2.0, score_momentum=0.5),
+        ref.LocalLGRAWA(layer="module", power=2.0, score_momentum=0.5),
+    ),
     "LocalSGD": Row(LocalSGD(period=PERIOD), ref.LocalSGD()),
     "DataParallel": Row(DataParallel(bucket_mb=1e-4), ref.DataParallel()),
 }
 AVERAGING = [name for name, row in METHODS.items() if isinstance(row.ours, AveragingMethod)]
-ORDINARY = ["GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD"]
+ORDINARY = ["GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalMGRAWA", "LocalLGRAWA", "LocalSGD"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -276,6 +299,32 @@ def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks, name: str,
         assert np.isfinite(trace.parameters[-1]).all() and all(np.isfinite(m).all() for m in trace.momenta)
 
 
+def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Ranks) -> None:
+    """Rank 0 breaks before a round of groups; the last group breaks as a whole before one, and waits for all ranks."""
+    world = on_several_ranks.size
+    last_group = range((world - 1) // 2 * 2, world)
+
+    def poison(rank: int, step: int) -> bool:
+        return (rank == 0 and step == 1) or (rank in last_group and step == 9 and world > 2)
+
+    traces = follow(on_several_ranks, METHODS["LSGD of groups"], optimizer=nesterov, poison=poison)
+    healed = [round_.healed for round_ in traces[0].rounds]
+    assert healed == [(), (), tuple(last_group) if world > 2 else (), ()]
+    for trace in traces:
+        assert np.isfinite(trace.parameters[-1]).all() and all(np.isfinite(m).all() for m in trace.momenta)
+
+
+def test_groups_are_hosts_by_default(on_several_ranks: Ranks) -> None:
+    """All ranks of a test are on one host: its leader is the leader of all, as if one group held them all."""
+    hosts = LSGD(period=4, group_period=2)
+    same(on_several_ranks, replace(hosts, ranks_per_group=on_several_ranks.size), hosts, tolerance=0)
+
+
+def test_two_levels_without_pulls_of_groups_are_one(on_ranks: Ranks) -> None:
+    two = LSGD(period=4, group_period=2, ranks_per_group=2, group_pull=0.0, group_prox=0.0)
+    same(on_ranks, LSGD(period=4), two, tolerance=0)
+
+
 @pytest.mark.parametrize("name", ORDINARY)
 def test_if_no_rank_is_finite_all_say_so(on_ranks: Ranks, name: str) -> None:
     def body(comm: Communicator) -> str:
@@ -363,6 +412,11 @@ def test_statistics_of_a_healed_rank_start_anew() -> None:
         (lambda: GRAWA(probe_batches=0), "method.probe_batches is 0"),
         (lambda: EASGD(pull=2.0), "method.pull is 2.0"),
         (lambda: LSGD(prox=math.inf), "method.prox is inf"),
+        (lambda: LSGD(period=8, group_period=3), "method.group_period is 3: must be null, or divide method.period"),
+        (lambda: LSGD(ranks_per_group=4), "method.ranks_per_group is 4: must be null without method.group_period"),
+        (lambda: LSGD(group_period=4, ranks_per_group=0), "method.ranks_per_group is 0"),
+        (lambda: LSGD(group_period=4, rounds="pooled"), "method.rounds is pooled: must be lockstep with method.group"),
+        (lambda: LocalLGRAWA(score_momentum=1.0), "method.score_momentum is 1.0"),
         (lambda: DataParallel(bucket_mb=0.0), "method.bucket_mb is 0.0"),
     ],
 )
@@ -448,7 +502,7 @@ def test_half_precision_parameters_are_averaged_in_fp32(on_ranks: Ranks, method:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str) -> None:
-    """Payload of a round: 7 + K numbers, and P parameters. DataParallel: P + 4 flags at each step, one last word."""
+    """Payload of a round: 10 + K numbers, and P parameters. DataParallel: P + 4 flags at each step, one last word."""
     world, ours = on_ranks.size, METHODS[name].ours
 
     def body(comm: Communicator) -> tuple[dict[str, int], dict[str, int], dict[str, float]]:
@@ -456,17 +510,23 @@ def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str)
         return dict(comm.meter.calls), dict(comm.meter.payload_bytes), dict(comm.meter.bytes_sent)
 
     averaging = isinstance(ours, AveragingMethod)
-    columns = {"LGRAWA": 4, "LGRAWA of modules": 2, "LGRAWA of groups": 2}.get(name, 1) if averaging else 0
+    of_layers = {"": 4, " of modules": 2, " of groups": 2}
+    found = [n for part, n in of_layers.items() if name in (f"LGRAWA{part}", f"LocalLGRAWA{part}")]
+    columns = sum(found) or averaging
     big, verb = ("center", "allreduce") if averaging else ("gradient", "allreduce")
     messages = 2 if averaging else 8
     if name == "LSGD" or (world == 1 and averaging):
         verb = "broadcast"
     words = 2 if averaging else 1
+    if name == "LSGD of groups":  # two rounds within a group for each of all ranks
+        verb, messages, words = "broadcast", 6, 6
     for calls, payload, sent in on_ranks(body):
         assert calls["control"] == words
-        assert payload["control"] == words * 8 * (7 + columns)
+        assert payload["control"] == words * 8 * (10 + columns)
         assert calls[big] == messages if averaging else calls[big] > messages  # in buckets
         assert payload[big] == messages * 8 * (31 if averaging else 31 + 4)
+        if name == "LSGD of groups":
+            continue
         assert sent[big] == pytest.approx(ref.bytes_sent(verb, payload[big], world))
         assert sent["control"] == pytest.approx(ref.bytes_sent("allgather", payload["control"], world))
 

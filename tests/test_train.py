@@ -25,7 +25,7 @@ from hpc_grawa.train import Worker, fit
 
 METHODS = ("GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
 PERIOD = 4
-P, LAYERS, CONTROL = 15_418, 11, 7  # SmallCNN's parameters and tensors; numbers in a control word
+P, LAYERS, CONTROL = 15_418, 11, 10  # SmallCNN's parameters and tensors; numbers in a control word
 
 
 @pytest.fixture(autouse=True)

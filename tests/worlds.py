@@ -103,7 +103,7 @@ def run_method(
         trace.rounds.append(round_)
 
     run = method.build(comm, vector, sgd, probe, start="independent" if independent else "common", **build)
-    for synchronizer in run.synchronizers:
+    for synchronizer in run.synchronizers[-1:]:  # of all ranks
         synchronizer.on_round = on_round
     for step in range(steps):
         set_lr(step)
