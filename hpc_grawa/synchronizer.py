@@ -120,6 +120,8 @@ class Synchronizer:
         control.columns = max(control.columns, score.size)
         self._ticket = False
         self._over = False
+        #: Steps per rank in the pool: the period, or what is left of the run.
+        self._pooled: float = 0
         self._begin(overdrawn=0)
 
     def before_step(self) -> bool:
@@ -159,7 +161,7 @@ class Synchronizer:
         finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
         with self.averager.comm.meter.span("compute", "score"):
             scores = self.score.take()
-        period = self.position if self.pool is None else self.period
+        period = self.position if self.pool is None else self._pooled
         table = control.exchange(period, finite, scores, self.position, leaving)
         staying = sum(not word.leaving for word in table.words)
         self._over = not staying
@@ -212,8 +214,8 @@ class Synchronizer:
         self.period = self._period(self.control.facts)
         if self.pool is not None:
             left = self.control.facts.steps_left
-            self.period = self.period if left is None else min(self.period, max(left, 1))
-            self.pool.open(self.period, overdrawn)
+            self._pooled = self.period if left is None else min(self.period, max(left, 1))
+            self.pool.open(self._pooled, overdrawn)
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""

@@ -93,7 +93,10 @@ def shared_store(comm: Communicator) -> TCPStore:
         store = serve(0, uuid4().hex)
         message = json.dumps([own_addresses(), store.port, store.get(_NAME).decode()]).encode()
     addresses, port, name = json.loads(comm.gather_bytes(message)[0])
-    return store if comm.rank == 0 else join(["127.0.0.1", *addresses], port, name, ports=1, seconds=60)
+    if comm.rank:
+        store = join(["127.0.0.1", *addresses], port, name, ports=1, seconds=60)
+    comm.barrier()  # rank 0 may drop it from here on
+    return store
 
 
 class StoreCounter:

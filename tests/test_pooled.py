@@ -1,0 +1,222 @@
+"""Pooled rounds: all ranks together make W·τ local steps, each as many as it can, and wait for one at most."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Ranks
+from torch import nn
+from worlds import batch, probe_batch, starts, twin
+
+from hpc_grawa import EASGD, LGRAWA, LSGD, LocalLGRAWA, LocalSGD, Method, ParameterVector, Run, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.simulated import SimulatedCommunicator
+from hpc_grawa.schedules import RunFacts
+from hpc_grawa.synchronizer import Round
+
+
+class Trainer:
+    """One rank: its run, and what it saw."""
+
+    def __init__(self, comm: Communicator, method: Method, steps: int | None = None, probe_takes: float = 0.0) -> None:
+        model = twin(starts(comm.size)[comm.rank])
+        self.comm, self.vector = comm, ParameterVector(model)
+        self.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        self.made = 0
+        self.rounds: list[Round] = []
+        self.probes = 0
+
+        def loss_of(inputs: Any, targets: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(torch.as_tensor(inputs)), torch.as_tensor(targets))
+
+        def probe() -> torch.Tensor:
+            self.probes += 1
+            if isinstance(comm, SimulatedCommunicator):
+                comm.elapse(probe_takes)
+            return loss_of(*probe_batch(comm.rank, self.probes))
+
+        self._loss_of = loss_of
+        facts = RunFacts(total_steps=steps)
+        self.run: Run = method.build(comm, self.vector, self.optimizer, probe, facts=facts)
+        self.run.synchronizers[-1].on_round = self.rounds.append
+
+    def step(self, takes: float = 0.0) -> None:
+        self.optimizer.zero_grad()
+        loss = self._loss_of(*batch(self.comm.rank, self.made))
+        loss.backward()
+        self.optimizer.step()
+        self.made += 1
+        if isinstance(self.comm, SimulatedCommunicator):
+            self.comm.elapse(takes)
+        self.run.after_step(loss.detach())
+
+    def train(self, takes: float = 0.0) -> None:
+        """To the end that the facts say, the same on all ranks; a step takes so long on average, give or take 20 %."""
+        facts, draw = self.run.facts, random.Random(self.comm.rank)
+        while facts.total_steps is None or facts.step < facts.total_steps:
+            if self.run.before_step():
+                self.step(takes * draw.uniform(0.8, 1.2))
+        self.run.finish()
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "LGRAWA": LGRAWA,
+    "LocalLGRAWA": LocalLGRAWA,
+    "EASGD": EASGD,
+    "LSGD": LSGD,
+    "LocalSGD": LocalSGD,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ranks_of_equal_speed_train_as_in_lockstep(name: str) -> None:
+    """Simulated ranks take turns, so each makes τ steps a round: bit for bit the lockstep run, its last round too."""
+
+    def body(comm: Communicator) -> list[Any]:
+        results = []
+        for rounds in ("pooled", "lockstep"):
+            trainer = Trainer(comm, METHODS[name](period=4, rounds=rounds), steps=14)
+            trainer.train()
+            results.append((trainer.vector.data.numpy().copy(), trainer.run.center.numpy().copy(), trainer.rounds))
+        return results
+
+    for (pooled, center, rounds), (lockstep, expected, _) in simulate(3, body):
+        assert (pooled == lockstep).all() and (center == expected).all()
+        assert [(r.step, r.period, r.made) for r in rounds] == [
+            *((step, 4, (4, 4, 4)) for step in (4, 8, 12)),
+            (14, 2, (2, 2, 2)),
+        ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_round_has_as_many_steps_as_specified(on_ranks: Ranks, name: str) -> None:
+    """W·τ of all ranks together, the last round as many as are left; all ranks agree and end."""
+    world, steps = on_ranks.size, 30
+
+    def body(comm: Communicator) -> Trainer | tuple[Any, ...]:
+        trainer = Trainer(comm, METHODS[name](period=4, rounds="pooled"), steps)
+        trainer.train()
+        run, rounds = trainer.run, trainer.rounds
+        seen = [(r.number, r.step, r.period, r.made, r.weights.tolist(), r.slowest) for r in rounds]
+        assert trainer.made == sum(r.made[comm.rank] for r in rounds)
+        assert torch.isfinite(trainer.vector.data).all()
+        return seen, run.facts.step, run.center.tolist()
+
+    results = on_ranks(body)
+    for seen, step, center in results:
+        assert (seen, step, center) == results[0]
+        assert step == steps
+        assert [(step, period) for _, step, period, *_ in seen] == [(4 * r, 4) for r in range(1, 8)] + [(30, 2)]
+        assert [sum(made) for _, _, _, made, *_ in seen] == [4 * world] * 7 + [2 * world]
+
+
+def test_steps_are_about_proportional_to_speed() -> None:
+    """Speeds 1:2:3:4 and τ 4: about 2, 3, 5, 6 steps a round."""
+
+    def body(comm: Communicator) -> list[tuple[int, ...]]:
+        trainer = Trainer(comm, LocalSGD(period=4, rounds="pooled"), steps=80)
+        trainer.train(takes=1 / (comm.rank + 1))
+        return [r.made for r in trainer.rounds]
+
+    made = np.array(simulate(4, body)[0])
+    assert (made.sum(1) == 16).all()
+    np.testing.assert_allclose(made.mean(0), [2, 3, 5, 6], atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "probe", "period", "low", "high"),
+    [
+        (LocalLGRAWA, 0.0, 4, 0.65, 0.77),
+        (LocalLGRAWA, 0.0, 8, 0.78, 0.91),
+        (LocalLGRAWA, 0.0, 16, 0.90, 0.98),
+        (LocalLGRAWA, 0.0, 32, 0.93, 0.98),
+        (LGRAWA, 1.0, 4, 0.42, 0.52),
+        (LGRAWA, 1.0, 8, 0.57, 0.72),
+        (LGRAWA, 1.0, 16, 0.74, 0.84),
+        (LGRAWA, 1.0, 32, 0.84, 0.92),
+    ],
+)
+def test_fast_ranks_keep_most_of_their_speed(
+    method: Callable[..., Method], probe: float, period: int, low: float, high: float
+) -> None:
+    """One rank of four is four times slower, its probes too; in lockstep the others would keep a quarter."""
+
+    def speed(rounds: str) -> float:
+        def body(comm: Communicator) -> float:
+            assert isinstance(comm, SimulatedCommunicator)
+            slower = 4.0 if comm.rank == 0 else 1.0
+            trainer = Trainer(comm, method(period=period, rounds=rounds), 1280 // period * period // 4, probe * slower)
+            trainer.train(takes=slower)
+            return trainer.made / comm.clock
+
+        return float(np.mean(simulate(4, body)[1:]))
+
+    assert low <= speed("pooled") <= high
+    assert speed("lockstep") <= 0.25
+
+
+def test_ranks_may_leave_at_different_times(on_ranks: Ranks) -> None:
+    """Each after as many steps of its own as it likes; those that have left go on taking part in rounds."""
+    world = on_ranks.size
+
+    def body(comm: Communicator) -> tuple[int, list[tuple[int, ...]], bool]:
+        trainer = Trainer(comm, LocalSGD(period=4, rounds="pooled"))
+        for _ in range(3 + 5 * comm.rank):
+            while not trainer.run.before_step():
+                pass
+            trainer.step()
+        trainer.run.finish()
+        x = trainer.vector.data
+        same = comm.allgather(x, "evaluate").wait()
+        return trainer.made, [r.made for r in trainer.rounds], bool((same == x).all())
+
+    for rank, (made, rounds, same) in enumerate(on_ranks(body)):
+        assert made == 3 + 5 * rank == sum(counts[rank] for counts in rounds)
+        assert all(sum(counts) == 4 * world for counts in rounds[:-1])
+        assert 0 < sum(rounds[-1]) <= 4 * world
+        assert same  # LocalSGD's last round leaves all ranks alike
+
+
+def test_a_rank_without_steps_keeps_its_score() -> None:
+    """Rank 1 makes its first step and stands still: its score stays, and nothing else of it changes."""
+
+    def body(comm: Communicator) -> tuple[list[int], list[tuple[int, ...]]]:
+        assert isinstance(comm, SimulatedCommunicator)
+        trainer = Trainer(comm, LSGD(period=4, rounds="pooled"), steps=12)
+        trainer.train(takes=1000.0 if comm.rank == 1 else 1.0)
+        return [r.weights.flatten().tolist() for r in trainer.rounds] + [
+            [float(made) for made in r.made] for r in trainer.rounds
+        ]
+
+    results = simulate(2, body)
+    assert results[0] == results[1]
+    made = results[0][3:]
+    assert made[0] == [7.0, 1.0] and all(sum(counts) == 8 for counts in made)
+    assert all(sorted(weights) == [0.0, 1.0] for weights in results[0][:3])
+
+
+def test_a_step_without_a_ticket_is_a_named_error(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        trainer = Trainer(comm, LocalSGD(period=4, rounds="pooled"))
+        with pytest.raises(RuntimeError, match=r"only if before_step\(\) returns True"):
+            trainer.step()
+
+    on_ranks(body)
+
+
+def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> tuple[list[tuple[int, ...]], bool]:
+        trainer = Trainer(comm, LocalLGRAWA(period=4, rounds="pooled"), steps=12)
+        if comm.rank == 1:
+            trainer.vector.data.fill_(math.nan)
+        trainer.train()
+        return [r.healed for r in trainer.rounds], bool(trainer.vector.data.isfinite().all())
+
+    for healed, finite in on_several_ranks(body):
+        assert finite and healed[0] == (1,) and not any(healed[1:])
