@@ -169,8 +169,12 @@ lint: $(READY)  ## ruff and mypy
 
 bench: $(READY)  ## the figures of the README, measured on this machine
 	@export OMP_NUM_THREADS=1
-	for ranks in 2 4; do $(MPIRUN) -np $$ranks $(BIN)/python benchmarks/rounds.py; done
+	backends=mpi\ gloo$$([ -x $(BIN)/horovodrun ] && echo ' horovod')
+	for backend in $$backends; do
+		for ranks in 2 4; do $(MPIRUN) -np $$ranks $(BIN)/python benchmarks/rounds.py $$backend; done
+	done
 	$(MPIRUN) -np 2 $(BIN)/python benchmarks/steps.py
+	$(MPIRUN) -np 4 $(BIN)/python benchmarks/pooled.py
 
 clean:  ## remove caches and build outputs; environments and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """One averaging round of a ResNet-50-sized model: ours, its bare parts, and what PyTorch offers.
 
-    mpirun -np 4 python benchmarks/rounds.py
+    mpirun -np 4 python benchmarks/rounds.py [mpi | horovod | gloo]
 
 LGRAWA's round is timed without its probe, which is a forward and backward pass like any other.
 """
@@ -8,12 +8,13 @@ LGRAWA's round is timed without its probe, which is a forward and backward pass 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from interleave import interleaved, table
-from mpi4py import MPI
+from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torchvision.models import resnet50
 
@@ -31,15 +32,27 @@ class GivenScores(Score):
         self.size = size
         self._scores = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) + 0.5
 
-    def take(self) -> torch.Tensor:
+    def take(self) -> Tensor:
         return self._scores
 
 
-def main() -> None:
+def raw_allreduce(backend: str) -> Callable[[Tensor], object]:
+    """The backend's own allreduce, as a program without this package would call it."""
+    if backend == "mpi":
+        from mpi4py import MPI
+
+        return lambda x: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, x.numpy())
+    if backend == "horovod":
+        import horovod.torch as hvd
+
+        return lambda x: hvd.allreduce_(x, name="raw", op=hvd.Sum)
+    return torch.distributed.all_reduce
+
+
+def main(backend: str) -> None:
     """Run on every rank; rank 0 prints."""
     torch.set_num_threads(1)
-    comm = connect("mpi")
-    world = MPI.COMM_WORLD
+    comm = connect(backend)
     model = resnet50()
     vector = hpc_grawa.ParameterVector(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -47,44 +60,39 @@ def main() -> None:
     (lgrawa,) = run.synchronizers
     lgrawa.score = GivenScores(len(vector.parameters), comm.rank)
     (local_sgd,) = hpc_grawa.LocalSGD(period=1).build(comm, vector, optimizer).synchronizers
-
     x, message = torch.randn(len(vector)), torch.empty(len(vector))
+    raw = raw_allreduce(backend)
 
     def bare() -> None:
         torch.mul(x, 1 / comm.size, out=message)
-        world.Allreduce(MPI.IN_PLACE, message.numpy())
+        raw(message)
         x.lerp_(message, 0.5)
 
-    def allreduce() -> None:
-        world.Allreduce(MPI.IN_PLACE, message.numpy())
-
-    os.environ.update(RANK=str(comm.rank), WORLD_SIZE=str(comm.size), MASTER_ADDR="127.0.0.1", MASTER_PORT="29577")
-    dist.init_process_group("gloo")
-    other = resnet50()
-    for p in other.parameters():
-        p.grad = torch.zeros_like(p)  # the averager skips parameters without one
-    warnings.simplefilter("ignore")  # it is deprecated, and advises against a period of 1
-    averager = PeriodicModelAverager(period=1, warmup_steps=0)
-
-    medians = interleaved(
-        {
-            "scaled copy + raw MPI allreduce + lerp": bare,
-            "raw MPI allreduce": allreduce,
-            "LGRAWA round (161 layer weights)": lgrawa.round,
-            "LocalSGD round": local_sgd.round,
-            "PeriodicModelAverager on Gloo": lambda: averager.average_parameters(other.parameters()),
-        },
-        REPEATS,
-        world.Barrier,
-    )
+    reference = f"scaled copy + raw {backend} allreduce + lerp"
+    ways: dict[str, Callable[[], object]] = {
+        reference: bare,
+        f"raw {backend} allreduce": lambda: raw(message),
+        "LGRAWA round (161 layer weights)": lgrawa.round,
+        "LocalSGD round": local_sgd.round,
+    }
+    if backend != "horovod":
+        gloo = comm if backend == "gloo" else connect("gloo")
+        other = resnet50()
+        for p in other.parameters():
+            p.grad = torch.zeros_like(p)  # the averager skips parameters without one
+        warnings.simplefilter("ignore")  # it is deprecated, and advises against a period of 1
+        averager = PeriodicModelAverager(period=1, warmup_steps=0)
+        ways["PeriodicModelAverager on Gloo"] = lambda: averager.average_parameters(other.parameters())
+        gloo.barrier()
+    medians = interleaved(ways, REPEATS, comm.barrier)
     if comm.rank == 0:
-        title = (
-            f"one round, {len(vector):,} parameters, {comm.size} ranks on {os.cpu_count()} cores, median of {REPEATS}"
+        ranks = f"{comm.size} ranks on {os.cpu_count()} cores"
+        print(
+            table(f"one round, {len(vector):,} parameters, {ranks}, median of {REPEATS}", medians, reference),
+            flush=True,
         )
-        print(table(title, medians, "scaled copy + raw MPI allreduce + lerp"), flush=True)
-    dist.destroy_process_group()
     comm.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:] or ["mpi"])

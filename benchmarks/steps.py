@@ -1,8 +1,8 @@
-"""A local step of ResNet-20 under LocalSGD beside the bare PyTorch loop.
+"""A local step of ResNet-20 under our methods beside the bare PyTorch loop.
 
     mpirun -np 2 python benchmarks/steps.py
 
-Both draw the same batches from the same array; the period is longer than the run, so no round is timed.
+All draw the same batches from the same array; periods are longer than the run, so no round is timed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,15 @@ def main() -> None:
     """Run on every rank; rank 0 prints."""
     torch.set_num_threads(1)
     comm = connect("mpi")
-    words = "--method LocalSGD --method.period 1000000 --model ResNet20 --data steps.Noise --budget.steps 1000000"
-    worker = Worker(parse(words.split()), comm)
-    examples, sampler = worker.splits.train, worker.sampler
+    words = (
+        "--model ResNet20 --data steps.Noise --budget.steps 1000000 --method.period 1000000 --run.control_every 1000000"
+    )
+
+    def worker(method: str) -> Worker:
+        return Worker(parse([f"--method={method}", *words.split()]), comm)
+
+    workers = {method: worker(method) for method in ("LocalSGD", "LocalLGRAWA")}
+    examples, sampler = workers["LocalSGD"].splits.train, workers["LocalSGD"].sampler
     model = ResNet20()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
     criterion = torch.nn.CrossEntropyLoss()
@@ -55,11 +61,12 @@ def main() -> None:
             optimizer.step()
             done += 1
 
-    def ours() -> None:
+    def steps(worker: Worker) -> None:
         for _ in range(STEPS):
             worker.step()
 
-    medians = interleaved({"bare PyTorch loop": bare, "LocalSGD": ours}, REPEATS, comm.barrier)
+    ours = {method: lambda worker=worker: steps(worker) for method, worker in workers.items()}
+    medians = interleaved({"bare PyTorch loop": bare, **ours}, REPEATS, comm.barrier)
     if comm.rank == 0:
         title = f"{STEPS} local steps of ResNet-20, batch 128, {comm.size} ranks on {os.cpu_count()} cores"
         print(table(title, medians, "bare PyTorch loop"), flush=True)

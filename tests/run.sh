@@ -28,6 +28,10 @@ launch 120 python -m pytest -q --doctest-modules hpc_grawa # the examples in doc
 for size in 1 2 3 4; do
     launch 300 mpirun -np "$size" "${ranks[@]}" --backend mpi
 done
+for size in 2 4; do
+    launch 300 mpirun -np "$size" "${ranks[@]}" --backend gloo
+done
+launch 120 torchrun --standalone --nproc-per-node 2 --no-python "${ranks[@]}" --backend gloo -k smoke
 if command -v horovodrun >/dev/null; then
     for size in 2 4; do
         launch 300 mpirun -np "$size" "${ranks[@]}" --backend horovod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -220,3 +221,25 @@ def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks) -> None:
 
     for healed, finite in on_several_ranks(body):
         assert finite and healed[0] == (1,) and not any(healed[1:])
+
+
+def test_rounds_say_who_is_slowest(on_several_ranks: Ranks) -> None:
+    """By seconds of computing per local step, whether ranks make as many steps or not; waiting does not count."""
+    if on_several_ranks.backend == "simulated":
+        pytest.skip("simulated ranks share one clock")
+    last = on_several_ranks.size - 1
+
+    def body(comm: Communicator) -> list[int]:
+        found = []
+        for rounds in ("lockstep", "pooled"):
+            trainer = Trainer(comm, LocalSGD(period=4, rounds=rounds), steps=8)
+            facts = trainer.run.facts
+            while facts.step < 8:
+                if trainer.run.before_step():
+                    time.sleep(0.1 if comm.rank == last else 0.005)
+                    trainer.step()
+            trainer.run.finish()
+            found += [r.slowest for r in trainer.rounds]
+        return found
+
+    assert on_several_ranks(body) == [[last] * 4] * on_several_ranks.size

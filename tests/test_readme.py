@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,21 +30,35 @@ def commands() -> list[str]:
     return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def launched() -> list[str]:
-    """The launcher table's commands, with the dots filled in."""
-    return [c.replace("...", "--config digits") for c in re.findall(r"^\| `([^`]*hpc-grawa train[^`]*)`", README, re.M)]
+BACKENDS = ("auto", "mpi", "horovod", "gloo", "nccl")
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def launched() -> list[tuple[str, str, str]]:
+    """The launcher table's cells: command with the dots filled in, backend, and what the table says of it."""
+    rows = re.findall(r"^\| `([^`]*hpc-grawa train[^`]*)` \|(.*)\|$", README, re.M)
+    cells = [(command, [cell.strip() for cell in rest.split("|")]) for command, rest in rows]
+    assert all(len(said) == len(BACKENDS) for _, said in cells)
+    return [
+        (command.replace("...", f"--config digits --backend {backend}"), backend, text)
+        for command, said in cells
+        for backend, text in zip(BACKENDS, said, strict=True)
+    ]
+
+
+def start(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
+    return subprocess.run(
         shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    done = start(command, folder)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -102,15 +117,26 @@ def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", launched())
-def test_launcher_table(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "backend", "said"), launched())
+def test_launcher_table(command: str, backend: str, said: str, tmp_path: Path) -> None:
+    """A cell is a run with that backend, or one line that names it."""
     if command.startswith("srun"):
         pytest.skip("needs a SLURM cluster")
-    if command.startswith("horovodrun") and not (BIN / "horovodrun").exists():
+    horovod = (BIN / "horovodrun").exists()
+    if (command.startswith("horovodrun") or backend == "horovod") and not horovod:
         pytest.skip("Horovod is not built here")
-    done = run(f"{command} --run.name x {shlex.join(SHORT)}", tmp_path)
-    assert re.search(r"backend +(horovod|mpi|single) \(", done.stdout)
-    assert (tmp_path / "runs" / "x" / "summary.json").is_file()
+    if said.startswith("needs") and torch.cuda.is_available():
+        pytest.skip("there are GPUs here")
+    words = f"{command} --run.name x {shlex.join(SHORT)}"
+    if said.startswith(("needs", "refused")):
+        done = start(words, tmp_path)
+        assert done.returncode != 0 and not (tmp_path / "runs" / "x").exists()
+        assert (done.stdout + done.stderr).count(f"error: backend is {backend}") == 1
+        return
+    taken = {"runs": backend}.get(said) or next(b for b in said.replace(";", "").split() if b != "horovod" or horovod)
+    assert re.search(rf"backend +{taken} \(", run(words, tmp_path).stdout)
+    summary = json.loads((tmp_path / "runs" / "x" / "summary.json").read_text())
+    assert (summary["backend"], summary["world_size"]) == (taken, 4 if "4" in command else 1)
 
 
 def test_own_loop(tmp_path: Path) -> None:

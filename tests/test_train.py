@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -20,6 +21,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.config import Config
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.evaluate import Judge
+from hpc_grawa.log import Log
 from hpc_grawa.parsing import parse
 from hpc_grawa.train import Worker, fit
 
@@ -393,3 +395,101 @@ def test_a_world_of_one_trains_with_every_method(tmp_path: Path) -> None:
     for method in METHODS:
         summary = run(digits("--eval.train_examples=50", method=method, steps=6), tmp_path / method, world=1)[0]
         assert (summary["bytes_sent"], summary["steps"], summary["consensus_distance"]) == (0, 6, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pooled rounds, traces, events for TensorBoard.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pooled_run_of_equal_ranks_is_the_lockstep_run(tmp_path: Path) -> None:
+    """Bit for bit, its evaluations and its learning rates too where they change at rounds."""
+    words = ("--schedule=Step", "--schedule.unit=steps", "--schedule.milestones=[8]", "--eval.unit=steps")
+    found = []
+    for rounds in ("lockstep", "pooled"):
+        config = digits(*words, "--eval.every=8", f"--method.rounds={rounds}", steps=18)
+        summary = run(config, tmp_path / rounds)[0]
+        curve = [(e["step"], e["accuracy"]) for e in events(tmp_path / rounds, "evaluate")]
+        lines = [(e["step"], e["lr"], e["made"]) for e in events(tmp_path / rounds, "round")]
+        losses = [e["loss"] for e in events(tmp_path / rounds, "train")]
+        state = {k: t.tolist() for k, t in center(tmp_path / rounds).items()}
+        found.append((curve, lines, summary["steps"], summary["rounds"], state, losses))
+    assert found[0] == found[1]
+    assert [step for step, _ in found[0][0]] == [0, 8, 16, 18]
+
+
+@pytest.mark.parametrize("limit", ["--budget.steps=18", "--budget.seconds=0.5"])
+def test_a_pooled_run_of_unequal_ranks_ends_on_all(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 takes three times as long per step; steps are still counted for all together."""
+    take = Worker.step
+
+    def slower(worker: Worker) -> Tensor | None:
+        worker.comm.elapse(3.0 if worker.comm.rank == 0 else 1.0)  # type: ignore[attr-defined]
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", slower)
+    config = digits("--method.rounds=pooled", "--budget.steps=null", limit, "--eval.unit=steps", "--eval.every=6")
+    summaries = run(config, tmp_path)
+    made = [event["made"] for event in events(tmp_path, "round")]
+    steps = summaries[0]["steps"]
+    assert {s["steps"] for s in summaries} == {steps}
+    assert sum(map(sum, made)) == 3 * steps
+    assert all(sum(counts) == 3 * PERIOD for counts in made[:-1])
+    assert sum(counts[0] for counts in made) < 0.6 * sum(counts[1] for counts in made)
+    assert [e["step"] for e in events(tmp_path, "evaluate")][-1] == steps
+
+
+def test_a_trace_shows_what_every_rank_did(tmp_path: Path) -> None:
+    """Every local step, probe, message and wait of a run of 3 ranks, 10 steps and 3 rounds."""
+    config = digits("--eval.unit=steps", "--eval.every=100")
+    tmp_path.mkdir(exist_ok=True)
+    simulate(3, lambda comm: fit(config, comm, None if comm.rank else lambda: tmp_path, speaks=False, trace=True))
+    found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in found if e["name"] == "process_name"]
+    assert names == ["rank 0", "rank 1", "rank 2"]
+    for rank in range(3):
+        spans = [e for e in found if e["ph"] == "X" and e["pid"] == rank]
+        count = {name: sum(e["name"] == name for e in spans) for name in {e["name"] for e in spans}}
+        assert count["compute local step"] == 10
+        assert count["compute score"] == count["pack center"] == count["wire center"] == count["wait center"] == 3
+        assert count["wait control"] == 3
+        assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in spans)
+        assert {e["tid"] for e in spans if e["cat"] != "wire"} == {0}
+        steps = sorted((e["ts"], e["dur"]) for e in spans if e["cat"] == "compute")
+        assert all(a + d <= b + 0.2 for (a, d), (b, _) in itertools.pairwise(steps))  # one after the other
+
+
+def test_messages_under_way_at_once_have_rows_of_their_own(tmp_path: Path) -> None:
+    config = digits("--method.bucket_mb=0.01", method="DataParallel")
+    simulate(2, lambda comm: fit(config, comm, None if comm.rank else lambda: tmp_path, speaks=False, trace=True))
+    found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    wire = sorted(
+        (e["tid"], e["ts"], e["dur"]) for e in found if e["ph"] == "X" and e["cat"] == "wire" and e["pid"] == 0
+    )
+    assert len({row for row, _, _ in wire}) > 1
+    for (row, start, length), (next_row, next_start, _) in itertools.pairwise(wire):
+        assert row != next_row or start + length <= next_start + 0.2
+
+
+def test_events_for_tensorboard_hold_the_curves(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(digits("--log.every=5"), tmp_path)
+    read = EventAccumulator(str(tmp_path)).Reload()
+    tags = set(read.Tags()["scalars"])
+    assert tags >= {
+        *("train/loss", "train/lr", "evaluate/test_accuracy", "evaluate/test_loss"),
+        *("round/effective_workers", "round/slowest", "round/leader", "round/period"),
+    }
+    written = [(e["step"], pytest.approx(e["loss"])) for e in events(tmp_path, "train")]
+    assert [(s.step, s.value) for s in read.Scalars("train/loss")] == written
+    effective = [event["effective_workers"] for event in events(tmp_path, "round")]
+    assert all(1 < workers <= 3 for workers in effective)
+    run(digits("--log.tensorboard=false"), tmp_path / "without")
+    assert not list((tmp_path / "without").glob("events*"))
+
+
+def test_without_tensorboard_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("hpc_grawa.log.find_spec", lambda name: None)
+    Log(tmp_path, speaks=True, tensorboard=True).close()
+    assert "TensorBoard, which is not installed: pip install 'hpc-grawa[log]'" in capsys.readouterr().out
