@@ -38,7 +38,7 @@ class MirrorCommunicator(Communicator):
     def node(self) -> MirrorCommunicator:
         return self
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         return True
 
     def _split(self, parts: list[list[int]], own: int) -> MirrorCommunicator:

@@ -46,6 +46,8 @@ class Worker:
         self.config, self.comm = config, comm
         self.device = local_device(wanted=config.device)
         self.clock = Clock(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events and random streams are those of the current device
         seed = config.run.seed
         self.splits = config.data.load()
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
@@ -420,6 +422,10 @@ def _greet(log: Log, worker: Worker) -> None:
     )
     log.say(f"budget     {config.budget}; the last step ends with a round")
     log.say(f"model      {config.model_name}, {len(vector):,} parameters in {len(vector.parameters)} tensors")
+    if worker.device.type == "cuda":
+        direct = worker.comm.carries(vector.data, "allreduce")
+        by = f"{worker.comm.backend} reads its memory" if direct else "messages go by way of page-locked host memory"
+        log.say(f"device     {worker.device}, {torch.cuda.get_device_name(worker.device)}; {by}")
     log.say(f"optimizer  {config.optimizer}; {config.schedule}; {config.precision}, {torch.get_num_threads()} threads")
 
 

@@ -237,7 +237,7 @@ def test_tensors_that_a_backend_cannot_read_travel_by_way_of_the_host(
     world = on_ranks.size
 
     def body(comm: Communicator) -> list[list[float]]:
-        monkeypatch.setattr(type(comm), "_carries", lambda comm, x, verb: False)
+        monkeypatch.setattr(type(comm), "carries", lambda comm, x, verb: False)
         results = []
         for turn in range(2):  # the second turn uses the first one's buffers
             x = torch.tensor([1.0 + comm.rank + turn])

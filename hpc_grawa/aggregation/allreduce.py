@@ -16,6 +16,22 @@ from .base import Aggregator
 BUCKET_BYTES = 25 * 2**20
 
 
+class _Verdict:
+    """A boolean of the device on its way to the host, which later reads it without waiting for what follows it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._event = value, None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
+
+
 class AllreduceAggregator(Aggregator):
     """g ← (1/W) Σ_m g_m, in buckets launched from gradient hooks.
 
@@ -30,7 +46,8 @@ class AllreduceAggregator(Aggregator):
         comm: the ranks that share.
         vector: their parameters.
         bucket_bytes: largest size of a bucket; a tensor larger than that is a bucket of its own.
-        on_nonfinite: ``error``: a mean gradient that is not finite raises on all ranks; ``skip``: all skip the step.
+        on_nonfinite: ``error``: a mean gradient that is not finite raises on all ranks (on CUDA one step later, so that
+            no step waits for the device); ``skip``: all skip the step.
 
     Source: Li et al., PyTorch Distributed (VLDB 2020), section 3.2.
     """
@@ -49,6 +66,7 @@ class AllreduceAggregator(Aggregator):
         self._views = vector.views(self.grad)
         self._buckets = self._cut(bucket_bytes)
         self._bucket_of = {i: b for b, (tensors, _) in enumerate(self._buckets) for i in tensors}
+        self._verdict: _Verdict | None = None
         self._armed = False
         self._shared = False
         self._works: list[Work] = []
@@ -109,16 +127,25 @@ class AllreduceAggregator(Aggregator):
             work.wait()
         self.grad.mul_(1 / self._comm.size)
         # The same sum of the same bits on every rank, so all ranks decide alike.
-        if not bool(self.grad.sum(dtype=self._vector.exact_dtype).isfinite()):
-            if self._on_nonfinite == "error":
-                raise NonFinite(
-                    "the mean gradient of all ranks is not finite: lower the learning rate, clip "
-                    "(optimizer.clip_norm), or skip such steps (method.on_nonfinite: skip)"
-                )
+        finite = self.grad.sum(dtype=self._vector.exact_dtype).isfinite()
+        if self._on_nonfinite == "error":
+            self.settle()
+            self._verdict = _Verdict(finite)
+            if not finite.is_cuda:
+                self.settle()
+        if self._on_nonfinite == "skip" and not bool(finite):
             self._give_back_none(range(len(self._views)))
         elif absent:
             users = self._flags[absent].tolist()
             self._give_back_none(i for i, ranks in zip(absent, users, strict=True) if not ranks)
+
+    def settle(self) -> None:
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and not verdict.read():
+            raise NonFinite(
+                "the mean gradient of all ranks is not finite: lower the learning rate, clip (optimizer.clip_norm), or "
+                "skip such steps (method.on_nonfinite: skip)"
+            )
 
     def _ready(self, i: int, p: Tensor) -> None:
         self._given.add(i)

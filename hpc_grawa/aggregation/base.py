@@ -22,5 +22,8 @@ class Aggregator:
     def finish(self) -> None:
         """Return when every ``.grad`` is the gradient to step with."""
 
+    def settle(self) -> None:
+        """The run ends: raise what was still to be found out about the last step."""
+
     def stepped(self) -> None:
         """The optimizer has stepped; raises ``RuntimeError`` if it did so with gradients that were to be shared."""

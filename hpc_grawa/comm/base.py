@@ -270,7 +270,7 @@ class Communicator(ABC):
         if not x.is_contiguous():
             raise ValueError(f"{verb} needs a contiguous tensor, got strides {x.stride()} for shape {tuple(x.shape)}")
         self.meter.started(verb, purpose, x, self.size)
-        launch = self._launch if self._carries(x, verb) else self._launch_staged
+        launch = self._launch if self.carries(x, verb) else self._launch_staged
         return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda)
 
     def _launch_staged(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
@@ -296,7 +296,7 @@ class Communicator(ABC):
 
         return Work(wait)
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         """Whether the backend reads and writes ``x`` where it lies."""
         return not x.is_cuda
 

@@ -37,7 +37,7 @@ class HorovodCommunicator(Communicator):
         self._gpu = torch.cuda.is_available() and (hvd.nccl_built() > 0 or hvd.cuda_built())
         self._end_together()
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         return not x.is_cuda or self._gpu
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:

@@ -107,7 +107,7 @@ class MPICommunicator(Communicator):
         atexit.register(self.close)
         self._end_together()
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         return not x.is_cuda or self._reads_cuda
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:

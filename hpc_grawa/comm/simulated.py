@@ -1,6 +1,7 @@
 """W ranks in one process: they run one at a time and hand over only where one waits for the others.
 
-The global random streams (torch, NumPy, ``random``) belong to the running rank: each rank finds them as it left them.
+The global random streams (torch's, that of the GPU too, NumPy's, ``random``'s) belong to the running rank: each rank
+finds them as it left them.
 So a run is deterministic at any W, and calls that do not match are an error that names the ranks, never a hang.
 """
 
@@ -49,13 +50,16 @@ class _Group:
 
 
 def _streams() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), device
 
 
 def _set_streams(streams: tuple[Any, ...]) -> None:
     torch.set_rng_state(streams[0])
     np.random.set_state(streams[1])
     random.setstate(streams[2])
+    if streams[3] is not None:
+        torch.cuda.set_rng_state(streams[3])
 
 
 def _describe(call: tuple[object, ...]) -> str:
@@ -214,7 +218,7 @@ class SimulatedCommunicator(Communicator):
         counter = self._group.counters.setdefault(self._counters, LocalCounter())
         return _SimulatedCounter(self._world, self.ranks[self.rank], counter)
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         return True
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:

@@ -31,7 +31,7 @@ class SingleCommunicator(Communicator):
     def counter(self) -> LocalCounter:
         return LocalCounter()
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         return True
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:

@@ -81,7 +81,7 @@ class TorchCommunicator(Communicator):
                     f"must be gloo, mpi or horovod, or one rank per GPU"
                 )
 
-    def _carries(self, x: Tensor, verb: Verb) -> bool:
+    def carries(self, x: Tensor, verb: Verb) -> bool:
         # Gloo copies to the host by itself, but for these two verbs only.
         return not x.is_cuda or self.backend == "nccl" or verb in ("allreduce", "broadcast")
 

@@ -85,6 +85,7 @@ class Run:
 
         Under pooled rounds ranks may call it at different times: it returns when all have.
         """
+        self.aggregator.settle()
         for synchronizer in self.synchronizers:
             synchronizer.finish()
         self.control.finish()
