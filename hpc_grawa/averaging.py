@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,14 @@ class Averager:
         for rider, seats in zip(self.riders, self._seats, strict=True):
             rider.unpack(seats)
         self._mix(x, message[: len(self.vector)], healed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps between rounds."""
+        return {"center": self.center}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.center = state["center"]
 
     def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
         self.center = average

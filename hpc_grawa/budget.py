@@ -71,9 +71,9 @@ class Clock:
         self._device = device if device is not None and device.type == "cuda" else None
         self.restart()
 
-    def restart(self) -> None:
-        """Begin again from zero."""
-        self._began = time.perf_counter()
+    def restart(self, seconds: float = 0.0) -> None:
+        """Begin again from so many seconds."""
+        self._began = time.perf_counter() - seconds
         self._paused = 0.0
 
     @property

@@ -80,6 +80,28 @@ class Logging:
 
 
 @dataclass
+class Saving:
+    """When checkpoints are written; the clock stands still meanwhile.
+
+    Attributes:
+        every: checkpoints are this far apart.
+        unit: of ``every``.
+        keep: how many are kept.
+    """
+
+    every: float = 600.0
+    unit: Literal["steps", "epochs", "seconds"] = "seconds"
+    keep: int = 2
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible values."""
+        if not self.every > 0:
+            raise ConfigError(f"save.every is {self.every}: must be positive, .inf for no checkpoints")
+        if self.keep < 1:
+            raise ConfigError(f"save.keep is {self.keep}: must be at least 1")
+
+
+@dataclass
 class Identity:
     """Which run this is.
 
@@ -108,7 +130,7 @@ class Identity:
 
 
 #: Sections with fixed keys.
-GROUPS: dict[str, type] = {"budget": Budget, "eval": Evaluation, "log": Logging, "run": Identity}
+GROUPS: dict[str, type] = {"budget": Budget, "eval": Evaluation, "save": Saving, "log": Logging, "run": Identity}
 
 
 @dataclass
@@ -123,6 +145,7 @@ class Config:
     metric: Metric
     budget: Budget
     eval: Evaluation
+    save: Saving
     log: Logging
     run: Identity
     precision: Precision

@@ -150,6 +150,14 @@ class Control:
         if period > self.every:
             self._pending = self._send(period, True, _NO_SCORES)
 
+    def settle(self) -> None:
+        """Read what is still under way; all ranks must."""
+        self._read_pending()
+
+    def resume(self) -> None:
+        """The run goes on where ``facts`` and the clock say: no word has to be sent for what was before."""
+        self._last_sent, self._busy_since = self.facts.step, self._computed()
+
     def finish(self) -> None:
         """Read what is still under way, and agree once more if steps were made since the last word; all ranks must."""
         self._read_pending()

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import random_streams
 from .comm import Communicator
 from .data import Examples
 from .metrics import Metric
-from .scores import NoDropout, random_streams_kept
+from .scores import NoDropout
 from .vector import ParameterVector
 
 Precision = Literal["fp32", "bf16"]
@@ -147,7 +148,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with random_streams_kept():
+        with random_streams.kept():
             yield
     finally:
         for buffer, own in kept:

@@ -155,6 +155,22 @@ class Log:
                 if isinstance(value, int | float) and key not in ("step", "epoch", "round"):
                     self._events.add_scalar(f"{event}/{part}{key}", value, values["step"])
 
+    @property
+    def written(self) -> int:
+        """Bytes in ``metrics.jsonl``."""
+        return self._file.tell() if self._file is not None else 0
+
+    def go_on(self, written: int, step: int) -> None:
+        """Forget what was recorded after a checkpoint of that step, which is recorded once more."""
+        if self.written == written:
+            return
+        if self._file is not None:
+            self._file.truncate(written)
+            self._file.seek(0, os.SEEK_END)
+        if self._events is not None:
+            self._events.close()
+            self._events = type(self._events)(self.folder, flush_secs=10, purge_step=step + 1)
+
     def say(self, text: str) -> None:
         """Print a line."""
         if self.speaks:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import random_streams
 from .vector import Layers, ParameterVector
 
 #: Bias-corrected momentum of the scores in the GRAWA paper's section 5.3: .9⁸.
@@ -37,6 +35,13 @@ class Score(ABC):
 
     def reset(self) -> None:  # noqa: B027 - a score may keep nothing
         """Forget everything: this rank has been healed from the center."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps between steps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - a score may keep nothing
+        """Take over what ``state_dict`` gave."""
 
 
 class Equal(Score):
@@ -66,6 +71,12 @@ class TrainingLoss(Score):
             self._last = (self._sum.to("cpu", torch.float64) / self._count).reshape(1)
             self._sum, self._count = None, 0
         return self._last
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self._sum, "count": self._count, "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sum, self._count, self._last = state["sum"], state["count"], state["last"]
 
 
 class Momentum:
@@ -97,6 +108,14 @@ class Momentum:
     def reset(self) -> None:
         """Begin anew."""
         self._mean = self._count = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has entered."""
+        return {"mean": self._mean, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self._mean, self._count = state["mean"], state["count"]
 
 
 #: How layer norms become scores: ‖g‖₂ of all parameters, Σ_l ‖g_l‖_F, or (‖g_l‖_F)_l.
@@ -150,6 +169,12 @@ class GradientNorm(Score):
     def reset(self) -> None:
         self._momentum.reset()
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._momentum.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._momentum.load_state_dict(state)
+
 
 class RunningGradientNorm(Score):
     """Norms of the training gradients: their running mean over the local steps since the last round.
@@ -195,6 +220,13 @@ class RunningGradientNorm(Score):
     def reset(self) -> None:
         self._momentum.reset()
         self._latest, self._last = None, torch.full_like(self._last, torch.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"momentum": self._momentum.state_dict(), "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._momentum.load_state_dict(state["momentum"])
+        self._last = state["last"]
 
 
 def after_backward(parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:
@@ -242,23 +274,9 @@ def probe_gradient(vector: ParameterVector, probe: Callable[[], Tensor]) -> tupl
     leaves = [p.detach().requires_grad_() for p in vector.parameters]
     tensors: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in zip(vector.names, leaves, strict=True)}
     tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    with random_streams_kept(), NoDropout(), torch.enable_grad():
+    with random_streams.kept(), NoDropout(), torch.enable_grad():
         loss = torch.func.functional_call(_Probed(model, probe), tensors, (), tie_weights=True)
         return torch.autograd.grad(loss, leaves, allow_unused=True)
-
-
-@contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """Within the block random numbers may be drawn; afterwards every stream stands where it stood."""
-    states = random.getstate(), np.random.get_state()
-    # By default fork_rng would wake every GPU of the host.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 class NoDropout(TorchFunctionMode):

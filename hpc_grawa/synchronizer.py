@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -208,6 +209,28 @@ class Synchronizer:
             self.round()
         while self.pool is not None and not self._over:
             self.round(leaving=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps between steps; under pooled rounds to be asked for where no ticket is held, after a round."""
+        return {
+            "position": self.position,
+            "period": self.period,
+            "pooled": self._pooled,
+            "rounds": self.rounds,
+            "healed": self.healed,
+            "averager": self.averager.state_dict(),
+            "score": self.score.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, right after it was built."""
+        self.position, self.period = state["position"], state["period"]
+        self.rounds, self.healed = state["rounds"], state["healed"]
+        self.averager.load_state_dict(state["averager"])
+        self.score.load_state_dict(state["score"])
+        if self.pool is not None:
+            self.pool.open(state["pooled"] - self._pooled, overdrawn=0)
+            self._pooled = state["pooled"]
 
     def _begin(self, overdrawn: int) -> None:
         self.position = 0

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import random_streams
 from .budget import Clock
+from .checkpoint import Checkpoints
 from .comm import Communicator, Meter
 from .config import Config
 from .data import Examples
@@ -106,6 +108,31 @@ class Worker:
         facts.progress = min(1.0, self.used)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that survives a step; all ranks must call it, between steps."""
+        return {
+            "parameters": self.vector.data,
+            "outside": [tensor.detach() for _, tensor in self.vector.outside],
+            "optimizer": self.optimizer.state_dict(),
+            "run": self.run.state_dict(),
+            "local_steps": self.local_steps,
+            "seconds": self.clock.settled,
+            "meter": self.comm.meter.state_dict(),
+            "random": random_streams.packed(random_streams.streams()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken: the same model, method, data and ranks."""
+        self.vector.data.copy_(state["parameters"])
+        for (_, tensor), saved in zip(self.vector.outside, state["outside"], strict=True):
+            tensor.detach().copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.local_steps = state["local_steps"]
+        self.clock.restart(state["seconds"])
+        self.comm.meter.load_state_dict(state["meter"])
+        self.run.load_state_dict(to_device(state["run"], self.device))
+        random_streams.set_streams(random_streams.unpacked(state["random"]))
+
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
         if self.device.type == "cuda":  # from page-locked memory the copy does not stop the host
@@ -174,8 +201,11 @@ def fit(
     comm.meter = meter = Meter()
     worker = Worker(config, comm)
     folder = None if new_folder is None else new_folder()
-    if folder is not None:
+    if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
+    # All ranks write their checkpoints into the folder that rank 0 has made or found.
+    place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
+    checkpoints = Checkpoints(Path(place) / "checkpoints", comm, config.save.keep) if place else None
     log = Log(folder, comm.rank == 0 if speaks is None else speaks, config.log.tensorboard)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
     examiner = Examiner(worker)
@@ -194,11 +224,37 @@ def fit(
         best = max(best, (sign * scores[name], facts.step))
         progress.on_evaluation(part, scores)
 
+    def save() -> None:
+        with clock.paused():
+            assert checkpoints is not None
+            state = {
+                "worker": worker.state_dict(),
+                "progress": progress.state_dict(),
+                "best": list(best),
+                "next": [next_evaluation, next_save],
+                "written": log.written,
+            }
+            wrong = checkpoints.save(facts.step, state, {"world_size": comm.size, "seconds": facts.seconds})
+            if wrong is not None:
+                log.say(f"step {facts.step}: not saved, the checkpoints before stay: {wrong}")
+
     comm.barrier()
     meter.trace = Trace() if trace else None
     clock.restart()
-    evaluate()
-    next_evaluation = config.eval.every
+    restored = None if checkpoints is None else checkpoints.load()
+    next_evaluation, next_save = config.eval.every, config.save.every
+    if restored is None:
+        log.go_on(0, -1)  # killed before its first checkpoint
+        evaluate()
+    else:
+        worker.load_state_dict(restored.state["worker"])
+        progress.load_state_dict(restored.state["progress"])
+        best = restored.state["best"][0], restored.state["best"][1]
+        next_evaluation, next_save = restored.state["next"]
+        log.go_on(restored.state["written"], restored.step)
+        for wrong in restored.skipped:
+            log.say(f"resumed    not from the newest checkpoint: {wrong}")
+        log.say(f"resumed    at step {restored.step}, after {facts.seconds:.1f} s of training")
     while worker.used < 1 and not run.control.stop:
         loss = worker.step()
         if loss is not None:
@@ -206,6 +262,9 @@ def fit(
         if worker.used < 1 and facts.elapsed(config.eval.unit) >= next_evaluation:
             next_evaluation = config.eval.every * (1 + facts.elapsed(config.eval.unit) // config.eval.every)
             evaluate()
+        if checkpoints is not None and worker.used < 1 and facts.elapsed(config.save.unit) >= next_save:
+            next_save = config.save.every * (1 + facts.elapsed(config.save.unit) // config.save.every)
+            save()
     run.finish()
     training_seconds = clock.settled
     spans, meter.trace = meter.trace, None
@@ -325,6 +384,16 @@ class Progress:
         self._since = (0, 0.0)
         self._shown = ""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps between steps."""
+        return {"loss": self._loss, "count": self._count, "rate": self._rate, "since": list(self._since)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        loss = state["loss"]
+        self._loss = None if loss is None else loss.to(self._worker.device)
+        self._count, self._rate, self._since = state["count"], state["rate"], (state["since"][0], state["since"][1])
+
     def on_step(self, loss: Tensor) -> None:
         """Add up the loss; write and show it now and then."""
         self._loss = loss.clone() if self._loss is None else self._loss.add_(loss)
@@ -387,6 +456,15 @@ class Progress:
         epoch = facts.step / (facts.steps_per_epoch or 1)
         self._log.record("evaluate", step=facts.step, epoch=epoch, seconds=seconds, part=part, model="center", **scores)
         self._shown = "".join(f"{part} {k} {v:.4f}  " for k, v in scores.items() if k != "loss")
+
+
+def to_device(state: Any, device: torch.device) -> Any:
+    """The same nested lists and dictionaries with their tensors on a device; float64 ones, which are scores, stay."""
+    if isinstance(state, Tensor):
+        return state if state.dtype == torch.float64 else state.to(device)
+    if isinstance(state, dict):
+        return {key: to_device(value, device) for key, value in state.items()}
+    return [to_device(value, device) for value in state] if isinstance(state, list) else state
 
 
 def gpu_memory(device: torch.device) -> int | None:

@@ -109,6 +109,12 @@ class ParameterVector:
             for p, offset in zip(self.parameters, self.offsets, strict=True)
         ]
 
+    @property
+    def outside(self) -> list[tuple[str, Tensor]]:
+        """What the model holds beside the vector: frozen parameters and buffers, with titles."""
+        frozen = [(f"frozen parameter '{name}'", p) for name, p in self.model.named_parameters() if not p.requires_grad]
+        return [*frozen, *((f"buffer '{name}'", buffer) for name, buffer in self.model.named_buffers())]
+
     def check(self) -> None:
         """Raise ``LostView`` if the model's trainable parameters are no longer those that live in ``data``."""
         now = dict(self.model.named_parameters())

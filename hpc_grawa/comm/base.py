@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,22 @@ class Meter:
     ) -> None:
         self._events.append((purpose, *events))
         self._note(purpose, began, waited_from, time.perf_counter(), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counts so far."""
+        return {
+            "calls": dict(self.calls),
+            "bytes_sent": dict(self.bytes_sent),
+            "payload_bytes": dict(self.payload_bytes),
+            "seconds": dict(self.seconds),
+            "hidden_seconds": self.hidden_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.calls, self.payload_bytes = Counter(state["calls"]), Counter(state["payload_bytes"])
+        self.bytes_sent, self._seconds = defaultdict(float, state["bytes_sent"]), defaultdict(float, state["seconds"])
+        self.hidden_seconds = state["hidden_seconds"]
 
     def span(self, kind: Kind, name: str) -> AbstractContextManager[None]:
         """Keep the span of the block, where spans are kept."""

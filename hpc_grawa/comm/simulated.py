@@ -7,17 +7,16 @@ So a run is deterministic at any W, and calls that do not match are an error tha
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import Unmatched
+from ..random_streams import set_streams, streams
 from .base import Communicator, Purpose, Verb, Work
 from .single import LocalCounter
 
@@ -49,19 +48,6 @@ class _Group:
         self.counters: dict[int, LocalCounter] = {}
 
 
-def _streams() -> tuple[Any, ...]:
-    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), np.random.get_state(), random.getstate(), device
-
-
-def _set_streams(streams: tuple[Any, ...]) -> None:
-    torch.set_rng_state(streams[0])
-    np.random.set_state(streams[1])
-    random.setstate(streams[2])
-    if streams[3] is not None:
-        torch.cuda.set_rng_state(streams[3])
-
-
 def _describe(call: tuple[object, ...]) -> str:
     verb, purpose, bucket, root, shape, dtype = call
     return f"{verb} '{purpose}' bucket {bucket} root {root} of {shape} {dtype}"
@@ -72,7 +58,7 @@ class _World:
         self.size = size
         self.turn = 0
         self.woken = threading.Condition()
-        self.streams = [_streams() for _ in range(size)]
+        self.streams = [streams() for _ in range(size)]
         self.clocks = [0.0] * size
         self.waits_for: dict[int, tuple[_Group, int]] = {}
         self.ended: set[int] = set()
@@ -137,10 +123,10 @@ class _World:
             self.woken.wait_for(lambda: self.turn == rank or self.failure is not None)
         if self.failure is not None:
             raise _Cancelled
-        _set_streams(self.streams[rank])
+        set_streams(self.streams[rank])
 
     def _give_turn(self, rank: int) -> None:
-        self.streams[rank] = _streams()
+        self.streams[rank] = streams()
         with self.woken:
             if self.failure is None:
                 order = [(rank + k) % self.size for k in range(1, self.size + 1)]
@@ -253,7 +239,7 @@ def simulate(world_size: int, function: Callable[[Communicator], T]) -> list[T]:
         >>> simulate(3, lambda comm: comm.allreduce(torch.ones(1) * comm.rank, "setup").wait().item())
         [3.0, 3.0, 3.0]
     """
-    world, results, before = _World(world_size), {}, _streams()
+    world, results, before = _World(world_size), {}, streams()
 
     def live(rank: int) -> None:
         results[rank] = function(SimulatedCommunicator(world, world.groups[0], rank))
@@ -269,7 +255,7 @@ def simulate(world_size: int, function: Callable[[Communicator], T]) -> list[T]:
             thread.join()
     except BaseException as interruption:  # Ctrl-C reaches this thread only
         world.fail(interruption)
-    _set_streams(before)
+    set_streams(before)
     if world.failure is not None:
         raise world.failure
     return [results[m] for m in range(world_size)]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, optim
@@ -90,6 +90,28 @@ class Run:
             synchronizer.finish()
         self.control.finish()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that survives a step beside parameters, buffers and the optimizer's state; all ranks must call it.
+
+        Between steps; under pooled rounds right after a round.
+        """
+        self.aggregator.settle()
+        self.control.settle()
+        return {
+            "facts": {name: getattr(self.facts, name) for name in ("step", "seconds", "lr", "progress")},
+            "synchronizers": [s.state_dict() for s in self.synchronizers],
+            "stop": self.control.stop,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, right after ``build``."""
+        for name, value in state["facts"].items():
+            setattr(self.facts, name, value)
+        for synchronizer, own in zip(self.synchronizers, state["synchronizers"], strict=True):
+            synchronizer.load_state_dict(own)
+        self.control.stop = state["stop"]
+        self.control.resume()
+
     @property
     def center(self) -> Tensor:
         """The center ``[P]`` of the last round; without rounds the parameters, which are the same on all ranks."""
@@ -142,7 +164,7 @@ class Method(ABC):
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
             comm.broadcast(data, 0, "setup").wait()
-            _take_over(comm, [tensor for _, tensor in _outside(vector)])
+            _take_over(comm, [tensor for _, tensor in vector.outside])
         facts = facts or RunFacts()
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
@@ -163,14 +185,8 @@ class Method(ABC):
             f"parameter '{name}' {tuple(p.shape)} {p.dtype} strides {p.stride()}"
             for name, p in zip(vector.names, vector.parameters, strict=True)
         ]
-        outside = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in _outside(vector)]
-        return [f"hpc_grawa {package}", f"method {self}", *parameters, *outside]
-
-
-def _outside(vector: ParameterVector) -> list[tuple[str, Tensor]]:
-    """What the model holds beside the vector: frozen parameters and buffers, with titles."""
-    frozen = [(f"frozen parameter '{name}'", p) for name, p in vector.model.named_parameters() if not p.requires_grad]
-    return [*frozen, *((f"buffer '{name}'", buffer) for name, buffer in vector.model.named_buffers())]
+        others = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in vector.outside]
+        return [f"hpc_grawa {package}", f"method {self}", *parameters, *others]
 
 
 def _take_over(comm: Communicator, tensors: list[Tensor]) -> None:

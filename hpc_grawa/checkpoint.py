@@ -1,0 +1,223 @@
+"""Checkpoints: one file per rank and a manifest, of which a reader sees all or nothing, whenever the job is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .comm import Communicator
+from .log import write_atomically
+
+_PARTIAL = ".partial"
+
+
+class Damaged(RuntimeError):
+    """A checkpoint is not what its manifest says; names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+        step: at which it was saved.
+        state: of this rank.
+        facts: the same for all ranks, as given to ``save``.
+        skipped: newer checkpoints that could not be read, and why.
+    """
+
+    step: int
+    state: dict[str, Any]
+    facts: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+class Checkpoints:
+    """The checkpoints in a folder that all ranks see; all ranks call every method together.
+
+    ``<step>/rank-<m>.pt`` holds rank m's state, ``<step>/manifest.json`` each file's length and SHA-256; ``latest``
+    names the newest. They are written under another name, flushed to the disk, and renamed once every rank is done; a
+    failure on one rank (a full disk) leaves the ones before as they are.
+
+    Args:
+        folder: made if need be.
+        comm: all ranks.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, comm: Communicator, keep: int = 2) -> None:
+        self.folder, self._comm, self._keep = folder, comm, keep
+
+    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> str | None:
+        """Save every rank's state.
+
+        Args:
+            step: names the checkpoint; one of the same step is replaced.
+            state: of this rank: tensors, numbers, strings, and lists, tuples and dictionaries of these.
+            facts: what the manifest is to hold, the same on all ranks; JSON.
+
+        Returns:
+            None, or why it could not be saved, the same on all ranks.
+        """
+        place = self.folder / f"{step:09d}"
+        unfinished = place.with_name(place.name + _PARTIAL)
+        first = self._comm.rank == 0
+        written = ""
+
+        def begin() -> None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+
+        def write() -> None:
+            nonlocal written
+            written = _write(unfinished / _file(self._comm.rank), state)
+
+        def publish() -> None:
+            self._publish(unfinished, place, {"step": step, "files": files, **facts})
+
+        wrong = self._errors_of(begin if first else None) or self._errors_of(write)
+        if not wrong:
+            told = self._comm.gather_bytes(written.encode(), "evaluate")
+            files = {_file(m): entry.decode() for m, entry in enumerate(told)}
+            wrong = self._errors_of(publish if first else None)
+        if wrong and first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return "; ".join(wrong) or None
+
+    def load(self) -> Restored | None:
+        """The newest checkpoint that is whole on every rank; None if there is none.
+
+        Raises:
+            Damaged: on all ranks: there are checkpoints, and none is whole.
+        """
+        own = list(self._names()) if self._comm.rank == 0 else []
+        names = json.loads(self._comm.gather_bytes(json.dumps(own).encode(), "evaluate")[0])
+        skipped: list[str] = []
+        for name in names:
+            found: list[Restored] = []
+            wrong = self._errors_of(partial(self._read, name, skipped, found))
+            if not wrong:
+                return found[0]
+            skipped += wrong
+        if skipped:
+            raise Damaged(f"no checkpoint in {self.folder} is whole: " + "; ".join(skipped))
+        return None
+
+    def _read(self, name: str, skipped: list[str], found: list[Restored]) -> None:
+        place, file = self.folder / name, _file(self._comm.rank)
+        manifest = read_manifest(place)
+        state = _read(place / file, manifest["files"][file]) if file in manifest["files"] else {}
+        found.append(Restored(manifest["step"], state, manifest, tuple(skipped)))
+
+    def _names(self) -> Iterator[str]:
+        """Newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""
+        if not self.folder.is_dir():
+            return
+        whole = sorted((p.name for p in self.folder.iterdir() if p.name.isdigit()), reverse=True)
+        latest = self.folder / "latest"
+        named = latest.read_text().strip() if latest.is_file() else ""
+        if named in whole:
+            yield named
+        yield from (name for name in whole if name != named)
+
+    def _publish(self, unfinished: Path, place: Path, manifest: dict[str, Any]) -> None:
+        with (unfinished / "manifest.json").open("w") as file:
+            json.dump(manifest, file, indent=1)
+            _flush(file)
+        _flush_folder(unfinished)
+        if place.exists():
+            shutil.rmtree(place)
+        unfinished.rename(place)
+        _flush_folder(self.folder)
+        write_atomically(self.folder / "latest", place.name + "\n")
+        kept = [place.name, *(p for p in self._names() if p != place.name)][: self._keep]
+        for old in self.folder.iterdir():
+            if old.is_dir() and old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _errors_of(self, action: Callable[[], None] | None) -> list[str]:
+        """Do something on this rank, or nothing; what went wrong on any rank, on all of them."""
+        error = ""
+        try:
+            if action is not None:
+                action()
+        except (OSError, Damaged) as wrong:
+            error = f"rank {self._comm.rank}: {wrong}"
+        return [told.decode() for told in self._comm.gather_bytes(error.encode(), "evaluate") if told]
+
+
+def read_manifest(place: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself.
+
+    Raises:
+        Damaged: it says nothing that can be read.
+    """
+    file = place / "manifest.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise Damaged(f"{file} is damaged: {error}") from error
+    return found
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank:04d}.pt"
+
+
+class _Hashing(io.RawIOBase):
+    """A file to write to that knows the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.sha, self.length = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self.sha.update(data)
+        self.length += len(data)
+        return len(data)
+
+
+def _write(path: Path, state: dict[str, Any]) -> str:
+    """Write and flush; returns length and SHA-256."""
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        torch.save(state, hashing)  # type: ignore[arg-type]
+        _flush(file)
+    return f"{hashing.length} {hashing.sha.hexdigest()}"
+
+
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    data = path.read_bytes()
+    length, sha = expected.split()
+    if len(data) != int(length):
+        raise Damaged(f"{path} has {len(data)} bytes, its manifest says {length}")
+    if hashlib.sha256(data).hexdigest() != sha:
+        raise Damaged(f"{path} is not what was written: its SHA-256 differs from its manifest's")
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    return state
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

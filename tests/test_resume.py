@@ -1,0 +1,209 @@
+"""A run cut off anywhere and resumed is the uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import own
+import pytest
+import torch
+
+from hpc_grawa import simulate
+from hpc_grawa.checkpoint import Checkpoints, Damaged
+from hpc_grawa.comm import Communicator
+from hpc_grawa.config import Config
+from hpc_grawa.parsing import parse
+from hpc_grawa.train import Worker, fit
+
+WORLD, STEPS = 3, 18
+METHODS = {
+    "GRAWA": "GRAWA",
+    "MGRAWA": "MGRAWA",
+    "LGRAWA": "LGRAWA",
+    "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
+    "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
+    "LocalMGRAWA": "LocalMGRAWA",
+    "LocalLGRAWA": "LocalLGRAWA",
+    "EASGD": "EASGD",
+    "LSGD": "LSGD",
+    "LSGD of groups": "LSGD --method.group_period=2 --method.ranks_per_group=2",
+    "LocalSGD": "LocalSGD",
+    "DataParallel": "DataParallel",
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    own.plain_process(monkeypatch)
+
+
+class Cut(Exception):
+    """The job ends here."""
+
+
+def config(method: str, *words: str) -> Config:
+    period = [] if "DataParallel" in method else ["--method.period=4"]
+    often = ["--save.unit=steps", "--save.every=5", "--eval.unit=steps", "--eval.every=6", "--log.every=3"]
+    shape = ["--run.control_every=3", "--schedule=Cosine", "--budget.seconds=null", f"--budget.steps={STEPS}"]
+    made = parse(
+        ["--config=digits", f"--method={method.split()[0]}", *method.split()[1:], *period, *often, *shape, *words]
+    )
+    made.check(WORLD)
+    return made
+
+
+def run(made: Config, folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir(exist_ok=True)
+
+    def body(comm: Communicator) -> dict[str, Any]:
+        return fit(made, comm, None if comm.rank else lambda: folder, speaks=False)
+
+    return simulate(WORLD, body)
+
+
+def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every run ends before this local step."""
+    take = Worker.step
+
+    def cut(worker: Worker) -> Any:
+        if worker.local_steps == step:
+            raise Cut
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", cut)
+
+
+def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The center, the records and the summary, without what a clock says."""
+    state = {k: t.tolist() for k, t in torch.load(folder / "center.pt", weights_only=True).items()}
+    clocked = ("seconds", "examples_per_second", "slowest", "started")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in record.items() if k not in clocked} for record in records]
+    summary = json.loads((folder / "summary.json").read_text())
+    same = ("steps", "rounds", "healed", "epochs", "bytes_sent", "payload_bytes", "consensus_distance", "best_step")
+    return state, kept, {k: summary[k] for k in (*same, "local_test_loss", "center_train_loss", "best_center_accuracy")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With momentum, a schedule, words under way at the saves, saves between rounds (pooled: after the next one)."""
+    made = config(METHODS[name])
+    run(made, tmp_path / "whole")
+    for step in (9, 17):
+        with monkeypatch.context() as patched:
+            cut_at(step, patched)
+            with pytest.raises(Cut):
+                run(made, tmp_path / "cut")
+    run(made, tmp_path / "cut")
+    for cut, whole in zip(result(tmp_path / "cut"), result(tmp_path / "whole"), strict=True):
+        assert cut == whole
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    run(config("LGRAWA"), tmp_path / "with")
+    run(config("LGRAWA", "--save.every=.inf"), tmp_path / "without")
+    assert result(tmp_path / "with") == result(tmp_path / "without")
+    assert not (tmp_path / "without" / "checkpoints").exists()
+    saved = sorted(p.name for p in (tmp_path / "with" / "checkpoints").iterdir())
+    assert saved == ["000000010", "000000015", "latest"]
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config("LGRAWA")
+    run(made, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        cut_at(4, patched)
+        with pytest.raises(Cut):
+            run(made, tmp_path / "cut")
+    run(made, tmp_path / "cut")
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, steps: tuple[int, ...], keep: int = 2) -> None:
+    def body(comm: Communicator) -> None:
+        checkpoints = Checkpoints(folder, comm, keep)
+        for step in steps:
+            state = {"x": torch.full((5,), float(comm.rank)), "step": step, "nested": [None, (1, "a")]}
+            assert checkpoints.save(step, state, {"world_size": comm.size}) is None
+
+    simulate(WORLD, body)
+
+
+def loaded(folder: Path) -> list[tuple[int, Any, tuple[str, ...]]]:
+    def body(comm: Communicator) -> tuple[int, Any, tuple[str, ...]]:
+        restored = Checkpoints(folder, comm).load()
+        assert restored is not None and restored.facts["world_size"] == WORLD
+        assert restored.state["x"].tolist() == [comm.rank] * 5
+        return restored.step, restored.state["nested"], restored.skipped
+
+    return simulate(WORLD, body)
+
+
+def test_the_newest_is_loaded_and_the_last_are_kept(tmp_path: Path) -> None:
+    assert simulate(WORLD, lambda comm: Checkpoints(tmp_path / "none", comm).load()) == [None] * WORLD
+    saved(tmp_path, (10, 20, 30, 30))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000020", "000000030", "latest"]
+    assert loaded(tmp_path) == [(30, [None, (1, "a")], ())] * WORLD
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    saved(tmp_path, (10, 20))
+    file = tmp_path / "000000020" / ("manifest.json" if damage == "manifest" else "rank-0001.pt")
+    data = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    for step, _, skipped in loaded(tmp_path):
+        assert step == 10
+        assert all(str(file) in told for told in skipped) and skipped[0].startswith("rank ")
+    for place in tmp_path.glob("0*"):
+        (place / "rank-0002.pt").write_bytes(b"")
+
+    def body(comm: Communicator) -> str:
+        with pytest.raises(Damaged, match=r"no checkpoint in .* is whole: ") as error:
+            Checkpoints(tmp_path, comm).load()
+        return str(error.value)
+
+    assert len(set(simulate(WORLD, body))) == 1
+
+
+def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks are told, whichever it is; nothing of the new one remains."""
+    saved(tmp_path, (10,))
+
+    def body(comm: Communicator) -> str | None:
+        class Full:
+            def __reduce__(self) -> Any:
+                raise OSError(28, "No space left on device")
+
+        state = {"x": Full() if comm.rank == 1 else 0}
+        return Checkpoints(tmp_path, comm).save(20, state, {})
+
+    told = simulate(WORLD, body)
+    assert told == ["rank 1: [Errno 28] No space left on device"] * WORLD
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "latest"]
+    assert loaded(tmp_path)[0][0] == 10
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, (10,))
+    left = tmp_path / "000000020.partial"
+    left.mkdir()
+    (left / "rank-0000.pt").write_bytes(b"half")
+    assert loaded(tmp_path)[0][0] == 10
+    saved(tmp_path, (20,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000020", "latest"]
