@@ -20,6 +20,7 @@ Example:
 """
 
 from .comm import Communicator, simulate
+from .distributed_optimizer import DistributedOptimizer
 from .methods import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalLGRAWA, LocalMGRAWA, LocalSGD, Method, Run
 from .vector import ParameterVector
 
@@ -31,6 +32,7 @@ __all__ = [
     "MGRAWA",
     "Communicator",
     "DataParallel",
+    "DistributedOptimizer",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",

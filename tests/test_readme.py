@@ -146,6 +146,19 @@ def test_own_loop(tmp_path: Path) -> None:
     assert losses and max(losses) < 0.5, output
 
 
+def test_horovod_script(tmp_path: Path) -> None:
+    """The script as it stands, and with each of the lines that it may have instead."""
+    pytest.importorskip("horovod.torch")
+    script = next(b for b in blocks("python") if "the changed line" in b)
+    before, changed, after = re.split(r"(.*)  # the changed line\n", script)
+    lines = re.findall(r"^\+(.*)", blocks("diff")[0], re.M)
+    assert changed in lines and len(lines) == 3
+    (tmp_path / "scripts.py").write_text("".join(f"{before}{line}\n{after}" for line in lines))  # one launch
+    output = run(f"mpirun -np 2 {shlex.quote(sys.executable)} scripts.py", tmp_path).stdout
+    losses = re.findall(r"rank (\d): center's loss ([\d.]+)", output)
+    assert sorted(rank for rank, _ in losses) == list("000111") and max(float(x) for _, x in losses) < 0.5, output
+
+
 def test_own_model_data_loss_and_metric(tmp_path: Path) -> None:
     write_own_file("diabetes.py", tmp_path)
     train, evaluate = (c for c in commands() if "diabetes" in c)

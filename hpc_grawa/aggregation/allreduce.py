@@ -116,6 +116,8 @@ class AllreduceAggregator(Aggregator):
         self._shared = False
 
     def finish(self) -> None:
+        if not self._armed:
+            self.start()
         self._shared = True
         self._armed = False
         absent = sorted(set(range(len(self._views))) - self._given)
@@ -148,11 +150,20 @@ class AllreduceAggregator(Aggregator):
             )
 
     def _ready(self, i: int, p: Tensor) -> None:
+        if self._armed:
+            awaited = self._awaited[self._bucket_of[i]]
+            if i not in awaited:  # its bucket may be under way
+                raise RuntimeError(
+                    f"parameter '{self._vector.names[i]}' got a second gradient after the backward pass that shares "
+                    f"gradients and before the step: step after every backward pass, or call backward once on the sum "
+                    f"of the losses, or let only the last pass share (DistributedOptimizer's "
+                    f"backward_passes_per_step; run.aggregator.start() just before the last pass)"
+                )
+            awaited.remove(i)
         self._given.add(i)
         if p.grad is not self._views[i]:
             self._away.add(i)
         if self._armed:
-            self._awaited[self._bucket_of[i]].discard(i)
             while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
                 self._launch()
 
