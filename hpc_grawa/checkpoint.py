@@ -31,12 +31,14 @@ class Restored:
 
     Attributes:
         step: at which it was saved.
-        state: of this rank.
+        world_size: of the ranks that saved it.
+        state: of this rank; of rank 0 where there were others.
         facts: the same for all ranks, as given to ``save``.
         skipped: newer checkpoints that could not be read, and why.
     """
 
     step: int
+    world_size: int
     state: dict[str, Any]
     facts: dict[str, Any]
     skipped: tuple[str, ...]
@@ -114,10 +116,11 @@ class Checkpoints:
         return None
 
     def _read(self, name: str, skipped: list[str], found: list[Restored]) -> None:
-        place, file = self.folder / name, _file(self._comm.rank)
+        place = self.folder / name
         manifest = read_manifest(place)
-        state = _read(place / file, manifest["files"][file]) if file in manifest["files"] else {}
-        found.append(Restored(manifest["step"], state, manifest, tuple(skipped)))
+        files = manifest["files"]
+        file = _file(self._comm.rank if len(files) == self._comm.size else 0)
+        found.append(Restored(manifest["step"], len(files), _read(place / file, files[file]), manifest, tuple(skipped)))
 
     def _names(self) -> Iterator[str]:
         """Newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""

@@ -12,7 +12,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +21,10 @@ from .comm import Communicator, choose, connect
 from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, local_device, rank_facts
-from .log import Log, new_folder, say
+from .log import Log, say
 from .methods import Method
 from .parsing import find_class, is_class, parse
+from .resume import RunPlace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,6 +58,8 @@ def train(words: list[str], facts: RankFacts) -> None:
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
     own.add_argument("--trace", action="store_true")
+    own.add_argument("--resume-world", choices=("same", "any"), default="same")
+    own.add_argument("--allow-change", action="append", default=[])
     options, words = own.parse_known_args(words)
     config = parse(words, program, speaks=facts.rank == 0)
     size = facts.size if options.world_size is None else options.world_size
@@ -68,10 +70,13 @@ def train(words: list[str], facts: RankFacts) -> None:
             raise ConfigError(f"world_size is {size}: must be at least 1 rank")
         config.check(size)
         first_line = "" if options.dry_run else backend_line(config, facts)
-        unnamed = f"{type(config.method).__name__}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = partial(new_folder, config.run.dir, config.run.name or unnamed, numbered=config.run.name is None)
+        place = RunPlace(config, options.allow_change)
+        if place.finished and not options.dry_run:
+            if facts.rank == 0:
+                say(f"{program}: {place.path} is finished")
+            return
         if not options.dry_run and facts.rank == 0:
-            folder().rmdir()  # only seen to be possible: it is made once nothing is left to go wrong
+            place.check()
     set_threads(facts)
     if options.dry_run:
         from .plan import plan
@@ -83,7 +88,10 @@ def train(words: list[str], facts: RankFacts) -> None:
     with together(program, config, facts, first_line) as comm:
         from .train import fit
 
-        fit(config, comm, None if comm.rank else folder, trace=options.trace)
+        try:
+            fit(config, comm, None if comm.rank else place.open, None, options.trace, options.resume_world == "any")
+        finally:
+            place.close()
 
 
 def evaluate(words: list[str], facts: RankFacts) -> None:

@@ -106,11 +106,12 @@ class Identity:
     """Which run this is.
 
     Attributes:
-        name: of the run's folder; null: method and time.
+        name: of the run's folder; null: method and time, or, to be resumed, method and SLURM job.
         dir: the folder of runs.
         seed: of all random draws.
         start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own.
         control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
+        resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
     """
 
     name: str | None = None
@@ -118,6 +119,7 @@ class Identity:
     seed: int = 0
     start: Literal["common", "independent"] = "common"
     control_every: int = CONTROL_EVERY
+    resume: Literal["never", "auto"] = "never"
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""

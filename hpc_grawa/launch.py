@@ -104,6 +104,18 @@ def _tasks_here(text: str, node: int) -> int:
     return counts[node] if len(counts) > 1 else counts[0]
 
 
+def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The same for a job of SLURM (of an array: a task) and its restarts; None outside of SLURM.
+
+    Example:
+        >>> job_name({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"})
+        '17_2'
+    """
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+    return environment.get("SLURM_JOB_ID")
+
+
 def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
     """The host of rank 0, where variables say it: MASTER_ADDR, this host if the job has no other, the first of srun's.
 

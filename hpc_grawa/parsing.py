@@ -212,6 +212,15 @@ def _load(text: str, what: str) -> Any:
         raise ConfigError(f"{what}: must be YAML ({' '.join(str(error).split())})") from None
 
 
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a section that is a class is its import path, its arguments follow as if they were the section's."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else str(key)
+        flat.update(flatten(inner, name) if isinstance(inner, dict) else {name: inner})
+    return flat
+
+
 def _class_section(name: str, section: object) -> dict[str, Any]:
     """``{"class_path": ..., "init_args": ...}``, whichever way a class was given."""
     section = {"class_path": section} if isinstance(section, str) else section

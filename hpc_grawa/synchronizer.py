@@ -232,6 +232,15 @@ class Synchronizer:
             self.pool.open(state["pooled"] - self._pooled, overdrawn=0)
             self._pooled = state["pooled"]
 
+    def restart(self) -> None:
+        """Begin a round anew where the facts are now."""
+        if self.pool is None:
+            self._begin(overdrawn=0)
+            return
+        before = self._pooled
+        self.pool.open(-before, overdrawn=0)
+        self._begin(overdrawn=0)
+
     def _begin(self, overdrawn: int) -> None:
         self.position = 0
         self.period = self._period(self.control.facts)

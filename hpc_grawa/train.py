@@ -22,6 +22,7 @@ from .checkpoint import Checkpoints
 from .comm import Communicator, Meter
 from .config import Config
 from .data import Examples
+from .errors import ConfigError
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
 from .launch import local_device
 from .log import Log, commit, human_bytes, open_run, versions, write_atomically
@@ -133,6 +134,18 @@ class Worker:
         self.run.load_state_dict(to_device(state["run"], self.device))
         random_streams.set_streams(random_streams.unpacked(state["random"]))
 
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Go on from another world's center, which all ranks start from; the data are shared anew."""
+        centers = [s["averager"]["center"] for s in state["run"]["synchronizers"]]
+        center = centers[-1] if centers and centers[-1] is not None else state["parameters"]
+        self.vector.data.copy_(center)
+        for (_, tensor), saved in zip(self.vector.outside, state["outside"], strict=True):
+            tensor.detach().copy_(saved)
+        self.local_steps = state["run"]["facts"]["step"]
+        self.clock.restart(state["seconds"])
+        self.comm.meter.load_state_dict(state["meter"])
+        self.run.start_from(state["run"]["facts"])
+
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
         if self.device.type == "cuda":  # from page-locked memory the copy does not stop the host
@@ -179,6 +192,7 @@ def fit(
     new_folder: Callable[[], Path] | None = None,
     speaks: bool | None = None,
     trace: bool = False,
+    any_world: bool = False,
 ) -> dict[str, Any]:
     """Train until the budget is used, evaluate, and write the run's folder. All ranks must call it.
 
@@ -189,6 +203,8 @@ def fit(
             is written without it.
         speaks: whether this rank prints; by default rank 0 does.
         trace: whether to write ``trace.json``, where the time of all ranks went.
+        any_world: whether the folder's checkpoint may be one of another number of ranks: all then start from its
+            center, and share the data anew.
 
     Returns:
         The summary that ``summary.json`` holds.
@@ -234,7 +250,7 @@ def fit(
                 "next": [next_evaluation, next_save],
                 "written": log.written,
             }
-            wrong = checkpoints.save(facts.step, state, {"world_size": comm.size, "seconds": facts.seconds})
+            wrong = checkpoints.save(facts.step, state, {"seconds": facts.seconds})
             if wrong is not None:
                 log.say(f"step {facts.step}: not saved, the checkpoints before stay: {wrong}")
 
@@ -247,8 +263,16 @@ def fit(
         log.go_on(0, -1)  # killed before its first checkpoint
         evaluate()
     else:
-        worker.load_state_dict(restored.state["worker"])
-        progress.load_state_dict(restored.state["progress"])
+        if restored.world_size == comm.size:
+            worker.load_state_dict(restored.state["worker"])
+            progress.load_state_dict(restored.state["progress"])
+        elif any_world:
+            worker.start_from(restored.state["worker"])
+        else:
+            raise ConfigError(
+                f"the launcher started {comm.size} ranks: must be {restored.world_size}, as when {place} was saved; "
+                f"or go on from its center with --resume-world any"
+            )
         best = restored.state["best"][0], restored.state["best"][1]
         next_evaluation, next_save = restored.state["next"]
         log.go_on(restored.state["written"], restored.step)

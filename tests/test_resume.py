@@ -133,7 +133,7 @@ def saved(folder: Path, steps: tuple[int, ...], keep: int = 2) -> None:
         checkpoints = Checkpoints(folder, comm, keep)
         for step in steps:
             state = {"x": torch.full((5,), float(comm.rank)), "step": step, "nested": [None, (1, "a")]}
-            assert checkpoints.save(step, state, {"world_size": comm.size}) is None
+            assert checkpoints.save(step, state, {"seconds": 1.5}) is None
 
     simulate(WORLD, body)
 
@@ -141,7 +141,7 @@ def saved(folder: Path, steps: tuple[int, ...], keep: int = 2) -> None:
 def loaded(folder: Path) -> list[tuple[int, Any, tuple[str, ...]]]:
     def body(comm: Communicator) -> tuple[int, Any, tuple[str, ...]]:
         restored = Checkpoints(folder, comm).load()
-        assert restored is not None and restored.facts["world_size"] == WORLD
+        assert restored is not None and (restored.world_size, restored.facts["seconds"]) == (WORLD, 1.5)
         assert restored.state["x"].tolist() == [comm.rank] * 5
         return restored.step, restored.state["nested"], restored.skipped
 

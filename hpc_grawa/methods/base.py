@@ -112,6 +112,16 @@ class Run:
         self.control.stop = state["stop"]
         self.control.resume()
 
+    def start_from(self, facts: dict[str, Any]) -> None:
+        """Go on at these facts with the parameters as they are, the same on all ranks, which is where centers start."""
+        for name, value in facts.items():
+            setattr(self.facts, name, value)
+        for synchronizer in self.synchronizers:
+            if synchronizer.averager.center is not None:
+                synchronizer.averager.center.copy_(self.vector.data)
+            synchronizer.restart()
+        self.control.resume()
+
     @property
     def center(self) -> Tensor:
         """The center ``[P]`` of the last round; without rounds the parameters, which are the same on all ranks."""

@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import get_loader
 
 from ..errors import ConfigError
+from ..parsing import flatten
 
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss"}
@@ -124,7 +125,7 @@ def read_run(path: str | Path) -> RunRecord:
         path=path,
         summary=_parse(summary.read_text(encoding="utf-8"), str(summary)) if summary.is_file() else None,
         events=_read_events(log) if log.is_file() else {},
-        config=_flatten(settings) if isinstance(settings, dict) else {},
+        config=flatten(settings) if isinstance(settings, dict) else {},
     )
 
 
@@ -202,15 +203,6 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{where} is {text[:40]}: must be a JSON object")
     return value
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a section that is a class is its import path, its arguments follow as if they were the section's."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else str(key)
-        flat.update(_flatten(inner, name) if isinstance(inner, dict) else {name: inner})
-    return flat
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
