@@ -80,7 +80,9 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
         RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1)
     """
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
-    for launcher, (rank, size, local_rank, local_size) in _VARIABLES:
+    # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
+    complete = [row for row in _VARIABLES if all(v in environment for v in row[1])]
+    for launcher, (rank, size, local_rank, local_size) in (*complete, *_VARIABLES):
         if rank in environment and size in environment:
             if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
                 launcher = "horovodrun"
