@@ -118,6 +118,8 @@ def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) ->
     if facts.job and facts.local_size == facts.size:
         return "127.0.0.1"
     nodes = environment.get("SLURM_STEP_NODELIST") if facts.launcher == "srun" else None
+    if environment.get("SLURM_DISTRIBUTION", "").startswith("arbitrary"):
+        nodes = None  # in order of their names, whatever the ranks' order
     return None if nodes is None else re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
 
 

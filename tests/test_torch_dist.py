@@ -14,7 +14,7 @@ from conftest import launch
 from hpc_grawa.comm import choose, connect
 from hpc_grawa.comm.store import join, serve
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, first_port
+from hpc_grawa.launch import RankFacts, first_host, first_port
 
 PROGRAM = """
 import os, torch
@@ -101,3 +101,9 @@ def test_ports_come_from_the_job() -> None:
     ports = [first_port(f, {}) for f in facts]
     assert len(set(ports)) == 2 and all(20_000 <= port < 32_000 for port in ports)
     assert first_port(facts[0], {"MASTER_PORT": "4711"}) == 4711
+
+
+def test_the_first_host_is_not_rank_0s_where_ranks_are_placed_at_will() -> None:
+    facts, step = RankFacts("srun", 0, 4, 0, 2, "17.0"), {"SLURM_STEP_NODELIST": "node[1-3]"}
+    assert first_host(facts, step | {"SLURM_DISTRIBUTION": "cyclic"}) == "node1"
+    assert first_host(facts, step | {"SLURM_DISTRIBUTION": "arbitrary"}) is None
