@@ -26,7 +26,8 @@ facts = rank_facts()
 {change}
 comm = connect("gloo", facts)
 total = comm.allreduce(torch.ones(1), "setup").wait().item()
-print(f"rank {{comm.rank}} of {{comm.size}} {{comm.backend}} sums {{total:.0f}}", flush=True)
+# one write, even where PYTHONUNBUFFERED has print make two: launchers mix the ranks' writes
+print(f"rank {{comm.rank}} of {{comm.size}} {{comm.backend}} sums {{total:.0f}}\\n", end="", flush=True)
 comm.close()
 """
 EXPECTED = ["rank 0 of 3 gloo sums 3", "rank 1 of 3 gloo sums 3", "rank 2 of 3 gloo sums 3"]
