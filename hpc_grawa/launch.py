@@ -80,7 +80,9 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
         RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1)
     """
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
-    for launcher, (rank, size, local_rank, local_size) in _VARIABLES:
+    # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
+    complete = [row for row in _VARIABLES if all(v in environment for v in row[1])]
+    for launcher, (rank, size, local_rank, local_size) in (*complete, *_VARIABLES):
         if rank in environment and size in environment:
             if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
                 launcher = "horovodrun"
@@ -128,6 +130,8 @@ def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) ->
     if facts.job and facts.local_size == facts.size:
         return "127.0.0.1"
     nodes = environment.get("SLURM_STEP_NODELIST") if facts.launcher == "srun" else None
+    if environment.get("SLURM_DISTRIBUTION", "").startswith("arbitrary"):
+        nodes = None  # in order of their names, whatever the ranks' order
     return None if nodes is None else re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
 
 
@@ -148,19 +152,43 @@ def own_addresses(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Where other hosts may reach this one: the interface that was chosen for Gloo or NCCL, its name, its addresses."""
     found = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        name = environment.get(variable, "").lstrip("=^").split(",")[0].encode()[:15]
+        name = environment.get(variable, "").lstrip("=^").split(",")[0]
         if name and not environment[variable].startswith("^"):
-            with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name))
-                found.append(socket.inet_ntoa(answer[20:24]))
+            found += _address_of(name)
     host = socket.gethostname()
     found.append(host)
     with suppress(OSError):
         found += [str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: asks for the address of the default route
-        found.append(probe.getsockname()[0])
+    found += way_to("192.0.2.1")  # asks for the address of the default route
     return list(dict.fromkeys(found))
+
+
+def way_to(host: str) -> list[str]:
+    """The address from which this host's messages to another leave, if any do."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        return [str(probe.getsockname()[0])]
+    return []
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address."""
+    return next((name for _, name in socket.if_nameindex() if address in _address_of(name)), None)
+
+
+def own_name_is_reachable() -> bool:
+    """Whether this host's name stands for an address that others may reach; Debian's 127.0.1.1 is none."""
+    try:
+        return not socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        return False
+
+
+def _address_of(interface: str) -> list[str]:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return [socket.inet_ntoa(answer[20:24])]
+    return []
 
 
 def local_device(facts: RankFacts | None = None, wanted: Wanted = "auto") -> torch.device:

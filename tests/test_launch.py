@@ -34,6 +34,8 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
         (OPEN_MPI | {"_": "/usr/bin/horovodrun"}, "horovodrun"),
         (TORCHRUN, "torchrun"),
         (SLURM, "srun"),
+        # srun --mpi=pmi2
+        (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}, "srun"),
         # A job of SLURM whose one task per host was started by mpirun's daemons: the ranks are mpirun's.
         ({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"} | OPEN_MPI, "mpirun"),
     ],

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import launch
+from torch.distributed import HashStore
 
-from hpc_grawa.comm import choose, connect
+from hpc_grawa.comm import choose, connect, torch_dist
 from hpc_grawa.comm.store import join, serve
+from hpc_grawa.comm.torch_dist import shared_interface
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, first_port
+from hpc_grawa.launch import RankFacts, first_host, first_port, interface_of, way_to
 
 PROGRAM = """
 import os, torch
@@ -24,7 +26,8 @@ facts = rank_facts()
 {change}
 comm = connect("gloo", facts)
 total = comm.allreduce(torch.ones(1), "setup").wait().item()
-print(f"rank {{comm.rank}} of {{comm.size}} {{comm.backend}} sums {{total:.0f}}", flush=True)
+# one write, even where PYTHONUNBUFFERED has print make two: launchers mix the ranks' writes
+print(f"rank {{comm.rank}} of {{comm.size}} {{comm.backend}} sums {{total:.0f}}\\n", end="", flush=True)
 comm.close()
 """
 EXPECTED = ["rank 0 of 3 gloo sums 3", "rank 1 of 3 gloo sums 3", "rank 2 of 3 gloo sums 3"]
@@ -78,6 +81,36 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == EXPECTED
 
 
+def test_a_host_whose_name_is_its_own_loopback_takes_the_interface_to_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways = {"node1": ["127.0.0.1"], "10.0.0.2": ["10.0.0.1"]}
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(torch_dist, "own_name_is_reachable", lambda: False)
+    monkeypatch.setattr(torch_dist, "interface_of", {"10.0.0.1": "ib0", "10.0.0.2": "ib1"}.get)
+    monkeypatch.setattr(torch_dist, "way_to", lambda host: ways.get(host, []))
+    store = HashStore()
+    store.set("way of 0", "")
+    store.set("way of 1", "")
+    assert shared_interface(RankFacts("srun", 0, 2), store) is None  # the hosts are one
+    monkeypatch.setitem(ways, "node1", ["10.0.0.2"])
+    assert shared_interface(RankFacts("srun", 1, 2), store) == "ib1"
+    monkeypatch.setitem(ways, "node1", ["127.0.0.1"])
+    assert shared_interface(RankFacts("srun", 0, 2), store) == "ib0"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    assert shared_interface(RankFacts("srun", 0, 2), store) is None  # the site's choice
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(torch_dist, "own_name_is_reachable", lambda: True)
+    assert shared_interface(RankFacts("srun", 0, 2), store) is None  # Gloo's choice
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_interfaces_and_ways_are_told() -> None:
+    assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.1") is None
+    assert way_to("127.0.0.1") == ["127.0.0.1"] and way_to("no such host.invalid") == []
+
+
 def test_in_one_process(tmp_path: Path) -> None:
     program = PROGRAM.format(change="")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
@@ -101,3 +134,9 @@ def test_ports_come_from_the_job() -> None:
     ports = [first_port(f, {}) for f in facts]
     assert len(set(ports)) == 2 and all(20_000 <= port < 32_000 for port in ports)
     assert first_port(facts[0], {"MASTER_PORT": "4711"}) == 4711
+
+
+def test_the_first_host_is_not_rank_0s_where_ranks_are_placed_at_will() -> None:
+    facts, step = RankFacts("srun", 0, 4, 0, 2, "17.0"), {"SLURM_STEP_NODELIST": "node[1-3]"}
+    assert first_host(facts, step | {"SLURM_DISTRIBUTION": "cyclic"}) == "node1"
+    assert first_host(facts, step | {"SLURM_DISTRIBUTION": "arbitrary"}) is None

@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from ..errors import ConfigError
-from ..launch import RankFacts, first_host, first_port, host_identity, local_device, rank_facts
+from ..launch import (
+    RankFacts,
+    first_host,
+    first_port,
+    host_identity,
+    interface_of,
+    local_device,
+    own_name_is_reachable,
+    rank_facts,
+    way_to,
+)
 from .base import Communicator, Purpose, Verb, Work
 from .store import join, serve, shared_store
 
@@ -55,9 +65,13 @@ class TorchCommunicator(Communicator):
             torch.cuda.set_device(local_device(facts))
         ours = not dist.is_initialized()
         if ours:
+            store = find_each_other(facts)
+            name = shared_interface(facts, store) if sys.platform == "linux" else None
+            if name is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-                store=find_each_other(facts),
+                store=store,
                 rank=facts.rank,
                 world_size=facts.size,
                 # A message waits as long as its slowest rank computes.
@@ -160,3 +174,21 @@ def find_each_other(facts: RankFacts) -> Store:
         f"backend is gloo or nccl under {facts.launcher}, which does not say on which host rank 0 is: set MASTER_ADDR "
         f"to that host's name"
     )
+
+
+def shared_interface(facts: RankFacts, store: Store) -> str | None:
+    """The network interface between the hosts, where none is set and Gloo would not find it; all ranks must call it.
+
+    Gloo listens where the host's name points, which may be at the host itself. The ranks of other hosts than rank 0's
+    know their way to it, and it knows its way back to them.
+    """
+    host = os.environ.get("MASTER_ADDR") or str(getattr(store, "host", ""))
+    way = next((address for address in way_to(host) if not address.startswith(("127.", "0."))), "")
+    store.set(f"way of {facts.rank}", way)
+    if "GLOO_SOCKET_IFNAME" in os.environ or own_name_is_reachable():
+        return None
+    if not way:
+        ways = store.multi_get([f"way of {rank}" for rank in range(facts.size)])
+        there = next((found.decode() for found in ways if found), "")  # none where the hosts are one after all
+        way = next(iter(way_to(there)), "") if there else ""
+    return interface_of(way)
