@@ -46,7 +46,10 @@ IMPOSSIBLE = {
     "--method.perod 3": ("method.perod is no setting", "did you mean method.period", "pull"),
     "--budget.stepz 3": ("budget.stepz is no setting", "did you mean budget.steps", "seconds, epochs, steps"),
     "--bugdet.steps 3": ("bugdet.steps is no setting", "did you mean budget.steps", "budget, eval"),
-    "--nosuch 3": ("nosuch is no setting", "method, optimizer, schedule, model, data, loss, metric, budget, eval, log"),
+    "--nosuch 3": (
+        "nosuch is no setting",
+        "method, optimizer, schedule, model, data, loss, metric, budget, eval, save, log",
+    ),
     "--meth EASGD": ("meth is no setting", "did you mean method"),
     "--model.wdth 3": ("model.wdth is no setting", "in_channels, num_classes, width"),
     "stray": ("stray", "--key value"),

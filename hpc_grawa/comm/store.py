@@ -79,10 +79,11 @@ def _knock(address: str, port: int, name: str) -> TCPStore | None:
             if store.get(_NAME).decode() == name:
                 found.append(store)
 
-    # Where something else listens and never answers, the constructor waits for ever.
+    # Where something else listens and never answers, the constructor waits for ever, and its thread is left to itself.
+    # Not one that will be answered: it would come back to a Python that is ending, which aborts the process.
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(20)
     return found[0] if found else None
 
 
