@@ -228,7 +228,10 @@ def fit(
     progress = Progress(log, worker)
     for synchronizer in run.synchronizers:
         synchronizer.on_round = progress.on_round
-    _greet(log, worker)
+    restored = None if checkpoints is None else checkpoints.load()
+    # What a run wrote after its last checkpoint, or before its first one, it is to write again.
+    log.go_on(*((0, -1) if restored is None else (restored.state["written"], restored.step)))
+    _greet(log, worker, anew=restored is None)
     seen, part = (splits.test, "test") if splits.validation is None else (splits.validation, "validation")
     best = (-math.inf, 0)
     name, sign = config.metric.name, 1 if config.metric.higher_is_better else -1
@@ -257,10 +260,8 @@ def fit(
     comm.barrier()
     meter.trace = Trace() if trace else None
     clock.restart()
-    restored = None if checkpoints is None else checkpoints.load()
     next_evaluation, next_save = config.eval.every, config.save.every
     if restored is None:
-        log.go_on(0, -1)  # killed before its first checkpoint
         evaluate()
     else:
         if restored.world_size == comm.size:
@@ -275,7 +276,6 @@ def fit(
             )
         best = restored.state["best"][0], restored.state["best"][1]
         next_evaluation, next_save = restored.state["next"]
-        log.go_on(restored.state["written"], restored.step)
         for wrong in restored.skipped:
             log.say(f"resumed    not from the newest checkpoint: {wrong}")
         log.say(f"resumed    at step {restored.step}, after {facts.seconds:.1f} s of training")
@@ -506,16 +506,17 @@ def _seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def _greet(log: Log, worker: Worker) -> None:
+def _greet(log: Log, worker: Worker, anew: bool) -> None:
     config, vector, size = worker.config, worker.vector, worker.comm.size
     layers = [s.averager.layers.names for s in worker.run.synchronizers if s.averager.layers is not None]
-    log.record(
-        "start",
-        method=type(config.method).__name__,
-        world_size=size,
-        layers=list(layers[0] if layers else vector.names),
-        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    )
+    if anew:
+        log.record(
+            "start",
+            method=type(config.method).__name__,
+            world_size=size,
+            layers=list(layers[0] if layers else vector.names),
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
     train, test, batch = len(worker.splits.train), len(worker.splits.test), config.data.batch_size
     log.say(f"method     {config.method}")
     log.say(

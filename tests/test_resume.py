@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import own
 import pytest
 import torch
+from test_cli import launch, launched, running, start
 
 from hpc_grawa import simulate
 from hpc_grawa.checkpoint import Checkpoints, Damaged
 from hpc_grawa.comm import Communicator
 from hpc_grawa.config import Config
+from hpc_grawa.errors import ConfigError
 from hpc_grawa.parsing import parse
+from hpc_grawa.resume import Lock
 from hpc_grawa.train import Worker, fit
 
 WORLD, STEPS = 3, 18
@@ -207,3 +214,107 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert loaded(tmp_path)[0][0] == 10
     saved(tmp_path, (20,))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000020", "latest"]
+
+
+def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks go on where three stopped: all from the last center, to the same number of steps."""
+    made = config("LGRAWA")
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(made, tmp_path)
+
+    def body(comm: Communicator, any_world: bool = False) -> dict[str, Any]:
+        return fit(made, comm, None if comm.rank else lambda: tmp_path, speaks=False, any_world=any_world)
+
+    with pytest.raises(ConfigError, match=r"the launcher started 2 ranks: must be 3, as when .* --resume-world any"):
+        simulate(2, body)
+    summary = simulate(2, lambda comm: body(comm, any_world=True))[0]
+    assert (summary["world_size"], summary["steps"]) == (2, STEPS)
+    rounds = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"round"' in line]
+    assert [(event["step"], len(event["ranks"])) for event in rounds] == [(4, 3), (8, 3), (14, 2), (18, 2)]
+    assert summary["center_test_accuracy"] > 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The program.
+# ---------------------------------------------------------------------------------------------------------
+
+WORDS = (
+    *("train", "--config=digits", "--run.name=a", "--run.resume=auto", "--save.unit=steps", "--save.every=7"),
+    *("--method.period=4", "--budget.seconds=null", "--eval.train_examples=50", "--log.every=5", "--backend=mpi"),
+)
+
+
+@launched
+def test_a_killed_job_started_again_equals_one_that_was_not(tmp_path: Path) -> None:
+    """SIGKILL of both ranks wherever they are, three times; then the finished run is left as it is."""
+    words = (*WORDS, "--budget.steps=150", "--eval.unit=steps", "--eval.every=40")
+    status, _, errors = launch(*words, f"--run.dir={tmp_path}/whole", ranks=2)
+    assert status == 0, errors
+    again = (*words, f"--run.dir={tmp_path}/cut")
+    folder = tmp_path / "cut" / "a"
+    for saves in (1, 3, 6):
+        job = start(*again, ranks=2, start_new_session=True)
+        wait_for(folder / "checkpoints" / "latest", "", saves * 7)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        for process in running(f"--run.dir={tmp_path}/cut"):
+            os.kill(process, signal.SIGKILL)
+        assert not (folder / "summary.json").exists()
+        os.utime(folder / "lock.json", (0, 0))  # as a minute would
+    status, output, errors = launch(*again, ranks=2)
+    assert status == 0 and "resumed    at step " in output, errors
+    for cut, whole in zip(result(folder), result(tmp_path / "whole" / "a"), strict=True):
+        assert cut == whole
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    status, output, errors = launch(*again, ranks=2)
+    assert (status, output) == (0, f"hpc-grawa train: {folder} is finished\n"), errors
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
+
+
+def wait_for(latest: Path, _: str, step: int) -> None:
+    end = time.monotonic() + 90
+    while not (latest.exists() and int(latest.read_text() or 0) >= step):
+        assert time.monotonic() < end, f"step {step} was never saved"
+        time.sleep(0.02)
+
+
+def test_what_a_run_does_not_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another configuration, unless it is allowed; another job at work; no name where none can be found again."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    words = (*WORDS, "--backend=single", f"--run.dir={tmp_path}")
+    folder = tmp_path / "a"
+
+    def refused(*more: str) -> str:
+        status, output, errors = launch(*words, *more)
+        assert (status, output) == (2, "backend    single (no launcher, asked for), 1 rank\n"[: len(output)])
+        return errors.removeprefix("hpc-grawa train: error: ").strip()
+
+    assert launch(*words, "--budget.steps=8")[0] == 0
+    (folder / "summary.json").unlink()
+    assert refused("--budget.steps=8", "--method.pull=0.7") == (
+        f"method.pull is 0.7: must be 0.5, as it was when {folder} began; give the run another name, or allow this "
+        f"with --allow-change method.pull"
+    )
+    holder = Lock(folder, "job 17_2")
+    assert re.match(
+        rf"run.name is a: job 17_2 on .* \(process {os.getpid()}\) is at work in {folder}, its last sign of life \d+ s",
+        refused("--budget.steps=8"),
+    )
+    holder.release()
+    status, output, errors = launch(*words, "--budget.steps=12", "--allow-change", "budget")
+    assert status == 0 and "resumed    at step 7" in output, errors
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 12
+    assert refused("--run.name=null", "--budget.steps=8") == (
+        "run.resume is auto: must be never without run.name, where SLURM gives the job no number"
+    )
+
+
+def test_a_job_of_slurm_finds_its_run_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    words = (*WORDS, "--backend=single", f"--run.dir={tmp_path}", "--run.name=null", "--budget.steps=8")
+    assert launch(*words)[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["LGRAWA-17_2"]
+    assert launch(*words)[1].endswith("LGRAWA-17_2 is finished\n")
