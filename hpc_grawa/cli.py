@@ -26,6 +26,9 @@ from .methods import Method
 from .parsing import find_class, is_class, parse
 from .resume import RunPlace
 
+#: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
+TRY_AGAIN = 75
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
@@ -89,9 +92,13 @@ def train(words: list[str], facts: RankFacts) -> None:
         from .train import fit
 
         try:
-            fit(config, comm, None if comm.rank else place.open, None, options.trace, options.resume_world == "any")
+            found = fit(
+                config, comm, None if comm.rank else place.open, None, options.trace, options.resume_world == "any"
+            )
         finally:
             place.close()
+    if found["state"] == "preempted":
+        raise SystemExit(130 if found["cause"] == "SIGINT" else TRY_AGAIN)
 
 
 def evaluate(words: list[str], facts: RankFacts) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from .comm import Communicator
 from .config import Config
 from .errors import ConfigError
-from .log import new_folder
+from .log import is_finished, new_folder
 from .parsing import parse, read_settings, split_config
 
 
@@ -121,13 +121,14 @@ class Comparison:
             if not there[number]:
                 # A run that was cut off keeps its folder; the next attempt gets a numbered one.
                 folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
-                fit(config, comm, None if comm.rank else folder)
+                if fit(config, comm, None if comm.rank else folder)["state"] != "finished":
+                    break
         return [path for config in self.configs if (path := self._finished(config))] if comm.rank == 0 else []
 
     def _finished(self, config: Config) -> Path | None:
         name = str(config.run.name)
         attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
-        return next((path for path in attempts if (path / "summary.json").is_file()), None)
+        return next((path for path in attempts if is_finished(path)), None)
 
 
 def _short(method: str) -> str:

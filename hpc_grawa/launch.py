@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import signal
 import socket
 import struct
+import threading
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -211,6 +213,29 @@ def local_device(facts: RankFacts | None = None, wanted: Wanted = "auto") -> tor
             f"scheduler for GPUs and look at torch.cuda.is_available()"
         )
     return torch.device("cuda", facts.local_rank % count) if count else torch.device("cpu")
+
+
+@contextmanager
+def signals_heeded(heed: Callable[[str], None]) -> Iterator[None]:
+    """Within the block USR2, TERM and the first Ctrl-C call ``heed`` with their name; a second Ctrl-C interrupts.
+
+    USR1 is left alone: NCCL may catch it. In a thread (simulated ranks) nothing is heeded.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        heed(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def default_threads(facts: RankFacts) -> int | None:

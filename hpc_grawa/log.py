@@ -59,6 +59,12 @@ def open_run(folder: Path, configuration: str, world_size: int, backend: str) ->
     write_atomically(folder / "environment.json", json.dumps(environment(world_size, backend), indent=1) + "\n")
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` has come to its end."""
+    summary = folder / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text()).get("state") == "finished"
+
+
 def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
     """Write text, or tensors as torch does, under another name and rename it: readers see all of it or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

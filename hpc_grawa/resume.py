@@ -16,7 +16,7 @@ from jsonargparse import get_loader
 from .config import Config
 from .errors import ConfigError
 from .launch import job_name
-from .log import new_folder, write_atomically
+from .log import is_finished, new_folder, write_atomically
 from .parsing import flatten
 
 #: Seconds between signs of life of the job that holds a folder, and without one after which it counts as dead.
@@ -71,8 +71,7 @@ class RunPlace:
     @property
     def finished(self) -> bool:
         """Whether a run to be resumed has come to its end."""
-        summary = self.path / "summary.json"
-        return self._resumes and summary.is_file() and json.loads(summary.read_text()).get("state") == "finished"
+        return self._resumes and is_finished(self.path)
 
     def check(self) -> None:
         """Raise ``ConfigError`` if ``open`` could not work; makes nothing that stays."""
@@ -86,6 +85,7 @@ class RunPlace:
         resumed = self._resumes and self.path.is_dir()
         self.path = self.path if resumed else self._new()
         self._lock = Lock(self.path, f"job {job_name()}" if job_name() else "a process without a job")
+        (self.path / "summary.json").unlink(missing_ok=True)  # of the attempt before
         return self.path
 
     def close(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +22,20 @@ from .budget import Clock
 from .checkpoint import Checkpoints
 from .comm import Communicator, Meter
 from .config import Config
+from .control import Control
 from .data import Examples
 from .errors import ConfigError
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
-from .launch import local_device
+from .launch import local_device, signals_heeded
 from .log import Log, commit, human_bytes, open_run, versions, write_atomically
 from .schedules import RunFacts
 from .synchronizer import Round
 from .trace import Trace
 from .trial import try_out
 from .vector import ParameterVector
+
+#: Seconds between looks for a file ``STOP``.
+POLL_EVERY = 1.0
 
 
 class Worker:
@@ -214,13 +219,22 @@ def fit(
         RanksDisagree: ranks do not have the same model, method, learning rate or period.
         NonFinite: training has diverged on all ranks.
     """
-    comm.meter = meter = Meter()
+    comm.meter = Meter()
     worker = Worker(config, comm)
     folder = None if new_folder is None else new_folder()
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
     place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
+    with failure_recorded(place, comm, worker.facts):
+        return _train(worker, folder, place, speaks, trace, any_world)
+
+
+def _train(
+    worker: Worker, folder: Path | None, place: str, speaks: bool | None, trace: bool, any_world: bool
+) -> dict[str, Any]:
+    config, comm = worker.config, worker.comm
+    meter = comm.meter
     checkpoints = Checkpoints(Path(place) / "checkpoints", comm, config.save.keep) if place else None
     log = Log(folder, comm.rank == 0 if speaks is None else speaks, config.log.tensorboard)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
@@ -244,8 +258,9 @@ def fit(
         progress.on_evaluation(part, scores)
 
     def save() -> None:
+        if checkpoints is None:
+            return
         with clock.paused():
-            assert checkpoints is not None
             state = {
                 "worker": worker.state_dict(),
                 "progress": progress.state_dict(),
@@ -279,16 +294,22 @@ def fit(
         for wrong in restored.skipped:
             log.say(f"resumed    not from the newest checkpoint: {wrong}")
         log.say(f"resumed    at step {restored.step}, after {facts.seconds:.1f} s of training")
-    while worker.used < 1 and not run.control.stop:
-        loss = worker.step()
-        if loss is not None:
-            progress.on_step(loss)
-        if worker.used < 1 and facts.elapsed(config.eval.unit) >= next_evaluation:
-            next_evaluation = config.eval.every * (1 + facts.elapsed(config.eval.unit) // config.eval.every)
-            evaluate()
-        if checkpoints is not None and worker.used < 1 and facts.elapsed(config.save.unit) >= next_save:
-            next_save = config.save.every * (1 + facts.elapsed(config.save.unit) // config.save.every)
-            save()
+    ending = Ending(run.control, log, folder)
+    with signals_heeded(ending.heed):
+        while worker.used < 1 and not run.control.stop:
+            ending.poll()
+            loss = worker.step()
+            if loss is not None:
+                progress.on_step(loss)
+            if worker.used < 1 and facts.elapsed(config.eval.unit) >= next_evaluation:
+                next_evaluation = config.eval.every * (1 + facts.elapsed(config.eval.unit) // config.eval.every)
+                evaluate()
+            if worker.used < 1 and facts.elapsed(config.save.unit) >= next_save:
+                next_save = config.save.every * (1 + facts.elapsed(config.save.unit) // config.save.every)
+                save()
+    if run.control.stop and worker.used < 1:
+        save()
+        return ending.summary(worker, folder)
     run.finish()
     training_seconds = clock.settled
     spans, meter.trace = meter.trace, None
@@ -339,6 +360,83 @@ def fit(
     log.close()
     log.say(_farewell(summary, name, folder))
     return summary
+
+
+class Ending:
+    """A run's early end: what is wished for on one rank, all do at the same step.
+
+    Args:
+        control: carries the wish to all ranks.
+        log: says so.
+        folder: of the run, on rank 0; a file ``STOP`` in it is a wish.
+    """
+
+    def __init__(self, control: Control, log: Log, folder: Path | None) -> None:
+        self._control, self._log = control, log
+        self._file = None if folder is None else folder / "STOP"
+        self._polled = time.monotonic()
+        #: What ends the run, on the rank that noticed it.
+        self.cause: str | None = None
+        self._told = False
+
+    def heed(self, cause: str) -> None:
+        """Have all ranks save and end with the next control word."""
+        self.cause = self.cause or cause
+        self._control.wants_stop = True
+
+    def poll(self) -> None:
+        """Look for the file now and then, and say once what is going to happen."""
+        if self._file is not None and time.monotonic() - self._polled > POLL_EVERY:
+            self._polled = time.monotonic()
+            if self._file.exists():
+                self.heed("STOP")
+        if self.cause is not None and not self._told:
+            self._told = True
+            again = ", Ctrl-C again: now" if self.cause == "SIGINT" else ""
+            self._log.say(f"ending     {self.cause}: all ranks save at the next control word, then end{again}")
+
+    def summary(self, worker: Worker, folder: Path | None) -> dict[str, Any]:
+        """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it."""
+        causes = [found.decode() for found in worker.comm.gather_bytes((self.cause or "").encode(), "evaluate")]
+        rank, cause = next((m, found) for m, found in enumerate(causes) if found)
+        facts = worker.facts
+        found = {
+            "state": "preempted",
+            "cause": cause,
+            "rank": rank,
+            "name": folder.name if folder else None,
+            "method": type(worker.config.method).__name__,
+            "world_size": worker.comm.size,
+            "steps": facts.step,
+            "training_seconds": worker.clock.seconds,
+        }
+        if self._file is not None and folder is not None:
+            self._file.unlink(missing_ok=True)
+            write_atomically(folder / "summary.json", json.dumps(found, indent=1) + "\n")
+        self._log.close()
+        self._log.say(f"preempted  by {cause} (rank {rank}), saved at step {facts.step}; --run.resume auto goes on")
+        return found
+
+
+@contextmanager
+def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterator[None]:
+    """Within the block the first rank that fails leaves word of it in ``summary.json``."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if place:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            found = {
+                "state": state,
+                "cause": f"{type(error).__name__}: {error}",
+                "rank": comm.rank,
+                "host": platform.node(),
+                "world_size": comm.size,
+                "steps": facts.step,
+            }
+            with suppress(OSError), (Path(place) / "summary.json").open("x") as file:
+                file.write(json.dumps(found, indent=1) + "\n")
+        raise
 
 
 class Examiner:

@@ -13,10 +13,11 @@ from typing import Any
 import own
 import pytest
 import torch
-from test_cli import launch, launched, running, start
+from test_cli import LINE, launch, launched, running, start
 
 from hpc_grawa import simulate
 from hpc_grawa.checkpoint import Checkpoints, Damaged
+from hpc_grawa.cli import TRY_AGAIN
 from hpc_grawa.comm import Communicator
 from hpc_grawa.config import Config
 from hpc_grawa.errors import ConfigError
@@ -90,7 +91,7 @@ def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str
     kept = [{k: v for k, v in record.items() if k not in clocked} for record in records]
     summary = json.loads((folder / "summary.json").read_text())
     same = ("steps", "rounds", "healed", "epochs", "bytes_sent", "payload_bytes", "consensus_distance", "best_step")
-    return state, kept, {k: summary[k] for k in (*same, "local_test_loss", "center_train_loss", "best_center_accuracy")}
+    return state, kept, {k: summary[k] for k in (*same, "local_test_loss", "center_train_loss", "center_test_loss")}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -318,3 +319,61 @@ def test_a_job_of_slurm_finds_its_run_by_its_number(tmp_path: Path, monkeypatch:
     assert launch(*words)[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["LGRAWA-17_2"]
     assert launch(*words)[1].endswith("LGRAWA-17_2 is finished\n")
+
+
+def preempted(job: Any, folder: Path, cause: str) -> dict[str, Any]:
+    """The summary of a job that was told to end, and says so."""
+    output, errors = job.communicate(timeout=90)
+    assert job.returncode == TRY_AGAIN, errors
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    assert (summary["state"], summary["cause"]) == ("preempted", cause)
+    assert f"preempted  by {cause} (rank {summary['rank']}), saved at step {summary['steps']}" in output
+    return summary
+
+
+@launched
+@pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
+def test_a_signal_to_one_rank_has_all_save_at_one_step(method: str, tmp_path: Path) -> None:
+    """Ahead of a limit, say; the next job goes on, and equals one that was never told."""
+    period = [] if method == "DataParallel" else ["--method.period=4"]
+    words = ["train", *LINE, "--model=own.Slow", f"--method={method}", *period, "--budget.steps=100", "--backend=mpi"]
+    words += ["--log.every=2", "--run.control_every=4", "--run.name=a", "--run.resume=auto"]
+    assert launch(*words, f"--run.dir={tmp_path}/whole", ranks=2)[0] == 0
+    folder, again = tmp_path / "cut" / "a", (*words, f"--run.dir={tmp_path}/cut")
+    for cause, rank in (("SIGUSR2", 1), ("STOP", 0)):
+        job = start(*again, ranks=2)
+        records, sizes, end = folder / "metrics.jsonl", [0], time.monotonic() + 60
+        while len(sizes) < 6:  # it has been growing for a while
+            size = records.stat().st_size if records.exists() else 0
+            sizes = [*sizes, size] if size > sizes[-1] else sizes if size == sizes[-1] else [size]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        if cause == "STOP":
+            (folder / "STOP").touch()
+        else:
+            ranks = [p for p in running(f"--run.dir={tmp_path}/cut") if rank_of(p) == str(rank)]
+            os.kill(ranks[0], signal.SIGUSR2)
+        summary = preempted(job, folder, cause)
+        assert summary["rank"] == rank and 0 < summary["steps"] < 100
+        saved = {len(json.loads(m.read_text())["files"]) for m in folder.glob("checkpoints/0*/manifest.json")}
+        assert saved == {2} and not (folder / "STOP").exists()
+    status, output, errors = launch(*again, ranks=2)
+    assert status == 0 and f"resumed    at step {summary['steps']}" in output, errors
+    for cut, whole in zip(result(folder), result(tmp_path / "whole" / "a"), strict=True):
+        assert cut == whole
+
+
+def rank_of(process: int) -> str | None:
+    variables = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return next((v.partition("=")[2] for v in variables if v.startswith("OMPI_COMM_WORLD_RANK=")), None)
+
+
+@launched
+def test_a_run_that_failed_says_where_and_why(tmp_path: Path) -> None:
+    words = (*LINE, "--model=own.Failing", "--model.calls=20", f"--run.dir={tmp_path}", "--run.name=a", "--backend=mpi")
+    assert launch("train", *words, "--budget.steps=100", ranks=2)[0] != 0
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert (summary["state"], summary["rank"]) == ("failed", 1)
+    assert summary["cause"] == "ZeroDivisionError: this model has failed on purpose"
+    output = launch("table", str(tmp_path / "a"))[1]
+    assert "LGRAWA" in output and "(failed)" in output

@@ -100,7 +100,6 @@ class Run:
         return {
             "facts": {name: getattr(self.facts, name) for name in ("step", "seconds", "lr", "progress")},
             "synchronizers": [s.state_dict() for s in self.synchronizers],
-            "stop": self.control.stop,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,7 +108,6 @@ class Run:
             setattr(self.facts, name, value)
         for synchronizer, own in zip(self.synchronizers, state["synchronizers"], strict=True):
             synchronizer.load_state_dict(own)
-        self.control.stop = state["stop"]
         self.control.resume()
 
     def start_from(self, facts: dict[str, Any]) -> None:

@@ -41,8 +41,9 @@ class RunRecord:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """The summary; of an unfinished run, as much of it as its events tell."""
-        if self.summary is not None:
-            return {"state": "finished", **self.summary}
+        summary = {"state": "finished", **self.summary} if self.summary is not None else {}
+        if summary.get("state") == "finished":
+            return summary
         happened = [event for events in self.events.values() for event in events]
         facts: dict[str, Any] = {"state": "unfinished", "name": self.path.name, "metric": self.metric}
         facts.update((key, value) for key, value in self._started.items() if key not in ("event", "layers"))
@@ -53,7 +54,7 @@ class RunRecord:
             facts[f"center_test_{self.metric}"] = curve[-1][1]
         if "run.seed" in self.config:
             facts["seed"] = self.config["run.seed"]
-        return facts
+        return facts | summary
 
     @property
     def method(self) -> str:
