@@ -473,7 +473,7 @@ def test_a_dry_run_says_what_a_run_would_be(tmp_path: Path, capsys: pytest.Captu
     assert lines["rounds"] == "0.5 per epoch, every 8 local steps"
     sent = 2 * 4 * 15_418 * 11 / 12 + 8 * (10 + 11) * 11  # the center; control word and scores
     assert lines["sent per rank"] == f"{sent / 1000:.3g} kB per round, 0 B per step, {sent / 2000:.3g} kB per epoch"
-    assert re.search(r"MB at its peak here; parameters 61.7 kB$", lines["memory per rank"])
+    assert re.search(r"[MG]B at its peak here; parameters 61.7 kB$", lines["memory per rank"])
     assert re.search(r"timed over 5", lines["time per epoch"])
     assert list(tmp_path.iterdir()) == []
 
