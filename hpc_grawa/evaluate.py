@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .comm import Communicator
-from .data import Examples
+from .data import Examples, in_advance
 from .metrics import Metric
 from .scores import NoDropout, random_streams_kept
 from .vector import ParameterVector
@@ -63,8 +63,9 @@ class Judge:
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
         with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
-            for part in parts:
-                inputs, targets = (t.to(device) for t in examples.batch(part))
+            batches = in_advance(examples, ((part, None) for part in parts))
+            for part, (inputs, targets) in zip(parts, batches, strict=True):
+                inputs, targets = inputs.to(device), targets.to(device)
                 output = model(inputs)
                 loss = self.loss(output, targets).double().reshape(1) * len(part)
                 sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))

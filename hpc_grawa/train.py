@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .budget import Clock
 from .comm import Communicator, Meter
 from .config import Config
-from .data import Examples
+from .data import Examples, in_advance
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
 from .launch import local_device
 from .log import Log, commit, human_bytes, open_run, versions, write_atomically
@@ -66,6 +67,7 @@ class Worker:
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
         self.local_steps = 0
+        self._batches = self._in_order()
         self.facts = RunFacts(
             lr=self._peaks[0],
             peak_lr=self._peaks[0],
@@ -96,15 +98,18 @@ class Worker:
         loss: Tensor | None = None
         if self.run.before_step():
             with self.comm.meter.span("compute", "local step"):
-                sampler, number = self.sampler, self.local_steps
-                self._batch = self._to_device(
-                    self.splits.train.batch(sampler.indices(number), sampler.generator(number))
-                )
+                self._batch = self._to_device(next(self._batches))
                 loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
             self.local_steps += 1
             self.run.after_step(loss)
         facts.progress = min(1.0, self.used)
         return loss
+
+    def _in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batches from that of the present step on; begins when the first is asked for."""
+        sampler = self.sampler
+        numbers = count(self.local_steps)
+        yield from in_advance(self.splits.train, ((sampler.indices(n), sampler.generator(n)) for n in numbers))
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
@@ -177,6 +182,7 @@ def fit(
     if folder is not None:
         open_run(folder, config.text, comm.size, comm.backend)
     log = Log(folder, comm.rank == 0 if speaks is None else speaks, config.log.tensorboard)
+    worker.splits = config.data.near(worker.splits, comm, config.run.seed, log.say)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
     examiner = Examiner(worker)
     progress = Progress(log, worker)
@@ -285,7 +291,8 @@ class Examiner:
         train, sampler = self._worker.splits.train, self._worker.sampler
         with undisturbed(self._model), self._worker.vector.swapped(parameters):
             if self._config.method.buffers == "recalibrate":
-                batches = (train.batch(sampler.indices(b))[0] for b in range(self._config.eval.bn_batches))
+                wanted = ((sampler.indices(b), None) for b in range(self._config.eval.bn_batches))
+                batches = (inputs for inputs, _ in in_advance(train, wanted))
                 recalibrate(self._model, batches, self._comm, self._config.precision)
             yield
 
