@@ -54,7 +54,9 @@ def main() -> None:
                 if number == steps:
                     break
 
-        medians = interleaved({"ImageFolder + DataLoader": theirs, "hpc_grawa.data.ImageNet": ours}, REPEATS, lambda: None)
+        medians = interleaved(
+            {"ImageFolder + DataLoader": theirs, "hpc_grawa.data.ImageNet": ours}, REPEATS, lambda: None
+        )
     count = steps * BATCH
     plural = "s" * (len(cores) > 1)
     print(table(f"{count} training images, {len(cores)} worker{plural}", medians, "ImageFolder + DataLoader"))

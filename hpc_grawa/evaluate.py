@@ -53,7 +53,7 @@ class Judge:
             limit: only so many examples, evenly spaced.
 
         Returns:
-            ``{"loss": ..., metric.name: ...}``.
+            ``{"loss": ..., metric.name: ...}``, and whatever else the metric says.
         """
         count = len(examples) if limit is None else min(limit, len(examples))
         index = torch.arange(count) * len(examples) // count
@@ -73,7 +73,7 @@ class Judge:
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
         message = message.cpu()
-        return {"loss": float(message[0]) / count, self.metric.name: self.metric.value(message[1:])}
+        return {"loss": float(message[0]) / count, **self.metric.values(message[1:])}
 
 
 @contextmanager

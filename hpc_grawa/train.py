@@ -302,7 +302,7 @@ class Examiner:
 
     def everything(self) -> dict[str, Any]:
         """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
-        splits, name = self._worker.splits, self._config.metric.name
+        splits = self._worker.splits
         mean, consensus = uniform_mean(self._comm, self._worker.vector)
         found: dict[str, Any] = {"consensus_distance": consensus}
         for title, parameters in (("center", self._center()), ("mean", mean)):
@@ -312,12 +312,12 @@ class Examiner:
                 if title == "center":
                     state = self._model.state_dict()
                     found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
-            for key in ("loss", name):
+            for key in test:
                 found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
         local = self._judge.judge(self._model, splits.test)
-        row = torch.tensor([local["loss"], local[name]], dtype=torch.float64)
+        row = torch.tensor(list(local.values()), dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
-        return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(("loss", name))}
+        return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}
 
 
 class Progress:
@@ -439,8 +439,11 @@ def _greet(log: Log, worker: Worker) -> None:
 def _farewell(summary: dict[str, Any], name: str, folder: Path | None) -> str:
     test, mean, train = (summary[f"{key}_{name}"] for key in ("center_test", "mean_test", "center_train"))
     where = f"; see {folder}" if folder else ""
+    prefix = "center_test_"
+    others = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
+    more = "".join(f", {key} {value:.4f}" for key, value in others.items() if key not in ("loss", name))
     return (
-        f"finished   test {name}: center {test:.4f}, mean {mean:.4f}; training {train:.4f}; {summary['steps']} steps, "
-        f"{summary['rounds']} rounds, {human_bytes(summary['bytes_sent'])} sent per rank in "
+        f"finished   test {name}: center {test:.4f}{more}, mean {mean:.4f}; training {train:.4f}; "
+        f"{summary['steps']} steps, {summary['rounds']} rounds, {human_bytes(summary['bytes_sent'])} sent per rank in "
         f"{summary['training_seconds']:.1f} s{where}"
     )
