@@ -47,6 +47,7 @@ from verify import ROW, Refused, line_of, padded, problems_of
 SOURCE = "https://image-net.org/download-images"
 FORMATS = ("JPEG", "PNG")  # one image of ILSVRC 2012 is a PNG, whatever its name says
 ENDINGS = (".jpeg", ".jpg", ".png")
+MEGABYTE = 10**6
 LARGEST = 64 * 2**20  # bytes of one image
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _TRAIN_IMAGE = re.compile(r"(n\d{8})_\d+\.JPEG")
@@ -600,7 +601,8 @@ def prepare(options: argparse.Namespace) -> None:
         return
     if out.exists() and not out.is_dir():
         raise Refused(f"{out}: is a file; name a folder with --out")
-    if out.exists() and not (out / ".plan").exists() and any(entry.name != ".lock" for entry in out.iterdir()):
+    foreign = [path for path in out.iterdir() if not path.name.startswith((".lock", ".plan"))] if out.exists() else []
+    if foreign and not (out / ".plan").exists():
         raise Refused(f"{out}: is not empty and holds something else; name another folder with --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -610,7 +612,7 @@ def prepare(options: argparse.Namespace) -> None:
         try:
             for part, origins in parts.items():
                 records[part] = pack(
-                    part, origins, out, encoder, options.workers, options.shard_mb * 10**6, options.skip_corrupt
+                    part, origins, out, encoder, options.workers, options.shard_mb * MEGABYTE, options.skip_corrupt
                 )
         finally:
             encoder.close()
