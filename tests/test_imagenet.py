@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, simulate
-from hpc_grawa.data import Ahead, ImageNet, TensorExamples, in_advance
+from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance
 from hpc_grawa.data.imagenet import MEAN, STD, View
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.evaluate import Judge
@@ -32,6 +33,9 @@ from hpc_grawa.parsing import parse
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow decodes the images")
 torchvision = pytest.importorskip("torchvision", reason="torchvision decodes the images")
+
+# torchvision 0.29 announces the end of its decoder; then Pillow's is used.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 
 SIZES = ((300, 200), (64, 96), (40, 40), (500, 120), (31, 257))
 
@@ -177,6 +181,25 @@ def test_layout_labels_and_validation(folder: Path, channels_last: bool) -> None
     plain = data(folder, crop=48, resize=56).load()
     whole, _ = plain.train.batch(torch.arange(60))
     assert all(any(torch.equal(image, one) for one in whole) for image in inputs)
+
+
+def test_pillow_decodes_to_the_same_pixels_where_torchvision_has_no_decoder(
+    real_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data(real_folder)
+    index = torch.arange(100)
+    with_torchvision = images.load().train.batch(index, torch.Generator().manual_seed(0))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchvision.io", None)
+        imagenet.decoder.cache_clear()
+        images.check(1)
+        with_pillow = images.load().train.batch(index, torch.Generator().manual_seed(0))
+        patch.setitem(sys.modules, "PIL", None)
+        imagenet.decoder.cache_clear()
+        with pytest.raises(ConfigError, match=r"needs torchvision or Pillow.*hpc-grawa\[vision\]"):
+            images.check(1)
+    imagenet.decoder.cache_clear()
+    torch.testing.assert_close(with_pillow, with_torchvision, rtol=0, atol=0)
 
 
 def test_batches_leave_global_streams_alone(folder: Path) -> None:
