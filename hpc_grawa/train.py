@@ -23,7 +23,7 @@ from .config import Config
 from .data import Examples, in_advance
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
 from .launch import local_device
-from .log import Log, commit, human_bytes, open_run, versions, write_atomically
+from .log import Log, commit, human_bytes, open_run, say, versions, write_atomically
 from .schedules import RunFacts
 from .synchronizer import Round
 from .trace import Trace
@@ -178,11 +178,12 @@ def fit(
     """
     comm.meter = meter = Meter()
     worker = Worker(config, comm)
+    speaks = comm.rank == 0 if speaks is None else speaks
+    worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
     folder = None if new_folder is None else new_folder()
     if folder is not None:
         open_run(folder, config.text, comm.size, comm.backend)
-    log = Log(folder, comm.rank == 0 if speaks is None else speaks, config.log.tensorboard)
-    worker.splits = config.data.near(worker.splits, comm, config.run.seed, log.say)
+    log = Log(folder, speaks, config.log.tensorboard)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
     examiner = Examiner(worker)
     progress = Progress(log, worker)

@@ -18,6 +18,7 @@ import own
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import launch
 from ilsvrc import archives, folders, jpeg, real, script
 from torch import Tensor, nn
 
@@ -532,3 +533,14 @@ def test_the_same_training_whatever_the_workers_and_wherever_the_data(
         cli.main([*words.split(), *more])
         centers.append(torch.load(tmp_path / str(number) / "center.pt", weights_only=True))
     torch.testing.assert_close(centers[0], centers[1], rtol=0, atol=0)
+
+
+def test_no_run_folder_is_made_where_staging_fails(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = (
+        f"train --model SmallCNN --model.in_channels 3 --data ImageNet --data.path {folder} --data.batch_size 8 "
+        f"--data.stage {tmp_path / 'file'} --budget.steps 5 --run.dir {tmp_path / 'runs'}"
+    )
+    status, said = launch(2, "-m", "hpc_grawa", *words.split(), seconds=100)
+    assert status == 2 and f"error: data.stage is {tmp_path / 'file'}" in said and "Traceback" not in said
+    assert not list((tmp_path / "runs").glob("*"))

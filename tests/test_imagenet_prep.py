@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -396,6 +396,30 @@ def test_every_moment_between_two_steps_on_disk_is_a_good_one_to_be_killed(
         assert prepare(out, *options, "--shard_mb=1") == 0
         assert contents(out) == contents(tmp_path / "straight")
     assert moment > 3
+
+
+def test_few_images_are_held_at_a_time_and_they_come_in_order() -> None:
+    asked = 0
+
+    def tasks() -> Iterator[Callable[[], int]]:
+        nonlocal asked
+        for number in range(200):
+            asked += 1
+            yield lambda n=number: (time.sleep(0.001 * (n % 3)), n)[1]  # type: ignore[misc]
+
+    for expected, found in enumerate(imagenet.in_order(tasks(), workers=3)):
+        assert found == expected and asked <= expected + 1 + 4 * 3
+    assert asked == 200
+
+
+def test_progress_says_how_much_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = imagenet.Progress("train", 1000, 100)
+    progress(101, 0)
+    assert not capsys.readouterr().out
+    progress._start -= 100
+    progress._shown -= 100
+    progress(300, 12_345_678_900)
+    assert capsys.readouterr().out == "train        300 of 1,000 images, 12.35 GB, 2/s, ETA 0:05:50\n"
 
 
 def test_does_not_continue_another_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,10 @@ import os
 import platform
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from ..comm import Communicator
 from ..errors import ConfigError
 
 _SPARE = 64 * 2**20  # bytes that are to stay free
+_THREADS = 8
+_LINE_EVERY = 5.0  # seconds
 
 
 def staged(
@@ -60,7 +64,7 @@ def staged(
         size = copies.missing()
         say(f"stage      {len(wanted):,} images of this node's ranks to {copies.folder}, {size / 1e9:.2f} GB to copy")
         try:
-            copies.make(size)
+            copies.make(size, say)
         except (OSError, ValueError) as error:
             problem = f"data.stage is {stage}: {' '.join(str(error).split())} (on {platform.node()})"
     # One that fails on another node must be known to all; it is also what the other ranks of this node wait for.
@@ -102,7 +106,7 @@ class _Copies:
         """Bytes that are still to be copied."""
         return sum(self._sizes[i] for i in self._absent())
 
-    def make(self, size: int) -> None:
+    def make(self, size: int, say: Callable[[str], None]) -> None:
         """Copy what is absent, ``size`` bytes; OSError or ValueError where that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for half in self.folder.glob(f"*.{platform.node()}.part"):
@@ -110,23 +114,37 @@ class _Copies:
         free = shutil.disk_usage(self.folder).free
         if size and size + _SPARE > free:
             raise ValueError(f"must have {(size + _SPARE) / 1e9:.2f} GB free, has {free / 1e9:.2f}")
-        for i in self._absent():
-            original = self._originals[self._used[i]]
-            half = self.paths[i].with_name(f"{self.paths[i].name}.{secrets.token_hex(4)}.{platform.node()}.part")
-            descriptor = os.open(original, os.O_RDONLY)
-            try:
-                with half.open("wb") as file:
-                    for row in self._chosen[self._bounds[i] : self._bounds[i + 1]]:
-                        _, offset, length, _, crc32 = row.item()
-                        content = os.pread(descriptor, length, offset)
-                        if zlib.crc32(content) != crc32:
-                            raise ValueError(f"{original} is damaged at {offset}, check it with data_prep/verify.py")
-                        file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            finally:
-                os.close(descriptor)
-            half.rename(self.paths[i])
+        copied, start = 0, time.monotonic()
+        shown = start
+        with ThreadPoolExecutor(_THREADS) as pool:  # they wait for the file system, not for processors
+            for length in pool.map(self._copy, self._absent()):
+                copied, now = copied + length, time.monotonic()
+                if now - shown >= _LINE_EVERY:
+                    rate, shown = copied / (now - start), now
+                    left = (size - copied) / rate
+                    say(
+                        f"stage      {copied / 1e9:.2f} of {size / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {left:.0f} s"
+                    )
+
+    def _copy(self, i: int) -> int:
+        """Write file number ``i``; its bytes."""
+        original = self._originals[self._used[i]]
+        half = self.paths[i].with_name(f"{self.paths[i].name}.{secrets.token_hex(4)}.{platform.node()}.part")
+        descriptor = os.open(original, os.O_RDONLY)
+        try:
+            with half.open("wb") as file:
+                for row in self._chosen[self._bounds[i] : self._bounds[i + 1]]:
+                    _, offset, length, _, crc32 = row.item()
+                    content = os.pread(descriptor, length, offset)
+                    if zlib.crc32(content) != crc32:
+                        raise ValueError(f"{original} is damaged at {offset}, check it with data_prep/verify.py")
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            os.close(descriptor)
+        half.rename(self.paths[i])
+        return self._sizes[i]
 
     def rows(self) -> NDArray[Any]:
         """Where each image of the whole set lies now."""
