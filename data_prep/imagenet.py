@@ -36,6 +36,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -419,7 +420,8 @@ def sync_folder(path: Path) -> None:
     """Bring renames to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # a file system that cannot do this
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -442,6 +444,7 @@ def completed(out: Path, part: str, skip_corrupt: bool) -> list[dict[str, Any]]:
         shard = shard_path(out, part, len(records))
         if not shard.exists() or shard.stat().st_size != record["bytes"] or (record["corrupt"] and not skip_corrupt):
             break
+        record["rows"] = compact(record["rows"])
         records.append(record)
     for later in (*out.glob(f".{part}-*.json"), *out.glob(f"{part}-*.tar")):
         if int(later.stem.rpartition("-")[2]) >= len(records):
@@ -540,17 +543,23 @@ def pack(
             "rows": rows,
         }
         write_whole(record_path(out, part, len(records)), json.dumps(record).encode())
-        records.append(record)
+        records.append({**record, "rows": compact(rows)})
         written += shard.size
     progress.end()
     return records
 
 
+def compact(rows: Sequence[Sequence[int]]) -> Any:
+    """Offset, length, label and checksum of images as they stand in the index, their file still 0."""
+    return np.array([(0, *row) for row in rows], ROW)
+
+
 def index(records: Sequence[dict[str, Any]]) -> bytes:
     """``train.npy`` or ``val.npy``."""
-    rows = [(shard, *row) for shard, record in enumerate(records) for row in record["rows"]]
+    rows = np.concatenate([record["rows"] for record in records])
+    rows["shard"] = np.repeat(np.arange(len(records)), [len(record["rows"]) for record in records])
     buffer = io.BytesIO()
-    np.save(buffer, np.array(rows, ROW))
+    np.save(buffer, rows)
     return buffer.getvalue()
 
 

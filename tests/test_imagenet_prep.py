@@ -487,6 +487,16 @@ def test_verify_finds_damage(damage: str, tmp_path: Path, capsys: pytest.Capture
     assert status == 2 and expected in said and len(said.splitlines()) == 1
 
 
+def test_verify_checks_a_folder_of_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "train_labels.npy", np.arange(9, dtype=np.uint8))
+    digest = hashlib.sha256((tmp_path / "train_labels.npy").read_bytes()).hexdigest()
+    facts = {"counts": {"train": 9, "test": 0}, "sha256": {"train_labels.npy": digest}}
+    (tmp_path / "meta.json").write_text(json.dumps(facts))
+    assert checked(tmp_path, capsys) == (0, f"{tmp_path}: complete and unchanged, 9 train + 0 test images, 1 files\n")
+    np.save(tmp_path / "train_labels.npy", np.zeros(9, dtype=np.uint8))
+    assert checked(tmp_path, capsys)[0] == 2
+
+
 def test_runs_as_a_script(tmp_path: Path) -> None:
     def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
         words = (str(ROOT / "data_prep" / name), *words)

@@ -234,7 +234,7 @@ def decoder() -> Callable[[bytes], Pixels]:
 
     torchvision 0.29 announces that it will lose its decoder, therefore the other.
     """
-    with suppress(ImportError):
+    with suppress(ImportError, RuntimeError, OSError):  # absent, or made for another torch
         from torchvision.io import ImageReadMode, decode_jpeg
 
         def by_torchvision(content: bytes) -> Pixels:

@@ -17,7 +17,7 @@ class _Torchvision(nn.Module):
     def __new__(cls, num_classes: int = 1000) -> Any:
         try:
             from torchvision import models
-        except ImportError as error:
+        except (ImportError, RuntimeError, OSError) as error:  # absent, or made for another torch
             raise ConfigError(
                 f"model is {cls.__name__}: needs torchvision ({' '.join(str(error).split())}); "
                 "pip install 'hpc-grawa[vision]'"
