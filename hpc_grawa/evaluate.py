@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import random_streams
 from .comm import Communicator
-from .data import Examples
+from .data import Examples, in_advance
 from .metrics import Metric
 from .scores import NoDropout
 from .vector import ParameterVector
@@ -54,7 +54,7 @@ class Judge:
             limit: only so many examples, evenly spaced.
 
         Returns:
-            ``{"loss": ..., metric.name: ...}``.
+            ``{"loss": ..., metric.name: ...}``, and whatever else the metric says.
         """
         count = len(examples) if limit is None else min(limit, len(examples))
         index = torch.arange(count) * len(examples) // count
@@ -64,8 +64,9 @@ class Judge:
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
         with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
-            for part in parts:
-                inputs, targets = (t.to(device) for t in examples.batch(part))
+            batches = in_advance(examples, ((part, None) for part in parts))
+            for part, (inputs, targets) in zip(parts, batches, strict=True):
+                inputs, targets = inputs.to(device), targets.to(device)
                 output = model(inputs)
                 loss = self.loss(output, targets).double().reshape(1) * len(part)
                 sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
@@ -73,7 +74,7 @@ class Judge:
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
         message = message.cpu()
-        return {"loss": float(message[0]) / count, self.metric.name: self.metric.value(message[1:])}
+        return {"loss": float(message[0]) / count, **self.metric.values(message[1:])}
 
 
 @contextmanager

@@ -240,6 +240,9 @@ def signals_heeded(heed: Callable[[str], None]) -> Iterator[None]:
 
 def default_threads(facts: RankFacts) -> int | None:
     """Threads for this rank's share of the processors it may run on; None where OMP_NUM_THREADS decides."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // facts.local_size)
+    return None if "OMP_NUM_THREADS" in os.environ else own_processors(facts)
+
+
+def own_processors(facts: RankFacts | None = None) -> int:
+    """This rank's share of the processors it may run on, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // (facts or rank_facts()).local_size)

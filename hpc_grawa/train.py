@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,11 @@ from .checkpoint import Checkpoints
 from .comm import Communicator, Meter
 from .config import Config
 from .control import Control
-from .data import Examples
+from .data import Examples, in_advance
 from .errors import ConfigError
 from .evaluate import Judge, autocast, recalibrate, undisturbed, uniform_mean
 from .launch import local_device, signals_heeded
-from .log import Log, commit, human_bytes, open_run, versions, write_atomically
+from .log import Log, commit, human_bytes, open_run, say, versions, write_atomically
 from .schedules import RunFacts
 from .synchronizer import Round
 from .trace import Trace
@@ -74,6 +75,7 @@ class Worker:
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
         self.local_steps = 0
+        self._batches = self._in_order()
         self.facts = RunFacts(
             lr=self._peaks[0],
             peak_lr=self._peaks[0],
@@ -104,10 +106,7 @@ class Worker:
         loss: Tensor | None = None
         if self.run.before_step():
             with self.comm.meter.span("compute", "local step"):
-                sampler, number = self.sampler, self.local_steps
-                self._batch = self._to_device(
-                    self.splits.train.batch(sampler.indices(number), sampler.generator(number))
-                )
+                self._batch = self._to_device(next(self._batches))
                 loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
             self.local_steps += 1
             self.run.after_step(loss)
@@ -150,6 +149,12 @@ class Worker:
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.start_from(state["run"]["facts"])
+
+    def _in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batches from that of the present step on; begins when the first is asked for."""
+        sampler = self.sampler
+        numbers = count(self.local_steps)
+        yield from in_advance(self.splits.train, ((sampler.indices(n), sampler.generator(n)) for n in numbers))
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
@@ -221,6 +226,8 @@ def fit(
     """
     comm.meter = Meter()
     worker = Worker(config, comm)
+    speaks = comm.rank == 0 if speaks is None else speaks
+    worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
     folder = None if new_folder is None else new_folder()
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
@@ -231,12 +238,12 @@ def fit(
 
 
 def _train(
-    worker: Worker, folder: Path | None, place: str, speaks: bool | None, trace: bool, any_world: bool
+    worker: Worker, folder: Path | None, place: str, speaks: bool, trace: bool, any_world: bool
 ) -> dict[str, Any]:
     config, comm = worker.config, worker.comm
     meter = comm.meter
     checkpoints = Checkpoints(Path(place) / "checkpoints", comm, config.save.keep) if place else None
-    log = Log(folder, comm.rank == 0 if speaks is None else speaks, config.log.tensorboard)
+    log = Log(folder, speaks, config.log.tensorboard)
     facts, clock, run, splits = worker.facts, worker.clock, worker.run, worker.splits
     examiner = Examiner(worker)
     progress = Progress(log, worker)
@@ -466,7 +473,8 @@ class Examiner:
         train, sampler = self._worker.splits.train, self._worker.sampler
         with undisturbed(self._model), self._worker.vector.swapped(parameters):
             if self._config.method.buffers == "recalibrate":
-                batches = (train.batch(sampler.indices(b))[0] for b in range(self._config.eval.bn_batches))
+                wanted = ((sampler.indices(b), None) for b in range(self._config.eval.bn_batches))
+                batches = (inputs for inputs, _ in in_advance(train, wanted))
                 recalibrate(self._model, batches, self._comm, self._config.precision)
             yield
 
@@ -476,7 +484,7 @@ class Examiner:
 
     def everything(self) -> dict[str, Any]:
         """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
-        splits, name = self._worker.splits, self._config.metric.name
+        splits = self._worker.splits
         mean, consensus = uniform_mean(self._comm, self._worker.vector)
         found: dict[str, Any] = {"consensus_distance": consensus}
         for title, parameters in (("center", self._center()), ("mean", mean)):
@@ -486,12 +494,12 @@ class Examiner:
                 if title == "center":
                     state = self._model.state_dict()
                     found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
-            for key in ("loss", name):
+            for key in test:
                 found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
         local = self._judge.judge(self._model, splits.test)
-        row = torch.tensor([local["loss"], local[name]], dtype=torch.float64)
+        row = torch.tensor(list(local.values()), dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
-        return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(("loss", name))}
+        return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}
 
 
 class Progress:
@@ -633,8 +641,11 @@ def _greet(log: Log, worker: Worker, anew: bool) -> None:
 def _farewell(summary: dict[str, Any], name: str, folder: Path | None) -> str:
     test, mean, train = (summary[f"{key}_{name}"] for key in ("center_test", "mean_test", "center_train"))
     where = f"; see {folder}" if folder else ""
+    prefix = "center_test_"
+    others = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
+    more = "".join(f", {key} {value:.4f}" for key, value in others.items() if key not in ("loss", name))
     return (
-        f"finished   test {name}: center {test:.4f}, mean {mean:.4f}; training {train:.4f}; {summary['steps']} steps, "
-        f"{summary['rounds']} rounds, {human_bytes(summary['bytes_sent'])} sent per rank in "
+        f"finished   test {name}: center {test:.4f}{more}, mean {mean:.4f}; training {train:.4f}; "
+        f"{summary['steps']} steps, {summary['rounds']} rounds, {human_bytes(summary['bytes_sent'])} sent per rank in "
         f"{summary['training_seconds']:.1f} s{where}"
     )

@@ -50,7 +50,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits) -> None:
             if loss.numel() != 1:
                 raise ValueError(f"it made {_kind(loss)}")
         with _named(f"metric is {_name(config.metric)}: must take {what}"):
-            config.metric.value(config.metric.sums(output, targets).double().cpu())
+            config.metric.values(config.metric.sums(output, targets).double().cpu())
 
 
 @contextmanager

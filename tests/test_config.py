@@ -60,7 +60,7 @@ IMPOSSIBLE = {
     ),
     "--optimizer Adam": ("optimizer is Adam", "AdamW, SGD", "import path"),
     "--schedule NoSuch": ("schedule is NoSuch", "Constant, Cosine, Linear, Step", "import path"),
-    "--model NoSuch": ("model is NoSuch", "ResNet20, ResNet56, SmallCNN", "import path"),
+    "--model NoSuch": ("model is NoSuch", "ResNet152, ResNet20, ResNet50, ResNet56, SmallCNN, ViTB16", "import path"),
     "--data NoSuch": ("data is NoSuch", "CIFAR, Digits", "import path"),
     "--metric NoSuch": ("metric is NoSuch", "Accuracy", "import path"),
     "--loss NoSuch": ("loss is NoSuch", "CrossEntropyLoss", "import path"),
@@ -187,10 +187,15 @@ def test_what_has_no_default_must_be_given(missing: str, capsys: pytest.CaptureF
 
 def test_every_recipe_says_its_goal_and_is_valid(tmp_path: Path) -> None:
     assert set(recipes()) >= {"digits", "demo", "cifar10_resnet20_lgrawa"}
-    images = cifar(tmp_path / "images", 10, train=1000)
+    images, imagenet = cifar(tmp_path / "images", 10, train=1000), tmp_path / "imagenet"
+    imagenet.mkdir()
+    sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 0, "val": 0}}
+    (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000, "bytes": {}}))
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
-        data = [f"--data.path={images}"] if name.startswith("cifar10") else []
+        data = {"cifar10": [f"--data.path={images}"], "imagenet": [f"--data.path={imagenet}"]}.get(
+            name.split("_")[0], []
+        )
         parse(["--config", name, *data]).check(4)
 
 

@@ -1,24 +1,28 @@
 """Data sets, how ranks share them, and how batches are made of them."""
 
 from .arrays import ArraySplit, Augmentation
-from .base import Data, Examples, ImageData, Splits
+from .base import Ahead, Data, Examples, ImageData, Splits, in_advance
 from .cifar import CIFAR
 from .digits import Digits
+from .imagenet import ImageNet
 from .sharding import Sampler, Split, held_out, shard_size
 from .tensors import TensorExamples
 
 __all__ = [
     "CIFAR",
+    "Ahead",
     "ArraySplit",
     "Augmentation",
     "Data",
     "Digits",
     "Examples",
     "ImageData",
+    "ImageNet",
     "Sampler",
     "Split",
     "Splits",
     "TensorExamples",
     "held_out",
+    "in_advance",
     "shard_size",
 ]

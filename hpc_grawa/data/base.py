@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ..comm import Communicator
 from ..errors import ConfigError
 from .sharding import Sampler, Split, shard_size
 
@@ -24,6 +27,39 @@ class Examples(Protocol):
 
         With a generator they are augmented by its draws (training), without one they are as they are (evaluation).
         """
+
+
+@runtime_checkable
+class Ahead(Examples, Protocol):
+    """Examples whose batches can be prepared, by threads say, while something else is computed."""
+
+    def start(self, index: Tensor, generator: torch.Generator | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin to prepare a batch; what is returned waits for it and gives what ``batch`` would."""
+
+
+#: Batches that are prepared while one is used.
+AHEAD = 2
+
+
+def in_advance(
+    examples: Examples, wanted: Iterable[tuple[Tensor, torch.Generator | None]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``examples`` that are wanted, in order; where they can be, the next ones are prepared meanwhile.
+
+    Args:
+        examples: that the batches are of.
+        wanted: index and generator of each batch; may be endless.
+    """
+    if not isinstance(examples, Ahead):
+        yield from (examples.batch(index, generator) for index, generator in wanted)
+        return
+    begun: deque[Callable[[], tuple[Tensor, Tensor]]] = deque()
+    for index, generator in wanted:
+        begun.append(examples.start(index, generator))
+        if len(begun) > AHEAD:
+            yield begun.popleft()()
+    while begun:
+        yield begun.popleft()()
 
 
 @dataclass(frozen=True)
@@ -84,6 +120,17 @@ class Data(ABC):
     def sampler(self, rank: int, world_size: int, seed: int) -> Sampler:
         """The batches of one rank of ``world_size``, as indices into ``load().train``."""
         return Sampler(self.train_size(), self.batch_size, rank, world_size, seed, self.split, self.fraction)
+
+    def near(self, splits: Splits, comm: Communicator, seed: int, say: Callable[[str], None]) -> Splits:
+        """What ``load`` gave, where this rank reads it fastest; called by all ranks together before the clock starts.
+
+        Args:
+            splits: from ``load``.
+            comm: the ranks.
+            seed: of the run, from which ``sampler`` draws.
+            say: prints a line, on rank 0.
+        """
+        return splits
 
     def prepare_model(self, model: nn.Module) -> None:  # noqa: B027 - most data ask nothing of a model
         """Bring a new model into the memory format of the inputs, where that matters."""

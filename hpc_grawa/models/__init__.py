@@ -1,6 +1,7 @@
 """Models: one file per architecture, each an ordinary ``nn.Module``."""
 
 from .cnn import SmallCNN
+from .imagenet import ResNet50, ResNet152, ViTB16
 from .resnet_cifar import ResNet20, ResNet56
 
-__all__ = ["ResNet20", "ResNet56", "SmallCNN"]
+__all__ = ["ResNet20", "ResNet50", "ResNet56", "ResNet152", "SmallCNN", "ViTB16"]

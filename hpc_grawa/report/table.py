@@ -114,6 +114,11 @@ def markdown(table: Table) -> str:
             columns.append((heading, lambda row: _cell(row, key, form, spread)))
 
     add("center, test", f"center_test_{metric}", amount, spread=True)
+    prefix = "center_test_"
+    numbers = dict.fromkeys(key for row in table for key in row.mean if key.startswith(prefix))
+    for key in (key for key in numbers if key not in (f"{prefix}loss", f"{prefix}{metric}")):
+        name = key.removeprefix(prefix)
+        add(f"{name.replace('_', ' ')}, center, test", key, formatter(name), spread=True)
     add("mean, test", f"mean_test_{metric}", amount, spread=True)
     add("center, train", f"center_train_{metric}", amount, spread=True)
     add("gap", "gap", amount, spread=True)

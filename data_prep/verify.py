@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Check a folder that a script beside this one made: nothing missing, nothing changed, every image readable.
+
+    python data_prep/verify.py data/imagenet
+
+Every file must have the SHA-256 that meta.json states. Where images are packed (ImageNet), every entry of the index
+must also name a member of its tar file, carry its checksum and decode to an RGB image. Exit status 0, or 2 with one
+line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: One row of ``train.npy`` and ``val.npy``: the image's bytes are ``length`` bytes of tar file ``shard`` at ``offset``.
+ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+_CHUNK = 2**22
+
+
+class Refused(Exception):
+    """Input or output that cannot be right; one line that names file, value and fix."""
+
+
+def line_of(error: BaseException) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def padded(size: int) -> int:
+    """What a member of so many bytes takes in a tar file, which knows only blocks of 512."""
+    return -(-size // 512) * 512
+
+
+def problems_of(folder: Path, facts: Mapping[str, Any], workers: int) -> list[str]:
+    """What is wrong with the files of ``folder``, of which ``facts`` is what meta.json says or will say."""
+    with ThreadPoolExecutor(workers) as pool:
+        names = list(facts["sha256"])
+        found = [p for p in pool.map(partial(_file_problem, folder, facts), names) if p is not None]
+        if found or "shards" not in facts:
+            return found
+        for part, shards in facts["shards"].items():
+            rows = np.load(folder / f"{part}.npy", allow_pickle=False)
+            if rows.dtype != ROW or len(rows) != facts["counts"][part]:
+                found.append(
+                    f"{part}.npy: is {rows.dtype} of {len(rows)} images, meta.json says {facts['counts'][part]}"
+                )
+                continue
+            if len(rows) and (rows["shard"].max() >= shards or rows["label"].max() >= len(facts["classes"])):
+                found.append(f"{part}.npy: names a file or a class that there is not")
+                continue
+            bounds = np.searchsorted(rows["shard"], np.arange(shards + 1))
+            pieces = (
+                (part, shard, rows[start : min(start + 1000, bounds[shard + 1])])
+                for shard in range(shards)
+                for start in range(bounds[shard], bounds[shard + 1], 1000)
+            )
+            wrong = pool.map(lambda piece: _image_problems(folder, facts, *piece), pieces)
+            found += [problem for problems in wrong for problem in problems]
+    return found
+
+
+def _file_problem(folder: Path, facts: Mapping[str, Any], name: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name}: is missing"
+    size = path.stat().st_size
+    if (stated := facts.get("bytes", {}).get(name, size)) != size:
+        return f"{name}: has {size:,} bytes, meta.json says {stated:,}"
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return None if digest.hexdigest() == facts["sha256"][name] else f"{name}: its content is not what was written"
+
+
+def _image_problems(folder: Path, facts: Mapping[str, Any], part: str, shard: int, rows: Any) -> list[str]:
+    from PIL import Image
+
+    found = []
+    name = f"{part}-{shard:05}.tar"
+    descriptor = os.open(folder / name, os.O_RDONLY)
+    try:
+        for _, offset, length, label, crc32 in rows.tolist():
+            block = os.pread(descriptor, 512 + length, offset - 512)
+            where = f"{name} at {offset:,}"
+            try:
+                member = tarfile.TarInfo.frombuf(block[:512], "utf-8", "surrogateescape")
+            except tarfile.TarError as error:
+                found.append(f"{where}: no member begins there ({line_of(error)})")
+                continue
+            if member.size != length or member.name.partition("/")[0] != facts["wnids"][label]:
+                found.append(f"{where}: is {member.name} of {member.size} bytes, the index says otherwise")
+            elif zlib.crc32(block[512:]) != crc32:
+                found.append(f"{where}: {member.name} has another checksum than the index")
+            else:
+                try:
+                    with Image.open(io.BytesIO(block[512:]), formats=("JPEG",)) as image:
+                        image.load()
+                        if image.mode != "RGB":
+                            found.append(f"{where}: {member.name} is {image.mode}, not RGB")
+                except (OSError, SyntaxError, ValueError) as error:
+                    found.append(f"{where}: {member.name} cannot be decoded ({line_of(error)})")
+    finally:
+        os.close(descriptor)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; exit status 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="made by cifar.py or imagenet.py")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
+    options = parser.parse_args(arguments)
+    folder: Path = options.folder
+    try:
+        facts = json.loads((folder / "meta.json").read_text())
+        found = problems_of(folder, facts, max(1, options.workers))
+        if not found:
+            counts = " + ".join(f"{count:,} {part}" for part, count in facts["counts"].items())
+            print(f"{folder}: complete and unchanged, {counts} images, {len(facts['sha256'])} files")
+            return 0
+        shown = "; ".join(found[:10]) + ("; ..." if len(found) > 10 else "")
+        reason = f"{folder}: {len(found)} problem{'s' * (len(found) > 1)}: {shown}"
+    except FileNotFoundError as error:
+        reason = f"{error.filename}: is missing; the folder is not complete: start the script that makes it again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{folder}: meta.json or the index is damaged ({line_of(error)}); make the folder again"
+    except ImportError:
+        reason = "Pillow is missing, which decodes the images: pip install pillow"
+    print(f"verify.py: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

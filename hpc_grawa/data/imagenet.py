@@ -1,0 +1,386 @@
+"""ImageNet, or any large set of labelled JPEGs, as ``data_prep/imagenet.py`` leaves it: packed into few files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..comm import Communicator
+from ..errors import ConfigError
+from ..launch import own_processors
+from .base import ImageData, Splits
+from .sharding import held_out
+from .staging import staged
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
+#: One row of ``train.npy`` and ``val.npy``: an image is ``length`` bytes of file number ``shard`` from ``offset`` on.
+ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+
+_TRIES = 10  # to draw a window that fits into the image, as torchvision's RandomResizedCrop
+_CHUNK = 4  # images that a worker takes at a time
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model sees of an image.
+
+    In training a random window of ``area`` of the image (sides in a ratio of 3/4 to 4/3) is resized to ``crop`` by
+    ``crop`` pixels, and every second one mirrored. In evaluation the shorter side is resized to ``resize`` pixels and
+    the middle is cut out. Sizes change with antialiasing.
+
+    Source: Szegedy et al., Going Deeper with Convolutions, 2015; torchvision's RandomResizedCrop, Resize, CenterCrop.
+
+    Attributes:
+        crop: side in pixels of what a model sees.
+        resize: shorter side in evaluation, before the crop.
+        area: smallest and largest share of the image in a random window.
+    """
+
+    crop: int = 224
+    resize: int = 256
+    area: tuple[float, float] = (0.08, 1.0)
+
+    def draws(self, count: int, generator: torch.Generator) -> list[list[float]]:
+        """What ``random`` needs for so many images, each in [0, 1)."""
+        draws: list[list[float]] = torch.rand(count, 4 * _TRIES + 1, generator=generator, dtype=torch.float64).tolist()
+        return draws
+
+    def window(self, height: int, width: int, draws: Sequence[float]) -> Box:
+        """Top, left, height and width of the random window that ``draws`` choose."""
+        low, high = self.area
+        ratio = 4 / 3
+        for i in range(0, 4 * _TRIES, 4):
+            share, shape, down, right = draws[i : i + 4]
+            area, aspect = height * width * (low + (high - low) * share), ratio ** (2 * shape - 1)
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+        w, h = min(width, round(height * ratio)), min(height, round(width * ratio))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def random(self, image: Pixels, draws: Sequence[float]) -> Pixels:
+        """The augmented view ``[crop, crop, 3]`` of an image ``[H, W, 3]``."""
+        height, width, _ = image.shape
+        top, left, h, w = self.window(height, width, draws)
+        seen = _resized(image[top : top + h, left : left + w], self.crop, self.crop)
+        if draws[-1] < 0.5:
+            seen = np.ascontiguousarray(seen.view("V3")[:, ::-1]).view(np.uint8)
+        return seen
+
+    def center(self, image: Pixels) -> Pixels:
+        """The un-augmented view ``[crop, crop, 3]`` of an image ``[H, W, 3]``."""
+        shorter = min(image.shape[:2])
+        height, width = (self.resize * side // shorter for side in image.shape[:2])
+        image = _resized(image, height, width)
+        top, left = (round((side - self.crop) / 2) for side in (height, width))
+        return np.ascontiguousarray(image[top : top + self.crop, left : left + self.crop])
+
+
+def _resized(image: Pixels, height: int, width: int) -> Pixels:
+    image = np.ascontiguousarray(image)
+    if image.shape[:2] == (height, width):
+        return image
+    # Bytes whose channels lie last have a fast way of their own, on one thread.
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    scaled = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)[0]
+    pixels: Pixels = scaled.permute(1, 2, 0).contiguous().numpy()
+    return pixels
+
+
+class Files:
+    """Files of which many threads read parts, each by one ``pread``.
+
+    Args:
+        paths: opened when they are first needed, and kept open.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Opens nothing."""
+        self.paths = tuple(paths)
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, number: int, offset: int, length: int) -> bytes:
+        """So many bytes of file ``number``.
+
+        Raises:
+            RuntimeError: the file ends before them.
+        """
+        descriptor = self._descriptors.get(number)
+        if descriptor is None:
+            with self._lock:
+                if number not in self._descriptors:
+                    self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
+                descriptor = self._descriptors[number]
+        content = os.pread(descriptor, length, offset)
+        if len(content) != length:
+            raise RuntimeError(f"{self.paths[number]} ends within the image at {offset}: {_CHECK}")
+        return content
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+_CHECK = "check the folder with data_prep/verify.py"
+
+
+class PackedImages:
+    """Labelled JPEGs in few files, decoded by threads; what a batch is does not depend on their number.
+
+    Args:
+        files: which hold the images.
+        rows: where they lie, and their labels, ``[N]`` of ``ROW``.
+        view: what a model sees of them.
+        pool: whose threads decode.
+        channels_last: lay batches out as ``torch.channels_last``.
+    """
+
+    def __init__(
+        self, files: Files, rows: NDArray[Any], view: View, pool: ThreadPoolExecutor, channels_last: bool = True
+    ) -> None:
+        """Reads nothing."""
+        self.files, self.rows, self.view, self._pool, self._channels_last = files, rows, view, pool, channels_last
+        # (pixel / 255 - mean) / std as one product and one sum, for a row of pixels.
+        scale = 1 / np.array(STD)
+        self._scale = np.tile(scale / 255, view.crop).astype(np.float32)
+        self._shift = np.tile(-scale * np.array(MEAN), view.crop).astype(np.float32)
+
+    def __len__(self) -> int:
+        """Number of examples, N."""
+        return len(self.rows)
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes ``[N]`` (int64)."""
+        return torch.from_numpy(self.rows["label"].astype(np.int64))
+
+    def subset(self, index: Tensor) -> PackedImages:
+        """The examples ``index`` (int64, each in [0, N)) of these."""
+        return PackedImages(self.files, self.rows[index.numpy()], self.view, self._pool, self._channels_last)
+
+    def moved(self, paths: Sequence[Path], rows: NDArray[Any]) -> PackedImages:
+        """The same images elsewhere: ``rows`` ``[N]`` count files from these on, then ``paths``."""
+        files = Files((*self.files.paths, *paths))
+        return PackedImages(files, rows, self.view, self._pool, self._channels_last)
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised images ``[B, 3, crop, crop]`` (float32) and labels ``[B]`` (int64) of the examples ``index``."""
+        return self.start(index, generator)()
+
+    def start(self, index: Tensor, generator: torch.Generator | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin to decode a batch; what is returned waits for it and gives what ``batch`` would.
+
+        Raises:
+            RuntimeError: from what is returned: an image is damaged.
+        """
+        rows = self.rows[index.numpy()]
+        draws = None if generator is None else self.view.draws(len(rows), generator)
+        side = self.view.crop
+        inputs = torch.empty(len(rows), side, 3 * side)
+        out = inputs.numpy()
+
+        def fill(first: int) -> None:
+            for i in range(first, min(first + _CHUNK, len(rows))):
+                shard, offset, length, _, _ = rows[i].item()
+                image = self._decoded(shard, offset, length)
+                seen = self.view.center(image) if draws is None else self.view.random(image, draws[i])
+                np.multiply(seen.reshape(side, -1), self._scale, out=out[i])
+                np.add(out[i], self._shift, out=out[i])
+
+        parts = [self._pool.submit(fill, first) for first in range(0, len(rows), _CHUNK)]
+
+        def finish() -> tuple[Tensor, Tensor]:
+            for part in parts:
+                part.result()
+            images = inputs.view(len(rows), side, side, 3).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(rows["label"].astype(np.int64))
+            return images if self._channels_last else images.contiguous(), labels
+
+        return finish
+
+    def _decoded(self, shard: int, offset: int, length: int) -> Pixels:
+        content = self.files.read(shard, offset, length)
+        try:
+            return decoder()(content)
+        except (RuntimeError, OSError, SyntaxError, ValueError) as error:
+            where = f"{self.files.paths[shard]}, the image at {offset}"
+            raise RuntimeError(f"{where}, cannot be decoded ({' '.join(str(error).split())}): {_CHECK}") from None
+
+
+@cache
+def decoder() -> Callable[[bytes], Pixels]:
+    """JPEG → ``[H, W, 3]``: torchvision's decoder, or Pillow's, which gives the same pixels in 1.4 times the time.
+
+    torchvision 0.29 announces that it will lose its decoder, therefore the other.
+    """
+    with suppress(ImportError, RuntimeError, OSError):  # absent, or made for another torch
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        def by_torchvision(content: bytes) -> Pixels:
+            coded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels: Pixels = decode_jpeg(coded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            return pixels
+
+        return by_torchvision
+    from PIL import Image
+
+    def by_pillow(content: bytes) -> Pixels:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            width, height = image.size
+            return np.frombuffer(bytearray(image.convert("RGB").tobytes()), np.uint8).reshape(height, width, 3)
+
+    return by_pillow
+
+
+@dataclass(kw_only=True)
+class ImageNet(ImageData):
+    """ImageNet, or another set of labelled JPEGs of any sizes; random windows and flips in training.
+
+    The test set is ImageNet's validation part; ``validation`` holds out some of the training images.
+
+    Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, 2015.
+
+    Attributes:
+        path: the folder that ``python data_prep/imagenet.py --train ... --val ... --out DIR`` made.
+        crop: side in pixels of what a model sees.
+        resize: shorter side in evaluation, before the middle is cut out.
+        smallest: the smallest share of an image that a random window may have, in (0, 1].
+        workers: threads per rank that decode; null: one per processor that is the rank's share.
+        stage: a folder on a disk of each node; what the node's ranks train on is copied there before the clock starts.
+    """
+
+    path: str
+    crop: int = 224
+    resize: int = 256
+    smallest: float = 0.08
+    workers: int | None = None
+    stage: str | None = None
+
+    def size(self) -> int:
+        """Training examples.
+
+        Raises:
+            ConfigError: the folder is missing, foreign or incomplete.
+        """
+        return int(self._facts()["counts"]["train"])
+
+    def check(self, world_size: int) -> None:
+        """Find impossible values without loading or communicating anything.
+
+        Raises:
+            ConfigError: the message names key, value and what is allowed.
+        """
+        if not 1 <= self.crop <= self.resize:
+            raise ConfigError(f"data.crop is {self.crop}: must be 1 to {self.resize}, which data.resize is")
+        if not 0 < self.smallest <= 1:
+            raise ConfigError(f"data.smallest is {self.smallest}: must be in (0, 1]")
+        most = len(os.sched_getaffinity(0))
+        if self.workers is not None and not 1 <= self.workers <= most:
+            raise ConfigError(
+                f"data.workers is {self.workers}: must be 1 to {most}, the processors this rank may run on, or null"
+            )
+        super().check(world_size)
+        try:
+            decoder()
+        except ImportError:
+            raise ConfigError(
+                "data is ImageNet: needs torchvision or Pillow to decode JPEGs; pip install 'hpc-grawa[vision]'"
+            ) from None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Three channels, ``crop`` by ``crop`` pixels."""
+        return 3, self.crop, self.crop
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their labels."""
+        return tuple(self._facts()["classes"])
+
+    def load(self) -> Splits:
+        """Read the index; images are read when they are needed.
+
+        Raises:
+            ConfigError: the folder is missing, foreign or damaged.
+        """
+        facts = self._facts()
+        pool = ThreadPoolExecutor(self.workers or own_processors(), thread_name_prefix="decode")
+        view = View(self.crop, self.resize, (self.smallest, 1.0))
+
+        def part(name: str) -> PackedImages:
+            folder, shards = Path(self.path), facts["shards"][name]
+            try:
+                rows = np.load(folder / f"{name}.npy", allow_pickle=False)
+                if rows.dtype != ROW or len(rows) != facts["counts"][name]:
+                    raise ValueError(f"{name}.npy is {rows.dtype} of {len(rows)} images")
+            except (OSError, EOFError, ValueError) as error:
+                raise self._wrong(" ".join(str(error).split())) from None
+            files = Files([folder / f"{name}-{shard:05}.tar" for shard in range(shards)])
+            return PackedImages(files, rows, view, pool, self.channels_last)
+
+        train, test = part("train"), part("val")
+        if not self.validation:
+            return Splits(train, None, test)
+        kept, held = held_out(len(train), self.validation, seed=0, labels=train.labels)
+        return Splits(train.subset(kept), train.subset(held), test)
+
+    def near(self, splits: Splits, comm: Communicator, seed: int, say: Callable[[str], None]) -> Splits:
+        """Copy what the ranks of this node train on to ``stage``, and read it from there. All ranks must call it.
+
+        Raises:
+            ConfigError: there is no room, or the copy fails; the same on all ranks.
+        """
+        if self.stage is None:
+            return splits
+        train = splits.train
+        assert isinstance(train, PackedImages)
+        paths, rows = staged(
+            Path(self.stage),
+            train.files.paths,
+            train.rows,
+            lambda rank: self.sampler(rank, comm.size, seed).shard,
+            comm,
+            say,
+        )
+        return Splits(train.moved(paths, rows), splits.validation, splits.test)
+
+    def _facts(self) -> dict[str, Any]:
+        """meta.json, once every file is seen to have the size that it states."""
+        try:
+            facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_text())
+            _ = [facts["counts"][part] + facts["shards"][part] for part in ("train", "val")], facts["classes"]
+            for name, size in facts["bytes"].items():
+                if (found := (Path(self.path) / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found} bytes, not {size}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._wrong(
+                f"no {error} in meta.json" if isinstance(error, KeyError) else " ".join(str(error).split())
+            ) from None
+        return facts
+
+    def _wrong(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"data.path is {self.path!r}: must be a folder made by "
+            f"`python data_prep/imagenet.py --train PATH --val PATH --devkit PATH --out DIR` ({reason})"
+        )
