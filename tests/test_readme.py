@@ -159,6 +159,7 @@ def test_horovod_script(tmp_path: Path) -> None:
     assert sorted(rank for rank, _ in losses) == list("000111") and max(float(x) for _, x in losses) < 0.5, output
 
 
+@pytest.mark.slow
 def test_own_model_data_loss_and_metric(tmp_path: Path) -> None:
     write_own_file("diabetes.py", tmp_path)
     train, evaluate = (c for c in commands() if "diabetes" in c)

@@ -248,6 +248,7 @@ WORDS = (
 
 
 @launched
+@pytest.mark.slow
 def test_a_killed_job_started_again_equals_one_that_was_not(tmp_path: Path) -> None:
     """SIGKILL of both ranks wherever they are, three times; then the finished run is left as it is."""
     words = (*WORDS, "--budget.steps=150", "--eval.unit=steps", "--eval.every=40")
@@ -332,6 +333,7 @@ def preempted(job: Any, folder: Path, cause: str) -> dict[str, Any]:
 
 
 @launched
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
 def test_a_signal_to_one_rank_has_all_save_at_one_step(method: str, tmp_path: Path) -> None:
     """Ahead of a limit, say; the next job goes on, and equals one that was never told."""

@@ -388,7 +388,8 @@ def test_bf16_trains_over_fp32_parameters(method: str, tmp_path: Path) -> None:
 def test_training_that_diverges_everywhere_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match="lower the learning rate"):
         run(digits("--optimizer.lr=1e20", method="DataParallel"), tmp_path / "a", world=2)
-    assert not (tmp_path / "a" / "summary.json").exists()
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["state"] == "failed" and summary["cause"].startswith("NonFinite: the mean gradient of all ranks")
 
 
 def test_a_world_of_one_trains_with_every_method(tmp_path: Path) -> None:

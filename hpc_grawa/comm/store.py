@@ -21,6 +21,8 @@ PORTS = 16
 #: Seconds until ranks that cannot find rank 0 give up; the first of a big job may start minutes before the last.
 PATIENCE = 300.0
 _PATIENCE = timedelta(seconds=PATIENCE)
+#: Seconds in which what listens at a port has to answer as a store does.
+ANSWER = 20.0
 _NAME = "hpc_grawa job"
 
 
@@ -83,7 +85,7 @@ def _knock(address: str, port: int, name: str) -> TCPStore | None:
     # Not one that will be answered: it would come back to a Python that is ending, which aborts the process.
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(ANSWER)
     return found[0] if found else None
 
 
