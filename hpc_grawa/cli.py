@@ -154,6 +154,20 @@ def table(words: list[str], facts: RankFacts) -> None:
         report(options.runs, options.target, options.csv, options.figure)
 
 
+def status(words: list[str], facts: RankFacts) -> None:
+    """Say what runs are doing, from any host: state, ETA, last metrics, and what every rank does."""
+    program = "hpc-grawa status"
+    parser = LineParser(prog=program, speaks=facts.rank == 0, description=status.__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    options = parser.parse_args(words)
+    if facts.rank:
+        return
+    from .report.status import describe
+
+    with named_errors(program, facts):
+        print("\n\n".join(describe(run) for run in options.runs))
+
+
 def compare(words: list[str], facts: RankFacts) -> None:
     """Train with several methods and seeds, one after the other, and compare them."""
     from .compare import Comparison, report
@@ -269,6 +283,7 @@ COMMANDS: dict[str, Callable[[list[str], RankFacts], None]] = {
     "train": train,
     "evaluate": evaluate,
     "table": table,
+    "status": status,
     "compare": compare,
     "methods": methods,
     "toy": toy,

@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .launch import job_name
 from .log import is_finished, new_folder, write_atomically
 from .parsing import flatten
+from .watch import clock_of
 
 #: Seconds between signs of life of the job that holds a folder, and without one after which it counts as dead.
 BEAT, DEAD = 5.0, 60.0
@@ -128,13 +129,7 @@ class Lock:
         threading.Thread(target=self._beat, name="hpc_grawa-lock", daemon=True).start()
 
     def _age(self) -> float:
-        """By the file system's own clock, which hosts share."""
-        probe = self._file.with_name(f".clock.{os.getpid()}")
-        probe.touch()
-        try:
-            return probe.stat().st_mtime - self._file.stat().st_mtime
-        finally:
-            probe.unlink()
+        return clock_of(self._file.parent) - self._file.stat().st_mtime
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):

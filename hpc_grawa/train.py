@@ -34,6 +34,7 @@ from .synchronizer import Round
 from .trace import Trace
 from .trial import try_out
 from .vector import ParameterVector
+from .watch import Watch
 
 #: Seconds between looks for a file ``STOP``.
 POLL_EVERY = 1.0
@@ -162,6 +163,10 @@ class Worker:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
+    def said(self) -> dict[str, Any]:
+        """What a sign of life says of this rank; asked for by another thread."""
+        return {"step": self.facts.step, "used": min(1.0, self.used), "training": self.clock.seconds}
+
     @property
     def used(self) -> float:
         """The share of the budget used, 1 or more at the end; the same on all ranks."""
@@ -233,8 +238,15 @@ def fit(
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
     place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
+    watch = Watch(Path(place) if place else None, comm, worker.said, config.run.comm_timeout)
     with failure_recorded(place, comm, worker.facts):
-        return _train(worker, folder, place, speaks, trace, any_world)
+        try:
+            found = _train(worker, folder, place, speaks, trace, any_world)
+        except BaseException as error:
+            watch.close(f"failed: {type(error).__name__}: {error}")
+            raise
+        watch.close(found["state"])
+        return found
 
 
 def _train(

@@ -105,6 +105,17 @@ class Failing(Line):
         return super().forward(x)
 
 
+class Hanging(Failing):
+    """Stands still in its n-th forward pass on one rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return super().forward(x)
+        except ZeroDivisionError:
+            time.sleep(1000)
+            raise
+
+
 @dataclass(kw_only=True)
 class Numbers(Data):
     """y = 2x + 1 and noise."""

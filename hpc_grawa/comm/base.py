@@ -54,6 +54,8 @@ class Meter:
         self.bytes_sent: defaultdict[str, float] = defaultdict(float)
         self.payload_bytes: Counter[str] = Counter()
         self.hidden_seconds = 0.0
+        #: What this rank stands still for, and since when on the clock of ``time.perf_counter``.
+        self.waits_for: tuple[str, float] | None = None
         #: Where spans of time are kept, if any.
         self.trace: Trace | None = None
         self._hidden_until = 0.0
@@ -156,17 +158,21 @@ class Work:
 
     def wait(self) -> Tensor:
         if self._result is None:
-            start = time.perf_counter()
-            if self._meter is not None and self._on_device:
+            meter, start = self._meter, time.perf_counter()
+            if meter is None:
+                self._result = self._wait()
+                return self._result
+            meter.waits_for = self._purpose, start
+            if self._on_device:
                 events = cuda_event(), cuda_event()
                 events[0].record()
                 self._result = self._wait()
                 events[1].record()
-                self._meter.waited_on_device(self._purpose, self._began, start, events)
-                return self._result
-            self._result = self._wait()
-            if self._meter is not None:
-                self._meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
+                meter.waited_on_device(self._purpose, self._began, start, events)
+            else:
+                self._result = self._wait()
+                meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
+            meter.waits_for = None
         return self._result
 
 

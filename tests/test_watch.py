@@ -1,0 +1,91 @@
+"""Ranks that stop, and what the others and a reader of the run's folder learn of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import signal
+import time
+from pathlib import Path
+
+import own
+import pytest
+from test_cli import LINE, launch, launched, running, start
+
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.report.status import describe
+from hpc_grawa.watch import BEAT, read_signs
+
+HOST = platform.node()
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own.plain_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+def words(tmp_path: Path, *more: str) -> tuple[str, ...]:
+    where = (f"--run.dir={tmp_path}", "--run.name=a", "--backend=mpi", "--method.period=4", "--log.every=4")
+    return ("train", *LINE, *more, *where)
+
+
+@launched
+def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    hangs = ("--model=own.Hanging", "--model.calls=30", "--budget.steps=100", "--run.comm_timeout=4")
+    began = time.monotonic()
+    status, _, errors = launch(*words(tmp_path, *hangs), ranks=2)
+    assert status != 0 and time.monotonic() - began < 45
+    assert re.search(
+        rf"rank 0 of 2 on {HOST} has waited [4-9] s for (control|evaluate) \(run.comm_timeout is 4\): ending the job "
+        rf"on all ranks; not waiting: rank 1 on {HOST} at step \d+ computes, heard of \d s ago",
+        errors,
+    ), errors
+    signs = read_signs(tmp_path / "a")
+    assert [s.rank for s in signs] == [0, 1]
+    assert signs[0].activity.startswith("waits for ") and signs[1].activity == "computes"
+
+
+@launched
+def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(tmp_path: Path) -> None:
+    job = start(*words(tmp_path, "--model=own.Slow", "--budget.steps=10000"), ranks=2)
+    end = time.monotonic() + 60
+    while len(read_signs(tmp_path / "a")) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    now = describe(tmp_path / "a")
+    assert now.startswith(f"{tmp_path}/a: running\nprogress   step ")
+    assert re.search(r"\d+\.\d s of training, [01]% of the budget, ETA \d+ s\n", now), now
+    assert re.search(r"training   step \d+: loss [\d.e-]+, lr 0.05, examples_per_second [\d.]+\n", now), now
+    assert all(re.search(rf"^\| {rank} +\| +{HOST} \| +\d+ \|", now, re.M) for rank in (0, 1)), now
+    victim = max(running(f"--run.dir={tmp_path}"))
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    job.communicate(timeout=30)
+    assert job.returncode != 0 and time.monotonic() - killed < 30
+    files = sorted((tmp_path / "a" / "ranks").glob("*.json"))
+    rank = next(json.loads(f.read_text())["rank"] for f in files if json.loads(f.read_text())["pid"] == victim)
+    for file in files:  # as a minute later
+        past = file.stat().st_mtime - 10 * BEAT - (file == files[rank])
+        os.utime(file, (past, past))
+    then = describe(tmp_path / "a")
+    assert f"dead without a word; the first to fall silent was rank {rank} on {HOST} at step " in then
+
+
+def test_the_state_of_a_run_that_has_ended(tmp_path: Path) -> None:
+    alone = [word for word in words(tmp_path, "--budget.steps=9") if not word.startswith("--backend")]
+    assert launch(*alone)[0] == 0
+    status, output, _ = launch("status", str(tmp_path / "a"))
+    assert status == 0 and output.startswith(f"{tmp_path}/a: finished\ntraining   step 8: ")
+    status, _, errors = launch("status", str(tmp_path / "none"))
+    assert (status, errors) == (
+        2,
+        f"hpc-grawa status: error: {tmp_path}/none is no run folder: there is no such folder\n",
+    )
+    with pytest.raises(ConfigError):
+        describe(tmp_path / "none")
+    summary = {"state": "failed", "cause": "OSError: no", "rank": 3, "host": "far", "steps": 7, "world_size": 4}
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    assert describe(tmp_path / "a").startswith(f"{tmp_path}/a: failed by OSError: no (rank 3 on far)\n")
