@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hpc_grawa import comm
 from hpc_grawa.comm import Backend, choose
+from hpc_grawa.comm.torch_dist import TorchCommunicator
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, default_threads, rank_facts
+from hpc_grawa.launch import RankFacts, Wanted, default_threads, local_device, rank_facts
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -104,6 +106,35 @@ def test_a_backend_that_cannot_run_there_is_refused(
     monkeypatch.setattr(comm, "_built", lambda module: built)
     with pytest.raises(ConfigError, match=message):
         choose(asked, facts)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "device"),
+    [(4, "auto", "cuda:2"), (4, "cuda", "cuda:2"), (1, "auto", "cuda:0"), (2, "auto", "cuda:0"), (0, "auto", "cpu")],
+)
+def test_a_rank_takes_the_gpu_of_its_local_rank(
+    gpus: int, wanted: Wanted, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that the node has, or the only one that it sees; ranks that outnumber GPUs share them in turn."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    facts = RankFacts("srun", 6, 8, 2, 4)
+    assert str(local_device(facts, wanted)) == device
+    assert str(local_device(facts, "cpu")) == "cpu"
+    if not gpus:
+        with pytest.raises(ConfigError, match=r"device is cuda: rank 6 on .* sees no GPU; must be cpu or auto"):
+            local_device(facts, "cuda")
+
+
+def test_ranks_that_would_share_a_gpu_under_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the ranks tell each other; NCCL itself would only hang or abort."""
+    comm = object.__new__(TorchCommunicator)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(comm, "gather_bytes", lambda message: [b"a GPU-1", b"b GPU-1", b"a GPU-2"], raising=False)
+    comm._check_devices()
+    monkeypatch.setattr(comm, "gather_bytes", lambda message: [b"a GPU-1", b"a GPU-2", b"a GPU-1"], raising=False)
+    with pytest.raises(ConfigError, match="ranks 0 and 2 would share a GPU, which NCCL cannot; must be gloo, mpi"):
+        comm._check_devices()
 
 
 def test_horovod_counts_as_built_where_it_can_be_imported() -> None:

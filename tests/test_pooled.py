@@ -243,3 +243,18 @@ def test_rounds_say_who_is_slowest(on_several_ranks: Ranks) -> None:
         return found
 
     assert on_several_ranks(body) == [[last] * 4] * on_several_ranks.size
+
+
+@pytest.mark.parametrize(
+    ("weights", "workers"),
+    [
+        ([[0.25]] * 4, 4.0),
+        ([[0.0], [1.0], [0.0], [0.0]], 1.0),
+        ([[0.5, 1.0], [0.5, 0.0]], 1.5),  # the mean over layers
+    ],
+)
+def test_the_effective_number_of_workers(weights: list[list[float]], workers: float) -> None:
+    table = torch.tensor(weights, dtype=torch.float64)
+    ranks = tuple(range(len(weights)))
+    round_ = Round(1, 4, 4, 0.1, ranks, table, made=(4,) * len(ranks), healed=(), slowest=0)
+    assert round_.effective_workers == pytest.approx(workers)
