@@ -16,7 +16,8 @@ from typing import IO, Any
 import torch
 
 from .comm import Communicator
-from .log import write_atomically
+from .errors import ConfigError
+from .log import human_bytes, write_atomically
 
 _PARTIAL = ".partial"
 
@@ -95,6 +96,24 @@ class Checkpoints:
         if wrong and first:
             shutil.rmtree(unfinished, ignore_errors=True)
         return "; ".join(wrong) or None
+
+    def check_space(self, bytes_per_rank: int) -> None:
+        """Find out on rank 0 whether as many checkpoints as are to be kept, and the next one, have room.
+
+        Raises:
+            ConfigError: they have not.
+        """
+        if self._comm.rank:
+            return
+        place = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
+        free, copies = shutil.disk_usage(place).free, self._keep + 1
+        needed = bytes_per_rank * self._comm.size * copies
+        if free < needed:
+            raise ConfigError(
+                f"save.keep is {self._keep}: {copies} checkpoints of {self._comm.size} ranks need "
+                f"{human_bytes(needed)}, {place} has {human_bytes(free)} free; must be fewer, "
+                f"or another run.dir, or save.every .inf"
+            )
 
     def load(self) -> Restored | None:
         """The newest checkpoint that is whole on every rank; None if there is none.

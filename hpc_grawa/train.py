@@ -291,6 +291,10 @@ def _train(
             if wrong is not None:
                 log.say(f"step {facts.step}: not saved, the checkpoints before stay: {wrong}")
 
+    if checkpoints is not None and config.save.every < math.inf:
+        width = worker.vector.data.element_size() * len(worker.vector)
+        # Parameters, center, and as much as AdamW keeps.
+        checkpoints.check_space(4 * width + sum(t.nbytes for _, t in worker.vector.outside))
     comm.barrier()
     meter.trace = Trace() if trace else None
     clock.restart()

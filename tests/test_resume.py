@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -205,6 +206,14 @@ def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path, mon
     assert told == ["rank 1: [Errno 28] No space left on device"] * WORLD
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "latest"]
     assert loaded(tmp_path)[0][0] == 10
+
+
+def test_too_little_space_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr("hpc_grawa.checkpoint.shutil.disk_usage", lambda place: usage)
+    with pytest.raises(ConfigError, match=r"save.keep is 2: 3 checkpoints of 3 ranks need 2.23 MB, .* has 1 MB free"):
+        run(config("LGRAWA"), tmp_path / "a")
+    run(config("LGRAWA", "--save.every=.inf"), tmp_path / "b")
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
