@@ -7,11 +7,9 @@
 unset SLURM_EXPORT_ENV # with sbatch --export=NONE it is NONE, and srun would start ranks with an empty environment
 cd "$SLURM_SUBMIT_DIR" || exit 2
 if [ -r slurm/site.sh ]; then
-    # shellcheck source=/dev/null
     source slurm/site.sh
 fi
 if [ -n "${VENV:-}" ]; then
-    # shellcheck source=/dev/null
     source "$VENV/bin/activate" || exit 2
 fi
 set -euo pipefail # only now: modules and activate scripts use unset variables
@@ -31,7 +29,7 @@ if [ "$1" = -- ]; then
     exec "${inside[@]}" "$@"
 fi
 
-say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+say() { printf '%s: %s\n' "$SLURM_JOB_NAME" "$*" >&2; }
 
 option() { # KEY WORD...: the value of the last --KEY among the words
     local key=--$1 before="" value="" word
