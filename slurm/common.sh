@@ -105,6 +105,10 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
     before=$(latest)
     if [ -n "${CHAIN:-}" ]; then check_chain "$before"; fi
     launch "$nodes" "${words[@]}"
+    if [ "$status" = 0 ] && [[ " $* " != *" --dry_run"* ]] && ! summary_says state finished; then
+        say "the launcher ended with status 0, but $folder/summary.json does not say that the run is finished"
+        exit 1 # srun does so where it could not start a step
+    fi
     if [ "$status" = 0 ]; then return; fi
     # 75: saved. A rank that was told before it could listen, or was not quick enough to leave, was killed.
     if [ "$status" != 75 ] && { [ -z "$told" ] || [ "$status" -le 128 ]; }; then exit "$status"; fi
