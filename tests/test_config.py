@@ -114,9 +114,9 @@ IMPOSSIBLE = {
     "--precision fp16": ("precision is fp16", "fp32, bf16", "loss scaling"),
     "--backend nccl": ("backend is nccl", "sees no GPU"),
     "--backend single": ("backend is single", "must be another"),
-    "--config nosuch": ("config is nosuch", "cifar10_resnet20_lgrawa, demo, digits"),
-    "--config /no/such.yaml": ("config is /no/such.yaml", "cifar10_resnet20_lgrawa, demo, digits"),
-    "--config": ("config is missing", "cifar10_resnet20_lgrawa, demo, digits"),
+    "--config nosuch": ("config is nosuch", "cifar10_resnet20_mgrawa, demo, digits"),
+    "--config /no/such.yaml": ("config is /no/such.yaml", "cifar10_resnet20_mgrawa, demo, digits"),
+    "--config": ("config is missing", "cifar10_resnet20_mgrawa, demo, digits"),
     "--world_size 2": ("world_size is 2", "--dry_run"),
 }
 

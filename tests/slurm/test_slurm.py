@@ -23,8 +23,21 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TEMPLATES = [path.name for path in SCRIPTS if path.name not in ("common.sh", "chain.sh", "site.sh")]
 #: Other data and a small model; and ranks that share what cores there are.
-DIGITS = "--model SmallCNN --data Digits --data.batch_size 16 --metric Accuracy --precision fp32 --backend mpi".split()
-BUDGET = "--budget.seconds null --budget.epochs null --eval.unit epochs --eval.every 100 --run.control_every 8".split()
+DIGITS = [
+    "--model=SmallCNN",
+    "--data=Digits",
+    "--data.batch_size=16",
+    "--metric=Accuracy",
+    "--precision=fp32",
+    "--backend=mpi",
+]
+BUDGET = [
+    "--budget.seconds=null",
+    "--budget.epochs=null",
+    "--eval.unit=epochs",
+    "--eval.every=100",
+    "--run.control_every=8",
+]
 LAB = ("--cpus-per-task=1", "--time=00:10:00")
 LIMIT = 180.0
 
