@@ -110,15 +110,16 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
         exit 1 # srun does so where it could not start a step
     fi
     if [ "$status" = 0 ]; then return; fi
-    # 75: saved. A rank that was told before it could listen, or was not quick enough to leave, was killed.
-    if [ "$status" != 75 ] && { [ -z "$told" ] || [ "$status" -le 128 ]; }; then exit "$status"; fi
+    # Of ranks that leave with 75, saved, srun kills the last; and so ends one that is told before it listens.
+    if [ "$status" -gt 128 ] && { [ -n "$told" ] || summary_says state preempted; }; then status=75; fi
+    if [ "$status" != 75 ]; then exit "$status"; fi
     if [ -z "$told" ] && summary_says cause STOP; then
         say "ended by $folder/STOP: not requeued"
     elif [ -n "${CHAIN:-}" ] || [ "${REQUEUE:-yes}" = no ]; then
         say "saved, not requeued"
     elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(latest)" = "$before" ]; then
         say "no progress since the last requeue: not requeued again"
-    elif [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then
+    elif [ "$(squeue -h -j "$id" -o %T)" != RUNNING ]; then
         say "the job is being ended by SLURM: not requeued from here" # cancelled, or preempted, which requeues
     else
         say "requeued as $id"

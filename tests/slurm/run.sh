@@ -13,4 +13,6 @@ if ! timeout 20 sinfo -h >/dev/null 2>&1; then
     bash "$lab" reset
     eval "$(bash "$lab" env)"
 fi
-timeout 1200 python -m pytest -p no:cacheprovider -v tests/slurm
+mkdir -p runs
+# Not in /tmp, which the nodes of a cluster do not share.
+timeout 1200 python -m pytest -p no:cacheprovider --basetemp=runs/test-slurm -v tests/slurm

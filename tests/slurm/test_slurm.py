@@ -139,12 +139,19 @@ def test_the_scheduler_takes_every_template(template: str, site: Site) -> None:
     assert processors == (1 if template == "prepare_imagenet.sh" else nodes) * each * cpus
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 @pytest.mark.parametrize(
-    ("template", "words", "size"),
-    [("lgrawa_cifar10", [], 4), ("lsgd_cifar100", [], 8), ("mgrawa_imagenet", [], 12), ("easgd_cifar10", ["-N3"], 12)],
+    ("launcher", "words", "template", "size"),
+    [
+        ("srun", [], "lgrawa_cifar10", 4),
+        ("srun", ["--nodes=2"], "easgd_cifar10", 8),
+        ("srun", [], "lsgd_cifar100", 8),
+        ("srun", [], "mgrawa_imagenet", 12),
+        ("mpirun", [], "lgrawa_cifar10", 4),
+        ("mpirun", [], "lsgd_cifar100", 8),
+        ("mpirun", [], "mgrawa_imagenet", 12),
+    ],
 )
-def test_a_template_of_each_size_runs(template: str, words: list[str], size: int, launcher: str, site: Site) -> None:
+def test_a_template_of_each_size_runs(launcher: str, words: list[str], template: str, size: int, site: Site) -> None:
     """Options behind the script win; every rank has the node's GPUs; the interface is the one of site.sh."""
     recipe = next(re.finditer(r"\w+_resnet\d+_\w+", (site.folder / f"slurm/{template}.sh").read_text()))[0]
     if recipe not in recipes():
