@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hpc_grawa.parsing import recipes
 
@@ -82,6 +83,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        shutil.copytree(ROOT / "data_prep", folder / "data_prep")
         shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.sh", "*.out", "*.chain"))
 
     def submit(self, *words: str) -> str:
@@ -113,6 +115,15 @@ class Site:
 
     def center(self, run: str) -> bytes:
         return (self.folder / "runs" / run / "center.pt").read_bytes()
+
+    def pictures(self, count: int) -> Path:
+        """Random images in two class folders."""
+        for name in ("n01440764", "n02979186"):
+            (self.folder / "jpegs" / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.frombytes("RGB", (40, 30), os.urandom(3600))
+                image.save(self.folder / "jpegs" / name / f"{name}_{number}.JPEG")
+        return self.folder / "jpegs"
 
 
 @pytest.fixture
@@ -237,6 +248,16 @@ def test_a_chain_ends_after_two_links_without_progress(site: Site) -> None:
     assert [fact(job, "JobState") for job in jobs] == ["FAILED"] * 3 + ["CANCELLED"] * 2
     assert [fact(job, "ExitCode") for job in jobs[:3]] == ["2:0", "2:0", "1:0"]
     assert "no progress in two links (at step none): the chain ends here" in site.logs()
+
+
+def test_imagenet_is_prepared_by_a_job(site: Site) -> None:
+    folder = site.pictures(3)
+    job = site.submit(
+        "slurm/prepare_imagenet.sh", "--train", str(folder), "--val", str(folder), "--out", "data/imagenet"
+    )
+    site.wait(job, "COMPLETED")
+    assert (site.folder / "data/imagenet/meta.json").is_file()
+    assert re.search(r"train +6 images", site.logs())
 
 
 def test_scaling_trains_on_more_and_more_nodes(site: Site) -> None:
