@@ -246,7 +246,7 @@ def test_a_chain_ends_after_two_links_without_progress(site: Site) -> None:
     jobs = re.findall(r"job (\d+)", said)
     site.wait(jobs[-1], "CANCELLED")
     assert [fact(job, "JobState") for job in jobs] == ["FAILED"] * 3 + ["CANCELLED"] * 2
-    assert [fact(job, "ExitCode") for job in jobs[:3]] == ["2:0", "2:0", "1:0"]
+    assert fact(jobs[2], "ExitCode") == "1:0"
     assert "no progress in two links (at step none): the chain ends here" in site.logs()
 
 
