@@ -79,7 +79,7 @@ def fact(job: str, name: str) -> str:
 
 
 class Site:
-    """A folder that holds ``slurm/``, as a user has it."""
+    """A folder that holds ``slurm/`` and ``data_prep/``, as a user has it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -179,18 +179,34 @@ def test_a_template_of_each_size_runs(launcher: str, words: list[str], template:
     assert f"(started by {launcher}, asked for), {size} ranks" in site.logs()
 
 
-def test_a_job_cut_ahead_of_its_limit_is_requeued_and_ends_as_if_it_had_not_been(site: Site) -> None:
-    words = ("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=400", "--method.period=8")
-    cut = site.submit(*words)
-    site.cut(cut, f"lgrawa_cifar10-{cut}")
-    site.start_again(cut)
-    assert site.summary(f"lgrawa_cifar10-{cut}")["cause"] == "SIGUSR2"
-    site.wait(cut, "COMPLETED")
-    assert fact(cut, "Restarts") == "1"
-    assert site.logs().count(f"lgrawa_cifar10: requeued as {cut}\n") == 1
-    whole = site.submit(*words)
-    site.wait(whole, "COMPLETED")
-    assert site.center(f"lgrawa_cifar10-{cut}") == site.center(f"lgrawa_cifar10-{whole}")
+LONG = ("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=240", "--method.period=8")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The center of a run of ``LONG``."""
+    made, here = Site(tmp_path_factory.mktemp("whole") / "a site"), Path.cwd()
+    os.chdir(made.folder)
+    try:
+        job = made.submit(*LONG)
+    finally:
+        os.chdir(here)
+    made.wait(job, "COMPLETED")
+    return made.center(f"lgrawa_cifar10-{job}")
+
+
+def test_a_job_cut_ahead_of_its_limit_is_requeued_and_ends_as_if_it_had_not_been(
+    site: Site, uninterrupted: bytes
+) -> None:
+    job = site.submit(*LONG)
+    run = f"lgrawa_cifar10-{job}"
+    site.cut(job, run)
+    site.start_again(job)
+    assert site.summary(run)["cause"] == "SIGUSR2"
+    site.wait(job, "COMPLETED")
+    assert fact(job, "Restarts") == "1"
+    assert site.logs().count(f"lgrawa_cifar10: requeued as {job}\n") == 1
+    assert site.center(run) == uninterrupted
 
 
 def test_of_an_array_only_the_task_that_was_cut_is_requeued(site: Site) -> None:
@@ -226,9 +242,8 @@ def test_what_is_to_end_is_not_requeued(site: Site) -> None:
     assert (fact(job, "JobState"), fact(job, "Restarts")) == ("CANCELLED", "0")
 
 
-def test_a_chain_goes_on_with_one_run_and_its_last_links_have_nothing_to_do(site: Site) -> None:
-    words = ("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=400", "--method.period=8")
-    said = command("bash", "slurm/chain.sh", "3", *LAB, *words, CHAIN="long")
+def test_a_chain_goes_on_with_one_run_and_its_last_link_has_nothing_to_do(site: Site, uninterrupted: bytes) -> None:
+    said = command("bash", "slurm/chain.sh", "3", *LAB, *LONG, CHAIN="long")
     jobs = re.findall(r"job (\d+)", said)
     assert len(jobs) == 3 and said.endswith("run long\n")
     site.cut(jobs[0], "long")
@@ -236,9 +251,7 @@ def test_a_chain_goes_on_with_one_run_and_its_last_links_have_nothing_to_do(site
         site.wait(job, state)
     assert fact(jobs[0], "ExitCode") == "75:0"
     assert "hpc-grawa train: runs/long is finished" in site.logs()
-    whole = site.submit(*words)
-    site.wait(whole, "COMPLETED")
-    assert site.center("long") == site.center(f"lgrawa_cifar10-{whole}")
+    assert site.center("long") == uninterrupted
 
 
 def test_a_chain_ends_after_two_links_without_progress(site: Site) -> None:
