@@ -123,8 +123,10 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
         say "the job is being ended by SLURM: not requeued from here" # cancelled, or preempted, which requeues
     else
         say "requeued as $id"
-        scontrol requeue "$id" # of an array: the task; its bare number would stand for all
-        sleep 60               # SLURM ends this script
+        if scontrol requeue "$id"; then # of an array: the task; its bare number would stand for all
+            sleep 60                    # SLURM ends this script
+        fi
+        say "SLURM has not requeued it: see slurm/chain.sh"
     fi
     exit "$status"
 }
