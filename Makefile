@@ -15,6 +15,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 WHEELS ?=
+LAB ?= ../shared/slurmlab/slurmlab.sh
 
 override VENV := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))
 ifneq ($(words $(VENV)),1)
@@ -73,7 +74,7 @@ PIP := $(BIN)/python -m pip
 INDEX := $(if $(WHEELS),--no-index --find-links $(WHEELS))
 QUIET := -qq --no-input
 
-.PHONY: help env horovod wheels demo test test-slow lint bench clean FORCE
+.PHONY: help env horovod wheels demo test test-slow test-slurm lint bench clean FORCE
 
 help:  ## this list
 	@echo "make TARGET [VENV=DIR] [PYTHON=python3.12] [MPI=system] [WHEELS=DIR]"
@@ -161,6 +162,9 @@ test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks o
 
 test-slow: $(READY)  ## the tests marked slow
 	@$(BIN)/python -m pytest -m slow
+
+test-slurm: $(READY)  ## job templates on a SLURM controller, or on LAB, which brings one up on this machine (6 minutes)
+	@bash tests/slurm/run.sh "$(LAB)"
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -97,6 +97,8 @@ def train(words: list[str], facts: RankFacts) -> None:
             )
         finally:
             place.close()
+        if found["state"] == "preempted":
+            comm.barrier()  # whoever leaves first with a status has srun end the others: rank 0 must have written
     if found["state"] == "preempted":
         raise SystemExit(130 if found["cause"] == "SIGINT" else TRY_AGAIN)
 

@@ -18,7 +18,7 @@ from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.config import CLASS_SECTIONS, GROUPS, Config
 from hpc_grawa.optim import SGD, AdamW
 from hpc_grawa.parsing import RECIPES, parse, recipes
-from hpc_grawa.schedules import Constant, Cosine, Step
+from hpc_grawa.schedules import Cosine, Step
 
 DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")
 OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}", path))
@@ -114,9 +114,9 @@ IMPOSSIBLE = {
     "--precision fp16": ("precision is fp16", "fp32, bf16", "loss scaling"),
     "--backend nccl": ("backend is nccl", "sees no GPU"),
     "--backend single": ("backend is single", "must be another"),
-    "--config nosuch": ("config is nosuch", "cifar10_resnet20_lgrawa, demo, digits"),
-    "--config /no/such.yaml": ("config is /no/such.yaml", "cifar10_resnet20_lgrawa, demo, digits"),
-    "--config": ("config is missing", "cifar10_resnet20_lgrawa, demo, digits"),
+    "--config nosuch": ("config is nosuch", "cifar10_resnet20_mgrawa, demo, digits"),
+    "--config /no/such.yaml": ("config is /no/such.yaml", "cifar10_resnet20_mgrawa, demo, digits"),
+    "--config": ("config is missing", "cifar10_resnet20_mgrawa, demo, digits"),
     "--world_size 2": ("world_size is 2", "--dry_run"),
 }
 
@@ -188,15 +188,14 @@ def test_what_has_no_default_must_be_given(missing: str, capsys: pytest.CaptureF
 def test_every_recipe_says_its_goal_and_is_valid(tmp_path: Path) -> None:
     assert set(recipes()) >= {"digits", "demo", "cifar10_resnet20_lgrawa"}
     images, imagenet = cifar(tmp_path / "images", 10, train=1000), tmp_path / "imagenet"
+    hundred = cifar(tmp_path / "hundred", 100, train=1000)
     imagenet.mkdir()
     sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 0, "val": 0}}
     (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000, "bytes": {}}))
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
-        data = {"cifar10": [f"--data.path={images}"], "imagenet": [f"--data.path={imagenet}"]}.get(
-            name.split("_")[0], []
-        )
-        parse(["--config", name, *data]).check(4)
+        path = {"cifar10": images, "cifar100": hundred, "imagenet": imagenet}.get(name.split("_")[0])
+        parse(["--config", name, *([] if path is None else [f"--data.path={path}"])]).check(4)
 
 
 def test_own_classes_for_every_section_by_import_path() -> None:
@@ -362,7 +361,7 @@ def test_the_published_settings_are_those_of_the_cifar_recipe(tmp_path: Path) ->
     config = parse(["--config=cifar10_resnet20_lgrawa", f"--data.path={cifar(tmp_path / 'ten', 10)}"])
     assert config.method == LGRAWA(period=32, pull=0.5, prox=0.01)
     assert config.optimizer == SGD(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    assert (config.data.batch_size, config.schedule) == (128, Constant())
+    assert (config.data.batch_size, config.schedule) == (128, Step(milestones=[500], gamma=0.1, unit="seconds"))
 
 
 def test_the_model_is_initialised_from_the_present_random_stream() -> None:

@@ -1,0 +1,149 @@
+# shellcheck shell=bash
+# What all templates share:  source "$SLURM_SUBMIT_DIR/slurm/common.sh" RECIPE [OPTIONS OF hpc-grawa train]
+#                            source "$SLURM_SUBMIT_DIR/slurm/common.sh" -- PROGRAM [ARGUMENTS]
+# Trains on all nodes of the job, or on each of the numbers of nodes in STEPS in turn; ends the script.
+# What differs from site to site stands in site.sh.
+
+unset SLURM_EXPORT_ENV # with sbatch --export=NONE it is NONE, and srun would start ranks with an empty environment
+cd "$SLURM_SUBMIT_DIR" || exit 2
+if [ -r slurm/site.sh ]; then
+    source slurm/site.sh
+fi
+if [ -n "${VENV:-}" ]; then
+    source "$VENV/bin/activate" || exit 2
+fi
+set -euo pipefail # only now: modules and activate scripts use unset variables
+
+export PYTHONNOUSERSITE=1 # ~/.local would come before what is installed here
+cpus=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=$cpus
+if [ -n "${NET_IF:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$NET_IF GLOO_SOCKET_IFNAME=$NET_IF HOROVOD_GLOO_IFACE=$NET_IF
+    export OMPI_MCA_btl_tcp_if_include=$NET_IF OMPI_MCA_oob_tcp_if_include=$NET_IF PRTE_MCA_oob_tcp_if_include=$NET_IF
+fi
+inside=()
+if [ -n "${CONTAINER:-}" ]; then inside=(apptainer exec --nv --bind "$PWD" "$CONTAINER"); fi
+
+if [ "$1" = -- ]; then
+    shift
+    exec "${inside[@]}" "$@"
+fi
+
+say() { printf '%s: %s\n' "$SLURM_JOB_NAME" "$*" >&2; }
+
+option() { # KEY WORD...: the value of the last --KEY among the words
+    local key=--$1 before="" value="" word
+    shift
+    for word; do
+        if [ "$before" = "$key" ]; then value=$word; fi
+        if [ "${word%%=*}" = "$key" ] && [ "$word" != "$key" ]; then value=${word#*=}; fi
+        before=$word
+    done
+    printf '%s' "$value"
+}
+
+latest() { cat "$folder/checkpoints/latest" 2>/dev/null || true; } # the step that a start would go on from
+
+summary_says() { grep -qs "\"$1\": \"$2\"" "$folder/summary.json"; }
+
+pass_on() { # ask the ranks to save and end
+    told=yes interrupted=yes
+    say "told to end: passed on to the ranks"
+    if [ "${LAUNCHER:-srun}" = horovodrun ]; then
+        touch "$folder/STOP" # horovodrun would die of the signal
+    elif [ -n "$pid" ]; then
+        kill -USR2 "$pid" || true
+    fi
+}
+
+launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
+    local nodes=$1 each=${SLURM_NTASKS_PER_NODE:-1} start=() mpi hosts
+    local ranks=$((nodes * each))
+    shift
+    case ${LAUNCHER:-srun} in
+        srun)
+            read -ra mpi <<<"${SRUN_MPI---mpi=pmix}"
+            start=(srun "${mpi[@]}" --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$each"
+                --cpus-per-task="$cpus" --kill-on-bad-exit=1)
+            ;;
+        mpirun) start=(mpirun -np "$ranks" --map-by "ppr:$each:node" --bind-to none) ;;
+        horovodrun)
+            hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | sed "s/\$/:$each/" | paste -sd,)
+            start=(horovodrun -np "$ranks" -H "$hosts")
+            if [ -n "${NET_IF:-}" ]; then start+=(--network-interfaces "$NET_IF"); fi
+            ;;
+        *)
+            say "LAUNCHER is $LAUNCHER: must be srun, mpirun or horovodrun"
+            exit 2
+            ;;
+    esac
+    # In the background: bash would put off its traps until a command in the foreground has ended.
+    "${start[@]}" "${inside[@]}" hpc-grawa "$@" &
+    pid=$!
+    while :; do
+        interrupted="" status=0
+        wait "$pid" || status=$?
+        if [ -z "$interrupted" ]; then break; fi # else a trap ended the wait
+    done
+    pid=""
+}
+
+train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finished
+    local nodes=$1 recipe=$2 before name words=() id=$SLURM_JOB_ID
+    shift 2
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    name=${CHAIN:-$SLURM_JOB_NAME-$id}${STEPS:+-${nodes}nodes}
+    words=(train --config "$recipe" --run.resume auto --run.dir "${RUNS:-runs}" --run.name "$name"
+        --backend "${BACKEND:-auto}")
+    if [ -z "$(option config "$@")$(option data "$@")" ]; then # else other data
+        words+=(--data.path "${DATA:-data}/${recipe%%_*}")
+        if [[ $recipe == imagenet* ]] && [ -n "${STAGE:-}" ]; then words+=(--data.stage "$STAGE"); fi
+    fi
+    words+=("$@")
+    folder=$(option run.dir "${words[@]}")/$(option run.name "${words[@]}")
+
+    before=$(latest)
+    if [ -n "${CHAIN:-}" ]; then check_chain "$before"; fi
+    launch "$nodes" "${words[@]}"
+    if [ "$status" = 0 ] && [[ " $* " != *" --dry_run"* ]] && ! summary_says state finished; then
+        say "the launcher ended with status 0, but $folder/summary.json does not say that the run is finished"
+        exit 1 # srun does so where it could not start a step
+    fi
+    if [ "$status" = 0 ]; then return; fi
+    # Of ranks that leave with 75, saved, srun kills the last; and so ends one that is told before it listens.
+    if [ "$status" -gt 128 ] && { [ -n "$told" ] || summary_says state preempted; }; then status=75; fi
+    if [ "$status" != 75 ]; then exit "$status"; fi
+    if [ -z "$told" ] && summary_says cause STOP; then
+        say "ended by $folder/STOP: not requeued"
+    elif [ -n "${CHAIN:-}" ] || [ "${REQUEUE:-yes}" = no ]; then
+        say "saved, not requeued"
+    elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(latest)" = "$before" ]; then
+        say "no progress since the last requeue: not requeued again"
+    elif [ "$(squeue -h -j "$id" -o %T)" != RUNNING ]; then
+        say "the job is being ended by SLURM: not requeued from here" # cancelled, or preempted, which requeues
+    else
+        say "requeued as $id"
+        if scontrol requeue "$id"; then # of an array: the task; its bare number would stand for all
+            sleep 60                    # SLURM ends this script
+        fi
+        say "SLURM has not requeued it: see slurm/chain.sh"
+    fi
+    exit "$status"
+}
+
+check_chain() { # STEP: where the run stands at the start of each link
+    local history=slurm/logs/$CHAIN.chain
+    if summary_says state finished; then return; fi
+    printf '%s\n' "${1:-none}" >>"$history"
+    if [ "$(tail -n 3 "$history" | wc -l)" = 3 ] && [ "$(tail -n 3 "$history" | sort -u | wc -l)" = 1 ]; then
+        say "no progress in two links (at step ${1:-none}): the chain ends here"
+        scancel --user="$(id -un)" --name="$SLURM_JOB_NAME" --state=PENDING
+        exit 1
+    fi
+}
+
+told="" interrupted="" pid="" status=0 folder=""
+trap pass_on USR2
+trap interrupted=yes TERM # the ranks get it too; wait until they have saved
+for nodes in ${STEPS:-$SLURM_JOB_NUM_NODES}; do train "$nodes" "$@"; done
+exit 0
