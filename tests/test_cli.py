@@ -92,7 +92,7 @@ def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> No
     assert output.splitlines()[0] == f"backend    {backend} (started by mpirun, asked for), 2 ranks"
     assert output.count("backend ") == 1 and output.splitlines()[-1].endswith("see runs/a")
     files = sorted(path.name for path in (tmp_path / "runs" / "a").iterdir() if not path.name.startswith("events.out"))
-    assert files == ["center.pt", "config.yaml", "environment.json", "metrics.jsonl", "summary.json"]
+    assert files == ["center.pt", "config.yaml", "environment.json", "metrics.jsonl", "ranks", "summary.json"]
     summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
     assert (summary["backend"], summary["world_size"], summary["steps"], summary["rounds"]) == (backend, 2, 9, 3)
 
@@ -350,7 +350,7 @@ def test_a_comparison_continues_where_it_stopped(
     job.communicate()
     finished = (study / "LocalSGD-36" / "summary.json").read_text()
     assert not (study / "LGRAWA-36" / "summary.json").exists()
-    cut = {path.name: path.read_bytes() for path in (study / "LGRAWA-36").iterdir()}
+    cut = {path.name: path.read_bytes() for path in (study / "LGRAWA-36").iterdir() if path.is_file()}
 
     recipe.write_text(COMPARED.format(steps=6))  # of the run that was cut off; it may change
     cli.main(["compare", "--config=recipe.yaml"])
@@ -363,7 +363,7 @@ def test_a_comparison_continues_where_it_stopped(
         "DataParallel-36",
     }
     assert (study / "LocalSGD-36" / "summary.json").read_text() == finished
-    assert {path.name: path.read_bytes() for path in (study / "LGRAWA-36").iterdir()} == cut
+    assert {name: (study / "LGRAWA-36" / name).read_bytes() for name in cut} == cut
     again = json.loads((study / "LGRAWA-36.2" / "summary.json").read_text())
     assert (again["steps"], again["rounds"], again["seed"]) == (6, 3, 36)
     with (study / "table.csv").open() as file:
