@@ -79,7 +79,7 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
 
     Example:
         >>> rank_facts({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
-        RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1)
+        RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='')
     """
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
     # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
