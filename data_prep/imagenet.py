@@ -50,6 +50,7 @@ FORMATS = ("JPEG", "PNG")  # one image of ILSVRC 2012 is a PNG, whatever its nam
 ENDINGS = (".jpeg", ".jpg", ".png")
 MEGABYTE = 10**6
 LARGEST = 64 * 2**20  # bytes of one image
+_WNID = re.compile(r"n[0-9]{8}")
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _TRAIN_IMAGE = re.compile(r"(n\d{8})_\d+\.JPEG")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -184,6 +185,8 @@ def read_devkit(path: Path) -> Devkit:
     except Exception as error:  # a damaged file can raise anything
         raise Refused(f"{path}: its meta.mat or ground truth is damaged ({line_of(error)}); {get}") from None
     wnids, words, counts = zip(*order, strict=True)
+    if foreign := [wnid for wnid in wnids if _WNID.fullmatch(wnid) is None]:  # each names a folder
+        raise Refused(f"{path}: its meta.mat has a class {foreign[0]!r}, must be n01440764 or the like; {get}")
     return Devkit(wnids, words, counts, truth)
 
 
@@ -238,7 +241,7 @@ def read_val_tar(path: Path, kit: Devkit) -> Iterator[Origin]:
 
 
 def read_folders(path: Path, classes: Sequence[str], counts: Sequence[int] | None) -> Iterator[Origin]:
-    """The images of a folder with one folder per class."""
+    """The images of a folder with one folder per class; links are followed, as nothing is written there."""
     for label, name in enumerate(classes):
         origin = Origin(label, name, path / name)
         if not origin.path.is_dir():
@@ -279,7 +282,9 @@ def read_sources(train: Path, val: Path, devkit: Path | None) -> tuple[Devkit, d
             if more := set(class_folders(path)) - set(kit.wnids):
                 raise Refused(f"{path}: has a folder {min(more)!r}, which is no class of the training images")
             counts: Sequence[int] | None = (
-                kit.train_counts if part == "train" else np.bincount(kit.truth or [0]).tolist()
+                kit.train_counts
+                if part == "train"
+                else np.bincount(kit.truth or [0], minlength=len(kit.wnids)).tolist()
             )
             parts[part] = list(read_folders(path, kit.wnids, counts if devkit else None))
         else:

@@ -162,8 +162,9 @@ class Averager:
         return {"center": self.center}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
-        self.center = state["center"]
+        """Take over what ``state_dict`` gave, from whatever device."""
+        center = state["center"]
+        self.center = None if center is None else center.to(self.vector.data.device, copy=True)
 
     def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
         self.center = average

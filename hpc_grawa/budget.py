@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ConfigError
-from .schedules import RunFacts
+from .schedules import RunFacts, Unit
 
 
 @dataclass
@@ -58,6 +58,39 @@ class Budget:
         if self.seconds is not None:
             shares.append(facts.seconds / self.seconds)
         return max(shares)
+
+
+class Cadence:
+    """What recurs every so many steps, epochs or seconds of a run.
+
+    Args:
+        every: in units; infinite for never.
+        unit: steps, epochs or seconds.
+        facts: of the run.
+
+    Example:
+        >>> facts = RunFacts()
+        >>> cadence = Cadence(10, "steps", facts)
+        >>> due = []
+        >>> for facts.step in range(1, 31):
+        ...     if cadence.due():
+        ...         due.append(facts.step)
+        >>> due
+        [10, 20, 30]
+    """
+
+    def __init__(self, every: float, unit: Unit, facts: RunFacts) -> None:
+        self._every, self._unit, self._facts = every, unit, facts
+        #: When it is due next.
+        self.next = every
+
+    def due(self) -> bool:
+        """Whether it is due; asked after every step. What was missed meanwhile is left out."""
+        elapsed = self._facts.elapsed(self._unit)
+        if elapsed < self.next:
+            return False
+        self.next = self._every * (1 + elapsed // self._every)
+        return True
 
 
 class Clock:

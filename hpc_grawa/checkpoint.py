@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from .comm import Communicator
 from .errors import ConfigError
 from .log import human_bytes, write_atomically
 
-_PARTIAL = ".partial"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
 class Damaged(RuntimeError):
@@ -45,12 +48,26 @@ class Restored:
     skipped: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    """A checkpoint that is being written."""
+
+    step: int
+    facts: dict[str, Any]
+    unfinished: Path
+    #: Of this rank: its file's length and SHA-256.
+    entry: Future[str]
+
+
 class Checkpoints:
     """The checkpoints in a folder that all ranks see; all ranks call every method together.
 
     ``<step>/rank-<m>.pt`` holds rank m's state, ``<step>/manifest.json`` each file's length and SHA-256; ``latest``
     names the newest. They are written under another name, flushed to the disk, and renamed once every rank is done; a
     failure on one rank (a full disk) leaves the ones before as they are.
+
+    ``save`` copies the state and returns; a thread writes it while training goes on, and ``settle`` ends it. Whether
+    all ranks have written theirs travels in the control word (``written``), so that ``settle`` need not wait.
 
     Args:
         folder: made if need be.
@@ -60,45 +77,76 @@ class Checkpoints:
 
     def __init__(self, folder: Path, comm: Communicator, keep: int = 2) -> None:
         self.folder, self._comm, self._keep = folder, comm, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: _UnderWay | None = None
 
-    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> str | None:
-        """Save every rank's state.
+    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+        """Begin to save every rank's state, and end what is still under way.
 
         Args:
             step: names the checkpoint; one of the same step is replaced.
-            state: of this rank: tensors, numbers, strings, and lists, tuples and dictionaries of these.
+            state: of this rank: tensors, numbers, strings, and lists, tuples and dictionaries of these; copied.
             facts: what the manifest is to hold, the same on all ranks; JSON.
 
         Returns:
-            None, or why it could not be saved, the same on all ranks.
+            What went wrong with this one or the one before, the same on all ranks.
         """
-        place = self.folder / f"{step:09d}"
-        unfinished = place.with_name(place.name + _PARTIAL)
-        first = self._comm.rank == 0
-        written = ""
+        told = self.settle()
+        unfinished = self.folder / f"{step:09d}{_PARTIAL}"
 
         def begin() -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
 
-        def write() -> None:
-            nonlocal written
-            written = _write(unfinished / _file(self._comm.rank), state)
+        wrong = self._errors_of(begin if self._comm.rank == 0 else None)
+        if wrong:
+            return [*told, _not_saved(step, wrong)]
+        entry = self._thread.submit(_write, unfinished / _file(self._comm.rank), copied(state))
+        self._under_way = _UnderWay(step, facts, unfinished, entry)
+        return told
+
+    @property
+    def step(self) -> float:
+        """Of the checkpoint under way; infinite if there is none."""
+        return math.inf if self._under_way is None else self._under_way.step
+
+    def written(self) -> float:
+        """Step of the newest checkpoint that this rank has nothing left to write of; -1 for none."""
+        under_way = self._under_way
+        return under_way.step if under_way is not None and under_way.entry.done() else -1
+
+    def settle(self) -> list[str]:
+        """Wait until all ranks have written what is under way, and publish it.
+
+        Returns:
+            What went wrong with it, the same on all ranks.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return []
+        entry = ""
+        unfinished, first = under_way.unfinished, self._comm.rank == 0
+
+        def await_file() -> None:
+            nonlocal entry
+            entry = under_way.entry.result()
 
         def publish() -> None:
-            self._publish(unfinished, place, {"step": step, "files": files, **facts})
+            self._publish(unfinished, {"step": under_way.step, "files": files, **under_way.facts})
 
-        wrong = self._errors_of(begin if first else None) or self._errors_of(write)
+        wrong = self._errors_of(await_file)
         if not wrong:
-            told = self._comm.gather_bytes(written.encode(), "evaluate")
-            files = {_file(m): entry.decode() for m, entry in enumerate(told)}
+            told = self._comm.gather_bytes(entry.encode(), "evaluate")
+            files = {_file(m): found.decode() for m, found in enumerate(told)}
             wrong = self._errors_of(publish if first else None)
         if wrong and first:
             shutil.rmtree(unfinished, ignore_errors=True)
-        return "; ".join(wrong) or None
+        return [_not_saved(under_way.step, wrong)] if wrong else []
 
     def check_space(self, bytes_per_rank: int) -> None:
         """Find out on rank 0 whether as many checkpoints as are to be kept, and the next one, have room.
+
+        Those that are there already count as much as they take.
 
         Raises:
             ConfigError: they have not.
@@ -108,10 +156,11 @@ class Checkpoints:
         place = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         free, copies = shutil.disk_usage(place).free, self._keep + 1
         needed = bytes_per_rank * self._comm.size * copies
-        if free < needed:
+        there = sum(file.stat().st_size for name in self._names() for file in (self.folder / name).iterdir())
+        if free + there < needed:
             raise ConfigError(
                 f"save.keep is {self._keep}: {copies} checkpoints of {self._comm.size} ranks need "
-                f"{human_bytes(needed)}, {place} has {human_bytes(free)} free; must be fewer, "
+                f"{human_bytes(needed)}, {place} has {human_bytes(free + there)} for them; must be fewer, "
                 f"or another run.dir, or save.every .inf"
             )
 
@@ -145,24 +194,27 @@ class Checkpoints:
         """Newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""
         if not self.folder.is_dir():
             return
-        whole = sorted((p.name for p in self.folder.iterdir() if p.name.isdigit()), reverse=True)
+        names = [p.name for p in self.folder.iterdir() if p.name.removesuffix(_REPLACED).isdigit()]
+        whole = sorted(names, key=lambda name: (name.removesuffix(_REPLACED), name.isdigit()), reverse=True)
         latest = self.folder / "latest"
         named = latest.read_text().strip() if latest.is_file() else ""
         if named in whole:
             yield named
         yield from (name for name in whole if name != named)
 
-    def _publish(self, unfinished: Path, place: Path, manifest: dict[str, Any]) -> None:
+    def _publish(self, unfinished: Path, manifest: dict[str, Any]) -> None:
+        place = unfinished.with_name(unfinished.name.removesuffix(_PARTIAL))
         with (unfinished / "manifest.json").open("w") as file:
             json.dump(manifest, file, indent=1)
             _flush(file)
         _flush_folder(unfinished)
-        if place.exists():
-            shutil.rmtree(place)
+        if place.exists():  # perhaps the only one that is whole: not removed before there is another
+            shutil.rmtree(place.with_name(place.name + _REPLACED), ignore_errors=True)
+            place.rename(place.with_name(place.name + _REPLACED))
         unfinished.rename(place)
         _flush_folder(self.folder)
         write_atomically(self.folder / "latest", place.name + "\n")
-        kept = [place.name, *(p for p in self._names() if p != place.name)][: self._keep]
+        kept = [place.name, *(p for p in self._names() if p != place.name and p.isdigit())][: self._keep]
         for old in self.folder.iterdir():
             if old.is_dir() and old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
@@ -192,21 +244,43 @@ def read_manifest(place: Path) -> dict[str, Any]:
     return found
 
 
+def copied(state: Any) -> Any:
+    """The same nested lists, tuples and dictionaries with copies of their tensors, on the host."""
+    if isinstance(state, Tensor):
+        host = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return host.copy_(state)
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    return type(state)(map(copied, state)) if isinstance(state, list | tuple) else state
+
+
+def _not_saved(step: int, wrong: list[str]) -> str:
+    return f"step {step}: not saved, the checkpoints before stay: {'; '.join(wrong)}"
+
+
 def _file(rank: int) -> str:
     return f"rank-{rank:04d}.pt"
 
 
 class _Hashing(io.RawIOBase):
-    """A file to write to that knows the SHA-256 of what was written."""
+    """A file to write to that knows the SHA-256 of what was written.
+
+    What cannot be written is dropped: torch.save would hide the error behind one of its own.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.sha, self.length = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
         self.sha.update(data)
         self.length += len(data)
         return len(data)
@@ -217,6 +291,8 @@ def _write(path: Path, state: dict[str, Any]) -> str:
     with path.open("wb") as file:
         hashing = _Hashing(file)
         torch.save(state, hashing)  # type: ignore[arg-type]
+        if hashing.error is not None:
+            raise hashing.error
         _flush(file)
     return f"{hashing.length} {hashing.sha.hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""The command line: ``hpc-grawa train | evaluate | table | compare | methods | toy``."""
+"""The command line: ``hpc-grawa train | evaluate | table | status | compare | methods | toy | doctor``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
-from .comm import Communicator, choose, connect
+from .comm import Backend, Communicator, choose, connect
 from .config import Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, local_device, rank_facts
@@ -32,7 +32,7 @@ TRY_AGAIN = 75
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     facts = rank_facts()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # own classes may lie where the program is started
@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command(words[1:], facts)
 
 
+def _underscored(word: str) -> str:
+    """An option by the name it has here, however its words were joined: ``--dry-run`` is ``--dry_run``."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+
+
 def _usage(words: list[str]) -> str:
     what = f"no command {words[0]}" if words else "no command"
     return f"hpc-grawa: error: {what}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)"
@@ -61,8 +67,8 @@ def train(words: list[str], facts: RankFacts) -> None:
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
     own.add_argument("--trace", action="store_true")
-    own.add_argument("--resume-world", choices=("same", "any"), default="same")
-    own.add_argument("--allow-change", action="append", default=[])
+    own.add_argument("--resume_world", choices=("same", "any"), default="same")
+    own.add_argument("--allow_change", action="append", default=[])
     options, words = own.parse_known_args(words)
     config = parse(words, program, speaks=facts.rank == 0)
     size = facts.size if options.world_size is None else options.world_size
@@ -97,15 +103,16 @@ def train(words: list[str], facts: RankFacts) -> None:
             )
         finally:
             place.close()
-        if found["state"] == "preempted":
+        if found["state"] != "finished":
             comm.barrier()  # whoever leaves first with a status has srun end the others: rank 0 must have written
-    if found["state"] == "preempted":
+    if found["state"] != "finished":
         raise SystemExit(130 if found["cause"] == "SIGINT" else TRY_AGAIN)
 
 
 def evaluate(words: list[str], facts: RankFacts) -> None:
     """Evaluate a run's center on the test set."""
     program = "hpc-grawa evaluate"
+    facts = dataclasses.replace(facts, tasks=1)  # one process is enough, however many the job is to have
     parser = LineParser(prog=program, speaks=facts.rank == 0, description=evaluate.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data.path", dest="data_path", help="where the data are now")
@@ -264,6 +271,23 @@ def toy(words: list[str], facts: RankFacts) -> None:
         raise SystemExit(130) from None
 
 
+def doctor(words: list[str], facts: RankFacts) -> None:
+    """Say whether ranks can train here, and what is missing, alone or under a launcher; status 1 if they cannot."""
+    program = "hpc-grawa doctor"
+    parser = LineParser(prog=program, speaks=facts.rank == 0, description=doctor.__doc__, allow_abbrev=False)
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="the one to try (auto)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
+    parser.add_argument("--patience", type=float, default=90, help="seconds to wait for a silent rank (90)")
+    options = parser.parse_args(words)
+    from .doctor import doctor as examine
+
+    try:
+        status = examine(options.backend, options.folder, options.patience, facts)
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(status)
+
+
 def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
     """The methods that the command line names, each with those of its settings that it has."""
     methods: dict[str, Method] = {}
@@ -289,6 +313,7 @@ COMMANDS: dict[str, Callable[[list[str], RankFacts], None]] = {
     "compare": compare,
     "methods": methods,
     "toy": toy,
+    "doctor": doctor,
 }
 
 

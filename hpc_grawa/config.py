@@ -81,7 +81,7 @@ class Logging:
 
 @dataclass
 class Saving:
-    """When checkpoints are written; the clock stands still meanwhile.
+    """When checkpoints are made; the clock stands still while the state is copied, then training goes on.
 
     Attributes:
         every: checkpoints are this far apart.
@@ -111,7 +111,6 @@ class Identity:
         seed: of all random draws.
         start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own.
         control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
-        comm_timeout: longest wait for a message in seconds, after which the job ends and says which ranks did not come.
         resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
     """
 
@@ -121,7 +120,6 @@ class Identity:
     start: Literal["common", "independent"] = "common"
     control_every: int = CONTROL_EVERY
     resume: Literal["never", "auto"] = "never"
-    comm_timeout: float = 600.0
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
@@ -131,8 +129,6 @@ class Identity:
             raise ConfigError(f"run.seed is {self.seed}: must be 0 or more")
         if self.control_every < 1:
             raise ConfigError(f"run.control_every is {self.control_every}: must be at least 1 step")
-        if not self.comm_timeout > 0:
-            raise ConfigError(f"run.comm_timeout is {self.comm_timeout}: must be positive, .inf for no limit")
 
 
 #: Sections with fixed keys.
@@ -157,6 +153,7 @@ class Config:
     precision: Precision
     backend: Backend
     device: Wanted
+    comm_timeout: float
     model_name: str
     text: str
     _model: Namespace = field(repr=False)
@@ -174,6 +171,8 @@ class Config:
         """
         for name in GROUPS:
             getattr(self, name).check()
+        if not self.comm_timeout > 0:
+            raise ConfigError(f"comm_timeout is {self.comm_timeout}: must be positive, .inf for no limit")
         self.data.check(world_size)
         batch, parts = self.data.batch_size, self.optimizer.accumulate
         if batch % parts:

@@ -24,7 +24,7 @@ class ControlWord:
 
     Attributes:
         stop: this rank wants the run to end.
-        save: this rank wants a checkpoint.
+        written: step of the newest checkpoint that this rank has written, or -1.
         seconds: training seconds; rank 0's count.
         lr: learning rate of the last step.
         period: local steps of this round.
@@ -36,7 +36,7 @@ class ControlWord:
     """
 
     stop: float
-    save: float
+    written: float
     seconds: float
     lr: float
     period: float
@@ -110,10 +110,11 @@ class Control:
         #: can meet, and the difference is an error instead of a standstill.
         self.columns = 0
         self.wants_stop = False
-        self.wants_save = False
+        #: Asked for this rank's part of ``all_written``.
+        self.written: Callable[[], float] = lambda: -1
         #: Agreed by all ranks.
         self.stop = False
-        self.save = False
+        self.all_written: float = -1
         self._last_sent = 0
         self._busy_since = 0.0
         self._pending: Work | None = None
@@ -175,7 +176,7 @@ class Control:
         facts = self.facts
         self._last_sent = facts.step
         word = ControlWord(
-            self.wants_stop, self.wants_save, self.clock(), facts.lr, period, facts.step, finite, made, busy, leaving
+            self.wants_stop, self.written(), self.clock(), facts.lr, period, facts.step, finite, made, busy, leaving
         )
         row = torch.zeros(WIDTH + self.columns, dtype=torch.float64)
         row[:WIDTH] = torch.tensor(astuple(word), dtype=torch.float64)
@@ -196,5 +197,5 @@ class Control:
         if self.decides:
             self.facts.seconds = max(self.facts.seconds, words[0].seconds)
             self.stop = self.stop or any(word.stop for word in words)
-            self.save = self.save or any(word.save for word in words)
+            self.all_written = min(word.written for word in words)
         return words

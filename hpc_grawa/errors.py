@@ -21,3 +21,7 @@ class LostView(RuntimeError):
 
 class Unmatched(RuntimeError):
     """Simulated ranks made different calls, or some ended while others wait; names the ranks and their calls."""
+
+
+class LostContact(RuntimeError):
+    """A message can no longer arrive, as a rank is gone; says what the backend said."""

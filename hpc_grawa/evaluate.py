@@ -64,7 +64,7 @@ class Judge:
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
         with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
-            batches = in_advance(examples, ((part, None) for part in parts))
+            batches = in_advance(examples, ((part, None) for part in parts), device)
             for part, (inputs, targets) in zip(parts, batches, strict=True):
                 inputs, targets = inputs.to(device), targets.to(device)
                 output = model(inputs)

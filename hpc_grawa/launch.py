@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ class RankFacts:
         local_rank: among those on this host.
         local_size: number of processes on this host.
         job: tells this job apart from others on its hosts; empty where the launcher does not.
+        tasks: of a plain process: that its SLURM job is to have.
     """
 
     launcher: Launcher | None = None
@@ -43,6 +45,7 @@ class RankFacts:
     local_rank: int = 0
     local_size: int = 1
     job: str = ""
+    tasks: int = 1
 
 
 # The inner launcher first: under SLURM, mpirun starts one srun task per host, whose variables its ranks inherit.
@@ -79,7 +82,7 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
 
     Example:
         >>> rank_facts({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
-        RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='')
+        RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='', tasks=1)
     """
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
     # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
@@ -96,7 +99,7 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
                 _tasks_here(environment.get(local_size, "1"), int(environment.get("SLURM_NODEID", 0))),
                 job,
             )
-    return RankFacts()
+    return RankFacts(tasks=int(environment.get("SLURM_NTASKS", 1)))
 
 
 def _tasks_here(text: str, node: int) -> int:
@@ -118,6 +121,62 @@ def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
     return environment.get("SLURM_JOB_ID")
+
+
+def pmi(environment: Mapping[str, str] = os.environ) -> str:
+    """What an MPI library finds the other ranks by, as the launcher has set it up: PMIx, PMI (1 or 2), or nothing."""
+    return "PMIx" if "PMIX_RANK" in environment else "PMI" if "PMI_RANK" in environment else ""
+
+
+def slurm_job(environment: Mapping[str, str] = os.environ) -> str:
+    """The SLURM job of this process in words; empty outside of SLURM.
+
+    Example:
+        >>> slurm_job({"SLURM_JOB_ID": "19", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "8"})
+        'job 19, nodes 2, tasks 8'
+    """
+    names = {"job": "JOB_ID", "nodes": "JOB_NUM_NODES", "tasks": "NTASKS", "of this step": "STEP_NUM_TASKS"}
+    found = {word: environment.get(f"SLURM_{name}") for word, name in names.items()}
+    return ", ".join(f"{word} {value}" for word, value in found.items() if value)
+
+
+def interfaces_told(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that say which interface Gloo, NCCL, Horovod or Open MPI take, where they are set."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_include")
+    return {name: environment[name] for name in names if environment.get(name)}
+
+
+def interfaces() -> dict[str, tuple[str, str]]:
+    """The network interfaces that have an address: that, and their speed where Linux knows it."""
+    found = {}
+    for _, name in socket.if_nameindex():
+        for address in _address_of(name):
+            megabits = ""
+            with suppress(OSError):  # a virtual interface may know none
+                megabits = Path("/sys/class/net", name, "speed").read_text().strip()
+            found[name] = (address, f"{int(megabits) / 1000:g} Gbit/s" if megabits.isdecimal() else "")
+    return found
+
+
+def restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How often SLURM has started this job again.
+
+    Example:
+        >>> restarts({"SLURM_RESTART_COUNT": "2"})
+        2
+    """
+    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+
+def limit_near(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether SLURM's time limit ends this job within a minute, or has: when, ``slurm/common.sh`` says.
+
+    Example:
+        >>> limit_near({"HPC_GRAWA_ENDS": "0"}), limit_near({})
+        (True, False)
+    """
+    ends = environment.get("HPC_GRAWA_ENDS", "")
+    return ends.isdecimal() and time.time() > int(ends) - 60
 
 
 def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -245,4 +304,32 @@ def default_threads(facts: RankFacts) -> int | None:
 
 def own_processors(facts: RankFacts | None = None) -> int:
     """This rank's share of the processors it may run on, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // (facts or rank_facts()).local_size)
+    own = launchers = len(os.sched_getaffinity(0))
+    with suppress(OSError):
+        launchers = len(os.sched_getaffinity(os.getppid()))
+    return processor_share(facts or rank_facts(), own, launchers)
+
+
+def processor_share(facts: RankFacts, own: int, launchers: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The processors that a rank need not share: of all those that it may run on, if each rank is bound to its own.
+
+    SLURM says how many a task has, bound or not. Other launchers bind each rank to a core, a socket or nothing: then
+    their own process, which starts the ranks, may run on all that the ranks have together.
+
+    Args:
+        facts: of the launcher.
+        own: processors that this rank may run on.
+        launchers: that the process that has started it may run on.
+        environment: SLURM's part of it counts under srun.
+
+    Example:
+        >>> processor_share(RankFacts("mpirun", size=4, local_size=4), own=32, launchers=64)
+        16
+    """
+    told = {name: environment.get(f"SLURM_{name}") for name in ("CPUS_PER_TASK", "CPUS_ON_NODE")}
+    share = max(own, launchers) // facts.local_size
+    if facts.launcher == "srun" and (each := told["CPUS_PER_TASK"]):
+        share = int(each)
+    elif facts.launcher == "srun" and (together := told["CPUS_ON_NODE"]):
+        share = int(together) // facts.local_size
+    return max(1, min(own, share))

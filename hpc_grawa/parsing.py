@@ -85,6 +85,12 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
     parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
     parser.add_argument("--backend", type=Backend, default="auto", help="How ranks communicate.")
     parser.add_argument("--device", type=Wanted, default="auto", help="Where ranks compute; auto: on GPUs if any.")
+    parser.add_argument(
+        "--comm_timeout",
+        type=float,
+        default=600.0,
+        help="Longest wait for a message in seconds; then the job ends and says which ranks did not come.",
+    )
     return parser
 
 
@@ -153,7 +159,7 @@ def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options
         arguments[key] = value
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
-        **{name: built[name] for name in (*GROUPS, "precision", "backend", "device")},
+        **{name: built[name] for name in (*GROUPS, "precision", "backend", "device", "comm_timeout")},
         model_name=_name(model.class_path),
         text=text,
         _model=model,

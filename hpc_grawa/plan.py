@@ -13,7 +13,7 @@ from .comm.base import Communicator, Purpose, Verb, Work
 from .comm.single import LocalCounter
 from .config import Config
 from .log import human_bytes
-from .train import Worker
+from .worker import Worker
 
 STEPS = 5
 

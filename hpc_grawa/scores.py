@@ -63,7 +63,7 @@ class TrainingLoss(Score):
         if loss is None:
             raise ValueError("this method scores ranks by their training loss: call after_step(loss) with it")
         value = loss.detach().to(torch.float64) if loss.device.type == "cpu" else loss.detach().float()
-        self._sum = value.clone() if self._sum is None else self._sum.add_(value)
+        self._sum = value.clone() if self._sum is None else self._sum.to(value) + value
         self._count += 1
 
     def take(self) -> Tensor:
@@ -76,7 +76,7 @@ class TrainingLoss(Score):
         return {"sum": self._sum, "count": self._count, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sum, self._count, self._last = state["sum"], state["count"], state["last"]
+        self._sum, self._count, self._last = state["sum"], state["count"], state["last"].cpu()
 
 
 class Momentum:
@@ -94,9 +94,9 @@ class Momentum:
         """Let ``s`` ``[K]`` enter."""
         if self._mean is None or self._count is None:
             self._mean, self._count = torch.zeros_like(s), torch.zeros_like(s)
+        mean, count = self._mean.to(s), self._count.to(s)  # loaded from wherever they were
         finite = s.isfinite()
-        self._count += finite
-        self._mean = torch.where(finite, torch.lerp(s, self._mean, self._b), self._mean)
+        self._mean, self._count = torch.where(finite, torch.lerp(s, mean, self._b), mean), count + finite
 
     @property
     def value(self) -> Tensor | None:
@@ -226,7 +226,7 @@ class RunningGradientNorm(Score):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._momentum.load_state_dict(state["momentum"])
-        self._last = state["last"]
+        self._last = state["last"].cpu()
 
 
 def after_backward(parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:

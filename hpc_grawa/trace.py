@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from .comm import Communicator
 
-#: What a rank does: a local step or probe, filling a message, a message under way, standing still for one.
-Kind = Literal["compute", "pack", "wire", "wait"]
+#: What a rank does: load a batch, compute a local step or probe, fill a message, have one under way, wait for one.
+Kind = Literal["load", "compute", "pack", "wire", "wait"]
 #: Spans kept per rank; a run of many hours has more than a viewer can show.
 LIMIT = 100_000
 

@@ -9,7 +9,7 @@ cd "$SLURM_SUBMIT_DIR" || exit 2
 if [ -r slurm/site.sh ]; then
     source slurm/site.sh
 fi
-if [ -n "${VENV:-}" ]; then
+if [ -n "${VENV:-}" ] && [ -z "${CONTAINER:-}" ]; then
     source "$VENV/bin/activate" || exit 2
 fi
 set -euo pipefail # only now: modules and activate scripts use unset variables
@@ -21,8 +21,27 @@ if [ -n "${NET_IF:-}" ]; then
     export NCCL_SOCKET_IFNAME=$NET_IF GLOO_SOCKET_IFNAME=$NET_IF HOROVOD_GLOO_IFACE=$NET_IF
     export OMPI_MCA_btl_tcp_if_include=$NET_IF OMPI_MCA_oob_tcp_if_include=$NET_IF PRTE_MCA_oob_tcp_if_include=$NET_IF
 fi
+
+declare -A bound=([/]=no) # a container has its own
 inside=()
-if [ -n "${CONTAINER:-}" ]; then inside=(apptainer exec --nv --bind "$PWD" "$CONTAINER"); fi
+bind() { # PATH...: seen in the container at the same place; of one that is not there yet, what is above it
+    local word place
+    for word; do
+        for place in "$(realpath -ms -- "$word")" "$(realpath -m -- "$word")"; do # a link, and where it leads
+            while ! [ -e "$place" ]; do place=$(dirname "$place"); done
+            if [ -z "${bound[$place]:-}" ] && [[ $place/ != "$PWD"/* ]]; then inside+=(--bind "$place"); fi
+            bound[$place]=yes
+        done
+    done
+}
+if [ -n "${CONTAINER:-}" ]; then
+    inside=(apptainer exec --nv --bind "$PWD")
+    bind "${DATA:-data}" "${RUNS:-runs}" ${STAGE:+"$STAGE"}
+    for word; do
+        case ${word#*=} in /* | ../*) bind "${word#*=}" ;; esac
+    done
+    inside+=("$CONTAINER")
+fi
 
 if [ "$1" = -- ]; then
     shift
@@ -44,13 +63,22 @@ option() { # KEY WORD...: the value of the last --KEY among the words
 
 latest() { cat "$folder/checkpoints/latest" 2>/dev/null || true; } # the step that a start would go on from
 
-summary_says() { grep -qs "\"$1\": \"$2\"" "$folder/summary.json"; }
+summary_says() { grep -Eqs "\"$1\": \"$2\"" "$folder/summary.json"; }
+
+changed() { stat -c %y "$folder/$1" 2>/dev/null || true; } # when; ranks at work change the folder "ranks"
+
+still_ours() { # ID: whether SLURM lets this attempt of the job run; on a node that it had lost, another may be under way
+    local state="" count=""
+    read -r state count < <(squeue -h -j "$1" -O State,RestartCnt) || true
+    [ "$state" = RUNNING ] && [ "$count" = "${SLURM_RESTART_COUNT:-0}" ]
+}
 
 pass_on() { # ask the ranks to save and end
     told=yes interrupted=yes
     say "told to end: passed on to the ranks"
     if [ "${LAUNCHER:-srun}" = horovodrun ]; then
-        touch "$folder/STOP" # horovodrun would die of the signal
+        # horovodrun would die of the signal
+        { echo SIGUSR2 >"$folder/.STOP" && mv "$folder/.STOP" "$folder/STOP"; } || true
     elif [ -n "$pid" ]; then
         kill -USR2 "$pid" || true
     fi
@@ -89,9 +117,8 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
 }
 
 train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finished
-    local nodes=$1 recipe=$2 before name words=() id=$SLURM_JOB_ID
+    local nodes=$1 recipe=$2 before after silent said name words=()
     shift 2
-    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     name=${CHAIN:-$SLURM_JOB_NAME-$id}${STEPS:+-${nodes}nodes}
     words=(train --config "$recipe" --run.resume auto --run.dir "${RUNS:-runs}" --run.name "$name"
         --backend "${BACKEND:-auto}")
@@ -102,7 +129,7 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
     words+=("$@")
     folder=$(option run.dir "${words[@]}")/$(option run.name "${words[@]}")
 
-    before=$(latest)
+    before=$(latest) silent=$(changed ranks) said=$(changed summary.json)
     if [ -n "${CHAIN:-}" ]; then check_chain "$before"; fi
     launch "$nodes" "${words[@]}"
     if [ "$status" = 0 ] && [[ " $* " != *" --dry_run"* ]] && ! summary_says state finished; then
@@ -110,21 +137,28 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
         exit 1 # srun does so where it could not start a step
     fi
     if [ "$status" = 0 ]; then return; fi
-    # Of ranks that leave with 75, saved, srun kills the last; and so ends one that is told before it listens.
-    if [ "$status" -gt 128 ] && { [ -n "$told" ] || summary_says state preempted; }; then status=75; fi
-    if [ "$status" != 75 ]; then exit "$status"; fi
+    # Of ranks that leave with 75, saved, srun kills the last, and horovodrun makes 1.
+    if [ "$(changed summary.json)" != "$said" ] && summary_says state "(timed out|preempted|stopped)"; then status=75; fi
+    if [ "$status" -gt 128 ] && [ -n "$told" ]; then status=75; fi # so ends one that is told before it listens
+    after=$(latest)
+    if [ "$status" != 75 ]; then
+        # A program that fails says so in its summary; bad input is 2; else ranks were killed, or lost with their node.
+        if [ "$status" = 2 ] || [ -e "$folder/summary.json" ] || [ "$(changed ranks)" = "$silent" ]; then exit "$status"; fi
+        if grep -qs "\"job $id\"" "$folder/lock.json"; then rm -f "$folder/lock.json"; fi # or a link of a chain would wait
+        say "the ranks died (status $status), last checkpoint: ${after:-none}; hpc-grawa status $folder says more"
+    fi
     if [ -z "$told" ] && summary_says cause STOP; then
         say "ended by $folder/STOP: not requeued"
     elif [ -n "${CHAIN:-}" ] || [ "${REQUEUE:-yes}" = no ]; then
-        say "saved, not requeued"
-    elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(latest)" = "$before" ]; then
+        say "not requeued, as CHAIN or REQUEUE=no want it"
+    elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
         say "no progress since the last requeue: not requeued again"
-    elif [ "$(squeue -h -j "$id" -o %T)" != RUNNING ]; then
+    elif ! still_ours "$id"; then
         say "the job is being ended by SLURM: not requeued from here" # cancelled, or preempted, which requeues
     else
         say "requeued as $id"
-        if scontrol requeue "$id"; then # of an array: the task; its bare number would stand for all
-            sleep 60                    # SLURM ends this script
+        if scontrol requeue "$id"; then
+            sleep 60 # SLURM ends this script
         fi
         say "SLURM has not requeued it: see slurm/chain.sh"
     fi
@@ -142,6 +176,13 @@ check_chain() { # STEP: where the run stands at the start of each link
     fi
 }
 
+id=$SLURM_JOB_ID # of an array: the task; its bare number would stand for all
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+HPC_GRAWA_ENDS=$(SLURM_TIME_FORMAT=%s squeue -h -j "$id" -o %e) || true # in seconds since 1970
+if [[ $HPC_GRAWA_ENDS =~ ^[0-9]+$ ]]; then
+    export HPC_GRAWA_ENDS
+    say "the limit ends this job at $(date -d "@$HPC_GRAWA_ENDS" "+%F %T")"
+fi
 told="" interrupted="" pid="" status=0 folder=""
 trap pass_on USR2
 trap interrupted=yes TERM # the ranks get it too; wait until they have saved

@@ -39,6 +39,8 @@ from hpc_grawa.comm import Communicator, Meter, connect, simulate
 
 T = TypeVar("T")
 WORLD_SIZES = (1, 2, 3, 4)
+BACKENDS = ("simulated", "mpi", "horovod", "gloo", "nccl", "single")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("same every time")
@@ -122,7 +124,9 @@ class Job:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=("simulated", "mpi", "horovod", "gloo", "single"), default="simulated")
+    parser.addoption(
+        "--backend", choices=("simulated", "mpi", "horovod", "gloo", "nccl", "single"), default="simulated"
+    )
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
@@ -36,6 +40,7 @@ def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for _, names in _VARIABLES:
         for name in names:
             monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -83,6 +88,29 @@ class Line(nn.Module):
         return y
 
 
+class Random(nn.Module):
+    """A classifier of small images that draws from every stream of random numbers at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * (1 + 0.1 * random.random()) + 0.1 * float(np.random.rand())
+        y: Tensor = self.layers(x)
+        return y
+
+
+class Telling(Line):
+    """Leaves word of its rank's environment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        name = f"environment.{os.environ['PMIX_RANK']}"
+        Path(name).write_text(json.dumps(dict(os.environ)))
+
+
 class Slow(Line):
     """Takes 50 ms."""
 
@@ -92,7 +120,7 @@ class Slow(Line):
 
 
 class Failing(Line):
-    """Raises in its n-th forward pass on one rank of mpirun; `rank` -1 for all of them."""
+    """Raises in its n-th forward pass on one rank of mpirun or srun; `rank` -1 for all of them."""
 
     def __init__(self, rank: int = 1, calls: int = 5) -> None:
         super().__init__()
@@ -100,7 +128,8 @@ class Failing(Line):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls -= 1
-        if self.calls < 0 and self.rank in (-1, int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))):
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMIX_RANK", "0")
+        if self.calls < 0 and self.rank in (-1, int(rank)):
             raise ZeroDivisionError("this model has failed on purpose")
         return super().forward(x)
 
@@ -136,6 +165,24 @@ class Numbers(Data):
             return TensorExamples(x, 2 * x + 1 + self.noise * torch.randn(count, 1, generator=generator))
 
         return Splits(table(self.train_size()), table(self.validation) if self.validation else None, table(self.tests))
+
+
+class LateExamples(TensorExamples):
+    """Each batch takes 20 ms."""
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        time.sleep(0.02)
+        return super().batch(index, generator)
+
+
+@dataclass(kw_only=True)
+class LateNumbers(Numbers):
+    """Takes long to load."""
+
+    def load(self) -> Splits:
+        found = super().load()
+        assert isinstance(found.train, TensorExamples)
+        return Splits(LateExamples(found.train.inputs, found.train.targets), found.validation, found.test)
 
 
 @dataclass(kw_only=True)

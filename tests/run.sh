@@ -31,10 +31,14 @@ done
 for size in 2 4; do
     launch 300 mpirun -np "$size" "${ranks[@]}" --backend gloo
 done
+gpus=$(python -c 'import torch; print(min(4, torch.cuda.device_count()))')
+if [ "$gpus" -gt 0 ]; then
+    launch 300 mpirun -np "$gpus" "${ranks[@]}" --backend nccl -k cuda
+fi
 launch 120 torchrun --standalone --nproc-per-node 2 --no-python "${ranks[@]}" --backend gloo -k smoke
 if command -v horovodrun >/dev/null; then
     for size in 2 4; do
-        launch 1200 mpirun -np "$size" "${ranks[@]}" --backend horovod # a message takes milliseconds where ranks spin
+        launch 300 mpirun -np "$size" "${ranks[@]}" --backend horovod
     done
     launch 120 horovodrun --mpi -np 2 "${ranks[@]}" --backend horovod -k smoke
     launch 120 horovodrun --gloo -np 2 -H localhost:2 "${ranks[@]}" --backend horovod -k smoke

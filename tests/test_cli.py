@@ -488,6 +488,20 @@ def test_a_dry_run_counts_one_round_whatever_the_period(
     assert f"{(center + 8 * 11) / 1000:.3g} kB per round" in capsys.readouterr().out
 
 
+def test_words_of_an_option_may_be_joined_by_a_hyphen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Values stay as they are."""
+    shown = []
+    for joint in ("_", "-"):
+        options = (f"--optimizer.weight{joint}decay=1e-3", f"--comm{joint}timeout", "5", "--run.name=a-b")
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["train", *QUICK, *options, f"--print{joint}config"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert all(line in shown[0] for line in ("weight_decay: 0.001\n", "comm_timeout: 5.0\n", "name: a-b\n"))
+    cli.main(["train", *QUICK, "--dry-run", "--world-size=2"])
+    assert "per rank x 2 ranks" in capsys.readouterr().out
+
+
 def test_world_size_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     for size, part in (
         ("0", "world_size is 0: must be at least 1"),
@@ -511,7 +525,8 @@ def test_plain_lines_where_the_screen_is_no_terminal(
         line for line in lines if re.match(r" +\d+\.\d s  step \d+  epoch \d\.\d\d  loss \d\.\d{4}  lr 0\.1  ", line)
     ]
     assert len(steps) == 9
-    assert all(re.search(r"compute \d+ %  communicate \d+ %  wait \d+ %  sent .* ETA \d+ s", line) for line in steps)
+    parts = r"compute \d+ %  load \d+ %  communicate \d+ %  wait \d+ %  sent .* ETA \d+ s"
+    assert all(re.search(parts, line) for line in steps)
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 

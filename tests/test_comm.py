@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import Ranks, launch
+from conftest import DEVICES, Ranks, launch
 from torch import Tensor
 
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.comm.base import Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.errors import Unmatched
+from hpc_grawa.launch import local_device
 
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
 SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0))
@@ -27,15 +29,16 @@ def own(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (torch.arange(count).reshape(shape) % 5 + 10 * rank + 1).to(dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_smoke_verbs(on_ranks: Ranks, dtype: torch.dtype) -> None:
+def test_smoke_verbs(on_ranks: Ranks, dtype: torch.dtype, device: str) -> None:
     world = on_ranks.size
 
     def body(comm: Communicator) -> list[list[Tensor]]:
         assert (comm.size, comm.backend) == (world, on_ranks.backend)
         results = []
         for shape in SHAPES:
-            x = own(comm.rank, shape, dtype)
+            x = own(comm.rank, shape, dtype).to(local_device(wanted=device))  # type: ignore[arg-type]
             total = x.clone() if dtype != torch.uint8 else x.long()  # Horovod cannot add bytes
             assert comm.allreduce(total, "center").wait().data_ptr() == total.data_ptr()
             kept = x.clone()
@@ -45,7 +48,7 @@ def test_smoke_verbs(on_ranks: Ranks, dtype: torch.dtype) -> None:
             comm.broadcast(last, world - 1, "center").wait()
             to_all = torch.stack([x + m for m in range(world)])
             mine = comm.alltoall(to_all, "center").wait()
-            results.append([total, rows, last, mine])
+            results.append([t.cpu() for t in (total, rows, last, mine)])
         return results
 
     for rank, results in enumerate(on_ranks(body)):
@@ -144,6 +147,17 @@ def test_hidden_seconds_are_those_between_start_and_wait_counted_once() -> None:
     meter.waited("evaluate", began=4.0, waited_from=9.0, waited_until=9.0, done=8.0)
     assert meter.hidden_seconds == pytest.approx((2.0 - 1.0) + (3.25 - 2.0))
     assert meter.communication_seconds == pytest.approx(1.0)
+
+
+def test_loading_is_counted_and_a_rank_that_waits_for_its_data_says_so() -> None:
+    meter = Meter()
+    for _ in range(2):
+        with meter.loading(torch.device("cpu")):
+            assert meter.activity == "loads its next batch"
+            time.sleep(0.01)
+        assert meter.activity == "computes"
+    assert 0.02 <= meter.loading_seconds == meter.seconds["load"]
+    assert meter.communication_seconds == meter.waiting_seconds == 0
 
 
 PARTITIONS = {

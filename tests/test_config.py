@@ -111,6 +111,7 @@ IMPOSSIBLE = {
     "--run.seed -3": ("run.seed is -3", "0 or more"),
     "--run.start together": ("run.start is together", "common, independent"),
     "--run.control_every 0": ("run.control_every is 0", "at least 1"),
+    "--comm_timeout 0": ("comm_timeout is 0.0", "positive"),
     "--precision fp16": ("precision is fp16", "fp32, bf16", "loss scaling"),
     "--backend nccl": ("backend is nccl", "sees no GPU"),
     "--backend single": ("backend is single", "must be another"),
@@ -282,7 +283,7 @@ def test_numbers_in_files_need_no_point(write: Callable[[str], str]) -> None:
 def everything(config: Config) -> dict[str, Any]:
     parts = {
         name: getattr(config, name)
-        for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend", "device")
+        for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend", "device", "comm_timeout")
         if name != "model"
     }
     modules = {"model": config.build_model(), "loss": config.loss, "metric": type(config.metric)}
@@ -297,6 +298,7 @@ def everything(config: Config) -> dict[str, Any]:
         (*DIGITS, "--schedule=Step", "--schedule.milestones=[1, 2.5]", "--schedule.unit=seconds", "--optimizer=AdamW"),
         (*DIGITS, "--model.width=4", "--model.num_classes=12", "--loss.label_smoothing=0.1", "--optimizer.clip_norm=2"),
         (*DIGITS, "--precision=bf16", "--backend=mpi", "--eval.every=2", "--eval.unit=steps", "--run.name=x"),
+        (*DIGITS, "--device=cpu", "--comm_timeout=.inf"),
         (*OWN, "--budget.epochs=1.5", "--model.slope=.inf", "--schedule.warmup=3", "--optimizer.note=null"),
     ],
     ids=lambda words: " ".join(words[-2:]),

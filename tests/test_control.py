@@ -188,7 +188,7 @@ class Recorded:
 
     def __init__(self) -> None:
         self.stop: list[int] = []
-        self.save: list[int] = []
+        self.written: list[float] = []
         self.seconds: list[float] = []
 
 
@@ -201,8 +201,7 @@ def watch(comm: Communicator, method: Method, steps: int, act: Callable[[Run, in
         seen.seconds.append(run.facts.seconds)
         if run.control.stop:
             seen.stop.append(step)
-        if run.control.save:
-            seen.save.append(step)
+        seen.written.append(run.control.all_written)
     return seen
 
 
@@ -217,22 +216,22 @@ def watch(comm: Communicator, method: Method, steps: int, act: Callable[[Run, in
     ],
     ids=str,
 )
-@pytest.mark.parametrize("flag", ["stop", "save"])
-def test_a_wish_of_one_rank_reaches_all_at_the_same_step(
-    on_ranks: Ranks, method: Method, read: int, words: list[int], flag: str
+def test_what_a_rank_says_reaches_all_at_the_same_step(
+    on_ranks: Ranks, method: Method, read: int, words: list[int]
 ) -> None:
+    """The wish of one to stop, and of what they have written what all have."""
     last = on_ranks.size - 1
 
     def act(run: Run, step: int) -> None:
-        if step == 3 and run.comm.rank == last:
-            setattr(run.control, f"wants_{flag}", True)
+        if step == 3:
+            run.control.wants_stop = run.comm.rank == last
+            run.control.written = lambda: 3 + run.comm.rank
 
-    def body(comm: Communicator) -> tuple[list[int], list[int], int]:
+    def body(comm: Communicator) -> tuple[list[int], list[float], int]:
         seen = watch(comm, method, 20, act)
-        return seen.stop, seen.save, comm.meter.calls["control"]
+        return seen.stop, seen.written, comm.meter.calls["control"]
 
-    wished = list(range(read, 21))
-    expected = (wished, [], len(words)) if flag == "stop" else ([], wished, len(words))
+    expected = (list(range(read, 21)), [-1] * (read - 1) + [3] * (21 - read), len(words))
     assert on_ranks(body) == [expected] * on_ranks.size
 
 

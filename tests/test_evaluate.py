@@ -18,10 +18,11 @@ from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.config import Config
 from hpc_grawa.data import ArraySplit
 from hpc_grawa.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
+from hpc_grawa.examiner import Examiner
 from hpc_grawa.metrics import Accuracy
 from hpc_grawa.parsing import parse
-from hpc_grawa.train import Examiner, Worker
 from hpc_grawa.vector import ParameterVector
+from hpc_grawa.worker import Worker
 
 WORLDS = (1, 2, 3, 4)
 

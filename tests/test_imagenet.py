@@ -8,9 +8,11 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,16 +23,19 @@ import torch.nn.functional as F
 from conftest import launch
 from ilsvrc import archives, folders, jpeg, real, script
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance
+from hpc_grawa.data.base import AHEAD, CPU
 from hpc_grawa.data.imagenet import MEAN, STD, View
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.evaluate import Judge
 from hpc_grawa.metrics import TopAccuracy
 from hpc_grawa.models import ResNet50, ResNet152, ViTB16
 from hpc_grawa.parsing import parse
+from hpc_grawa.worker import Worker
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow decodes the images")
 torchvision = pytest.importorskip("torchvision", reason="torchvision decodes the images")
@@ -214,7 +219,7 @@ def test_what_can_be_prepared_is_prepared_in_advance_and_no_further() -> None:
     begun: list[int] = []
 
     class Slow(TensorExamples):
-        def start(self, index: Tensor, generator: torch.Generator | None = None) -> Any:
+        def start(self, index: Tensor, generator: torch.Generator | None = None, device: torch.device = CPU) -> Any:
             begun.append(int(index))
             return lambda: self.batch(index, generator)
 
@@ -226,6 +231,45 @@ def test_what_can_be_prepared_is_prepared_in_advance_and_no_further() -> None:
     assert begun == list(range(20))
     endless = in_advance(plain, ((inputs[:3], None) for _ in iter(int, 1)))
     assert next(endless)[0].tolist() == [0, 1, 2]
+
+
+class Moves(TorchDispatchMode):
+    """Notes the element type of whatever goes to another device, and its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], Tensor) and isinstance(found, Tensor) and args[0].device != found.device:
+            self.seen.append((args[0].dtype, args[0].nbytes))
+        return found
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bytes_go_to_the_device_and_a_batch_is_normalised_there(channels_last: bool, folder: Path) -> None:
+    train = data(folder, channels_last=channels_last, crop=48, resize=56).load().train
+    elsewhere = torch.device("meta")  # a device that every machine has; it keeps shapes alone
+    batches = list(in_advance(train, ((torch.arange(n, n + 8), None) for n in range(2)), elsewhere))
+    with Moves() as moves:
+        batches += in_advance(train, [(torch.arange(8), torch.Generator())], elsewhere)
+    assert moves.seen == [(torch.uint8, 8 * 48 * 48 * 3)]  # what normalises is there since the first batch
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for inputs, _ in batches:
+        assert inputs.device == elsewhere and inputs.dtype == torch.float32 and inputs.shape == (8, 3, 48, 48)
+        assert inputs.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
+def test_a_gpu_normalises_as_the_host_does(folder: Path) -> None:
+    train, index = data(folder).load().train, torch.arange(16)
+    expected, labels = train.batch(index, torch.Generator().manual_seed(1))
+    wanted = ((index, torch.Generator().manual_seed(1)) for _ in range(5))
+    for inputs, found in in_advance(train, wanted, torch.device("cuda", 0)):
+        assert inputs.is_cuda and inputs.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(inputs.cpu(), expected, rtol=0, atol=0)
+        assert torch.equal(found, labels)
 
 
 @pytest.fixture
@@ -261,6 +305,40 @@ def test_a_rank_reads_its_shard_and_its_probes_alone_one_pread_per_image(
     probe = sampler.probe_indices(0).flatten()
     train.batch(probe)
     assert len(reads) == 5 and set(reads) == places(folder, probe)
+
+
+@pytest.mark.parametrize("source", ["all", "shard"])
+def test_between_evaluations_ranks_read_what_they_train_on_and_their_probes(
+    source: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        f"--model SmallCNN --model.in_channels 3 --data ImageNet --data.path {folder} --data.batch_size 4 "
+        f"--data.crop 32 --data.resize 36 --budget.steps 9 --method LGRAWA --method.period 3 "
+        f"--method.probe_from {source}"
+    )
+    config = parse(words.split())
+    config.check(3)
+    here, honest = threading.local(), imagenet.PackedImages.start
+
+    def start(images: Any, index: Tensor, *more: Any) -> Any:
+        here.read |= places(folder, index)
+        return honest(images, index, *more)
+
+    monkeypatch.setattr(imagenet.PackedImages, "start", start)
+
+    def body(comm: Communicator) -> tuple[set[tuple[str, int]], int]:
+        here.read = set()
+        worker = Worker(config, comm)
+        here.read.clear()  # rank 0 has tried model and data out
+        for _ in range(9):
+            worker.step()
+        return here.read, sum(s.rounds for s in worker.run.synchronizers)
+
+    for rank, (read, rounds) in enumerate(simulate(3, body)):
+        sampler = config.data.sampler(rank, 3, config.run.seed)
+        probes = [sampler.probe_indices(n, 1, source).flatten() for n in range(rounds + AHEAD)]  # type: ignore[arg-type]
+        steps = [sampler.indices(n) for n in range(9 + AHEAD)]
+        assert rounds == 3 and read == places(folder, torch.cat(steps + probes))
 
 
 def test_a_damaged_image_is_named(folder: Path, tmp_path: Path) -> None:
@@ -393,14 +471,88 @@ def test_staging_goes_on_where_it_stopped_and_copies_nothing_twice(
     reads.clear()
     lines: list[str] = []
     (train,) = near(folder, tmp_path, 1, lines)
-    assert 0 < len(reads) < 60 and "GB to copy" in lines[0]
+    assert 0 < len(reads) < 60 and "GB to copy" in lines[1]
     assert complete.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}.items()
     assert not list(tmp_path.rglob("*.part"))
     reads.clear()
+    del lines[:]
     near(folder, tmp_path, 1, lines)
-    assert not reads and "0.00 GB to copy" in lines[1]
+    assert not reads and "already holds" in lines[0] and "0.00 GB to copy" in lines[1]
     everything = torch.arange(60)
     torch.testing.assert_close(train.batch(everything), data(folder).load().train.batch(everything), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "reversed"])
+def test_a_damaged_copy_is_not_used_again(
+    damage: str, folder: Path, tmp_path: Path, reads: list[tuple[str, int]]
+) -> None:
+    near(folder, tmp_path, 1)
+    first, second, *others = sorted(tmp_path.rglob("*.images"))
+    before = {path: path.read_bytes() for path in (first, second, *others)}
+    stamps = {path: path.stat().st_mtime_ns for path in others}
+    if damage == "bit":
+        first.write_bytes(before[first][:-1] + bytes([before[first][-1] ^ 1]))
+    if damage == "short":
+        first.write_bytes(before[first][:-1])
+    if damage == "reversed":
+        first.write_bytes(before[first][::-1])
+    reads.clear()
+    (train,) = near(folder, tmp_path, 1)
+    assert {file for file, _ in reads} == {str(folder / f"{first.stem}.tar")}
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in others} == stamps
+    everything = torch.arange(60)
+    torch.testing.assert_close(train.batch(everything), data(folder).load().train.batch(everything), rtol=0, atol=0)
+
+
+def test_each_node_copies_what_its_own_ranks_train_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int]]
+) -> None:
+    here = threading.local()  # a simulated rank is a thread
+    monkeypatch.setattr("hpc_grawa.comm.base.host_identity", lambda: here.name)
+
+    def body(comm: Communicator) -> tuple[str, Any]:
+        here.name = "ab"[comm.rank % 2]  # dealt round, as with srun -m cyclic
+        images = data(folder, batch_size=4, stage=str(tmp_path / here.name))
+        train = images.near(images.load(), comm, 36, lambda _: None).train
+        return here.name, train
+
+    found = simulate(4, body)
+    images = data(folder, batch_size=4)
+    plain, samplers = images.load().train, [images.sampler(rank, 4, 36) for rank in range(4)]
+    copied = set(reads)
+    assert len(reads) == len(copied) == 60  # both nodes together, once each
+    for node, ranks in (("a", (0, 2)), ("b", (1, 3))):
+        union = torch.cat([samplers[rank].shard for rank in ranks])
+        sizes = sum(file.stat().st_size for file in (tmp_path / node).rglob("*.images"))
+        assert sizes == int(plain.rows["length"][union.numpy()].sum())
+        assert places(folder, union) <= copied
+    for sampler, (node, train) in zip(samplers, found, strict=True):
+        expected = plain.batch(sampler.shard)
+        reads.clear()
+        torch.testing.assert_close(train.batch(sampler.shard), expected, rtol=0, atol=0)
+        assert all(file.startswith(str(tmp_path / node)) for file, _ in reads)
+
+
+def test_staging_is_over_before_the_clock_starts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.plain_process(monkeypatch)
+    honest, late = imagenet.staged, 0.0
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal late
+        late += 10_000
+        return honest(*arguments)
+
+    monkeypatch.setattr(imagenet, "staged", slow)
+    monkeypatch.setattr("hpc_grawa.budget.time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late))
+    words = (
+        f"train --model SmallCNN --model.in_channels 3 --data ImageNet --data.path {folder} --data.batch_size 8 "
+        f"--data.crop 32 --data.resize 36 --data.stage {tmp_path / 'stage'} --budget.steps 2 --method.period 2 "
+        f"--eval.bn_batches 2 --eval.every 99 --run.dir {tmp_path} --run.name run --log.tensorboard false"
+    )
+    cli.main(words.split())
+    assert late == 10_000
+    assert 0 < json.loads((tmp_path / "run" / "summary.json").read_text())["training_seconds"] < 10_000
 
 
 def test_staging_says_the_same_on_all_ranks_where_it_cannot_be(

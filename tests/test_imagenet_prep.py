@@ -143,6 +143,81 @@ def test_whatever_an_image_is_it_becomes_an_rgb_jpeg(mode: str, kind: str, tmp_p
     assert np.abs(pixels(packed) - pixels(content)).mean() < 3
 
 
+@pytest.mark.parametrize(
+    ("inks", "colour"),  # of cyan, magenta, yellow, black; what ink absorbs is its complement
+    [
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((0, 255, 0, 128), (127, 0, 127)),
+    ],
+)
+def test_inks_become_the_colour_that_they_print(inks: tuple[int, ...], colour: tuple[int, ...], tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("CMYK", (64, 48), inks).save(buffer, "JPEG", quality=100)
+    content = buffer.getvalue()
+    assert b"\xff\xee\x00\x0eAdobe" in content  # which stores inks inverted, as the CMYK images of ILSVRC 2012
+    images = {"train": {"cat": {"ink.JPEG": content}}, "val": {"cat": {"ink.JPEG": content}}}
+    assert prepare(tmp_path / "out", *folders(tmp_path / "in", images)) == 0
+    ((_, packed, _),) = stored(tmp_path / "out", "train")
+    assert np.abs(pixels(packed) - colour).max() <= 4
+
+
+@pytest.mark.parametrize("damage", ["flipped", "undecodable"])
+def test_what_was_packed_is_read_again_before_the_folder_is_called_complete(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, out = folders(tmp_path / "in", {"train": made(), "val": made(1)}), tmp_path / "out"
+    if damage == "flipped":  # on the disk, after it was written and summed
+        honest = imagenet.write_whole
+
+        def write_whole(path: Path, content: bytes) -> None:
+            honest(path, content)
+            if path.name == "val.npy":
+                packed = bytearray((out / "train-00000.tar").read_bytes())
+                packed[1500] ^= 1
+                (out / "train-00000.tar").write_bytes(packed)
+
+        monkeypatch.setattr(imagenet, "write_whole", write_whole)
+        refused(capsys, out, options, str(out), "train-00000.tar: its content is not what was written")
+    else:  # in memory, before: all sums are right
+        monkeypatch.setattr(imagenet.Encoder, "__call__", lambda *_: b"no image")
+        refused(capsys, out, options, str(out), "cannot be decoded", "8 in all")
+
+
+PEAK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import imagenet
+status = imagenet.main(sys.argv[2:])
+# Not ru_maxrss, which begins at that of the process that has started this one.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.JPEG", quality=95)
+    peaks, sizes = [], []
+    for count in (300, 3000):
+        folder = tmp_path / str(count)
+        for part, images in (("train", count), ("val", 1)):
+            (folder / part / A).mkdir(parents=True)
+            for number in range(images):
+                os.link(tmp_path / "noise.JPEG", folder / part / A / f"{number}.JPEG")
+        words = [f"--train={folder / 'train'}", f"--val={folder / 'val'}", f"--out={folder / 'out'}"]
+        words += ["--workers=2", "--shard_mb=4", "--quality=95"]
+        command = [sys.executable, "-c", PEAK, str(SCRIPT.parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        peaks.append(1024 * int(done.stdout.splitlines()[-1]))
+        sizes.append(sum(file.stat().st_size for file in (folder / "out").glob("*.tar")))
+    more = sizes[1] - sizes[0]
+    assert more > 50e6
+    assert peaks[1] - peaks[0] < 8e6
+
+
 def test_what_is_packed_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     options = folders(tmp_path / "in", {"train": made(20), "val": made(1)})
     for workers in ("1", "7"):
@@ -233,6 +308,30 @@ def test_refuses_a_path_in_an_archive(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("wnid", ["../x", "/tmp/x", "..", "n0144076", "n01440764/..", "n01440764\n", "n٠١٢٣٤٥٦٧"])
+def test_refuses_a_class_of_the_development_kit_that_is_no_name(
+    wnid: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = made()
+    train, val = folders(tmp_path / "in", {"train": images, "val": made(1)})[1::2]
+    devkit({A: images[A], wnid: images[B]}, [A, wnid], tmp_path / "devkit.tar.gz")
+    before = sorted(tmp_path.rglob("*"))
+    options = [f"--train={train}", f"--val={val}", f"--devkit={tmp_path / 'devkit.tar.gz'}"]
+    refused(capsys, tmp_path / "out", options, "devkit.tar.gz", f"has a class {wnid!r}", "must be n01440764")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_class_folders_may_be_links(tmp_path: Path) -> None:
+    options = folders(tmp_path / "in", {"train": made(), "val": made(1)})
+    assert prepare(tmp_path / "straight", *options) == 0
+    (tmp_path / "in" / "train" / A).rename(tmp_path / "elsewhere")
+    (tmp_path / "in" / "train" / A).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "0.JPEG").rename(tmp_path / "alone.JPEG")
+    (tmp_path / "elsewhere" / "0.JPEG").symlink_to(tmp_path / "alone.JPEG")
+    assert prepare(tmp_path / "out", *options) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
 def test_refuses_a_link_in_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = archives(tmp_path, made(), made(1))
     with tarfile.open(tmp_path / "val.tar", "a") as archive:
@@ -258,6 +357,34 @@ def test_counts_are_those_of_the_development_kit(tmp_path: Path, capsys: pytest.
     devkit(train, truth, tmp_path / "devkit.tar.gz")
     assert prepare(out, *options) == 0
     assert json.loads((out / "meta.json").read_text())["counts"] == {"train": 6, "val": 2}
+
+
+def test_class_folders_are_counted_by_the_development_kit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, val = made(3), made(2)
+    options, out = folders(tmp_path / "in", {"train": train, "val": val}), tmp_path / "out"
+    kit = tmp_path / "devkit.tar.gz"
+    options.append(f"--devkit={kit}")
+    truth = [A, B, B, A]
+    devkit({**train, B: {**train[B], "more": b""}}, truth, kit)
+    refused(capsys, out, options, str(tmp_path / "in" / "train" / B), "holds 3 images", "says 4")
+    devkit(train, [*truth, A], kit)
+    refused(capsys, out, options, str(tmp_path / "in" / "val" / A), "holds 2 images", "says 3")
+    devkit(train, [B] * 4, kit)
+    refused(capsys, out, options, str(tmp_path / "in" / "val" / A), "holds 2 images", "says 0")
+    devkit(train, [A] * 4, kit)
+    refused(capsys, out, options, str(tmp_path / "in" / "val" / A), "holds 2 images", "says 4")
+    devkit(train, [A] * 2, kit)
+    refused(capsys, out, options, str(tmp_path / "in" / "val" / B), "holds 2 images", "says 0")
+    devkit({**train, "n09999999": train[A]}, truth, kit)
+    refused(capsys, out, options, "no folder 'n09999999'")
+    devkit({A: train[A]}, [A, A], kit)
+    refused(capsys, out, options, f"folder {B!r}")
+    assert not out.exists()
+    devkit(train, truth, kit)
+    assert prepare(out, *options) == 0
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["counts"] == {"train": 6, "val": 4}
+    assert meta["classes"] == ["tench, Tinca tinca", "English springer"]
 
 
 def test_class_folders_are_counted_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hpc_grawa import comm
 from hpc_grawa.comm import Backend, choose
 from hpc_grawa.comm.torch_dist import TorchCommunicator
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, Wanted, default_threads, local_device, rank_facts
+from hpc_grawa.launch import RankFacts, Wanted, default_threads, local_device, pmi, processor_share, rank_facts
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -49,7 +49,13 @@ def test_each_launcher_tells_rank_and_size(variables: dict[str, str], launcher: 
 def test_a_plain_process_is_a_world_of_one() -> None:
     assert rank_facts({}) == RankFacts(None, 0, 1, 0, 1)
     # The script of a batch job, before any srun.
-    assert rank_facts({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) == RankFacts()
+    assert rank_facts({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) == RankFacts(tasks=4)
+
+
+def test_what_an_mpi_library_finds_the_others_by() -> None:
+    assert pmi({"PMIX_RANK": "0", "PMIX_MCA_gds": "hash"}) == "PMIx"
+    assert pmi({"PMI_RANK": "0"}) == "PMI"
+    assert pmi({"PMIX_MCA_gds": "hash", "SLURM_PROCID": "0"}) == ""
 
 
 def test_threads_are_the_ranks_share_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +68,36 @@ def test_threads_are_the_ranks_share_of_this_host(monkeypatch: pytest.MonkeyPatc
 
 
 MPIRUN, SRUN = RankFacts("mpirun", 0, 4, 0, 4), RankFacts("srun", 0, 4, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("facts", "own", "launchers", "variables", "share"),
+    [
+        (RankFacts(), 64, 64, {}, 64),
+        (RankFacts(), 2, 64, {}, 2),  # taskset
+        (RankFacts(), 8, 1, {}, 8),
+        (RankFacts(), 8, 64, {"SLURM_CPUS_PER_TASK": "2"}, 8),  # no srun: all of the job's
+        (MPIRUN, 64, 64, {}, 16),  # --bind-to none
+        (MPIRUN, 1, 64, {}, 1),  # --bind-to core
+        (MPIRUN, 8, 64, {}, 8),  # --map-by slot:PE=8
+        (MPIRUN, 32, 64, {}, 16),  # --bind-to socket, two ranks on each
+        (MPIRUN, 8, 8, {}, 2),  # a container of 8 processors, which all ranks share
+        (MPIRUN, 2, 2, {}, 1),  # more ranks than processors
+        (MPIRUN, 64, 64, {"SLURM_CPUS_PER_TASK": "2"}, 16),  # SLURM's tasks are not mpirun's ranks
+        (SRUN, 4, 64, {"SLURM_CPUS_PER_TASK": "4", "SLURM_CPUS_ON_NODE": "16"}, 4),  # task/affinity
+        (SRUN, 16, 16, {"SLURM_CPUS_PER_TASK": "4", "SLURM_CPUS_ON_NODE": "16"}, 4),  # task/cgroup alone
+        (SRUN, 64, 64, {"SLURM_CPUS_PER_TASK": "4", "SLURM_CPUS_ON_NODE": "16"}, 4),  # task/none
+        (SRUN, 2, 64, {"SLURM_CPUS_PER_TASK": "4"}, 2),  # sbatch's, which this srun did not heed
+        (SRUN, 4, 64, {"SLURM_CPUS_ON_NODE": "16"}, 4),  # bound, without -c
+        (SRUN, 16, 64, {"SLURM_CPUS_ON_NODE": "16"}, 4),  # task/cgroup alone, without -c
+        (SRUN, 2, 2, {"SLURM_CPUS_ON_NODE": "2"}, 1),  # --overcommit
+        (SRUN, 16, 64, {}, 16),
+    ],
+)
+def test_a_ranks_share_of_processors_bound_or_not(
+    facts: RankFacts, own: int, launchers: int, variables: dict[str, str], share: int
+) -> None:
+    assert processor_share(facts, own, launchers, variables) == share
 
 
 @pytest.mark.parametrize(
@@ -78,6 +114,7 @@ MPIRUN, SRUN = RankFacts("mpirun", 0, 4, 0, 4), RankFacts("srun", 0, 4, 0, 4)
         ("mpi", MPIRUN, True, "mpi", "started by mpirun, asked for"),
         ("horovod", SRUN, True, "horovod", "started by srun, asked for"),
         ("single", RankFacts(), True, "single", "no launcher, asked for"),
+        ("single", RankFacts(tasks=4), True, "single", "no launcher, asked for"),
     ],
 )
 def test_the_backend_that_is_chosen_and_why(
@@ -98,6 +135,13 @@ def test_the_backend_that_is_chosen_and_why(
         ("mpi", RankFacts("horovodrun --gloo", 0, 4), True, "backend is mpi under horovodrun --gloo: .*use mpirun"),
         ("single", MPIRUN, True, "backend is single under mpirun with 4 ranks: .*must be another"),
         ("horovod", MPIRUN, False, "backend is horovod: .*not installed"),
+        ("auto", RankFacts(tasks=4), True, "backend is auto in a SLURM job of 4 tasks, .*start it by srun --mpi=pmix"),
+        (
+            "mpi",
+            RankFacts(tasks=4),
+            True,
+            "backend is mpi in a SLURM job of 4 tasks, .*if one process is meant, with backend single",
+        ),
     ],
 )
 def test_a_backend_that_cannot_run_there_is_refused(

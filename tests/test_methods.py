@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import Ranks
+from conftest import DEVICES, Ranks
 from torch import nn
 from worlds import NET, Trace, assert_follows, nesterov, plain, replay, run_method, twin
 
@@ -89,18 +89,22 @@ def follow(
     traces = on_ranks(lambda comm: run_method(comm, row.ours, steps=steps, dtype=dtype, **options))
     if isinstance(row.ours, AveragingMethod):
         options["local_momentum"] = row.ours.local_momentum
-    options.pop("parts", None)
+    for ours in ("parts", "device"):
+        options.pop(ours, None)
     expected = replay(row.oracle, on_ranks.size, steps, getattr(row.ours, "period", 1), **options)
     assert len(expected.rounds) == (-(-steps // PERIOD) if isinstance(row.ours, AveragingMethod) else 0)
     assert_follows(traces, expected, TOLERANCE[dtype])
     return traces
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("optimizer", [plain, nesterov])
 @pytest.mark.parametrize("name", METHODS)
-def test_follows_the_oracle(on_ranks: Ranks, name: str, optimizer: Callable[[], ref.SGD], dtype: torch.dtype) -> None:
-    follow(on_ranks, METHODS[name], optimizer=optimizer, dtype=dtype, lr=decaying)
+def test_follows_the_oracle(
+    on_ranks: Ranks, name: str, optimizer: Callable[[], ref.SGD], dtype: torch.dtype, device: str
+) -> None:
+    follow(on_ranks, METHODS[name], optimizer=optimizer, dtype=dtype, lr=decaying, device=device)
 
 
 @pytest.mark.parametrize("name", ["LGRAWA", "DataParallel"])

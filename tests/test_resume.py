@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ from typing import Any
 import own
 import pytest
 import torch
-from test_cli import LINE, launch, launched, running, start
+from conftest import DEVICES
+from test_cli import LINE, environment, launch, launched, running, start
 
 from hpc_grawa import simulate
 from hpc_grawa.checkpoint import Checkpoints, Damaged
@@ -22,9 +27,11 @@ from hpc_grawa.cli import TRY_AGAIN
 from hpc_grawa.comm import Communicator
 from hpc_grawa.config import Config
 from hpc_grawa.errors import ConfigError
+from hpc_grawa.log import write_atomically
 from hpc_grawa.parsing import parse
 from hpc_grawa.resume import Lock
-from hpc_grawa.train import Worker, fit
+from hpc_grawa.train import fit
+from hpc_grawa.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
@@ -33,6 +40,8 @@ METHODS = {
     "LGRAWA": "LGRAWA",
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
+    "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
+    "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalMGRAWA": "LocalMGRAWA",
     "LocalLGRAWA": "LocalLGRAWA",
     "EASGD": "EASGD",
@@ -87,7 +96,7 @@ def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The center, the records and the summary, without what a clock says."""
     state = {k: t.tolist() for k, t in torch.load(folder / "center.pt", weights_only=True).items()}
-    clocked = ("seconds", "examples_per_second", "slowest", "started")
+    clocked = ("seconds", "examples_per_second", "slowest", "started", "gpu_memory")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in record.items() if k not in clocked} for record in records]
     summary = json.loads((folder / "summary.json").read_text())
@@ -95,12 +104,14 @@ def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str
     return state, kept, {k: summary[k] for k in (*same, "local_test_loss", "center_train_loss", "center_test_loss")}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With momentum, a schedule, words under way at the saves, saves between rounds (pooled: after the next one)."""
-    made = config(METHODS[name])
+    monkeypatch.setattr("torch.backends.cudnn.deterministic", True)
+    made = config(METHODS[name], f"--device={device}")
     run(made, tmp_path / "whole")
     for step in (9, 17):
         with monkeypatch.context() as patched:
@@ -110,6 +121,54 @@ def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
     run(made, tmp_path / "cut")
     for cut, whole in zip(result(tmp_path / "cut"), result(tmp_path / "whole"), strict=True):
         assert cut == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LGRAWA", "LSGD of groups", "DataParallel"])
+def test_wherever_a_run_is_cut_off_it_equals_the_uninterrupted_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(METHODS[name])
+    run(made, tmp_path / "whole")
+    for step in range(STEPS):
+        folder = tmp_path / str(step)
+        with monkeypatch.context() as patched:
+            cut_at(step, patched)
+            with pytest.raises(Cut):
+                run(made, folder)
+        run(made, folder)
+        assert result(folder) == result(tmp_path / "whole"), step
+
+
+def test_with_a_limit_in_seconds_the_clock_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints by the clock, too: all ranks make them at the same step."""
+    limits = ("--budget.steps=null", "--budget.seconds=3", "--save.unit=seconds", "--save.every=0.4")
+    made, take = config("LGRAWA", *limits, "--eval.every=1000"), Worker.step
+
+    last = 0.0
+
+    def cut(worker: Worker) -> Any:
+        nonlocal last
+        last = max(last, worker.facts.seconds)
+        if worker.facts.seconds > 1.5:
+            raise Cut
+        return take(worker)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "step", cut)
+        with pytest.raises(Cut):
+            run(made, tmp_path)
+    manifests = [json.loads(m.read_text()) for m in sorted(tmp_path.glob("checkpoints/0*/manifest.json"))]
+    assert 0.4 <= manifests[-1]["seconds"] <= last
+    began = time.monotonic()
+    summary = run(made, tmp_path)[0]
+    assert 3 <= summary["training_seconds"] <= manifests[-1]["seconds"] + time.monotonic() - began
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("step", "seconds"):
+        seen = [record[name] for record in records if record["event"] == "train"]
+        assert seen == sorted(seen)
+    after = [r["seconds"] for r in records if r["event"] == "train" and r["step"] > manifests[-1]["step"]]
+    assert after[0] >= manifests[-1]["seconds"]
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
@@ -142,7 +201,11 @@ def saved(folder: Path, steps: tuple[int, ...], keep: int = 2) -> None:
         checkpoints = Checkpoints(folder, comm, keep)
         for step in steps:
             state = {"x": torch.full((5,), float(comm.rank)), "step": step, "nested": [None, (1, "a")]}
-            assert checkpoints.save(step, state, {"seconds": 1.5}) is None
+            assert checkpoints.save(step, state, {"seconds": 1.5}) == []
+            state["x"].fill_(-1)  # what is saved is what it was
+        assert checkpoints.step == steps[-1]
+        assert checkpoints.settle() == []
+        assert (checkpoints.step, checkpoints.settle()) == (math.inf, [])
 
     simulate(WORLD, body)
 
@@ -190,28 +253,93 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     assert len(set(simulate(WORLD, body))) == 1
 
 
-def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ranks are told, whichever it is; nothing of the new one remains."""
+def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """All ranks are told, whichever it is, and go on; nothing of the new one remains."""
     saved(tmp_path, (10,))
 
-    def body(comm: Communicator) -> str | None:
-        class Full:
-            def __reduce__(self) -> Any:
-                raise OSError(28, "No space left on device")
+    def body(comm: Communicator) -> list[str]:
+        checkpoints = Checkpoints(tmp_path, comm)
+        assert checkpoints.save(20, {"x": torch.zeros(500_000 if comm.rank == 1 else 5)}, {}) == []
+        return checkpoints.save(30, {"x": 0}, {}) + checkpoints.settle()
 
-        state = {"x": Full() if comm.rank == 1 else 0}
-        return Checkpoints(tmp_path, comm).save(20, state, {})
+    # What a full disk does, to files of more than a megabyte.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        told = simulate(WORLD, body)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert told == [["step 20: not saved, the checkpoints before stay: rank 1: [Errno 27] File too large"]] * WORLD
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000030", "latest"]
+    assert (tmp_path / "latest").read_text() == "000000030\n"
 
-    told = simulate(WORLD, body)
-    assert told == ["rank 1: [Errno 28] No space left on device"] * WORLD
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "latest"]
-    assert loaded(tmp_path)[0][0] == 10
+
+class Killed(BaseException):
+    """The job ends here, between two things that it does to the disk."""
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
+    step: int, keep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before or the new one, also where the new one replaces the one before."""
+
+    def save(folder: Path, step: int, value: float) -> None:
+        def body(comm: Communicator) -> list[str]:
+            checkpoints = Checkpoints(folder, comm, keep)
+            return checkpoints.save(step, {"x": torch.full((9,), value + comm.rank)}, {}) + checkpoints.settle()
+
+        assert simulate(WORLD, body) == [[]] * WORLD
+
+    def load(comm: Communicator) -> tuple[int, list[float], tuple[str, ...]]:
+        restored = Checkpoints(folder, comm).load()
+        assert restored is not None
+        return restored.step, (restored.state["x"] - comm.rank).tolist(), restored.skipped
+
+    left: float = math.inf
+
+    def mortal(function: Any) -> Any:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return act
+
+    for place, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"), (Path, "rename"), (Path, "mkdir")):
+        monkeypatch.setattr(place, name, mortal(getattr(place, name)))
+    for number in range(1000):
+        left, folder = math.inf, tmp_path / str(number)
+        save(folder, 10, 0.0)
+        left = number
+        try:
+            save(folder, step, 100.0)
+        except (Killed, RuntimeError):  # torch.save ends with one of its own
+            assert left < 0
+        killed, left = left < 0, math.inf
+        assert set(map(repr, simulate(WORLD, load))) <= {
+            repr((10, [0.0] * 9, ())),
+            repr((step, [100.0] * 9, ())),
+        }
+        if not killed:
+            break
+        save(folder, 30, 300.0)
+        assert simulate(WORLD, load)[0][0] == 30
+        assert len([p for p in folder.iterdir() if p.is_dir()]) <= keep
+    assert number > 8
 
 
 def test_too_little_space_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr("hpc_grawa.checkpoint.shutil.disk_usage", lambda place: usage)
-    with pytest.raises(ConfigError, match=r"save.keep is 2: 3 checkpoints of 3 ranks need 2.23 MB, .* has 1 MB free"):
+    with pytest.raises(
+        ConfigError, match=r"save.keep is 2: 3 checkpoints of 3 ranks need 2.23 MB, .* has 1 MB for them"
+    ):
         run(config("LGRAWA"), tmp_path / "a")
     run(config("LGRAWA", "--save.every=.inf"), tmp_path / "b")
 
@@ -239,11 +367,27 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
 
     with pytest.raises(ConfigError, match=r"the launcher started 2 ranks: must be 3, as when .* --resume-world any"):
         simulate(2, body)
+    (tmp_path / "ranks").mkdir(exist_ok=True)
+    (tmp_path / "ranks/0002.json").write_text("{}")
+    take, starts = Worker.start_from, {}
+
+    def start(worker: Worker, state: dict[str, Any]) -> None:
+        take(worker, state)
+        starts[worker.comm.rank] = worker.vector.data.clone()
+
+    monkeypatch.setattr(Worker, "start_from", start)
+    resumed = int((tmp_path / "checkpoints/latest").read_text())
+    state = torch.load(tmp_path / f"checkpoints/{resumed:09d}/rank-0000.pt", weights_only=True)["worker"]["run"]
     summary = simulate(2, lambda comm: body(comm, any_world=True))[0]
+    center = state["synchronizers"][0]["averager"]["center"]
+    assert torch.equal(starts[0], center) and torch.equal(starts[1], center)
     assert (summary["world_size"], summary["steps"]) == (2, STEPS)
     rounds = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"round"' in line]
-    assert [(event["step"], len(event["ranks"])) for event in rounds] == [(4, 3), (8, 3), (14, 2), (18, 2)]
+    # The checkpoint of step 10 may or may not have been on the disk.
+    expected = {5: [(4, 3), (9, 2), (13, 2), (17, 2), (18, 2)], 10: [(4, 3), (8, 3), (14, 2), (18, 2)]}
+    assert [(event["step"], len(event["ranks"])) for event in rounds] == expected[resumed]
     assert summary["center_test_accuracy"] > 0.3
+    assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["0000.json", "0001.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -314,12 +458,57 @@ def test_what_a_run_does_not_go_on_with(tmp_path: Path, monkeypatch: pytest.Monk
         refused("--budget.steps=8"),
     )
     holder.release()
-    status, output, errors = launch(*words, "--budget.steps=12", "--allow-change", "budget")
+    status, output, errors = launch(*words, "--budget.steps=12", "--allow-change", "budget", "--comm-timeout=500")
     assert status == 0 and "resumed    at step 7" in output, errors
     assert json.loads((folder / "summary.json").read_text())["steps"] == 12
     assert refused("--run.name=null", "--budget.steps=8") == (
         "run.resume is auto: must be never without run.name, where SLURM gives the job no number"
     )
+
+
+def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lock.json"
+    held = json.dumps({"job": "job 5", "restarts": 0, "host": "far", "pid": 1})
+    file.write_text(held)
+    began = time.monotonic()
+    Lock(tmp_path, "job 5", 1).release()
+    assert time.monotonic() - began < 2 and not file.exists()
+    file.write_text(held)
+    os.utime(file, (time.time() - 57,) * 2)
+    began = time.monotonic()
+    Lock(tmp_path, "job 6").release()
+    assert 1 < time.monotonic() - began < 10 and not file.exists()
+    assert re.fullmatch(
+        r"waiting    up to [23] s for job 5 on far \(process 1\), silent for 5[78] s\n", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("heir", "said", "state"), [("job 6", "ending", None), ("job 5", "stopped", "T")])
+def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: str | None, tmp_path: Path) -> None:
+    """Ended by itself; or stopped, until SLURM ends it, where the same job goes on elsewhere."""
+    code = (
+        "import sys, time, pathlib, hpc_grawa.resume as r; r.Lock(pathlib.Path(sys.argv[1]), 'job 5'); time.sleep(60)"
+    )
+    loser = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    file = tmp_path / "lock.json"
+    while not file.is_file():
+        time.sleep(0.1)
+    content = json.dumps({"job": heir, "restarts": 1, "host": "far", "pid": 1})
+    write_atomically(file, content)
+    assert loser.stderr is not None
+    assert loser.stderr.readline() == f"{file} is {heir}'s now: {said}\n"
+    if state is None:
+        assert loser.wait(10) == 2
+    else:
+        end = time.monotonic() + 10
+        while Path(f"/proc/{loser.pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        loser.kill()
+        loser.wait()
+    assert file.read_text() == content
 
 
 def test_a_job_of_slurm_finds_its_run_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,13 +520,13 @@ def test_a_job_of_slurm_finds_its_run_by_its_number(tmp_path: Path, monkeypatch:
     assert launch(*words)[1].endswith("LGRAWA-17_2 is finished\n")
 
 
-def preempted(job: Any, folder: Path, cause: str) -> dict[str, Any]:
+def told_to_end(job: Any, folder: Path, state: str, cause: str) -> dict[str, Any]:
     """The summary of a job that was told to end, and says so."""
     output, errors = job.communicate(timeout=90)
     assert job.returncode == TRY_AGAIN, errors
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    assert (summary["state"], summary["cause"]) == ("preempted", cause)
-    assert f"preempted  by {cause} (rank {summary['rank']}), saved at step {summary['steps']}" in output
+    assert (summary["state"], summary["cause"]) == (state, cause)
+    assert f"ended      {state} by {cause} (rank {summary['rank']}), saved at step {summary['steps']}" in output
     return summary
 
 
@@ -351,7 +540,7 @@ def test_a_signal_to_one_rank_has_all_save_at_one_step(method: str, tmp_path: Pa
     words += ["--log.every=2", "--run.control_every=4", "--run.name=a", "--run.resume=auto"]
     assert launch(*words, f"--run.dir={tmp_path}/whole", ranks=2)[0] == 0
     folder, again = tmp_path / "cut" / "a", (*words, f"--run.dir={tmp_path}/cut")
-    for cause, rank in (("SIGUSR2", 1), ("STOP", 0)):
+    for cause, rank in (("SIGUSR2", 1), ("SIGTERM", 1), ("STOP", 0)):
         job = start(*again, ranks=2)
         records, sizes, end = folder / "metrics.jsonl", [0], time.monotonic() + 60
         while len(sizes) < 6:  # it has been growing for a while
@@ -363,13 +552,62 @@ def test_a_signal_to_one_rank_has_all_save_at_one_step(method: str, tmp_path: Pa
             (folder / "STOP").touch()
         else:
             ranks = [p for p in running(f"--run.dir={tmp_path}/cut") if rank_of(p) == str(rank)]
-            os.kill(ranks[0], signal.SIGUSR2)
-        summary = preempted(job, folder, cause)
+            os.kill(ranks[0], signal.Signals[cause])
+        state = {"SIGUSR2": "timed out", "SIGTERM": "preempted", "STOP": "stopped"}[cause]
+        summary = told_to_end(job, folder, state, cause)
         assert summary["rank"] == rank and 0 < summary["steps"] < 100
         saved = {len(json.loads(m.read_text())["files"]) for m in folder.glob("checkpoints/0*/manifest.json")}
         assert saved == {2} and not (folder / "STOP").exists()
     status, output, errors = launch(*again, ranks=2)
     assert status == 0 and f"resumed    at step {summary['steps']}" in output, errors
+    for cut, whole in zip(result(folder), result(tmp_path / "whole" / "a"), strict=True):
+        assert cut == whole
+
+
+@launched
+@pytest.mark.slow
+def test_a_term_at_the_limit_is_the_limit_s_and_a_file_may_hold_a_signal_s_name(tmp_path: Path) -> None:
+    """As ``slurm/common.sh`` says the limit, and writes such a file for a launcher that would die of the signal."""
+    words = ["train", *LINE, "--model=own.Slow", "--method=LGRAWA", "--method.period=4", "--budget.steps=1000"]
+    words += ["--run.control_every=4", "--run.name=a", "--run.resume=auto", f"--run.dir={tmp_path}", "--backend=mpi"]
+    folder, now = tmp_path / "a", time.time()
+    for at, cause, state in (
+        (now + 3600, "SIGTERM", "preempted"),
+        (now + 50, "SIGTERM", "timed out"),
+        (None, "SIGUSR2", "timed out"),
+    ):
+        records = folder / "metrics.jsonl"
+        before = records.stat().st_size if records.exists() else 0
+        job = start(*words, ranks=1, env=environment() | {"HPC_GRAWA_ENDS": f"{at or 0:.0f}"})
+        end = time.monotonic() + 60
+        while not records.exists() or records.stat().st_size < before + 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if at is None:
+            (folder / "STOP").write_text(f"{cause}\n")
+        else:
+            ranks = [p for p in running(f"--run.dir={tmp_path}") if rank_of(p) == "0"]
+            os.kill(ranks[0], signal.Signals[cause])
+        told_to_end(job, folder, state, cause)
+
+
+@pytest.mark.slow
+def test_the_last_evaluation_is_made_again_where_it_was_cut_off(tmp_path: Path) -> None:
+    words = ["train", *LINE, "--model=own.Slow", "--method=LGRAWA", "--method.period=2", "--budget.steps=6"]
+    words += ["--save.unit=steps", "--save.every=4", "--eval.every=100", "--eval.batch_size=1", "--run.name=a"]
+    words += ["--run.resume=auto", "--eval.train_examples=8"]
+    assert launch(*words, f"--run.dir={tmp_path}/whole")[0] == 0
+    folder, again = tmp_path / "cut" / "a", (*words, f"--run.dir={tmp_path}/cut")
+    job, end = start(*again), time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() or '"round": 3' not in (folder / "metrics.jsonl").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR2)
+    job.communicate(timeout=30)
+    assert job.returncode == -signal.SIGUSR2 and not (folder / "summary.json").exists()
+    os.utime(folder / "lock.json", (0, 0))  # as a minute would
+    status, output, errors = launch(*again)
+    assert status == 0 and "resumed    at step 4, " in output, errors
     for cut, whole in zip(result(folder), result(tmp_path / "whole" / "a"), strict=True):
         assert cut == whole
 

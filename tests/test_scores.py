@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpc_grawa import ParameterVector
-from hpc_grawa.scores import Equal, GradientNorm, TrainingLoss, probe_gradient
+from hpc_grawa.scores import Equal, GradientNorm, Momentum, TrainingLoss, probe_gradient
 
 
 class Everything(nn.Module):
@@ -306,6 +306,24 @@ def test_momentum_follows_the_oracle_through_scores_that_are_not_finite_and_a_re
         assert math.isfinite(scale) == bool(taken.isfinite().all())
         if math.isfinite(scale):
             np.testing.assert_allclose(taken, expected, rtol=1e-13)
+
+
+def test_a_momentum_goes_on_from_a_state_of_another_precision_which_stays_as_it_was() -> None:
+    """As where a GPU's single precision goes on on a CPU."""
+    coming = [torch.rand(5, dtype=torch.float64) for _ in range(4)]
+    whole, begun, resumed = Momentum(0.7), Momentum(0.7), Momentum(0.7)
+    for s in coming:
+        whole.update(s)
+    for s in coming[:2]:
+        begun.update(s)
+    state = {name: tensor.float() for name, tensor in begun.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    resumed.load_state_dict(state)
+    for s in coming[2:]:
+        resumed.update(s)
+    assert whole.value is not None and resumed.value is not None
+    torch.testing.assert_close(resumed.value, whole.value, rtol=1e-6, atol=0)
+    assert all(torch.equal(state[name], kept[name]) for name in state)
 
 
 def test_one_layer_that_is_not_finite_leaves_the_others_momentum_alone() -> None:

@@ -23,7 +23,8 @@ from hpc_grawa.errors import NonFinite
 from hpc_grawa.evaluate import Judge
 from hpc_grawa.log import Log
 from hpc_grawa.parsing import parse
-from hpc_grawa.train import Worker, fit
+from hpc_grawa.train import fit
+from hpc_grawa.worker import Worker
 
 METHODS = ("GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
 PERIOD = 4
@@ -99,7 +100,7 @@ def test_the_summary_has_every_key(finished: tuple[Config, Path, dict[str, Any]]
     for key in ("center_test", "mean_test", "center_train", "mean_train"):
         assert 0 < summary[f"{key}_loss"] < math.inf
     assert len(summary["local_test_loss"]) == 3
-    parts = [summary[f"{part}_seconds"] for part in ("compute", "communication", "waiting")]
+    parts = [summary[f"{part}_seconds"] for part in ("compute", "loading", "communication", "waiting")]
     assert min(parts) >= 0 and sum(parts) == pytest.approx(summary["training_seconds"])
     assert summary["examples_per_second"] == pytest.approx(30 * 3 * 32 / summary["training_seconds"])
     assert summary["gap"] == summary["center_train_accuracy"] - summary["center_test_accuracy"]
@@ -327,8 +328,7 @@ def test_evaluation_does_not_count_as_training(tmp_path: Path) -> None:
     start = time.perf_counter()
     config = digits("--model=test_train.Examined", "--eval.unit=steps", "--eval.every=2", steps=20)
     summary = run(config, tmp_path / "a", world=1)[0]
-    assert time.perf_counter() - start > 1.1  # 11 evaluations
-    assert summary["training_seconds"] < 0.6
+    assert summary["training_seconds"] < time.perf_counter() - start - 1.1  # 11 evaluations
     stamps = [event["seconds"] for event in events(tmp_path / "a", "evaluate")]
     assert (
         len(stamps) == 11
@@ -376,6 +376,19 @@ def test_own_classes_train_and_a_metric_of_their_own_is_reported(tmp_path: Path)
     trained = center(tmp_path / "a")
     assert trained["linear.weight"].item() == pytest.approx(2, abs=0.4)
     assert trained["linear.bias"].item() == pytest.approx(1, abs=0.3)
+
+
+def test_what_waits_for_data_is_told_from_what_computes(tmp_path: Path) -> None:
+    """Batches of training and of probes; those of evaluations are no part of training."""
+    words = [f"--{section}={path}" for section, path in own.ALL.items() if section not in ("method", "data")]
+    words += ["--data=own.LateNumbers", "--method=MGRAWA", "--method.period=4", "--budget.steps=10"]
+    config = parse(words)
+    config.check(2)
+    summary = run(config, tmp_path / "a", world=2)[0]
+    batches = 10 + 3
+    assert 0.02 * batches <= summary["loading_seconds"] <= summary["training_seconds"] - summary["waiting_seconds"]
+    parts = [summary[f"{part}_seconds"] for part in ("compute", "loading", "communication", "waiting")]
+    assert min(parts) >= 0 and sum(parts) == pytest.approx(summary["training_seconds"])
 
 
 @pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
@@ -452,6 +465,7 @@ def test_a_trace_shows_what_every_rank_did(tmp_path: Path) -> None:
         spans = [e for e in found if e["ph"] == "X" and e["pid"] == rank]
         count = {name: sum(e["name"] == name for e in spans) for name in {e["name"] for e in spans}}
         assert count["compute local step"] == 10
+        assert count["load batch"] == 10 + 3
         assert count["compute score"] == count["pack center"] == count["wire center"] == count["wait center"] == 3
         assert count["wait control"] == 3
         assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in spans)

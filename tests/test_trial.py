@@ -16,8 +16,8 @@ from hpc_grawa import simulate
 from hpc_grawa.data import Splits
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.parsing import parse
-from hpc_grawa.train import Worker
 from hpc_grawa.trial import try_out
+from hpc_grawa.worker import Worker
 
 WORDS = {
     "--model": "own.Line",

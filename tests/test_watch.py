@@ -33,32 +33,46 @@ def words(tmp_path: Path, *more: str) -> tuple[str, ...]:
 
 
 @launched
-def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path) -> None:
-    hangs = ("--model=own.Hanging", "--model.calls=30", "--budget.steps=100", "--run.comm_timeout=4")
+@pytest.mark.parametrize(("calls", "activity"), [(30, "evaluates"), (1, "computes")])
+def test_a_rank_that_hangs_ends_the_job_and_is_named(calls: int, activity: str, tmp_path: Path) -> None:
+    hangs = ("--model=own.Hanging", f"--model.calls={calls}", "--budget.steps=100", "--comm-timeout=4")
     began = time.monotonic()
     status, _, errors = launch(*words(tmp_path, *hangs), ranks=2)
     assert status != 0 and time.monotonic() - began < 45
     assert re.search(
-        rf"rank 0 of 2 on {HOST} has waited [4-9] s for (control|evaluate) \(run.comm_timeout is 4\): ending the job "
-        rf"on all ranks; not waiting: rank 1 on {HOST} at step \d+ computes, heard of \d s ago",
+        rf"rank 0 of 2 on {HOST} has waited [4-9] s for (control|evaluate) \(comm_timeout is 4\): ending the job "
+        rf"on all ranks; not waiting: rank 1 on {HOST} at step \d+ {activity}, heard of \d s ago",
         errors,
     ), errors
     signs = read_signs(tmp_path / "a")
     assert [s.rank for s in signs] == [0, 1]
-    assert signs[0].activity.startswith("waits for ") and signs[1].activity == "computes"
+    assert signs[0].activity.startswith("waited for ") and signs[1].activity == activity
+    for file in (tmp_path / "a" / "ranks").iterdir():  # as a minute later
+        os.utime(file, (time.time() - 10 * BEAT,) * 2)
+    assert re.match(
+        rf"{tmp_path}/a: ended by rank 0 on {HOST}, which gave up waiting: rank 1 on {HOST} at step \d+ {activity}, ",
+        describe(tmp_path / "a"),
+    )
 
 
 @launched
-def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(tmp_path: Path) -> None:
-    job = start(*words(tmp_path, "--model=own.Slow", "--budget.steps=10000"), ranks=2)
+@pytest.mark.parametrize("backend", ["mpi", "gloo"])
+def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(backend: str, tmp_path: Path) -> None:
+    job = start(*words(tmp_path, "--model=own.Slow", "--budget.steps=10000"), f"--backend={backend}", ranks=2)
     end = time.monotonic() + 60
-    while len(read_signs(tmp_path / "a")) < 2:
+
+    def written() -> str:
+        records = tmp_path / "a" / "metrics.jsonl"
+        return records.read_text() if records.exists() else ""
+
+    while len(read_signs(tmp_path / "a")) < 2 or '"train"' not in written() or '"round"' not in written():
         assert time.monotonic() < end
         time.sleep(0.2)
     now = describe(tmp_path / "a")
     assert now.startswith(f"{tmp_path}/a: running\nprogress   step ")
     assert re.search(r"\d+\.\d s of training, [01]% of the budget, ETA \d+ s\n", now), now
     assert re.search(r"training   step \d+: loss [\d.e-]+, lr 0.05, examples_per_second [\d.]+\n", now), now
+    assert re.search(r"^slowest    rank [01], in \d+ of \d+ rounds$", now, re.M), now
     assert all(re.search(rf"^\| {rank} +\| +{HOST} \| +\d+ \|", now, re.M) for rank in (0, 1)), now
     victim = max(running(f"--run.dir={tmp_path}"))
     killed = time.monotonic()
@@ -68,10 +82,12 @@ def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(tmp_path:
     files = sorted((tmp_path / "a" / "ranks").glob("*.json"))
     rank = next(json.loads(f.read_text())["rank"] for f in files if json.loads(f.read_text())["pid"] == victim)
     for file in files:  # as a minute later
-        past = file.stat().st_mtime - 10 * BEAT - (file == files[rank])
-        os.utime(file, (past, past))
+        os.utime(file, (time.time() - 10 * BEAT,) * 2)
     then = describe(tmp_path / "a")
-    assert f"dead without a word; the first to fall silent was rank {rank} on {HOST} at step " in then
+    assert re.match(
+        rf"{tmp_path}/a: died without a word, killed or lost with its host: first rank {rank} on {HOST} at step \d+\n",
+        then,
+    ), then
 
 
 def test_the_state_of_a_run_that_has_ended(tmp_path: Path) -> None:

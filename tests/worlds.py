@@ -14,6 +14,7 @@ from torch import Tensor, nn, optim
 
 from hpc_grawa import Method, ParameterVector, Run
 from hpc_grawa.comm import Communicator
+from hpc_grawa.launch import local_device
 from hpc_grawa.synchronizer import Round
 
 NET = ref.TwoLayer(d=3, h=4, o=3)  # 31 parameters: prime, so that no world divides it
@@ -70,10 +71,11 @@ def run_method(
     batch: Callable[[int, int], tuple[Any, ...]] = batch,
     independent: bool = False,
     parts: int = 1,
+    device: str = "cpu",
     **build: Any,
 ) -> Trace:
     """Train on one rank as `ref.replay` does; ranks are given different starts, which a common start must undo."""
-    model = twin(starts(comm.size)[comm.rank], dtype)
+    model = twin(starts(comm.size)[comm.rank], dtype).to(local_device(wanted=device))  # type: ignore[arg-type]
     vector = ParameterVector(model)
     like = optimizer()
     sgd = optim.SGD(
@@ -81,7 +83,9 @@ def run_method(
     )
 
     def loss_of(inputs: Any, targets: Any) -> Tensor:
-        return nn.functional.cross_entropy(model(torch.as_tensor(inputs, dtype=dtype)), torch.as_tensor(targets))
+        there = vector.data.device
+        outputs = model(torch.as_tensor(inputs, dtype=dtype, device=there))
+        return nn.functional.cross_entropy(outputs, torch.as_tensor(targets, device=there))
 
     def eta(step: int) -> float:
         return lr(step) if callable(lr) else lr
@@ -114,17 +118,17 @@ def run_method(
         run.after_step(loss)
         if step == steps - 1:
             run.finish()
-        trace.parameters.append(vector.data.double().numpy().copy())
-    trace.center = run.center.double().numpy().copy()
+        trace.parameters.append(vector.data.double().cpu().numpy().copy())
+    trace.center = run.center.double().cpu().numpy().copy()
     momenta = [t for p in vector.parameters for t in sgd.state[p].values() if t is not None]
-    trace.momenta = [t.double().numpy().copy() for t in momenta]
+    trace.momenta = [t.double().cpu().numpy().copy() for t in momenta]
     return trace
 
 
 def gradient(run: Run, optimizer: optim.Optimizer, loss_of: Any, batch: tuple[Any, ...], parts: int) -> Tensor:
     """One shared gradient, as the training loop computes it: accumulated over parts, the last of which is shared."""
     run.aggregator.zero_grad(optimizer)
-    total = torch.zeros(())
+    total = torch.zeros((), device=run.center.device)
     pieces = [np.array_split(part, parts) for part in batch]
     for i, piece in enumerate(zip(*pieces, strict=True)):
         if i == parts - 1:

@@ -172,7 +172,8 @@ class AllreduceAggregator(Aggregator):
         number = len(self._works)
         if number == len(self._buckets) - 1:
             self._flags.fill_(1)
-            self._flags[list(absent)] = 0
+            if absent:  # on CUDA a list of indices stops the host
+                self._flags[list(absent)] = 0
         self._works.append(self._comm.allreduce(self._buckets[number][1], "gradient", bucket=number))
 
     def _bring_home(self) -> None:

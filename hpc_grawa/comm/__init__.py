@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,19 @@ from .single import SingleCommunicator
 
 Backend = Literal["auto", "horovod", "mpi", "gloo", "nccl", "single"]
 
-__all__ = ["Backend", "Communicator", "Meter", "Purpose", "SharedCounter", "Work", "choose", "connect", "simulate"]
+__all__ = [
+    "Backend",
+    "Communicator",
+    "Library",
+    "Meter",
+    "Purpose",
+    "SharedCounter",
+    "Work",
+    "choose",
+    "connect",
+    "libraries",
+    "simulate",
+]
 
 
 def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[Backend, str]:
@@ -28,11 +42,18 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     every rank of this host has a GPU, else Gloo; otherwise single.
 
     Raises:
-        ConfigError: the backend is not installed, or cannot run under this launcher.
+        ConfigError: the backend is not installed, or cannot run under this launcher; or none started this process,
+            in a SLURM job of several tasks, and ``single`` was not asked for.
     """
     facts = facts or rank_facts()
     launcher = facts.launcher
     by = f"started by {launcher}" if launcher else "no launcher"
+    if facts.tasks > 1 and backend != "single":
+        raise ConfigError(
+            f"backend is {backend} in a SLURM job of {facts.tasks} tasks, but no launcher started this process: it "
+            f"would train alone; start it by srun --mpi=pmix or mpirun, or, if one process is meant, with backend "
+            f"single or by srun --ntasks=1"
+        )
     if backend == "auto":
         if launcher is None:
             return "single", by
@@ -99,6 +120,34 @@ def connect(backend: Backend = "auto", facts: RankFacts | None = None) -> Commun
             f"backend gloo"
         )
     return comm
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a backend's library is here.
+
+    Attributes:
+        release: its name and release; empty where it is not installed or cannot be imported.
+        has: what it can do, or was built with.
+        error: why it cannot be imported.
+    """
+
+    release: str = ""
+    has: dict[str, bool] = field(default_factory=dict)
+    error: str = ""
+
+
+def libraries() -> dict[Backend, Library]:
+    """What MPI and Horovod are here; imports them (not for a process that is to communicate later on)."""
+    found: dict[Backend, Library] = {}
+    backends: tuple[tuple[Backend, str], ...] = (("mpi", "mpi4py"), ("horovod", "horovod"))
+    for backend, module in backends:
+        try:
+            library = import_module(f".{backend}", __name__).library
+            found[backend] = Library(*library()) if _built(module) else Library()
+        except Exception as error:  # whatever a broken library raises
+            found[backend] = Library(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    return found
 
 
 def _built(module: str) -> bool:

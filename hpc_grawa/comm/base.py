@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -43,10 +43,10 @@ class Meter:
 
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
     until the last rank arrives. Seconds in every other wait are *communication*. *Hidden* seconds are those in which
-    a message was under way while this rank went on computing.
+    a message was under way while this rank went on computing. *Loading* is the time until the next batch is there.
 
-    On CUDA a wait returns before the message has arrived: seconds are then those between two events of the stream,
-    read where they are asked for.
+    On CUDA a wait returns before the message has arrived, and the device may still be at work on the last batch while
+    the host waits for the next: seconds are then those between two events of the stream, read where they are asked for.
     """
 
     def __init__(self) -> None:
@@ -56,11 +56,13 @@ class Meter:
         self.hidden_seconds = 0.0
         #: What this rank stands still for, and since when on the clock of ``time.perf_counter``.
         self.waits_for: tuple[str, float] | None = None
+        #: What it does else.
+        self.activity = "computes"
         #: Where spans of time are kept, if any.
         self.trace: Trace | None = None
         self._hidden_until = 0.0
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def started(self, verb: Verb, purpose: str, x: Tensor, world_size: int) -> None:
         payload = x.numel() * x.element_size()
@@ -94,6 +96,32 @@ class Meter:
         self.bytes_sent, self._seconds = defaultdict(float, state["bytes_sent"]), defaultdict(float, state["seconds"])
         self.hidden_seconds = state["hidden_seconds"]
 
+    @contextmanager
+    def busy(self, activity: str) -> Iterator[None]:
+        """Within the block this rank does something else than to compute local steps."""
+        self.activity = activity
+        try:
+            yield
+        finally:
+            self.activity = "computes"
+
+    @contextmanager
+    def loading(self, device: torch.device) -> Iterator[None]:
+        """Count the block, in which the model stands still for its next batch."""
+        on_device = device.type == "cuda"
+        if on_device:
+            begins, ends = cuda_event(), cuda_event()
+            begins.record()
+        began = time.perf_counter()
+        with self.busy("loads its next batch"), self.span("load", "batch"):
+            yield
+        if on_device:
+            ends.record()
+            self._events.append(("load", begins, ends))
+            self._read_events(wait=False)
+        else:
+            self._seconds["load"] += time.perf_counter() - began
+
     def span(self, kind: Kind, name: str) -> AbstractContextManager[None]:
         """Keep the span of the block, where spans are kept."""
         return nullcontext() if self.trace is None else self.trace.span(kind, name)
@@ -112,15 +140,23 @@ class Meter:
     @property
     def seconds(self) -> defaultdict[str, float]:
         """Seconds inside ``Work.wait`` by purpose; on CUDA waits for what is still under way."""
-        for purpose, start, end in self._events:
-            end.synchronize()
-            self._seconds[purpose] += start.elapsed_time(end) / 1000
-        self._events.clear()
+        self._read_events(wait=True)
         return self._seconds
+
+    def _read_events(self, wait: bool) -> None:
+        while self._events and (wait or self._events[0][2].query()):  # type: ignore[no-untyped-call]
+            purpose, start, end = self._events.popleft()
+            if wait:
+                end.synchronize()
+            self._seconds[purpose] += start.elapsed_time(end) / 1000
 
     @property
     def waiting_seconds(self) -> float:
         return self.seconds["control"]
+
+    @property
+    def loading_seconds(self) -> float:
+        return self.seconds["load"]
 
     @property
     def communication_seconds(self) -> float:
@@ -272,6 +308,13 @@ class Communicator(ABC):
             hosts = self.gather_bytes(host_identity().encode())
             self._node = self.split([hosts.index(host) for host in hosts])
         return self._node
+
+    def ranks_sharing_a_gpu(self) -> tuple[int, int] | None:
+        """The first two ranks whose current CUDA device is one and the same, which NCCL refuses; all must call it."""
+        device = torch.cuda.current_device()
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device)
+        devices = self.gather_bytes(f"{host_identity()} {uuid}".encode())
+        return next(((devices.index(d), rank) for rank, d in enumerate(devices) if devices.index(d) < rank), None)
 
     def counter(self) -> SharedCounter:
         """A new counter of all ranks, at 0; all must call it."""

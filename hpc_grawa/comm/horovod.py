@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import sys
 import time
@@ -10,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LostContact
+from ..launch import local_device, rank_facts
 from .base import Communicator, Purpose, Verb, Work
+
+#: The same number in Open MPI, MPICH and what is made of them.
+_MPI_THREAD_MULTIPLE = 3
 
 
 class HorovodCommunicator(Communicator):
@@ -18,31 +25,44 @@ class HorovodCommunicator(Communicator):
 
     backend = "horovod"
 
-    def __init__(self, part: tuple[HorovodCommunicator, Any, str] | None = None) -> None:
+    def __init__(self, part: tuple[HorovodCommunicator, tuple[int, ...], str] | None = None) -> None:
         import horovod.torch as hvd
 
         self._hvd = hvd
         if part is not None:
-            root, self._set, self._name = part
-            ranks = self._set.ranks
+            root, ranks, self._name = part
             super().__init__(ranks.index(root.rank), len(ranks), ranks)
             self._root: HorovodCommunicator = root
             self._gpu: bool = root._gpu
             return
-        hvd.init(process_sets="dynamic")
+        self._ours = not hvd.is_initialized()
+        if self._ours:
+            # Horovod's thread asks all others every millisecond what is next, and spins in Open MPI until they answer.
+            # Where threads outnumber cores it must let them compute, or they answer late.
+            os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+            if rank_facts().launcher != "horovodrun --gloo":
+                _start_mpi(hvd)
+            hvd.init()
         super().__init__(hvd.rank(), hvd.size())
-        self._root, self._set, self._name = self, hvd.global_process_set, "hpc_grawa"
-        self._sets: dict[tuple[int, ...], Any] = {self.ranks: self._set}
+        self._root, self._name = self, "hpc_grawa"
+        self._sets: dict[tuple[int, ...], Any] = {self.ranks: hvd.global_process_set}
         self._parts = 0
-        self._gpu = torch.cuda.is_available() and (hvd.nccl_built() > 0 or hvd.cuda_built())
+        self._gpu = False  # while ranks tell each other their GPUs
+        self._gpu = torch.cuda.is_available() and (hvd.nccl_built() > 0 or hvd.cuda_built()) and self._own_gpus()
         self._end_together()
+
+    def _own_gpus(self) -> bool:
+        """Whether Horovod's library can send from the ranks' GPUs: NCCL wants one for each rank."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.set_device(local_device())
+        return not self._hvd.nccl_built() or self.ranks_sharing_a_gpu() is None
 
     def carries(self, x: Tensor, verb: Verb) -> bool:
         return not x.is_cuda or self._gpu
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         # A name fixed per (purpose, bucket) lets Horovod's response cache skip the negotiation in later rounds.
-        hvd, name, among = self._hvd, f"{self._name}.{purpose}.{verb}.{bucket}", self._set
+        hvd, name, among = self._hvd, f"{self._name}.{purpose}.{verb}.{bucket}", self._root._sets[self.ranks]
         if verb == "allreduce":
             handle = hvd.allreduce_async_(x, op=hvd.Sum, name=name, process_set=among)
         elif verb == "broadcast":
@@ -56,27 +76,42 @@ class HorovodCommunicator(Communicator):
             # hvd.synchronize blocks in C++; polling keeps Ctrl-C and signals alive. Its own loop sleeps as long.
             while not hvd.poll(handle):
                 time.sleep(1e-4)
-            result = hvd.synchronize(handle)
+            try:
+                result = hvd.synchronize(handle)
+            except RuntimeError as error:
+                raise LostContact(str(error)) from error
             received: Tensor = result[0] if isinstance(result, tuple) else result
             return received
 
         return Work(wait)
 
     def _split(self, parts: list[list[int]], own: int) -> HorovodCommunicator:
-        # Every process must add every process set, in one order: they tell each other theirs.
+        # Every process must know every process set, in one order: they tell each other theirs.
         root = self._root
         members = tuple(self.ranks[m] for m in parts[own])
         told = {tuple(map(int, text.split())) for text in root.gather_bytes(" ".join(map(str, members)).encode())}
-        for ranks in sorted(told - set(root._sets)):
+        new = sorted(told - set(root._sets))
+        if new:
+            root._add_sets(new)
+        root._parts += 1
+        return HorovodCommunicator((root, members, f"hpc_grawa.{root._parts}"))
+
+    def _add_sets(self, new: list[tuple[int, ...]]) -> None:
+        hvd = self._hvd
+        if not self._ours:
             try:
-                root._sets[ranks] = self._hvd.add_process_set(list(ranks))
+                self._sets |= {ranks: hvd.add_process_set(list(ranks)) for ranks in new}
             except ValueError as error:
                 raise RuntimeError(
-                    'Horovod was started without process sets: call hvd.init(process_sets="dynamic"), or leave out '
-                    "hvd.init() before hpc_grawa's"
+                    "Horovod was started without process sets, which this method or data.stage needs: leave out "
+                    'hvd.init() before hpc_grawa\'s, or call hvd.init(process_sets="dynamic"), which slows messages'
                 ) from error
-        root._parts += 1
-        return HorovodCommunicator((root, root._sets[members], f"hpc_grawa.{root._parts}"))
+            return
+        # Horovod starts again with all sets: one that may be given more at any time ("dynamic") lets messages stand
+        # for up to seconds. No message of another rank is under way: all have just answered the last one.
+        self._sets |= {ranks: hvd.ProcessSet(list(ranks)) for ranks in new}
+        hvd.shutdown()
+        hvd.init(process_sets=[known for known in self._sets.values() if known is not hvd.global_process_set])
 
     def abort(self, status: int = 1) -> None:
         # Without a shutdown handshake: the launcher sees the death of this rank and ends the others.
@@ -87,3 +122,27 @@ class HorovodCommunicator(Communicator):
     def close(self) -> None:
         if self._hvd.is_initialized():
             self._hvd.shutdown()
+
+
+def _start_mpi(hvd: Any) -> None:
+    """Start MPI before Horovod does, which would end it with itself; MPI cannot be started twice.
+
+    By the library that Horovod was built on, which need not be that of mpi4py.
+    """
+    if not hvd.mpi_built():
+        return
+    mpi = hvd.mpi_ops._basics.MPI_LIB_CTYPES
+    started = ctypes.c_int()
+    mpi.MPI_Initialized(ctypes.byref(started))
+    if not started.value:
+        mpi.MPI_Init_thread(None, None, _MPI_THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+        atexit.register(mpi.MPI_Finalize)  # after Horovod's shutdown, which is registered later
+
+
+def library() -> tuple[str, dict[str, bool]]:
+    """Horovod's release, and what it was built with, without starting it."""
+    import horovod
+    import horovod.torch as hvd
+
+    built = {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": hvd.nccl_built() > 0, "CUDA": hvd.cuda_built()}
+    return horovod.__version__, built

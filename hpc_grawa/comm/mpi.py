@@ -161,3 +161,15 @@ def reads_cuda() -> bool:
         return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
     except (OSError, AttributeError):  # an MPI without the question
         return any(os.environ.get(v) == "1" for v in ("MPICH_GPU_SUPPORT_ENABLED", "MV2_USE_CUDA", "I_MPI_OFFLOAD"))
+
+
+def library() -> tuple[str, dict[str, bool]]:
+    """The MPI library's name and release, and what it can do, without starting it."""
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    name = " ".join(MPI.Get_library_version().strip("\0").split(",")[0].split()[:4])
+    return f"{name}, mpi4py {mpi4py.__version__}", {"CUDA": reads_cuda()}

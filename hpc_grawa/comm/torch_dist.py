@@ -14,12 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LostContact
 from ..launch import (
     RankFacts,
     first_host,
     first_port,
-    host_identity,
     interface_of,
     local_device,
     own_name_is_reachable,
@@ -85,15 +84,12 @@ class TorchCommunicator(Communicator):
         self._end_together()
 
     def _check_devices(self) -> None:
-        device = torch.cuda.current_device()
-        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device)
-        devices = [found.decode() for found in self.gather_bytes(f"{host_identity()} {uuid}".encode())]
-        for rank, found in enumerate(devices):
-            if devices.index(found) < rank:
-                raise ConfigError(
-                    f"backend is nccl: ranks {devices.index(found)} and {rank} would share a GPU, which NCCL cannot; "
-                    f"must be gloo, mpi or horovod, or one rank per GPU"
-                )
+        sharing = self.ranks_sharing_a_gpu()
+        if sharing is not None:
+            raise ConfigError(
+                f"backend is nccl: ranks {sharing[0]} and {sharing[1]} would share a GPU, which NCCL cannot; "
+                f"must be gloo, mpi or horovod, or one rank per GPU"
+            )
 
     def carries(self, x: Tensor, verb: Verb) -> bool:
         # Gloo copies to the host by itself, but for these two verbs only.
@@ -122,7 +118,10 @@ class TorchCommunicator(Communicator):
             # Gloo's wait blocks in C++: polling keeps Ctrl-C and signals alive. NCCL's only orders the stream.
             while not result.is_cuda and not work.is_completed():
                 time.sleep(5e-5)
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise LostContact(str(error)) from error
             return result
 
         return Work(wait)

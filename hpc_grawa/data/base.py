@@ -15,6 +15,8 @@ from ..comm import Communicator
 from ..errors import ConfigError
 from .sharding import Sampler, Split, shard_size
 
+CPU = torch.device("cpu")
+
 
 class Examples(Protocol):
     """Examples that can be had by number, a batch at a time."""
@@ -33,8 +35,13 @@ class Examples(Protocol):
 class Ahead(Examples, Protocol):
     """Examples whose batches can be prepared, by threads say, while something else is computed."""
 
-    def start(self, index: Tensor, generator: torch.Generator | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Begin to prepare a batch; what is returned waits for it and gives what ``batch`` would."""
+    def start(
+        self, index: Tensor, generator: torch.Generator | None = None, device: torch.device = CPU
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin to prepare a batch; what is returned waits for it and gives what ``batch`` would.
+
+        It is going to be used on ``device``, and may already lie there.
+        """
 
 
 #: Batches that are prepared while one is used.
@@ -42,20 +49,21 @@ AHEAD = 2
 
 
 def in_advance(
-    examples: Examples, wanted: Iterable[tuple[Tensor, torch.Generator | None]]
+    examples: Examples, wanted: Iterable[tuple[Tensor, torch.Generator | None]], device: torch.device = CPU
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of ``examples`` that are wanted, in order; where they can be, the next ones are prepared meanwhile.
 
     Args:
         examples: that the batches are of.
         wanted: index and generator of each batch; may be endless.
+        device: that they are going to be used on; they need not lie there yet.
     """
     if not isinstance(examples, Ahead):
         yield from (examples.batch(index, generator) for index, generator in wanted)
         return
     begun: deque[Callable[[], tuple[Tensor, Tensor]]] = deque()
     for index, generator in wanted:
-        begun.append(examples.start(index, generator))
+        begun.append(examples.start(index, generator, device))
         if len(begun) > AHEAD:
             yield begun.popleft()()
     while begun:

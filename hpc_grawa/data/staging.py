@@ -38,8 +38,8 @@ def staged(
 ) -> tuple[list[Path], NDArray[Any]]:
     """Copy what the ranks of this node train on to ``stage``, once per node; all ranks must call it.
 
-    A copy that is there already is used; one that was interrupted is continued at the file that was being written.
-    Every image's checksum is compared while it is copied.
+    Every image's checksum is compared while it is copied. A copy that is there already is read, and used as far as its
+    checksums are right; one that was interrupted is continued at the file that was being written.
 
     Args:
         stage: a folder on a disk of each node; made if need be.
@@ -61,9 +61,10 @@ def staged(
     copies = _Copies(stage, paths, rows, wanted)
     problem = ""
     if node.rank == 0:
-        size = copies.missing()
-        say(f"stage      {len(wanted):,} images of this node's ranks to {copies.folder}, {size / 1e9:.2f} GB to copy")
         try:
+            size = copies.check(say)
+            images = f"{len(wanted):,} images of this node's ranks"
+            say(f"stage      {images} to {copies.folder}, {size / 1e9:.2f} GB to copy")
             copies.make(size, say)
         except (OSError, ValueError) as error:
             problem = f"data.stage is {stage}: {' '.join(str(error).split())} (on {platform.node()})"
@@ -98,16 +99,26 @@ class _Copies:
             self._offsets[a:b] -= starts[a]
             self._sizes.append(int(ends[b - 1] - starts[a]))
 
-    def _absent(self) -> list[int]:
-        """The files of the copy that are not there: they appear whole, by renaming."""
-        return [i for i, path in enumerate(self.paths) if not path.is_file() or path.stat().st_size != self._sizes[i]]
+    def check(self, say: Callable[[str], None]) -> int:
+        """Read the copy as far as it is there; bytes that are still to be copied, or to be copied again."""
+        there = sum(size for path, size in zip(self.paths, self._sizes, strict=True) if path.is_file())
+        if there:
+            say(f"stage      checking {there / 1e9:.2f} GB that {self.folder} already holds")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            intact = list(pool.map(self._intact, range(len(self.paths))))
+        self._absent = [i for i, good in enumerate(intact) if not good]
+        return sum(self._sizes[i] for i in self._absent)
 
-    def missing(self) -> int:
-        """Bytes that are still to be copied."""
-        return sum(self._sizes[i] for i in self._absent())
+    def _intact(self, i: int) -> bool:
+        """Whether file number ``i`` of the copy is there and as it was written."""
+        path, chosen = self.paths[i], self._chosen[self._bounds[i] : self._bounds[i + 1]]
+        if not path.is_file() or path.stat().st_size != self._sizes[i]:
+            return False
+        with path.open("rb") as file:
+            return all(zlib.crc32(file.read(int(row["length"]))) == row["crc32"] for row in chosen)
 
     def make(self, size: int, say: Callable[[str], None]) -> None:
-        """Copy what is absent, ``size`` bytes; OSError or ValueError where that fails."""
+        """Copy what ``check`` found absent, ``size`` bytes; OSError or ValueError where that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for half in self.folder.glob(f"*.{platform.node()}.part"):
             half.unlink()
@@ -117,7 +128,7 @@ class _Copies:
         copied, start = 0, time.monotonic()
         shown = start
         with ThreadPoolExecutor(_THREADS) as pool:  # they wait for the file system, not for processors
-            for length in pool.map(self._copy, self._absent()):
+            for length in pool.map(self._copy, self._absent):
                 copied, now = copied + length, time.monotonic()
                 if now - shown >= _LINE_EVERY:
                     rate, shown = copied / (now - start), now

@@ -10,7 +10,8 @@ runs before the package is installed::
 Nothing else in the environment is replaced: the build tools live in a temporary folder. Exit status 0 says that
 Horovod is there and imports, 1 that it is not; the reason is on the standard error.
 
-``HOROVOD_GPU_OPERATIONS=NCCL`` in the environment builds for GPUs (it needs the CUDA toolkit and NCCL).
+``HOROVOD_GPU_OPERATIONS=NCCL`` in the environment builds for GPUs (it needs the CUDA toolkit). It takes the NCCL that
+torch brought, so that both have one; ``HOROVOD_NCCL_HOME`` names another.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ def edits(target: Target) -> list[Edit]:
         # torch is loaded before.
         Edit("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"{standard}\nset(CMAKE_SKIP_RPATH ON)"),
         Edit("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", standard),
+        # Standard headers that newer compilers' others no longer bring along.
+        Edit("horovod/common/common.h", "#include <memory>", "#include <memory>\n#include <stdexcept>"),
+        Edit("horovod/common/group_table.h", "#include <queue>", "#include <queue>\n#include <string>"),
         # A CUDA build of torch and a stray nvcc make CMake look for a complete CUDA toolkit and stop without one, even
         # where no GPU operation was asked for. Ask for CUDA only where the user did.
         Edit(
@@ -214,6 +218,9 @@ def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) ->
     }
     env["LDFLAGS"] = " ".join([env.get("LDFLAGS", ""), *(f"-Wl,-rpath,'{folder}'" for folder in target.libmpi)])
 
+    if target.gpu == "NCCL" and not any(name.startswith("HOROVOD_NCCL_") for name in env):
+        env |= nccl_of_torch(work / "nccl")
+
     fetch_source(work, log, env, index)
     with tarfile.open(work / f"horovod-{RELEASE}.tar.gz") as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
@@ -225,6 +232,22 @@ def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) ->
     if wheel is None:
         raise HorovodError(f"the build left no wheel, see {log}")
     return wheel
+
+
+def nccl_of_torch(folder: Path) -> dict[str, str]:
+    """Return what makes Horovod build on the NCCL package that torch's wheel needs; nothing where it has none."""
+    spec = util.find_spec("nvidia")
+    for place in (spec and spec.submodule_search_locations) or ():
+        library = next(iter(Path(place, "nccl", "lib").glob("libnccl.so.*")), None)
+        if library is not None and Path(place, "nccl", "include", "nccl.h").is_file():
+            folder.mkdir()
+            (folder / "libnccl.so").symlink_to(library)  # the name that the linker looks for; torch loads the library
+            return {
+                "HOROVOD_NCCL_INCLUDE": str(Path(place, "nccl", "include")),
+                "HOROVOD_NCCL_LIB": str(folder),
+                "HOROVOD_NCCL_LINK": "shared",
+            }
+    return {}
 
 
 def keep(wheel: Path, folder: Path) -> Path:

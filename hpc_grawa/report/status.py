@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..watch import Sign, read_signs
+from ..watch import Sign, ending_of, read_signs
 from .runs import RunRecord, read_run
 from .table import aligned
 
@@ -32,18 +32,12 @@ def describe(folder: Path) -> str:
 
 
 def _state(record: RunRecord, signs: list[Sign]) -> str:
-    if record.summary is not None:
-        summary = record.facts
-        cause = f" by {summary['cause']}" if "cause" in summary else ""
-        where = f" (rank {summary['rank']}{' on ' + summary['host'] if 'host' in summary else ''})" if cause else ""
-        return f"{summary['state']}{cause}{where}"
-    if any(sign.alive for sign in signs):
+    if record.summary is None and any(sign.alive for sign in signs):
         gone = [sign for sign in signs if not sign.alive]
-        return "running" + "".join(f"; rank {s.rank} on {s.host} not heard of for {s.age:.0f} s" for s in gone)
-    if not signs:
-        return "not begun, or without signs of life"
-    first = max(signs, key=lambda sign: sign.age)
-    return f"dead without a word; the first to fall silent was rank {first.rank} on {first.host} at step {first.step}"
+        told = next((f"told to end by {sign.told}" for sign in signs if sign.told), "running")
+        return told + "".join(f"; rank {s.rank} on {s.host} not heard of for {s.age:.0f} s" for s in gone)
+    summary = None if record.summary is None else record.facts
+    return ending_of(summary, signs) or "not begun, or without signs of life"
 
 
 def _progress(record: RunRecord, signs: list[Sign], state: str) -> list[str]:

@@ -126,6 +126,7 @@ def markdown(table: Table) -> str:
     add("rounds", "rounds", _count)
     add("sent/rank", "bytes_sent", human_bytes)
     add("computing", "compute_seconds", _seconds)
+    add("loading", "loading_seconds", _seconds)
     add("communicating", "communication_seconds", _seconds)
     add("hidden", "hidden_seconds", _seconds, always=False)
     add("waiting", "waiting_seconds", _seconds)

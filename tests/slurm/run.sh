@@ -2,17 +2,18 @@
 # make test-slurm: the tests of slurm/, on the controller that answers, else on one that the script LAB starts and stops.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-lab=${1:-}
+export LAB=${1:-} # tests break nodes of a lab only
+if [ -r "$LAB" ]; then LAB=$(realpath "$LAB"); fi
 
 if ! timeout 20 sinfo -h >/dev/null 2>&1; then
-    if ! command -v slurmctld >/dev/null || ! [ -r "$lab" ]; then
-        echo "test-slurm: left out: no SLURM controller answers, and there is none to start (slurmctld and ${lab:-LAB=SCRIPT})"
+    if ! command -v slurmctld >/dev/null || ! [ -r "$LAB" ]; then
+        echo "test-slurm: left out: no SLURM controller answers, and there is none to start (slurmctld and ${LAB:-LAB=SCRIPT})"
         exit 0
     fi
-    trap 'bash "$lab" stop' EXIT
-    bash "$lab" reset
-    eval "$(bash "$lab" env)"
+    trap 'bash "$LAB" stop' EXIT
+    bash "$LAB" reset
+    eval "$(bash "$LAB" env)"
 fi
 mkdir -p runs
 # Not in /tmp, which the nodes of a cluster do not share.
-timeout 1200 python -m pytest -p no:cacheprovider --basetemp=runs/test-slurm -v tests/slurm
+timeout 2400 python -m pytest -p no:cacheprovider --basetemp=runs/test-slurm -v tests/slurm

@@ -1,0 +1,76 @@
+"""What ``slurm/`` and the program must agree on, without a controller: templates, recipes, messages of its README."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from hpc_grawa.parsing import recipes
+
+ROOT = Path(__file__).parents[1]
+SLURM = ROOT / "slurm"
+TEMPLATES = sorted(path.name for path in SLURM.glob("*.sh") if path.name not in ("common.sh", "chain.sh", "site.sh"))
+METHODS = ("lgrawa", "mgrawa", "easgd", "lsgd", "localsgd", "dataparallel")
+MODELS = {"cifar10": "resnet20", "cifar100": "resnet56", "imagenet": "resnet50"}
+#: Messages of SLURM and Open MPI.
+FOREIGN = (
+    *("JobState=", "ExitCode=", "scontrol show", "sbatch: ", "srun: error", "srun: launch", "(Partition", "***"),
+    *(".../bin/activate", "The application appears", "mpi_pmix.c", "Gloo connect", "Requested operation"),
+)
+#: What stands for values in the README's messages.
+VALUES = r"\.\.\./lock\.json|\bjob \.\.\.|\bstopped$|\.\.\.|'[^']*'|\b\d+\b|\bsrun\b|\bmpi\b|\bhorovodrun --gloo\b"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_is_a_header_and_one_line(template: str) -> None:
+    lines = (SLURM / template).read_text().splitlines()
+    body = [line for line in lines if not line.startswith("#")]
+    assert lines[0] == "#!/usr/bin/env bash" and f"#SBATCH --job-name={template.removesuffix('.sh')}" in lines
+    assert [line.startswith("methods=(") for line in body] == ([True, False] if template == "seeds.sh" else [False])
+    assert body[-1].startswith('[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || ') and body[-1].endswith('"$@"')
+
+
+def test_templates_name_recipes_that_are_there() -> None:
+    assert set(TEMPLATES) == {f"{m}_{d}.sh" for m in METHODS for d in MODELS} | {
+        "scaling.sh",
+        "seeds.sh",
+        "prepare_imagenet.sh",
+    }
+    for method in METHODS:
+        for data, model in MODELS.items():
+            recipe = f"{data}_{model}_{method}"
+            assert recipe in recipes() and f'common.sh" {recipe} "$@"' in (SLURM / f"{method}_{data}.sh").read_text()
+    assert 'common.sh" cifar10_resnet20_lgrawa ' in (SLURM / "scaling.sh").read_text()
+    seeds = (SLURM / "seeds.sh").read_text()
+    assert f"methods=({' '.join(METHODS)})" in seeds and 'common.sh" "cifar10_resnet20_${methods[i % 6]}"' in seeds
+
+
+def texts() -> str:
+    """All strings of the program and the scripts; a dot of three stands for what they put in."""
+    found = []
+    for path in (ROOT / "hpc_grawa").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    found += [re.sub(r"\$\{[^}]*\}|\$\w+", "…", path.read_text()) for path in SLURM.glob("*.sh")]
+    return "\n".join(found)
+
+
+def test_the_messages_of_the_symptom_table_are_those_of_the_program() -> None:
+    table = (SLURM / "README.md").read_text().partition("| what you see |")[2].partition("\n\n")[0]
+    rows = [re.split(r" \| ", line.removeprefix("| ").removesuffix(" |")) for line in table.splitlines()[2:]]
+    assert all(len(row) == 3 and all(row) for row in rows)
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+ [^`]+)`", row[0])]
+    ours = [message for message in quoted if not message.startswith(FOREIGN)]
+    assert len(ours) > 15
+    said = texts()
+    for message in ours:
+        parts = [part.strip() for part in re.split(VALUES, message.removeprefix("hpc-grawa train: error: "))]
+        fixed = [part for part in parts if len(part) > 6]
+        assert fixed, message
+        assert not [part for part in fixed if part not in said], message
