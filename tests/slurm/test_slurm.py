@@ -182,10 +182,11 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     made = Site(tmp_path / "a site")
     monkeypatch.chdir(made.folder)
-    return made
+    yield made
+    print(made.logs())  # shown where the test failed
 
 
 def test_all_scripts_pass_shellcheck() -> None:
