@@ -67,6 +67,10 @@ summary_says() { grep -Eqs "\"$1\": \"$2\"" "$folder/summary.json"; }
 
 changed() { stat -c %y "$folder/$1" 2>/dev/null || true; } # when; ranks at work change the folder "ranks"
 
+begun() { # whether a rank has said anything, in signs of life or a summary, since the marks $1 and $2 were taken
+    [ "$(changed ranks)" != "$1" ] || [ "$(changed summary.json)" != "$2" ]
+}
+
 still_ours() { # ID: whether SLURM lets this attempt of the job run; on a node that it had lost, another may be under way
     local state="" count=""
     read -r state count < <(squeue -h -j "$1" -O State,RestartCnt) || true
@@ -117,7 +121,7 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
 }
 
 train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finished
-    local nodes=$1 recipe=$2 before after silent said name words=()
+    local nodes=$1 recipe=$2 again before after silent said name words=()
     shift 2
     name=${CHAIN:-$SLURM_JOB_NAME-$id}${STEPS:+-${nodes}nodes}
     words=(train --config "$recipe" --run.resume auto --run.dir "${RUNS:-runs}" --run.name "$name"
@@ -131,19 +135,27 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
 
     before=$(latest) silent=$(changed ranks) said=$(changed summary.json)
     if [ -n "${CHAIN:-}" ]; then check_chain "$before"; fi
-    launch "$nodes" "${words[@]}"
-    if [ "$status" = 0 ] && [[ " $* " != *" --dry_run"* ]] && ! summary_says state finished; then
-        say "the launcher ended with status 0, but $folder/summary.json does not say that the run is finished"
-        exit 1 # srun does so where it could not start a step
-    fi
-    if [ "$status" = 0 ]; then return; fi
+    for again in yes no; do
+        launch "$nodes" "${words[@]}"
+        if [ "$status" = 0 ] && [[ " $* " != *" --dry_run"* ]] && ! summary_says state finished; then
+            say "the launcher ended with status 0, but $folder/summary.json does not say that the run is finished"
+            if begun "$silent" "$said"; then exit 1; fi
+            status=1 # srun does so where it could not start a step
+        fi
+        if [ "$status" = 0 ]; then return; fi
+        # Busy or still ending an earlier step, a node may fail to start one, and can the next time; bad input is 2.
+        if [ "$again" = no ] || [ "$status" = 2 ] || begun "$silent" "$said"; then break; fi
+        sleep 5
+        if [ -n "$told" ] || ! still_ours "$id"; then break; fi
+        say "no rank came as far as training (status $status): started once more"
+    done
     # Of ranks that leave with 75, saved, srun kills the last, and horovodrun makes 1.
     if [ "$(changed summary.json)" != "$said" ] && summary_says state "(timed out|preempted|stopped)"; then status=75; fi
     if [ "$status" -gt 128 ] && [ -n "$told" ]; then status=75; fi # so ends one that is told before it listens
     after=$(latest)
     if [ "$status" != 75 ]; then
         # A program that fails says so in its summary; bad input is 2; else ranks were killed, or lost with their node.
-        if [ "$status" = 2 ] || [ -e "$folder/summary.json" ] || [ "$(changed ranks)" = "$silent" ]; then exit "$status"; fi
+        if [ "$status" = 2 ] || [ -e "$folder/summary.json" ] || ! begun "$silent" "$said"; then exit "$status"; fi
         if grep -qs "\"job $id\"" "$folder/lock.json"; then rm -f "$folder/lock.json"; fi # or a link of a chain would wait
         say "the ranks died (status $status), last checkpoint: ${after:-none}; hpc-grawa status $folder says more"
     fi

@@ -620,6 +620,27 @@ def test_a_job_whose_program_fails_is_not_requeued(site: Site) -> None:
     assert ended - (site.folder / "runs" / run / "summary.json").stat().st_mtime < 30
 
 
+@pytest.mark.parametrize("works_again", [True, False])
+def test_a_start_that_fails_before_any_rank_trains_is_made_once_more(works_again: bool, site: Site) -> None:
+    """Here a rank is killed before Python starts."""
+    program = site.folder / "bin/hpc-grawa"
+    program.parent.mkdir()
+    first = "mkdir first 2>/dev/null" if works_again else '[ "$SLURM_PROCID" = 1 ]'
+    program.write_text(
+        f'#!/bin/bash\nif {first}; then kill -KILL $$; fi\nexec {shlex.quote(sys.executable)} -m hpc_grawa "$@"\n'
+    )
+    program.chmod(0o755)
+    (site.folder / "slurm/site.sh").write_text("PATH=$PWD/bin:$PATH\n")
+    job = site.submit("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
+    site.wait(job, "COMPLETED" if works_again else "FAILED")
+    # Of the first that was killed, or of those that srun ends then.
+    assert (
+        len(re.findall(r"no rank came as far as training \(status 1(?:37|43)\): started once more", site.logs())) == 1
+    )
+    assert fact(job, "Restarts") == "0"
+    assert site.logs().count("finished ") == works_again
+
+
 def test_a_job_whose_rank_hangs_is_requeued(site: Site) -> None:
     shutil.copy(ROOT / "tests/own.py", site.folder)
     own = ("--config=digits", "--model=own.Hanging", "--model.calls=300", "--data=own.Numbers", "--loss=MSELoss")
