@@ -137,7 +137,7 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
     if [ -n "${CHAIN:-}" ]; then check_chain "$before"; fi
     for again in yes no; do
         launch "$nodes" "${words[@]}"
-        if [ "$status" = 0 ] && [[ " $* " != *" --dry_run"* ]] && ! summary_says state finished; then
+        if [ "$status" = 0 ] && [[ " $* " != *" --dry"[-_]"run"* ]] && ! summary_says state finished; then
             say "the launcher ended with status 0, but $folder/summary.json does not say that the run is finished"
             if begun "$silent" "$said"; then exit 1; fi
             status=1 # srun does so where it could not start a step

@@ -506,6 +506,12 @@ def test_scaling_trains_on_more_and_more_nodes(site: Site) -> None:
         assert site.summary(f"scaling-{job}-{nodes}nodes")["world_size"] == 4 * nodes
 
 
+def test_a_dry_run_ends_without_a_run(site: Site) -> None:
+    job = site.submit("slurm/lgrawa_imagenet.sh", *DIGITS, "--dry-run")
+    site.wait(job, "COMPLETED")
+    assert "12 ranks" in site.logs() and not (site.folder / "runs").exists()
+
+
 def test_submitted_from_elsewhere_it_says_so_in_one_line(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
