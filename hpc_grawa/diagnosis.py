@@ -236,7 +236,8 @@ def _cores(f: Facts, ranks: list[Process]) -> _Lines:
         yield "cores", f"{value}; {_numbers(crowded)}: more threads than cores to run on", "lack", fix
     elif threads > len(own):
         if len(own) == first.host_cores:
-            yield "cores", value, "note", "fewer ranks on a host, or a smaller OMP_NUM_THREADS"
+            fewer = ", or a smaller OMP_NUM_THREADS" if threads > len(ranks) else ""
+            yield "cores", value, "note", f"fewer ranks on a host{fewer}"
         else:
             yield "cores", value, "lack", fix
     elif f.launcher.launcher and len(first.cores) == 1 and first.host_cores > len(ranks):

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 #: 1,000 training and 500 validation JPEGs of ten classes, in the folders of imagenette.
-REAL = Path(os.environ.get("IMAGES") or ROOT.parent / "shared/data/imagenette2-224-100x50.tar").absolute()
+_REAL = Path(os.environ.get("IMAGES") or ROOT.parent / "shared/data/imagenette2-224-100x50.tar").absolute()
 WORDS = {"n01440764": "tench, Tinca tinca", "n02102040": "English springer", "n02979186": "cassette player"}
 
 Images = dict[str, dict[str, bytes]]
@@ -39,10 +39,17 @@ def script(name: str) -> Any:
     return module
 
 
+def real_archive() -> Path:
+    """The tar of real JPEGs; without it the test is skipped."""
+    if not _REAL.is_file():
+        pytest.skip(f"no real images: {_REAL} is not there")
+    return _REAL
+
+
 @cache
 def _real() -> dict[str, Images]:
     found: dict[str, Images] = {"train": {}, "val": {}}
-    with tarfile.open(REAL) as archive:
+    with tarfile.open(real_archive()) as archive:
         for member in archive:
             if member.isreg() and (handle := archive.extractfile(member)) is not None:
                 part, wnid, name = member.name.split("/")[-3:]
@@ -52,8 +59,6 @@ def _real() -> dict[str, Images]:
 
 def real(part: str, per_class: int, classes: int = 10) -> Images:
     """Class → name → content of real JPEGs; without them the test is skipped."""
-    if not REAL.exists():
-        pytest.skip(f"no real images: {REAL} is not there")
     chosen = sorted(_real()[part].items())[:classes]
     return {wnid: dict(sorted(images.items())[:per_class]) for wnid, images in chosen}
 

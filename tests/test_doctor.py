@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -143,7 +142,8 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
         (world({"threads": 4, "cores": (0,)}, {}), "cores", "lack", "rank 0: more threads than", "--cpus-per-task"),
         (world({"cores": (0,)}), "cores", "note", "1 of 2, for 1 .*; ranks are bound to one each", "--bind-to none"),
         (world({"cores": (0,)}, {"cores": (0,)}), "cores", "lack", "1 of 2, for 2 computing threads", "--bind-to none"),
-        (world({"threads": 2}, {"threads": 2}), "cores", "note", "2 of 2, for 4 computing threads", "fewer|smaller"),
+        (world({"threads": 2}, {"threads": 2}), "cores", "note", "2 of 2, for 4 computing threads", "or a smaller OMP"),
+        (world(*[{"cores": (0,), "host_cores": 1}] * 2), "cores", "note", "1 of 1, for 2", "^fewer ranks on a host$"),
         # network
         (world({}, {}, told={"GLOO_SOCKET_IFNAME": "eth1"}), "chosen", "lack", "eth1, which is not", "one of lo, ib0"),
         (world({}, {}, {"name_is_reachable": False}), "name", "note", "on b: .*loopback address", "GLOO_SOCKET_IFNAME"),
@@ -266,9 +266,7 @@ def test_ranks_of_horovodrun() -> None:
 
 
 def test_ranks_of_torchrun() -> None:
-    if shutil.which("torchrun", path=str(BIN)) is None:
-        pytest.skip("there is no torchrun")
-    by = ("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python")
+    by = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
     status, output, errors = run("doctor", by=by)
     assert status == 0 and sections(output) == SECTIONS, output + errors
     assert re.search("backend (gloo|nccl) works here, on 2 ranks$", output)
