@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -47,7 +48,7 @@ class Budget:
         """Local steps until the limit in steps or epochs, or None where only the clock decides."""
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
-            limits.append(math.ceil(self.epochs * steps_per_epoch))
+            limits.append(math.ceil(as_written(self.epochs) * steps_per_epoch))
         return min(limits, default=None)
 
     def used(self, facts: RunFacts, total_steps: int | None) -> float:
@@ -58,6 +59,16 @@ class Budget:
         if self.seconds is not None:
             shares.append(facts.seconds / self.seconds)
         return max(shares)
+
+
+def as_written(number: float) -> Fraction:
+    """The decimal that was written, not the nearest binary fraction that stands for it.
+
+    Example:
+        >>> 0.28 * 25, as_written(0.28) * 25
+        (7.000000000000001, Fraction(7, 1))
+    """
+    return Fraction(str(number))
 
 
 class Cadence:
@@ -89,7 +100,9 @@ class Cadence:
         elapsed = self._facts.elapsed(self._unit)
         if elapsed < self.next:
             return False
-        self.next = self._every * (1 + elapsed // self._every)
+        # Steps over steps per epoch and a multiple are each rounded once, so where they are equal they stay so.
+        every = as_written(self._every)
+        self.next = float(every * (1 + as_written(elapsed) // every))
         return True
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
+from fractions import Fraction
 
 import pytest
 
-from hpc_grawa.budget import Budget, Clock
+from hpc_grawa.budget import Budget, Cadence, Clock
 from hpc_grawa.schedules import RunFacts
 
 
@@ -47,6 +49,30 @@ def test_the_share_used_is_that_of_the_limit_that_is_nearest() -> None:
 def test_only_the_clock_decides_where_there_are_no_steps() -> None:
     assert Budget(seconds=1).total_steps(10) is None
     assert Budget(epochs=1.01).total_steps(10) == 11
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 25, 49, 391])
+def test_epochs_become_steps_without_round_off(steps_per_epoch: int) -> None:
+    """Of hundredths of an epoch: .28 of 25 steps are 7, though .28 * 25 is more in binary."""
+    for hundredths in range(1, 300):
+        steps = Fraction(hundredths * steps_per_epoch, 100)
+        assert Budget(epochs=hundredths / 100).total_steps(steps_per_epoch) == math.ceil(steps)
+
+
+@pytest.mark.parametrize("every", ["0.1", "0.28", "0.04", "1.2", "3"])
+@pytest.mark.parametrize("steps_per_epoch", [25, 50, 390])
+def test_what_recurs_by_epochs_falls_on_the_first_step_at_each_multiple(every: str, steps_per_epoch: int) -> None:
+    facts = RunFacts(steps_per_epoch=steps_per_epoch)
+    cadence, due = Cadence(float(every), "epochs", facts), []
+    for facts.step in range(1, 10 * steps_per_epoch + 1):
+        if cadence.due():
+            due.append(facts.step)
+    multiples = [math.ceil(Fraction(every) * k * steps_per_epoch) for k in range(1, 1000)]
+    assert due == [step for step in multiples if step <= 10 * steps_per_epoch]
+
+
+def test_what_never_recurs_is_never_due() -> None:
+    assert not Cadence(math.inf, "epochs", RunFacts(step=10**9, steps_per_epoch=1)).due()
 
 
 def test_the_clock_pauses() -> None:

@@ -48,6 +48,13 @@ def test_step_multiplies_by_gamma_from_each_milestone_on(schedule: Step, drops: 
     assert course(schedule) == pytest.approx([0.2 ** sum(t >= drop for drop in drops) for t in range(TOTAL)])
 
 
+def test_milestones_in_epochs_fall_on_their_steps_without_round_off() -> None:
+    for hundredths in range(4, 300, 4):  # whole steps, of 25 an epoch
+        step, schedule = hundredths // 4, Step(milestones=[hundredths / 100])
+        facts = [RunFacts(step=t, steps_per_epoch=25) for t in (step - 1, step)]
+        assert [schedule(fact) for fact in facts] == [1, schedule.gamma], hundredths
+
+
 @pytest.mark.parametrize("warmup", [1, 5, 2 * TOTAL])
 @pytest.mark.parametrize("schedule", [Constant, Cosine, Linear, lambda: Step(milestones=[3], unit="steps")])
 def test_warm_up_rises_linearly_to_the_peak_that_the_schedule_has_there(
