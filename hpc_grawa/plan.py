@@ -32,7 +32,7 @@ class MirrorCommunicator(Communicator):
         result = x.expand(self.size, *x.shape).clone() if verb == "allgather" else x
         return Work(lambda: result)
 
-    def counter(self) -> LocalCounter:
+    def _counter(self) -> LocalCounter:
         return LocalCounter()
 
     def node(self) -> MirrorCommunicator:

@@ -157,10 +157,11 @@ def consensus_distance(x: Array) -> float:
 def bytes_sent(verb: str, payload: int, world_size: int) -> float:
     """Bytes that one of W ranks counts as sent for a payload of n bytes (for allgather: its own part).
 
-    allreduce 2n(W-1)/W, allgather n(W-1), alltoall n(W-1)/W, broadcast n(W-1)/W.
+    allreduce 2n(W-1)/W, allgather n(W-1), alltoall n(W-1)/W, broadcast n(W-1)/W; a number from a counter n to the rank
+    that keeps it and n back, which is 2n(W-1)/W per rank.
     """
     n, w = payload, world_size
-    if verb == "allreduce":
+    if verb in ("allreduce", "counter"):
         return 2 * n * (w - 1) / w
     if verb == "allgather":
         return float(n * (w - 1))

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import reference as ref
 from conftest import Ranks
 from torch import nn
 from worlds import batch, probe_batch, starts, twin
 
 from hpc_grawa import EASGD, LGRAWA, LSGD, LocalLGRAWA, LocalSGD, Method, ParameterVector, Run, simulate
-from hpc_grawa.comm import Communicator
+from hpc_grawa.comm import Communicator, Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.schedules import RunFacts
 from hpc_grawa.synchronizer import Round
@@ -221,6 +222,30 @@ def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks) -> None:
 
     for healed, finite in on_several_ranks(body):
         assert finite and healed[0] == (1,) and not any(healed[1:])
+
+
+def test_tickets_are_counted_with_all_other_messages(on_ranks: Ranks) -> None:
+    """One for every local step, and one past the end for every round; each is 8 bytes there and 8 back."""
+
+    def body(comm: Communicator) -> tuple[int, int, int, Meter]:
+        trainer = Trainer(comm, LocalSGD(period=4, rounds="pooled"), steps=14)
+        facts, past_the_end = trainer.run.facts, 0
+        while facts.step < 14:
+            if trainer.run.before_step():
+                trainer.step()
+            else:
+                past_the_end += 1
+        trainer.run.finish()
+        return trainer.made, past_the_end, len(trainer.rounds), comm.meter
+
+    for made, past_the_end, rounds, meter in on_ranks(body):
+        tickets = made + past_the_end
+        assert past_the_end == rounds == 4
+        assert meter.calls["ticket"] == tickets and meter.payload_bytes["ticket"] == 8 * tickets
+        assert meter.bytes_sent["ticket"] == pytest.approx(tickets * ref.bytes_sent("counter", 8, on_ranks.size))
+        assert 0 < meter.seconds["ticket"] < meter.communication_seconds and meter.waits_for is None
+        others = sum(meter.bytes_sent[purpose] for purpose in ("control", "center", "gradient"))
+        assert meter.training_bytes_sent == round(others + meter.bytes_sent["ticket"])
 
 
 def test_rounds_say_who_is_slowest(on_several_ranks: Ranks) -> None:

@@ -20,14 +20,15 @@ from ..trace import Kind, Trace
 Verb = Literal["allreduce", "allgather", "alltoall", "broadcast"]
 
 #: What a message is for. Only the first group is training; the others are neither timed nor counted in its bytes.
-TRAINING_PURPOSES = ("control", "center", "gradient")
-Purpose = Literal["control", "center", "gradient", "setup", "evaluate"]
+TRAINING_PURPOSES = ("control", "center", "gradient", "ticket")
+Purpose = Literal["control", "center", "gradient", "ticket", "setup", "evaluate"]
 
 
-def bytes_sent(verb: Verb, payload: int, world_size: int) -> float:
+def bytes_sent(verb: Verb | Literal["counter"], payload: int, world_size: int) -> float:
     """Bytes one rank sends for a message of ``payload`` bytes with bandwidth-optimal algorithms.
 
-    allreduce 2n(W-1)/W, allgather n(W-1) (n the own part), alltoall and broadcast n(W-1)/W.
+    allreduce 2n(W-1)/W, allgather n(W-1) (n the own part), alltoall and broadcast n(W-1)/W. A number drawn from a
+    counter goes to the rank that keeps it and comes back: 2n(W-1)/W, the mean over ranks, of which one sends the answers.
     """
     others = world_size - 1
     return {
@@ -35,6 +36,7 @@ def bytes_sent(verb: Verb, payload: int, world_size: int) -> float:
         "allgather": payload * others,
         "alltoall": payload * others / world_size,
         "broadcast": payload * others / world_size,
+        "counter": 2 * payload * others / world_size,
     }[verb]
 
 
@@ -42,7 +44,7 @@ class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
-    until the last rank arrives. Seconds in every other wait are *communication*. *Hidden* seconds are those in which
+    until the last rank arrives. Seconds in every other wait are *communication*, those for a ticket of pooled rounds too. *Hidden* seconds are those in which
     a message was under way while this rank went on computing. *Loading* is the time until the next batch is there.
 
     On CUDA a wait returns before the message has arrived, and the device may still be at work on the last batch while
@@ -64,7 +66,7 @@ class Meter:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def started(self, verb: Verb, purpose: str, x: Tensor, world_size: int) -> None:
+    def started(self, verb: Verb | Literal["counter"], purpose: str, x: Tensor, world_size: int) -> None:
         payload = x.numel() * x.element_size()
         self.calls[purpose] += 1
         self.payload_bytes[purpose] += payload
@@ -160,7 +162,7 @@ class Meter:
 
     @property
     def communication_seconds(self) -> float:
-        return self.seconds["center"] + self.seconds["gradient"]
+        return self.seconds["center"] + self.seconds["gradient"] + self.seconds["ticket"]
 
     @property
     def training_bytes_sent(self) -> int:
@@ -222,6 +224,27 @@ class SharedCounter(Protocol):
 
     def add(self, amount: int) -> int:
         """Add atomically and return the sum, which no other rank gets; no other rank need call."""
+
+
+#: What travels where a counter is added to.
+TICKET = torch.zeros(1, dtype=torch.int64)
+
+
+class MeteredCounter:
+    """A counter whose messages are counted, each of them a ticket."""
+
+    def __init__(self, counter: SharedCounter, comm: Communicator) -> None:
+        self._counter, self._comm = counter, comm
+
+    def add(self, amount: int) -> int:
+        """Add and return the sum, which takes a message to the rank that keeps the counter, and its answer."""
+        meter, began = self._comm.meter, time.perf_counter()
+        meter.started("counter", "ticket", TICKET, self._comm.size)
+        meter.waits_for = "ticket", began
+        total = self._counter.add(amount)
+        meter.waits_for = None
+        meter.waited("ticket", began, began, time.perf_counter(), None)
+        return total
 
 
 class Communicator(ABC):
@@ -318,6 +341,9 @@ class Communicator(ABC):
 
     def counter(self) -> SharedCounter:
         """A new counter of all ranks, at 0; all must call it."""
+        return MeteredCounter(self._counter(), self)
+
+    def _counter(self) -> SharedCounter:
         from .store import StoreCounter
 
         return StoreCounter(self)

@@ -199,7 +199,7 @@ class SimulatedCommunicator(Communicator):
         """Let this rank's clock run for so long, as a local step would."""
         self._world.clocks[self.ranks[self.rank]] += seconds
 
-    def counter(self) -> _SimulatedCounter:
+    def _counter(self) -> _SimulatedCounter:
         self._counters += 1
         counter = self._group.counters.setdefault(self._counters, LocalCounter())
         return _SimulatedCounter(self._world, self.ranks[self.rank], counter)

@@ -28,7 +28,7 @@ class SingleCommunicator(Communicator):
     def __init__(self) -> None:
         super().__init__(0, 1)
 
-    def counter(self) -> LocalCounter:
+    def _counter(self) -> LocalCounter:
         return LocalCounter()
 
     def carries(self, x: Tensor, verb: Verb) -> bool:
