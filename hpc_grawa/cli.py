@@ -66,17 +66,20 @@ def train(words: list[str], facts: RankFacts) -> None:
     own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
+    own.add_argument("--ranks_per_host", type=int)
     own.add_argument("--trace", action="store_true")
     own.add_argument("--resume_world", choices=("same", "any"), default="same")
     own.add_argument("--allow_change", action="append", default=[])
     options, words = own.parse_known_args(words)
     config = parse(words, program, speaks=facts.rank == 0)
-    size = facts.size if options.world_size is None else options.world_size
+    # Ranks that only a dry run speaks of are on one host unless it says otherwise.
+    size, here = (facts.size, facts.local_size) if options.world_size is None else (options.world_size,) * 2
     with named_errors(program, facts):
-        if options.world_size is not None and not options.dry_run:
-            raise ConfigError(f"world_size is {size}: must come with --dry_run; in training the launcher decides")
-        if size < 1:
-            raise ConfigError(f"world_size is {size}: must be at least 1 rank")
+        for name, given in (("world_size", options.world_size), ("ranks_per_host", options.ranks_per_host)):
+            if given is not None and not options.dry_run:
+                raise ConfigError(f"{name} is {given}: must come with --dry_run; in training the launcher decides")
+            if given is not None and given < 1:
+                raise ConfigError(f"{name} is {given}: must be at least 1 rank")
         config.check(size)
         first_line = "" if options.dry_run else backend_line(config, facts)
         place = RunPlace(config, options.allow_change)
@@ -92,7 +95,7 @@ def train(words: list[str], facts: RankFacts) -> None:
 
         if facts.rank == 0:
             with named_errors(program, facts):
-                print(plan(config, size))
+                print(plan(config, size, min(size, options.ranks_per_host or here)))
         return
     with together(program, config, facts, first_line) as comm:
         from .train import fit

@@ -69,7 +69,7 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
     parser = Parser(
         prog=program,
         description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
-        epilog="hpc-grawa train --dry_run [--world_size N] only says what would happen.",
+        epilog="hpc-grawa train --dry_run [--world_size N] [--ranks_per_host N] only says what would happen.",
         usage="%(prog)s [--config FILE_OR_RECIPE] [--dry_run] [--KEY VALUE ...]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import resource
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .comm.base import Communicator, Purpose, Verb, Work
+from .comm.base import TICKET, Communicator, Purpose, Verb, Work, bytes_sent
 from .comm.single import LocalCounter
 from .config import Config
 from .log import human_bytes
@@ -19,12 +20,21 @@ STEPS = 5
 
 
 class MirrorCommunicator(Communicator):
-    """A world of ``size`` ranks that all hold what this process holds: sums are multiples, gathers repeat."""
+    """A world of ``size`` ranks that all hold what this process holds: sums are multiples, gathers repeat.
+
+    Args:
+        size: number of ranks.
+        ranks_per_host: consecutive ranks that share a host (the last may have fewer).
+        ranks: of all in the world where this is a part of it.
+    """
 
     backend = "none"
 
-    def __init__(self, size: int) -> None:
-        super().__init__(0, size)
+    def __init__(self, size: int, ranks_per_host: int, ranks: Sequence[int] | None = None) -> None:
+        super().__init__(0, size, ranks)
+        self.ranks_per_host = ranks_per_host
+        #: Whether a method has asked which ranks share a host.
+        self.hosts_matter = False
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         if verb == "allreduce":
@@ -35,28 +45,49 @@ class MirrorCommunicator(Communicator):
     def _counter(self) -> LocalCounter:
         return LocalCounter()
 
-    def node(self) -> MirrorCommunicator:
-        return self
+    def node(self) -> Communicator:
+        self.hosts_matter = True
+        if self._node is None:
+            self._node = self.split([rank // self.ranks_per_host for rank in self.ranks])
+        return self._node
 
     def carries(self, x: Tensor, verb: Verb) -> bool:
         return True
 
     def _split(self, parts: list[list[int]], own: int) -> MirrorCommunicator:
-        return MirrorCommunicator(len(parts[own]))
+        return MirrorCommunicator(len(parts[own]), self.ranks_per_host, [self.ranks[m] for m in parts[own]])
 
     def abort(self, status: int = 1) -> None:
         raise SystemExit(status)
 
 
-def plan(config: Config, world_size: int) -> str:
+@dataclass
+class Level:
+    """One synchronizer's rounds.
+
+    Attributes:
+        ranks: that take part in one.
+        period: local steps between them.
+        bytes: that a rank sends in one, with the tickets drawn for its steps.
+        seconds: that one took.
+    """
+
+    ranks: int
+    period: float
+    bytes: float
+    seconds: float
+
+
+def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     """Batch, learning rate, steps, rounds, bytes, memory and time of a run of ``world_size`` ranks, as lines of text.
 
-    Makes a few steps and one round on this process, timed; writes nothing.
+    Makes a few steps and one round of each level on this process, timed; writes nothing.
     """
-    comm = MirrorCommunicator(world_size)
+    comm = MirrorCommunicator(world_size, ranks_per_host)
     worker = Worker(config, comm)
     synchronizers = worker.run.synchronizers
     periods = [s.period for s in synchronizers]
+    tickets = [0 if s.pool is None else s.period + 1 for s in synchronizers]  # a rank's last one finds none left
     for s in synchronizers:
         s.period, s.pool = math.inf, None  # steps and rounds are timed apart
     worker.step()
@@ -65,18 +96,21 @@ def plan(config: Config, world_size: int) -> str:
         worker.step()
     seconds = (time.perf_counter() - start) / STEPS
     per_step = comm.meter.bytes_sent["gradient"] / (STEPS + 1)
-    before, start = _round_bytes(comm), time.perf_counter()
-    for s in synchronizers:
+    levels = []
+    for s, period, drawn in zip(synchronizers, periods, tickets, strict=True):
+        before, start = _round_bytes(comm), time.perf_counter()
         s.round()
-    round_seconds = time.perf_counter() - start
-    per_round = _round_bytes(comm) - before
+        took, sent = time.perf_counter() - start, _round_bytes(comm) - before
+        sent += drawn * bytes_sent("counter", TICKET.nbytes, world_size)
+        levels.append(Level(s.averager.comm.size, period, sent, took))
     epoch = worker.sampler.steps_per_epoch
-    rounds = sum(epoch / period for period in periods)
+    sent = per_step * epoch + sum(epoch / level.period * level.bytes for level in levels)
+    round_seconds = sum(epoch / level.period * level.seconds for level in levels)
     batch = config.data.batch_size
     limits = [f"{worker.total_steps:,} steps"] if worker.total_steps else []
     limits += [f"{config.budget.seconds:g} s"] if config.budget.seconds else []
     # The steps that this comes to at the speed just measured.
-    per_step_seconds = seconds + rounds / epoch * round_seconds
+    per_step_seconds = seconds + round_seconds / epoch
     steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / per_step_seconds)
     parameters = worker.vector.data.numel() * worker.vector.data.element_size()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -85,14 +119,31 @@ def plan(config: Config, world_size: int) -> str:
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
         f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}",
         f"budget            {' or '.join(limits)}; {epoch:,} steps per epoch",
-        f"rounds            {rounds:.4g} per epoch" + (f", every {periods[0]:g} local steps" if periods else ""),
-        f"sent per rank     {human_bytes(per_round)} per round, {human_bytes(per_step)} per step, "
-        f"{human_bytes(per_round * rounds + per_step * epoch)} per epoch",
+        f"rounds            {_rounds(levels, epoch)}",
+        f"sent per rank     {_sent(levels)}{human_bytes(per_step)} per step, {human_bytes(sent)} per epoch",
         f"memory per rank   {human_bytes(memory)} at its peak here; parameters {human_bytes(parameters)}",
         f"time per epoch    {seconds * epoch:.3g} s of local steps ({1000 * seconds:.3g} ms each, timed over {STEPS}) "
-        f"+ {round_seconds * rounds:.2g} s of rounds, without the network",
+        f"+ {round_seconds:.2g} s of rounds, without the network",
     ]
+    if comm.hosts_matter:
+        lines.insert(4, f"hosts             {math.ceil(world_size / ranks_per_host)}, {ranks_per_host} ranks on each")
     return "\n".join(lines)
+
+
+def _rounds(levels: Sequence[Level], epoch: int) -> str:
+    """How many there are, and how often; of several levels each with its ranks."""
+    return "; ".join(
+        f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {level.period:g} local steps"
+        for level in levels
+    ) or "none"
+
+
+def _sent(levels: Sequence[Level]) -> str:
+    return "".join(f"{human_bytes(level.bytes)} per round{_among(level, levels)}, " for level in levels)
+
+
+def _among(level: Level, levels: Sequence[Level]) -> str:
+    return f" among {level.ranks} ranks" if len(levels) > 1 else ""
 
 
 def _round_bytes(comm: Communicator) -> float:

@@ -1,0 +1,91 @@
+"""A dry run says what the run then does."""
+
+from __future__ import annotations
+
+import re
+
+import own
+import pytest
+
+from hpc_grawa import cli, simulate
+from hpc_grawa.parsing import parse
+from hpc_grawa.train import fit
+
+#: Two parameters, so that a control word and a ticket count as much as a center; 2 steps an epoch on 4 ranks.
+LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
+STEPS, EPOCHS = 16, 8
+LEVELS = ("--method=LSGD", "--method.period=8", "--method.group_period=2")
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    own.plain_process(monkeypatch)
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    """Its lines by what they begin with."""
+    cli.main(["train", *LINE, f"--budget.steps={STEPS}", *words, "--dry_run", "--world_size=4"])
+    return {line[:18].strip(): line[18:] for line in capsys.readouterr().out.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("words", "farewell"),  # what numbers a run's last control word holds where no round carries it
+    [
+        (("--method=LocalSGD", "--method.period=4"), 0),
+        (("--method=LocalSGD", "--method.period=4", "--method.rounds=pooled"), 10 + 1),
+        (("--method=LGRAWA", "--method.period=8", "--method.rounds=pooled"), 10 + 2),
+        ((*LEVELS, "--method.ranks_per_group=2"), 0),
+        (LEVELS, 0),
+        (("--method=DataParallel", "--run.control_every=1000"), 10),
+    ],
+    ids=["lockstep", "pooled", "pooled by layers", "groups", "hosts", "gradients"],
+)
+def test_the_bytes_of_a_dry_run_are_those_of_the_run(
+    words: tuple[str, ...], farewell: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = re.search(r"([\d.]+) (k?B) per epoch$", dry_run(capsys, *words)["sent per rank"])
+    assert told
+    config = parse([*LINE, f"--budget.steps={STEPS}", *words])
+    summary = simulate(4, lambda comm: fit(config, comm, speaks=False))[0]
+    assert summary["steps"] == STEPS and summary["epochs"] == EPOCHS
+    sent = float(told[1]) * {"B": 1, "kB": 1000}[told[2]] * EPOCHS
+    assert sent + 8 * farewell * 3 == pytest.approx(summary["bytes_sent"], rel=0.005)
+
+
+def test_a_dry_run_tells_levels_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = dry_run(capsys, *LEVELS, "--method.ranks_per_group=2")
+    assert "hosts" not in lines
+    assert lines["rounds"] == (
+        "1 per epoch among 2 ranks, every 2 local steps; 0.25 per epoch among 4 ranks, every 8 local steps"
+    )
+    group, all_ranks = 8 * (1 / 2) + 8 * 11 * 1, 8 * (3 / 4) + 8 * 11 * 3  # the leader; control word and score
+    assert lines["sent per rank"] == (
+        f"{group:.0f} B per round among 2 ranks, {all_ranks:.0f} B per round among 4 ranks, 0 B per step, "
+        f"{group + all_ranks / 4:.0f} B per epoch"
+    )
+
+
+def test_hosts_of_a_dry_run_are_as_large_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """A host of two ranks is a group of two; alone, all ranks are on one host."""
+    groups = dry_run(capsys, *LEVELS, "--method.ranks_per_group=2")
+    hosts = dry_run(capsys, *LEVELS, "--ranks_per_host=2")
+    for line in ("rounds", "sent per rank"):
+        assert hosts[line] == groups[line]
+    assert hosts["hosts"] == "2, 2 ranks on each"
+    one = dry_run(capsys, *LEVELS)
+    assert one["hosts"] == "1, 4 ranks on each" and "every 2 local steps" in one["rounds"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks_per_host=2"], "ranks_per_host is 2: must come with --dry_run"),
+        (["--ranks_per_host=0", "--dry_run"], "ranks_per_host is 0: must be at least 1 rank"),
+    ],
+)
+def test_ranks_per_host_belong_to_a_dry_run(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *LINE, "--method=LSGD", f"--budget.steps={STEPS}", *words])
+    assert message in capsys.readouterr().err
