@@ -132,10 +132,12 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
 
 def _rounds(levels: Sequence[Level], epoch: int) -> str:
     """How many there are, and how often; of several levels each with its ranks."""
+    if not levels:
+        return "none"
     return "; ".join(
         f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {level.period:g} local steps"
         for level in levels
-    ) or "none"
+    )
 
 
 def _sent(levels: Sequence[Level]) -> str:

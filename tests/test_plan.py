@@ -83,9 +83,7 @@ def test_hosts_of_a_dry_run_are_as_large_as_it_says(capsys: pytest.CaptureFixtur
         (["--ranks_per_host=0", "--dry_run"], "ranks_per_host is 0: must be at least 1 rank"),
     ],
 )
-def test_ranks_per_host_belong_to_a_dry_run(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ranks_per_host_belong_to_a_dry_run(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *LINE, "--method=LSGD", f"--budget.steps={STEPS}", *words])
     assert message in capsys.readouterr().err

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import reference as ref
+import torch
 from conftest import Ranks
 from torch import nn
 from worlds import batch, probe_batch, starts, twin

@@ -28,7 +28,7 @@ def bytes_sent(verb: Verb | Literal["counter"], payload: int, world_size: int) -
     """Bytes one rank sends for a message of ``payload`` bytes with bandwidth-optimal algorithms.
 
     allreduce 2n(W-1)/W, allgather n(W-1) (n the own part), alltoall and broadcast n(W-1)/W. A number drawn from a
-    counter goes to the rank that keeps it and comes back: 2n(W-1)/W, the mean over ranks, of which one sends the answers.
+    counter goes to the rank that keeps it and comes back: 2n(W-1)/W, as one rank sends the answers of all.
     """
     others = world_size - 1
     return {
@@ -44,8 +44,9 @@ class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
-    until the last rank arrives. Seconds in every other wait are *communication*, those for a ticket of pooled rounds too. *Hidden* seconds are those in which
-    a message was under way while this rank went on computing. *Loading* is the time until the next batch is there.
+    until the last rank arrives. Seconds in every other wait, those for a ticket of pooled rounds too, are *communication*.
+    *Hidden* seconds are those in which a message was under way while this rank went on computing. *Loading* is the time
+    until the next batch is there.
 
     On CUDA a wait returns before the message has arrived, and the device may still be at work on the last batch while
     the host waits for the next: seconds are then those between two events of the stream, read where they are asked for.
