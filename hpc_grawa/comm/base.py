@@ -44,7 +44,7 @@ class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
-    until the last rank arrives. Seconds in every other wait, those for a ticket of pooled rounds too, are *communication*.
+    until the last rank arrives. Seconds in every other wait, for tickets of pooled rounds too, are *communication*.
     *Hidden* seconds are those in which a message was under way while this rank went on computing. *Loading* is the time
     until the next batch is there.
 
