@@ -15,7 +15,7 @@ import pytest
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
-from hpc_grawa.report.figure import _scaled, _spread, _ticks
+from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks
 
 RANKS = 4
 LAYERS = ["conv.weight", "conv.bias", "head.weight"]
@@ -152,6 +152,40 @@ def test_time_to_target_is_that_of_the_first_evaluation_that_meets_it(tmp_path: 
     assert [cell["to 95.0 %"] for cell in cells(markdown(rows(records, target=0.95)))] == ["10.0 s", "-"]
 
 
+@pytest.mark.parametrize("state", ["unfinished", "interrupted", "preempted", "failed"])
+def test_the_target_is_taken_from_finished_runs_only(tmp_path: Path, state: str) -> None:
+    """A run that was cut off ends low, and on other data: neither is a target for those that ended."""
+    cut = make_run(tmp_path, "LSGD", curve=[(t, 0.1) for t in range(9)], finished=False, part="validation")
+    if state != "unfinished":
+        (cut / "summary.json").write_text(json.dumps({"state": state, "cause": "USR2", "rank": 0, "steps": 3}))
+    done = [make_run(tmp_path, name, curve=((0, 0.1), (5, end))) for name, end in (("LGRAWA", 0.95), ("EASGD", 0.9))]
+    table = rows([read_run(run) for run in (cut, *done)])
+    assert (table.target, table.part) == (0.9, "test")
+    assert [row.mean.get("seconds_to_target") for row in table] == [None, 5, 5]
+    assert rows([read_run(cut), read_run(done[1])]).target == 0.9
+    assert rows([read_run(cut)]).target is None
+
+
+def test_the_best_center_is_shown_with_the_data_it_was_chosen_on(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path, "LGRAWA", best_part="validation", best_center_accuracy=0.97, best_step=10),
+        make_run(tmp_path, "EASGD", best_part="test", best_center_accuracy=0.96, best_step=20),
+        make_run(tmp_path, "LSGD"),
+    ]
+    table = rows([read_run(run) for run in runs])
+    text = markdown(table)
+    assert [(row["best, validation"], row["best, test"]) for row in cells(text)] == [
+        ("97.0 %", "-"),
+        ("-", "96.0 %"),
+        ("-", "-"),
+    ]
+    for part in ("validation", "test"):
+        assert f"chosen on the {part} data" in text
+    write_csv(table, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert [line["best_part"] for line in csv.DictReader(file)] == ["validation", "test", ""]
+
+
 def test_seeds_that_miss_the_target_are_counted(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, seed=seed, curve=((0, 0.1), (seed, 0.9 + 0.02 * seed))) for seed in (1, 2, 3)]
     table = rows([read_run(run) for run in runs], target=0.93)
@@ -238,6 +272,27 @@ def test_another_metric_lower_is_better(tmp_path: Path) -> None:
     assert "Test perplexity of the center" in drawn and "target 12.5" in drawn
     for output in (text, (tmp_path / "table.csv").read_text(), drawn):
         assert "accuracy" not in output.lower() and "error" not in output.lower() and "%" not in markdown(table)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_mean_of_seeds_stretches_no_clock(tmp_path: Path, finished: bool) -> None:
+    """One seed takes 10 s, the other 20: on its way from .1 to .5 that one has .3 when the first has its .9."""
+    quick = make_run(tmp_path, seed=1, curve=((0, 0.1), (5, 0.6), (10, 0.9)), finished=finished)
+    slow = make_run(tmp_path, seed=2, curve=((0, 0.1), (20, 0.5)), finished=finished)
+    curve = _mean_curve([read_run(quick), read_run(slow)], "test")
+    assert curve is not None
+    seconds, means, deviations = curve
+    expected = {0: (0.1, 0.1), 5: (0.6, 0.2), 10: (0.9, 0.3), **({20: (0.9, 0.5)} if finished else {})}
+    assert seconds.tolist() == list(expected)
+    assert means == pytest.approx([statistics.fmean(values) for values in expected.values()])
+    assert deviations == pytest.approx([statistics.stdev(values) for values in expected.values()])
+
+
+def test_the_curve_of_one_run_is_its_evaluations(tmp_path: Path) -> None:
+    points = [(0.0, 0.1), (1 / 3, 0.5), (7.123456789012345, 0.25)]
+    curve = _mean_curve([read_run(make_run(tmp_path, curve=points))], "test")
+    assert curve is not None and not curve[2].any()
+    assert list(zip(curve[0].tolist(), curve[1].tolist(), strict=True)) == points
 
 
 @pytest.mark.parametrize(

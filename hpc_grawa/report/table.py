@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class Row:
         runs: how many there are.
         seeds: theirs, in the order of the runs.
         state: ``finished``, or what else became of the runs.
+        best_part: the data on which their best centers were chosen, or empty where they do not say.
         mean: over the runs, of every number in ``summary.json`` that all of them have, under its key; also
             ``seconds_to_target``, over the runs that reach it.
         std: standard deviation over the runs (n - 1 in the denominator); empty for a single run.
@@ -36,6 +37,7 @@ class Row:
     runs: int
     seeds: tuple[int, ...]
     state: str
+    best_part: str
     mean: dict[str, float]
     std: dict[str, float]
     reached: int
@@ -88,8 +90,9 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
         ConfigError: if there are no runs, or they are judged by different metrics.
     """
     experiments = group(records)
-    part = evaluated_part(records)
-    chosen = _hardest_common_target(records, part) if target is None and len(experiments) > 1 else target
+    finished = [record for record in records if record.facts["state"] == "finished"]
+    part = evaluated_part(finished or records)
+    chosen = _hardest_common_target(finished, part) if target is None and len(experiments) > 1 else target
     return Table(
         rows=tuple(_row(label, runs, chosen, part) for label, runs in experiments.items()),
         setting=setting(records),
@@ -119,6 +122,8 @@ def markdown(table: Table) -> str:
     for key in (key for key in numbers if key not in (f"{prefix}loss", f"{prefix}{metric}")):
         name = key.removeprefix(prefix)
         add(f"{name.replace('_', ' ')}, center, test", key, formatter(name), spread=True)
+    for part in dict.fromkeys(row.best_part for row in table if row.best_part):
+        columns.append((f"best, {part}", _best(part, f"best_center_{metric}", amount)))
     add("mean, test", f"mean_test_{metric}", amount, spread=True)
     add("center, train", f"center_train_{metric}", amount, spread=True)
     add("gap", "gap", amount, spread=True)
@@ -149,7 +154,7 @@ def write_csv(table: Table, path: str | Path) -> None:
     """
     keys = list(dict.fromkeys(key for row in table for key in row.mean if key != "seconds_to_target"))
     keys.append("seconds_to_target")
-    head = ["experiment", "method", "state", "runs", "seeds"]
+    head = ["experiment", "method", "state", "runs", "seeds", "best_part"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*head, *(name for key in keys for name in (key, f"{key}_std")), "target", "reached"])
@@ -157,7 +162,8 @@ def write_csv(table: Table, path: str | Path) -> None:
         seeds = " ".join(map(str, row.seeds))
         numbers = (values.get(key, "") for key in keys for values in (row.mean, row.std))
         target = "" if table.target is None else table.target
-        writer.writerow([row.label, row.method, row.state, row.runs, seeds, *numbers, target, row.reached])
+        facts = [row.label, row.method, row.state, row.runs, seeds, row.best_part]
+        writer.writerow([*facts, *numbers, target, row.reached])
     try:
         Path(path).write_text(text.getvalue(), encoding="utf-8")
     except OSError as error:
@@ -182,14 +188,14 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         runs=len(runs),
         seeds=tuple(fact["seed"] for fact in facts if "seed" in fact),
         state=facts[0]["state"],
+        best_part=str(facts[0].get("best_part") or ""),
         mean={key: statistics.fmean(values) for key, values in samples.items()},
         std={key: _std(values) for key, values in samples.items() if len(values) > 1},
         reached=len(reached),
     )
 
 
-def _hardest_common_target(records: Iterable[RunRecord], part: str) -> float | None:
-    finished = [record for record in records if record.summary is not None]
+def _hardest_common_target(finished: Sequence[RunRecord], part: str) -> float | None:
     ends = [curve[-1][1] for record in finished if (curve := record.curve(part)) and math.isfinite(curve[-1][1])]
     if not ends:
         return None
@@ -214,6 +220,11 @@ def _cell(row: Row, key: str, form: Callable[[float], str], spread: bool) -> str
     return " ".join(filter(None, (number, "±", form(row.std[key]).partition(" ")[0], unit)))
 
 
+def _best(part: str, key: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+    """The cells of the rows whose best center was chosen on ``part``."""
+    return lambda row: _cell(row, key, form, spread=True) if row.best_part == part else "-"
+
+
 def _reached(row: Row) -> str:
     text = _cell(row, "seconds_to_target", _seconds, spread=True)
     return text if row.reached in (0, row.runs) else f"{text} ({row.reached} of {row.runs})"
@@ -226,6 +237,9 @@ def _note(table: Table) -> str:
         f"center, mean: {metric} of the method's center after the last round, and of the uniform mean of all ranks",
         "gap: by how much the center is better on training data than on test data",
     ]
+    for part in dict.fromkeys(row.best_part for row in table if row.best_part):
+        biased = "; too good for new data, so compare by center, test" if part == "test" else ""
+        entries.append(f"best, {part}: the center's best evaluation in the run, chosen on the {part} data{biased}")
     if any(row.std for row in table):
         entries.append("±: standard deviation over the runs (other columns: their mean)")
     if table.target is not None:
