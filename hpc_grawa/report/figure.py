@@ -145,18 +145,17 @@ def _width(text: Text) -> float:
 def _mean_curve(runs: Sequence[RunRecord], part: str) -> tuple[Array, Array, Array] | None:
     """Seconds ``[N]``, mean and standard deviation ``[N]`` of the metric over the runs; None without an evaluation.
 
-    Runs under one budget end within moments of each other: each clock is scaled to end at their mean, so that the curve
-    ends in the mean of the last values.
+    Every run on its own clock. One that has finished keeps its last value, so that the curve ends in the mean of the
+    last values, when the slowest ends; of runs that have not, it ends where the first does.
     """
     points = [[point for point in run.curve(part) if math.isfinite(point[1])] for run in runs]
     every = [np.array(curve, dtype=np.float64) for curve in points if curve]
     if not every:
         return None
-    end = float(np.mean([curve[-1, 0] for curve in every]))
-    for curve in every:
-        curve[:, 0] *= end / curve[-1, 0] if curve[-1, 0] > 0 else 1.0
-    seconds = np.unique(np.concatenate([curve[:, 0] for curve in every]).round(9))
-    seconds = seconds[seconds >= max(curve[0, 0] for curve in every) - 1e-9]
+    begin, ends = max(curve[0, 0] for curve in every), [curve[-1, 0] for curve in every]
+    end = max(ends) if runs[0].facts["state"] == "finished" else min(ends)
+    seconds = np.unique(np.concatenate([curve[:, 0] for curve in every]))
+    seconds = seconds[(seconds >= begin) & (seconds <= end)]
     values = np.stack([np.interp(seconds, curve[:, 0], curve[:, 1]) for curve in every])
     return seconds, values.mean(0), values.std(0, ddof=1) if len(every) > 1 else np.zeros(len(seconds))
 
@@ -271,6 +270,7 @@ def _name_ends(
                 "arrowstyle": "-",
                 "color": colour,
                 "linewidth": 0.7,
+                "linestyle": (0, (1, 2)),  # no part of the curve, which may end early
                 "relpos": (0, 0.5),
                 "shrinkA": 0,
                 "shrinkB": 3,
