@@ -227,7 +227,11 @@ class Checkpoints:
                 action()
         except (OSError, Damaged) as wrong:
             error = f"rank {self._comm.rank}: {wrong}"
-        return [told.decode() for told in self._comm.gather_bytes(error.encode(), "evaluate") if told]
+        return [
+            told.decode()
+            for told in self._comm.gather_bytes(error.encode(errors="backslashreplace"), "evaluate")
+            if told
+        ]
 
 
 def read_manifest(place: Path) -> dict[str, Any]:

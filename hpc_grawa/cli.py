@@ -25,6 +25,7 @@ from .log import Log, say
 from .methods import Method
 from .parsing import find_class, is_class, parse
 from .resume import RunPlace
+from .screen import spell_unknown_characters
 
 #: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
@@ -32,6 +33,7 @@ TRY_AGAIN = 75
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
+    spell_unknown_characters()
     words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     facts = rank_facts()
     if os.getcwd() not in sys.path:

@@ -98,8 +98,8 @@ class Comparison:
             run = self._finished(config)
             if run is None:
                 continue
-            ranks = json.loads((run / "environment.json").read_text())["world_size"]
-            there = [*(run / "config.yaml").read_text().splitlines(), f"{ranks} ranks"]
+            ranks = json.loads((run / "environment.json").read_text(encoding="utf-8"))["world_size"]
+            there = [*(run / "config.yaml").read_text(encoding="utf-8").splitlines(), f"{ranks} ranks"]
             now = [*config.text.splitlines(), f"{world_size} ranks"]
             if there != now:
                 old, new = next((a, b) for a, b in zip_longest(there, now, fillvalue="") if a != b)

@@ -59,7 +59,10 @@ def look_around(facts: RankFacts) -> Process:
     driver, error = "", ""
     gpus: dict[str, str] = {}
     with suppress(OSError):
-        found = re.search(r"Kernel Module\D*\s([\d.]+)\s", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(
+            r"Kernel Module\D*\s([\d.]+)\s",
+            Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace"),
+        )
         driver = found[1] if found else ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
@@ -105,7 +108,7 @@ def try_folder(comm: Communicator, folder: Path) -> Folder:
         file = path / f".doctor-{content}"
         try:
             free, began = shutil.disk_usage(path).free, time.perf_counter()
-            with file.with_suffix(".part").open("w") as out:
+            with file.with_suffix(".part").open("w", encoding="utf-8") as out:
                 out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
@@ -117,7 +120,7 @@ def try_folder(comm: Communicator, folder: Path) -> Folder:
     seen, until = False, time.monotonic() + (0 if error else SEEN)
     while not seen and time.monotonic() < until:
         with suppress(OSError):
-            seen = file.read_text() == content
+            seen = file.read_text(encoding="utf-8", errors="replace") == content
         if not seen:
             time.sleep(0.1)
     blind = tuple(rank for rank, found in enumerate(comm.gather_bytes(bytes([seen]))) if not found[0])
@@ -253,7 +256,7 @@ def ask_slurm() -> dict[str, Any]:
 
     def told(*words: str) -> str:
         with suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(words, capture_output=True, text=True, timeout=ASKED)
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=ASKED)
             return "" if done.returncode else done.stdout + done.stderr
         return ""
 

@@ -55,7 +55,7 @@ class Ending:
         if self._folder is not None and time.monotonic() - self._polled > POLL_EVERY:
             self._polled = time.monotonic()
             if (self._folder / "STOP").exists():
-                held = (self._folder / "STOP").read_text(errors="replace").strip()
+                held = (self._folder / "STOP").read_text(encoding="utf-8", errors="replace").strip()
                 self.heed(held if held in _STATES else "STOP")
         if self.cause is not None and not self._told:
             self._told = True
@@ -106,6 +106,6 @@ def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterato
                 "world_size": comm.size,
                 "steps": facts.step,
             }
-            with suppress(OSError), (Path(place) / "summary.json").open("x") as file:
+            with suppress(OSError), (Path(place) / "summary.json").open("x", encoding="utf-8") as file:
                 file.write(json.dumps(found, indent=1) + "\n")
         raise

@@ -62,7 +62,7 @@ def open_run(folder: Path, configuration: str, world_size: int, backend: str) ->
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` has come to its end."""
     summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text()).get("state") == "finished"
+    return summary.is_file() and json.loads(summary.read_text(encoding="utf-8")).get("state") == "finished"
 
 
 def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
@@ -71,7 +71,8 @@ def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
     if isinstance(content, str):
         temporary.write_text(content, encoding="utf-8")
     else:
-        torch.save(content, temporary)
+        with temporary.open("wb") as file:  # torch opens no path whose bytes are no text
+            torch.save(content, file)
     temporary.rename(path)
 
 
@@ -91,7 +92,9 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         head, changed = (
-            subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, errors="replace", check=True
+            ).stdout.strip()
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "."])
         )
     except (OSError, subprocess.CalledProcessError):
@@ -136,7 +139,7 @@ class Log:
 
     def __init__(self, folder: Path | None, speaks: bool, tensorboard: bool = False) -> None:
         self.folder, self.speaks = folder, speaks
-        self._file: IO[str] | None = (folder / "metrics.jsonl").open("a") if folder else None
+        self._file: IO[str] | None = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
         self._last_line = time.monotonic()
         # mpirun gives ranks a pseudo-terminal of its own, whatever it prints to itself.
         self._live = sys.stdout.isatty() and rank_facts().launcher is None
@@ -145,6 +148,10 @@ class Log:
         if folder is not None and tensorboard:
             if find_spec("tensorboard") is None:
                 self.say("log        no events for TensorBoard, which is not installed: pip install 'hpc-grawa[log]'")
+            elif not is_text(str(folder)):
+                self.say(
+                    f"log        no events for TensorBoard, which cannot write to {folder}: its bytes are no text here"
+                )
             else:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -222,6 +229,11 @@ class Log:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name holds no bytes that this locale cannot read."""
+    return not any("\udc80" <= character <= "\udcff" for character in name)
 
 
 def human_bytes(count: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from argparse import Action
@@ -14,8 +15,9 @@ from pathlib import Path
 from types import GenericAlias
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 from torch import nn
+from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
 
 from . import data, methods, metrics, models, optim, schedules
 from .comm import Backend
@@ -211,9 +213,34 @@ def _read(name: str) -> dict[str, Any]:
     return settings
 
 
+#: Where bytes of a file's name that are no text, lone surrogates in Python, stand for YAML, which refuses them.
+_ASIDE = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
+_BACK = {aside: own for own, aside in _ASIDE.items()}
+_plain_yaml = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """jsonargparse's YAML, and in it the names of files as they are in this process's locale."""
+    text = re.sub(r"\\uDC([89A-F][0-9A-F])", lambda found: chr(0x10FF00 + int(found[1], 16)), text, flags=re.I)
+    return _in_this_locale(_plain_yaml(text.translate(_ASIDE)))
+
+
+def _in_this_locale(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_in_this_locale(key): _in_this_locale(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_this_locale(item) for item in value]
+    if isinstance(value, str):
+        return os.fsdecode(value.translate(_BACK).encode("utf-8", "surrogateescape"))
+    return value
+
+
+set_loader("yaml", load_yaml, (YAMLError,))
+
+
 def _load(text: str, what: str) -> Any:
     try:
-        return get_loader("yaml")(text)
+        return load_yaml(text)
     except Exception as error:  # what a loader raises is its own affair
         raise ConfigError(f"{what}: must be YAML ({' '.join(str(error).split())})") from None
 
@@ -252,12 +279,16 @@ def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
 def _as_yaml(value: Any) -> str:
     """YAML in one line; JSON except for numbers that JSON does not have."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(str(key), ensure_ascii=False)}: {_as_yaml(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(_as_yaml, value)) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")
-    return json.dumps(value, default=str)
+    return json.dumps(value, default=str, ensure_ascii=False)  # YAML knows no pairs of surrogates
 
 
 def _split_classes(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

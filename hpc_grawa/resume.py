@@ -39,7 +39,7 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
     file = folder / "config.yaml"
     if not file.is_file():
         return  # killed before it was written
-    then, now = (flatten(get_loader("yaml")(text)) for text in (file.read_text(), configuration))
+    then, now = (flatten(get_loader("yaml")(text)) for text in (file.read_text(encoding="utf-8"), configuration))
     for key in dict.fromkeys([*then, *now]):
         if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*_FREE, *allowed)):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def fit(
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
-    place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
+    place = os.fsdecode(comm.gather_bytes(os.fsencode(folder.resolve()) if folder else b"", "evaluate")[0])
     watch = Watch(Path(place) if place else None, comm, worker.said, config.comm_timeout)
     with failure_recorded(place, comm, worker.facts):
         try:

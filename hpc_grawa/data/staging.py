@@ -69,7 +69,7 @@ def staged(
         except (OSError, ValueError) as error:
             problem = f"data.stage is {stage}: {' '.join(str(error).split())} (on {platform.node()})"
     # One that fails on another node must be known to all; it is also what the other ranks of this node wait for.
-    if problems := [p for p in comm.gather_bytes(problem.encode()) if p]:
+    if problems := [p for p in comm.gather_bytes(problem.encode(errors="backslashreplace")) if p]:
         raise ConfigError(problems[0].decode())
     return copies.paths, copies.rows()
 

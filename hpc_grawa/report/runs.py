@@ -11,10 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import get_loader
-
 from ..errors import ConfigError
-from ..parsing import flatten
+from ..parsing import flatten, load_yaml
 
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss"}
@@ -119,7 +117,7 @@ def read_run(path: str | Path) -> RunRecord:
         hint = f"; give the run folders in it: {path}/*" if any(path.glob("*/metrics.jsonl")) else ""
         raise ConfigError(f"{path} is no run folder: it holds neither metrics.jsonl nor summary.json{hint}")
     try:
-        settings = get_loader("yaml")(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        settings = load_yaml(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except Exception as error:  # what a loader raises is its own affair
         raise ConfigError(f"{config} cannot be read: {' '.join(str(error).split())}") from error
     return RunRecord(

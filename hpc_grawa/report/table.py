@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..log import human_bytes
+from ..screen import as_shown
 from .runs import RunRecord, evaluated_part, group, setting
 
 
@@ -165,7 +166,8 @@ def write_csv(table: Table, path: str | Path) -> None:
         facts = [row.label, row.method, row.state, row.runs, seeds, row.best_part]
         writer.writerow([*facts, *numbers, target, row.reached])
     try:
-        Path(path).write_text(text.getvalue(), encoding="utf-8")
+        # A label may name a folder whose bytes are no text.
+        Path(path).write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"the table {path} cannot be written: {error.strerror}") from error
 
@@ -261,6 +263,7 @@ def _seconds(value: float) -> str:
 
 def aligned(grid: list[list[str]]) -> list[str]:
     """Markdown lines: the first column to the left, numbers to the right."""
+    grid = [[as_shown(text) for text in cells] for cells in grid]
     widths = [max(3, *map(len, column)) for column in zip(*grid, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [[text.rjust(width) for text, width in zip(cells, widths, strict=True)] for cells in grid]
