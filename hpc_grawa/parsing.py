@@ -220,7 +220,7 @@ _plain_yaml = get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """jsonargparse's YAML, and in it the names of files as they are in this process's locale."""
+    """Read YAML as jsonargparse does, and in it the names of files as they are in this process's locale."""
     text = re.sub(r"\\uDC([89A-F][0-9A-F])", lambda found: chr(0x10FF00 + int(found[1], 16)), text, flags=re.I)
     return _in_this_locale(_plain_yaml(text.translate(_ASIDE)))
 

@@ -52,9 +52,9 @@ codecs.register_error("hpc_grawa.spell", _spell)
 
 
 def spell_unknown_characters() -> None:
-    """From now on print what the screen's encoding lacks in ASCII, instead of raising ``UnicodeEncodeError``.
+    r"""From now on print what the screen's encoding lacks in ASCII, instead of raising ``UnicodeEncodeError``.
 
-    Greek letters by name, ``±`` as ``+-``; bytes of a file's name that are no text, and letters, as ``\\udcff``.
+    Greek letters by name, ``±`` as ``+-``; bytes of a file's name that are no text, and letters, as ``\udcff``.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -334,6 +334,30 @@ def test_the_figure_comes_without_weights_and_in_other_formats(tmp_path: Path) -
         draw([read_run(make_run(tmp_path, seed=9, curve=(), finished=False))], tmp_path / "figure.png")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("name", ["läufe", "実験🎉", "l\udcffufe", "a$b_{$", "tab\tline\n"], ids=ascii)
+def test_any_name_can_be_drawn(tmp_path: Path, name: str, suffix: str) -> None:
+    """Of folders, classes and layers; what the font has no picture of is written as an escape."""
+    folder = tmp_path / name
+    folder.mkdir()
+    runs = []
+    for seed in (1, 2):
+        run = make_run(tmp_path, seed=seed, settings={f"s{i}": i * seed for i in range(1, 5)})
+        (run / "config.yaml").write_text(
+            (run / "config.yaml").read_text().replace("SmallCNN", "模型"), encoding="utf-8"
+        )
+        log = (run / "metrics.jsonl").read_text().replace(json.dumps(LAYERS), json.dumps([name, "β", "γ"]))
+        (run / "metrics.jsonl").write_text(log)
+        runs.append(run.rename(folder / f"{name}{seed}"))
+    records = [read_run(run) for run in runs]
+    draw(records, folder / f"{name}{suffix}")
+    if suffix == ".svg":
+        drawn = (folder / f"{name}{suffix}").read_text(encoding="utf-8")
+        assert "β" in drawn and r"\u6a21\u578b" in drawn and "\ufffd" not in drawn
+    write_csv(rows(records), folder / f"{name}.csv")
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"\[demo\]"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold a $
 }
 _SIZE = (12.0, 5.4)  # inches; 1200 pixels wide on a page at 100 per inch
 _DPI = 200
@@ -113,18 +115,33 @@ def saved_figure(path: Path, size: tuple[float, float], dpi: int = _DPI) -> Iter
             raise ConfigError(f"the figure {path} cannot be written: {error.strerror}") from error
 
 
+def drawable(text: str) -> str:
+    """``text`` with escapes for what the font has no picture of (and a figure would end with, or warn of)."""
+    return "".join(c if ord(c) in _pictures() else c.encode("unicode_escape").decode() for c in text)
+
+
+@cache
+def _pictures() -> frozenset[int]:
+    """The characters that the font has, in regular and bold."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = (get_font(findfont(FontProperties(family="sans-serif", weight=w))) for w in ("regular", "bold"))
+    regular, bold = (frozenset(font.get_charmap()) for font in fonts)
+    return regular & bold
+
+
 def _draw_title(figure: Figure, records: Sequence[RunRecord], experiments: Mapping[str, Sequence[RunRecord]]) -> None:
     title = setting(records)
     repeats = {len(runs) for runs in experiments.values()}
     if max(repeats) > 1:
         many = f"{min(repeats)} to {max(repeats)}" if len(repeats) > 1 else f"{max(repeats)}"
         title += f"{'; ' if title else ''}mean ± standard deviation of {many} runs"
-    figure.text(0.02, 0.945, title, size=11, color=FAINT, va="center")
+    figure.text(0.02, 0.945, drawable(title), size=11, color=FAINT, va="center")
 
 
 def _draw_heading(figure: Figure, left: float, text: str, note: str = "") -> None:
-    heading = figure.text(left, 0.87, text, size=13, weight="bold", va="baseline")
-    figure.text(left + _width(heading) + 0.01, 0.87, note, size=10, color=FAINT, va="baseline")
+    heading = figure.text(left, 0.87, drawable(text), size=13, weight="bold", va="baseline")
+    figure.text(left + _width(heading) + 0.01, 0.87, drawable(note), size=10, color=FAINT, va="baseline")
 
 
 def _text_width(figure: Figure, content: str, size: float) -> float:
@@ -180,7 +197,7 @@ def _draw_curves(
 
     ends = {label: float(shown(means[-1:])[0]) for label, (_, means, _) in curves.items()}
     only = record.method if len(curves) > 1 and all(label.startswith(f"{record.method} ") for label in curves) else ""
-    names = {label: f"{label.removeprefix(only).strip()}  {amount(end)}" for label, end in ends.items()}
+    names = {label: drawable(f"{label.removeprefix(only).strip()}  {amount(end)}") for label, end in ends.items()}
     left, bottom, top = 0.062, 0.125, 0.83
     room = 0.028 + max(_text_width(figure, name, 10) for name in names.values())
     axes = figure.add_axes((left, bottom, right - room - left, top - bottom))
@@ -333,7 +350,7 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     ratio, limit = _scaled(weights)
     norm = Normalize(-limit, limit)
     right, bottom, top = 0.915, 0.125, 0.8
-    run = f" (run {record.path.name})" if siblings > 1 else ""
+    run = f" (run {drawable(record.path.name)})" if siblings > 1 else ""
     _draw_heading(figure, left, f"Weights of {record.method}", note)
     if ratio.shape[2] > 1:
         names = record.layers if len(record.layers) == layers else [f"layer {i + 1}" for i in range(layers)]
@@ -387,7 +404,7 @@ def _draw_ranks(
     gap_x, gap_y = 0.005, 0.055
     height = (top - bottom - (lines - 1) * gap_y) / lines
     shown = _ticks(layers, int(height * _SIZE[1] * 72 / 9.5))
-    labels = [_short(names[i]) for i in shown]
+    labels = [drawable(_short(names[i])) for i in shown]
     left += max(_text_width(figure, label, 7.5) for label in labels) + 0.006
     width = (right - left - (columns - 1) * gap_x) / columns
     roomy = _text_width(figure, f"1  {rounds}", 8.5) < width

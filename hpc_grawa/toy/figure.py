@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..report.figure import COLOURS, FAINT, INK, saved_figure
+from ..report.figure import COLOURS, FAINT, INK, drawable, saved_figure
 from .vincent import DOMAIN, Descent, vincent
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _draw_panel(axes: Axes, method: str, descent: Descent) -> None:
         axes.plot(*way[-1], "o", markersize=size, color=colour, markeredgewidth=0, zorder=4)
     axes.plot(*descent.center.T, **_CENTER)
     axes.plot(*descent.center[-1], **_CENTER_END, zorder=5)
-    axes.set_title(method, size=11, weight="bold", loc="left", pad=5, color=INK)
+    axes.set_title(drawable(method), size=11, weight="bold", loc="left", pad=5, color=INK)
     end = f"ends at ({', '.join(f'{x:.2f}' for x in descent.ranks[0, -1].tolist())})" if together else "ranks end apart"
     axes.set_title(end, size=9, loc="right", pad=5, color=FAINT)
 
