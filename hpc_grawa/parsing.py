@@ -15,9 +15,9 @@ from pathlib import Path
 from types import GenericAlias
 from typing import Any, NoReturn
 
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
 
 from . import data, methods, metrics, models, optim, schedules
 from .comm import Backend
@@ -26,6 +26,7 @@ from .config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .errors import ConfigError
 from .evaluate import Precision
 from .launch import Wanted
+from .screen import as_shown
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -135,7 +136,8 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
         parser.error(str(error), error)
     if printing:
         if speaks:
-            print(config.text, end="")
+            whole = as_shown(config.text) == config.text
+            print(config.text if whole else yaml.safe_dump(load_yaml(config.text), sort_keys=False), end="")
         raise SystemExit(0)
     return config
 
@@ -235,7 +237,7 @@ def _in_this_locale(value: Any) -> Any:
     return value
 
 
-set_loader("yaml", load_yaml, (YAMLError,))
+set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def _load(text: str, what: str) -> Any:

@@ -336,7 +336,7 @@ def test_the_figure_comes_without_weights_and_in_other_formats(tmp_path: Path) -
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-@pytest.mark.parametrize("name", ["läufe", "実験🎉", "l\udcffufe", "a$b_{$", "tab\tline\n"], ids=ascii)
+@pytest.mark.parametrize("name", ["läufe", "実験🎉", "l\udcffufe", "a$b_{$", "tab\tline\n", 80 * "長"], ids=ascii)
 def test_any_name_can_be_drawn(tmp_path: Path, name: str, suffix: str) -> None:
     """Of folders, classes and layers; what the font has no picture of is written as an escape."""
     folder = tmp_path / name

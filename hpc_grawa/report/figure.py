@@ -197,7 +197,9 @@ def _draw_curves(
 
     ends = {label: float(shown(means[-1:])[0]) for label, (_, means, _) in curves.items()}
     only = record.method if len(curves) > 1 and all(label.startswith(f"{record.method} ") for label in curves) else ""
-    names = {label: drawable(f"{label.removeprefix(only).strip()}  {amount(end)}") for label, end in ends.items()}
+    names = {
+        label: f"{_short(drawable(label.removeprefix(only).strip()), 40)}  {amount(end)}" for label, end in ends.items()
+    }
     left, bottom, top = 0.062, 0.125, 0.83
     room = 0.028 + max(_text_width(figure, name, 10) for name in names.values())
     axes = figure.add_axes((left, bottom, right - room - left, top - bottom))
@@ -350,7 +352,7 @@ def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int)
     ratio, limit = _scaled(weights)
     norm = Normalize(-limit, limit)
     right, bottom, top = 0.915, 0.125, 0.8
-    run = f" (run {drawable(record.path.name)})" if siblings > 1 else ""
+    run = f" (run {_short(drawable(record.path.name), 40)})" if siblings > 1 else ""
     _draw_heading(figure, left, f"Weights of {record.method}", note)
     if ratio.shape[2] > 1:
         names = record.layers if len(record.layers) == layers else [f"layer {i + 1}" for i in range(layers)]
@@ -404,7 +406,7 @@ def _draw_ranks(
     gap_x, gap_y = 0.005, 0.055
     height = (top - bottom - (lines - 1) * gap_y) / lines
     shown = _ticks(layers, int(height * _SIZE[1] * 72 / 9.5))
-    labels = [drawable(_short(names[i])) for i in shown]
+    labels = [_short(drawable(names[i])) for i in shown]
     left += max(_text_width(figure, label, 7.5) for label in labels) + 0.006
     width = (right - left - (columns - 1) * gap_x) / columns
     roomy = _text_width(figure, f"1  {rounds}", 8.5) < width
