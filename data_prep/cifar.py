@@ -352,6 +352,8 @@ def prepare(archive: Path, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; exit status 0, or 2 after one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know the letters of a folder's name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", type=Path, required=True, metavar="PATH", help="archive, or unpacked folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to be made")

@@ -445,7 +445,7 @@ def completed(out: Path, part: str, skip_corrupt: bool) -> list[dict[str, Any]]:
     """The records of the shards that are complete, without gaps."""
     records: list[dict[str, Any]] = []
     while (path := record_path(out, part, len(records))).exists():
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         shard = shard_path(out, part, len(records))
         if not shard.exists() or shard.stat().st_size != record["bytes"] or (record["corrupt"] and not skip_corrupt):
             break
@@ -572,7 +572,7 @@ def begin(out: Path, plan: str) -> None:
     """Mark ``out`` as the beginning of this conversion, or see that it is; remove what was left half-written."""
     marker = out / ".plan"
     if marker.exists():
-        if marker.read_text() != plan:
+        if marker.read_text(encoding="utf-8") != plan:
             raise Refused(
                 f"{out}: holds the beginning of a conversion of other images or with other settings; "
                 "name another folder with --out, or remove it"
@@ -608,7 +608,7 @@ def prepare(options: argparse.Namespace) -> None:
     }
     plan = fingerprint(parts, settings)
     if (out / "meta.json").exists():
-        if json.loads((out / "meta.json").read_text()).get("plan") != plan:
+        if json.loads((out / "meta.json").read_text(encoding="utf-8")).get("plan") != plan:
             raise Refused(f"{out}: holds other data; name another folder with --out, or remove it")
         tidy(out)
         print(f"unchanged    {out} already holds exactly this; check it with data_prep/verify.py {out}")
@@ -677,7 +677,7 @@ class locked:
         self._out = out
 
     def __enter__(self) -> None:
-        self._file = (self._out / ".lock").open("w")
+        self._file = (self._out / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -698,6 +698,8 @@ def tidy(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; exit status 0, or 2 after one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know the letters of a folder's name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, metavar="PATH", help="archive, or folder of class folders")
     parser.add_argument("--val", type=Path, required=True, metavar="PATH", help="archive, or folder of class folders")

@@ -102,7 +102,10 @@ def _image_problems(folder: Path, facts: Mapping[str, Any], part: str, shard: in
             except tarfile.TarError as error:
                 found.append(f"{where}: no member begins there ({line_of(error)})")
                 continue
-            if member.size != length or member.name.partition("/")[0] != facts["wnids"][label]:
+            folder_of, given = (  # bytes: one of two locales may have known its letters, the other not
+                text.encode(errors="surrogateescape") for text in (member.name.partition("/")[0], facts["wnids"][label])
+            )
+            if member.size != length or folder_of != given:
                 found.append(f"{where}: is {member.name} of {member.size} bytes, the index says otherwise")
             elif zlib.crc32(block[512:]) != crc32:
                 found.append(f"{where}: {member.name} has another checksum than the index")
@@ -121,13 +124,15 @@ def _image_problems(folder: Path, facts: Mapping[str, Any], part: str, shard: in
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; exit status 0, or 2 after one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know the letters of a folder's name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="made by cifar.py or imagenet.py")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
     options = parser.parse_args(arguments)
     folder: Path = options.folder
     try:
-        facts = json.loads((folder / "meta.json").read_text())
+        facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         found = problems_of(folder, facts, max(1, options.workers))
         if not found:
             counts = " + ".join(f"{count:,} {part}" for part, count in facts["counts"].items())

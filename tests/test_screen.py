@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import own
 import pytest
 from conftest import launch
+from PIL import Image
 
 from hpc_grawa import cli
 from hpc_grawa.parsing import load_yaml, read_settings
@@ -171,6 +173,29 @@ def test_every_command_works_in_a_locale_that_knows_ascii_only(tmp_path: Path) -
     assert names == {"told.yaml", "läufe", "ä.csv", "ä.png", "ö.svg"}
     record = read_run(tmp_path / "läufe" / "ü")
     assert record.config["run.dir"] == "läufe" and record.facts["name"] in ("ü", "\udcc3\udcbc")
+
+
+@pytest.mark.parametrize("environment", [IN_C, {"PYTHONIOENCODING": "ascii"}], ids=["locale", "screen"])
+def test_images_are_packed_from_folders_and_classes_of_any_name(tmp_path: Path, environment: dict[str, str]) -> None:
+    for part, label in itertools.product(("train", "val"), ("Äpfel", "柿")):
+        (folder := tmp_path / "größe" / part / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (20, 16), (90 * number, 30, 60)).save(folder / f"Bild ä{number}.jpg")
+    scripts = Path(__file__).parents[1] / "data_prep"
+    for script, *words in (
+        ("imagenet.py", "--train", "größe/train", "--val", "größe/val", "--out", "größe/gepackt", "--workers", "2"),
+        ("verify.py", "größe/gepackt"),
+        ("verify.py", "größe/train"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(scripts / script), *words],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            timeout=300,
+        )
+        told = (done.stdout + done.stderr).decode("utf-8")
+        assert done.returncode == (2 if words == ["größe/train"] else 0) and "Traceback" not in told, told
 
 
 @pytest.mark.slow
