@@ -5,6 +5,7 @@ from .base import Ahead, Data, Examples, ImageData, Splits, in_advance
 from .cifar import CIFAR
 from .digits import Digits
 from .imagenet import ImageNet
+from .nests import Nest, kind, moved, parts
 from .sharding import Sampler, Split, held_out, shard_size
 from .tensors import TensorExamples
 
@@ -18,11 +19,15 @@ __all__ = [
     "Examples",
     "ImageData",
     "ImageNet",
+    "Nest",
     "Sampler",
     "Split",
     "Splits",
     "TensorExamples",
     "held_out",
     "in_advance",
+    "kind",
+    "moved",
+    "parts",
     "shard_size",
 ]
