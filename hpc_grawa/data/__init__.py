@@ -3,6 +3,7 @@
 from .arrays import ArraySplit, Augmentation
 from .base import Ahead, Data, Examples, ImageData, Splits, in_advance
 from .cifar import CIFAR
+from .datasets import Datasets
 from .digits import Digits
 from .imagenet import ImageNet
 from .nests import Nest, kind, moved, parts
@@ -15,6 +16,7 @@ __all__ = [
     "ArraySplit",
     "Augmentation",
     "Data",
+    "Datasets",
     "Digits",
     "Examples",
     "ImageData",

@@ -46,7 +46,7 @@ class Ahead(Examples, Protocol):
         """
 
 
-#: Batches that are prepared while one is used.
+#: Batches that are prepared while one is used, unless examples say otherwise (``ahead``).
 AHEAD = 2
 
 
@@ -63,10 +63,11 @@ def in_advance(
     if not isinstance(examples, Ahead):
         yield from (examples.batch(index, generator) for index, generator in wanted)
         return
+    ahead: int = getattr(examples, "ahead", AHEAD)
     begun: deque[Callable[[], tuple[Nest, Nest]]] = deque()
     for index, generator in wanted:
         begun.append(examples.start(index, generator, device))
-        if len(begun) > AHEAD:
+        if len(begun) > ahead:
             yield begun.popleft()()
     while begun:
         yield begun.popleft()()
