@@ -136,15 +136,17 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         first_line = backend_line(config, facts)
     set_threads(facts)
     with together(program, config, facts, first_line) as comm:
+        from . import lazy
         from .evaluate import Judge
+        from .trial import new_model
 
         judge = Judge(config.loss, config.metric, config.precision, config.eval.batch_size)
-        device = local_device(facts, config.device)
-        model = config.build_model().to(device)
-        config.loss.to(device)
-        config.data.prepare_model(model)
-        model.load_state_dict(torch.load(options.run / "center.pt", weights_only=True))
-        scores = judge.judge(model, config.data.load().test, comm)
+        splits = config.data.load()
+        model = new_model(config, splits, comm, local_device(facts, config.device))
+        center = torch.load(options.run / "center.pt", weights_only=True)
+        lazy.restore(model, {name: center[name] for name, _ in model.named_buffers() if name in center})
+        model.load_state_dict(center)
+        scores = judge.judge(model, splits.test, comm)
         if facts.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
 

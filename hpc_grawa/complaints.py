@@ -46,7 +46,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif found := re.fullmatch(r"Given value: (.*)", line):
             value = found[1]
         elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
-            notes.append(line.removeprefix("- "))
+            notes.append(re.sub("^(- )?(Type .* expects a function or a callable class: )?", "", line))
     text = " or ".join(dict.fromkeys(notes)).replace(" or must be", " or")
     if (path, value) == (["precision"], "fp16"):
         text += " (fp16 needs loss scaling: each rank's scale would be another and enter the weights)"

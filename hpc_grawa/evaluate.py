@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import random_streams
 from .comm import Communicator
-from .data import Examples, in_advance
+from .data import Examples, Nest, in_advance, moved
 from .metrics import Metric
 from .scores import NoDropout
 from .vector import ParameterVector
@@ -66,7 +66,7 @@ class Judge:
         with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
             batches = in_advance(examples, ((part, None) for part in parts), device)
             for part, (inputs, targets) in zip(parts, batches, strict=True):
-                inputs, targets = inputs.to(device), targets.to(device)
+                inputs, targets = moved((inputs, targets), device)
                 output = model(inputs)
                 loss = self.loss(output, targets).double().reshape(1) * len(part)
                 sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
@@ -89,7 +89,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Tensor], comm: Communicator, precision: Precision = "fp32") -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, precision: Precision = "fp32") -> None:
     """Give BatchNorm layers the statistics of the model's present parameters.
 
     The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all batches of
@@ -127,7 +127,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], comm: Communicator,
     try:
         with undisturbed(model), torch.no_grad(), NoDropout(), autocast(precision, device):
             for inputs in batches:
-                model(inputs.to(device))
+                model(moved(inputs, device))
                 count += 1
     finally:
         for hook in hooks:

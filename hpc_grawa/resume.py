@@ -25,7 +25,7 @@ from .watch import clock_of, ending_of, read_signs
 #: Seconds between signs of life of the job that holds a folder, and without one after which it counts as dead.
 BEAT, DEAD = 5.0, 60.0
 #: May differ when a run goes on: what says where and how fast, but not what.
-_FREE = ("run.resume", "run.dir", "comm_timeout", "data.stage", "data.workers")
+_FREE = ("run.resume", "run.dir", "comm_timeout", "data.stage", "data.workers", "data.start_method")
 
 
 def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = ()) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, LostView
+from .lazy import unfinished
 
 #: ``tensor``: every parameter tensor; ``module``: the parameters one module holds directly; or groups of name patterns.
 Partition = Literal["tensor", "module"] | list[list[str]]
@@ -64,7 +65,8 @@ class ParameterVector:
         model: any module with at least one trainable parameter.
 
     Raises:
-        ValueError: no trainable parameter, or parameters of several dtypes or devices (both are listed).
+        ValueError: no trainable parameter, one without a shape yet (a lazy module), or parameters of several dtypes or
+            devices (both are listed).
 
     Example:
         >>> vector = ParameterVector(nn.Linear(2, 1))
@@ -77,6 +79,11 @@ class ParameterVector:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("the model has no trainable parameter")
+        if (name := unfinished(model)) is not None:
+            raise ValueError(
+                f"'{name}' has no shape yet (a lazy module): pass a batch through the model before "
+                f"ParameterVector(model)"
+            )
         kinds: dict[tuple[torch.dtype, torch.device], str] = {}
         for name, p in named:
             kinds.setdefault((p.dtype, p.device), name)

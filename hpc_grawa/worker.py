@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import random_streams
+from . import lazy, random_streams
 from .budget import Clock
 from .comm import Communicator
 from .config import Config
-from .data import in_advance
+from .data import Nest, in_advance, moved, parts
 from .evaluate import autocast
 from .launch import local_device
 from .schedules import RunFacts
-from .trial import try_out
+from .trial import new_model
 from .vector import ParameterVector
 
 
@@ -31,7 +31,7 @@ class Worker:
         comm: the ranks; all must make a worker.
 
     Raises:
-        ConfigError: model, data, loss and metric do not fit together; on rank 0 alone, which tries them out.
+        ConfigError: model, data, loss and metric do not fit together; on all ranks.
         RanksDisagree: ranks do not have the same model or method.
     """
 
@@ -46,13 +46,8 @@ class Worker:
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
         # One stream for the common start, then one per rank (dropout, and starts that are to differ).
         _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
-        self.model = config.build_model()
+        self.model = new_model(config, self.splits, comm, self.device)
         _seed_all(_own_seed(seed, comm.rank))
-        self.model.to(self.device)
-        config.loss.to(self.device)
-        config.data.prepare_model(self.model)
-        if comm.rank == 0:
-            try_out(config, self.model, self.splits)
         self.vector = ParameterVector(self.model)
         self.optimizer = config.optimizer.build(self.vector.parameters)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -91,7 +86,7 @@ class Worker:
         loss: Tensor | None = None
         if self.run.before_step():
             with self.comm.meter.loading(self.device):
-                self._batch = self._to_device(next(self._batches))
+                self._batch = moved(next(self._batches), self.device)
             with self.comm.meter.span("compute", "local step"):
                 loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
             self.local_steps += 1
@@ -103,7 +98,7 @@ class Worker:
         """All that survives a step; all ranks must call it, between steps."""
         return {
             "parameters": self.vector.data,
-            "outside": [tensor.detach() for _, tensor in self.vector.outside],
+            "outside": lazy.outside(self.model),
             "optimizer": self.optimizer.state_dict(),
             "run": self.run.state_dict(),
             "local_steps": self.local_steps,
@@ -115,8 +110,7 @@ class Worker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken: the same model, method, data and ranks."""
         self.vector.data.copy_(state["parameters"])
-        for (_, tensor), saved in zip(self.vector.outside, state["outside"], strict=True):
-            tensor.detach().copy_(saved)
+        lazy.restore(self.model, state["outside"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.local_steps = state["local_steps"]
         self.clock.restart(state["seconds"])
@@ -129,32 +123,25 @@ class Worker:
         centers = [s["averager"]["center"] for s in state["run"]["synchronizers"]]
         center = centers[-1] if centers and centers[-1] is not None else state["parameters"]
         self.vector.data.copy_(center)
-        for (_, tensor), saved in zip(self.vector.outside, state["outside"], strict=True):
-            tensor.detach().copy_(saved)
+        lazy.restore(self.model, state["outside"])
         self.local_steps = state["run"]["facts"]["step"]
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.start_from(state["run"]["facts"])
 
-    def _in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _in_order(self) -> Iterator[tuple[Nest, Nest]]:
         """This rank's batches from that of the present step on; begins when the first is asked for."""
         sampler = self.sampler
         numbers = count(self.local_steps)
         wanted = ((sampler.indices(n), sampler.generator(n)) for n in numbers)
         yield from in_advance(self.splits.train, wanted, self.device)
 
-    def _probes_from(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _probes_from(self, number: int) -> Iterator[tuple[Nest, Nest]]:
         """This rank's probe batches from that of a round on."""
         method = self.config.method
         source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
         numbers = (self.sampler.probe_indices(n, method.probe_batches, source) for n in count(number))
         yield from in_advance(self.splits.train, ((index.flatten(), None) for index in numbers), self.device)
-
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch
-        if self.device.type == "cuda":  # from page-locked memory the copy does not stop the host
-            inputs, targets = (x if x.is_cuda else x.pin_memory() for x in (inputs, targets))
-        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def said(self) -> dict[str, Any]:
         """What a sign of life says of this rank; asked for by another thread."""
@@ -166,14 +153,13 @@ class Worker:
         return self.config.budget.used(self.facts, self.total_steps)
 
     def _closure(self) -> Tensor:
-        aggregator, parts = self.run.aggregator, self.config.optimizer.accumulate
+        aggregator, count = self.run.aggregator, self.config.optimizer.accumulate
         aggregator.zero_grad(self.optimizer)
-        inputs, targets = self._batch
         total = torch.zeros((), device=self.vector.data.device)
-        for i, part in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
-            if i == parts - 1:
+        for i, part in enumerate(parts(self._batch, self.sampler.batch_size, count)):
+            if i == count - 1:
                 aggregator.start()
-            loss = self._loss(part) / parts
+            loss = self._loss(part) / count
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         aggregator.finish()
@@ -187,10 +173,10 @@ class Worker:
             self._probes = self._probes_from(number)
         self._next_probe = number + 1
         with self.comm.meter.loading(self.device):
-            batch = self._to_device(next(self._probes))
+            batch = moved(next(self._probes), self.device)
         return self._loss(batch)
 
-    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
         inputs, targets = batch
         with autocast(self.config.precision, self.vector.data.device):
             loss: Tensor = self.config.loss(self.model(inputs), targets)

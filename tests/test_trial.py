@@ -86,7 +86,7 @@ class Unsplit(own.Numbers):
         ),
         (
             {"--model": "test_trial.Talkative"},
-            r"loss is MSELoss: must make one number of outputs of Talkative of type tuple and .*; AttributeError: .*",
+            r"loss is MSELoss: must make one number of outputs of Talkative \(\[8, 1\] .*\) and .*; AttributeError: .*",
         ),
         ({"--loss.reduction": "none"}, r"loss is MSELoss: must make one number .*; ValueError: it made \[8, 1\] .*"),
         ({"--metric": "Accuracy"}, r"metric is Accuracy: must take outputs of Line .*; give another metric"),

@@ -3,8 +3,10 @@
 from .arrays import ArraySplit, Augmentation
 from .base import Ahead, Data, Examples, ImageData, Splits, in_advance
 from .cifar import CIFAR
+from .datasets import Datasets
 from .digits import Digits
 from .imagenet import ImageNet
+from .nests import Nest, kind, moved, parts
 from .sharding import Sampler, Split, held_out, shard_size
 from .tensors import TensorExamples
 
@@ -14,15 +16,20 @@ __all__ = [
     "ArraySplit",
     "Augmentation",
     "Data",
+    "Datasets",
     "Digits",
     "Examples",
     "ImageData",
     "ImageNet",
+    "Nest",
     "Sampler",
     "Split",
     "Splits",
     "TensorExamples",
     "held_out",
     "in_advance",
+    "kind",
+    "moved",
+    "parts",
     "shard_size",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..comm import Communicator
 from ..errors import ConfigError
+from .nests import Nest
 from .sharding import Sampler, Split, shard_size
 
 CPU = torch.device("cpu")
@@ -24,9 +25,10 @@ class Examples(Protocol):
     def __len__(self) -> int:
         """Number of examples, N."""
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs ``[B, ...]`` and targets ``[B, ...]`` of the examples ``index`` ``[B]`` (int64).
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Nest, Nest]:
+        """Inputs and targets of the examples ``index`` ``[B]`` (int64): tensors ``[B, ...]``, or nests of them.
 
+        The model gets the inputs as one argument, be they a tensor, a tuple, a list or a dict.
         With a generator they are augmented by its draws (training), without one they are as they are (evaluation).
         """
 
@@ -37,20 +39,20 @@ class Ahead(Examples, Protocol):
 
     def start(
         self, index: Tensor, generator: torch.Generator | None = None, device: torch.device = CPU
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
+    ) -> Callable[[], tuple[Nest, Nest]]:
         """Begin to prepare a batch; what is returned waits for it and gives what ``batch`` would.
 
         It is going to be used on ``device``, and may already lie there.
         """
 
 
-#: Batches that are prepared while one is used.
+#: Batches that are prepared while one is used, unless examples say otherwise (``ahead``).
 AHEAD = 2
 
 
 def in_advance(
     examples: Examples, wanted: Iterable[tuple[Tensor, torch.Generator | None]], device: torch.device = CPU
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Nest, Nest]]:
     """The batches of ``examples`` that are wanted, in order; where they can be, the next ones are prepared meanwhile.
 
     Args:
@@ -61,10 +63,11 @@ def in_advance(
     if not isinstance(examples, Ahead):
         yield from (examples.batch(index, generator) for index, generator in wanted)
         return
-    begun: deque[Callable[[], tuple[Tensor, Tensor]]] = deque()
+    ahead: int = getattr(examples, "ahead", AHEAD)
+    begun: deque[Callable[[], tuple[Nest, Nest]]] = deque()
     for index, generator in wanted:
         begun.append(examples.start(index, generator, device))
-        if len(begun) > AHEAD:
+        if len(begun) > ahead:
             yield begun.popleft()()
     while begun:
         yield begun.popleft()()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .nests import Nest, leaves, mapped
+
 
 class TensorExamples:
     """Inputs and targets in memory, given out as they are.
 
     Args:
-        inputs: ``[N, ...]``.
-        targets: ``[N, ...]``.
+        inputs: ``[N, ...]``, or a nest (dict, tuple, ...) of such tensors.
+        targets: the same.
 
     Raises:
         ValueError: there are not as many of both.
@@ -22,16 +24,19 @@ class TensorExamples:
                 [0, 1]]), tensor([2, 0]))
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+    def __init__(self, inputs: Nest, targets: Nest) -> None:
         """Copies nothing."""
-        if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} inputs, {len(targets)} targets: must be as many")
+        counts = [len(tensor) for nest in (inputs, targets) for tensor in leaves(nest)]
+        if len(set(counts)) != 1:
+            raise ValueError(f"{' and '.join(map(str, counts))} examples in inputs and targets: must be as many")
         self.inputs, self.targets = inputs, targets
 
     def __len__(self) -> int:
         """Number of examples, N."""
-        return len(self.inputs)
+        count: int = len(leaves(self.inputs)[0])
+        return count
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Nest, Nest]:
         """Inputs ``[B, ...]`` and targets ``[B, ...]`` of the examples ``index`` ``[B]``; nothing is augmented."""
-        return self.inputs[index], self.targets[index]
+        inputs, targets = (mapped(lambda tensor: tensor[index], nest) for nest in (self.inputs, self.targets))
+        return inputs, targets

@@ -1,0 +1,124 @@
+"""Processes beside a rank that make its batches.
+
+They know nothing of MPI or Horovod, and live as long as their rank: which signals mean what is its affair, and they end
+when it does, however that happens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..random_streams import seeded
+from .nests import Nest
+
+
+def make_batch(dataset: Any, collate: Callable[[list[Any]], Any], numbers: list[int], seed: int | None) -> Nest:
+    """A batch of these examples of a data set.
+
+    Args:
+        dataset: has ``__getitem__``.
+        collate: makes the batch.
+        numbers: of the examples.
+        seed: of all random streams; None: each example has streams of its own, whatever batch it is in.
+    """
+    if seed is not None:
+        with seeded(seed):
+            return collate([dataset[number] for number in numbers])
+    examples = []
+    for number in numbers:
+        with seeded(0, number):
+            examples.append(dataset[number])
+    with seeded(0):
+        return collate(examples)
+
+
+class Workers:
+    """So many processes; they start when the first batch is wanted.
+
+    Args:
+        count: of processes.
+        start_method: ``forkserver`` or ``spawn``.
+        content: data sets, and how they are collated; each process gets a copy.
+
+    Raises:
+        ConfigError: the content cannot be pickled.
+    """
+
+    def __init__(self, count: int, start_method: str, content: tuple[Any, ...]) -> None:
+        try:
+            pickled = pickle.dumps(content, protocol=5)
+        except Exception as error:  # what an own class raises is its own affair
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"data.workers is {count}: must be 0, or data sets and collate such that other processes can unpickle "
+                f"(no lambda, no open file); {what[:300]}"
+            ) from None
+        self.count = count
+        context = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload(["torch"])  # once for all
+        self._pool = ProcessPoolExecutor(count, context, _begin, (pickled,))
+
+    def start(self, which: int, numbers: list[int], seed: int | None) -> Callable[[], Any]:
+        """Begin to make a batch of the data set number ``which``; what is returned waits for it.
+
+        Raises:
+            RuntimeError: from what is returned: a process has ended.
+        """
+        made = self._pool.submit(_make, which, numbers, seed)
+
+        def finish() -> Any:
+            try:
+                return made.result()
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    f"one of the {self.count} processes of data.workers was killed: too little memory, or shared "
+                    f"memory (df -h /dev/shm)?"
+                ) from None
+
+        return finish
+
+
+#: Of a worker: what it was given, or why it could not take it.
+_content: tuple[Any, ...] | Exception = ()
+
+
+def _begin(pickled: bytes) -> None:
+    global _content
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+    torch.set_num_threads(1)
+    with suppress(ImportError):
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # an own module may import it: this process is no rank
+    try:
+        _content = pickle.loads(pickled)
+    except Exception as error:
+        _content = error
+
+
+def _end_with_the_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os._exit(1)
+
+
+def _make(which: int, numbers: list[int], seed: int | None) -> Nest:
+    if isinstance(_content, Exception):
+        raise _content
+    return make_batch(_content[which], _content[-1], numbers, seed)

@@ -1,0 +1,54 @@
+"""Models that their first forward pass completes: lazy parameters, and buffers that are made on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from . import random_streams
+
+
+def unfinished(model: nn.Module) -> str | None:
+    """The first parameter or buffer that has no shape yet; None where all have one."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return next((name for name, tensor in named if is_lazy(tensor)), None)
+
+
+@contextmanager
+def completing(model: nn.Module) -> Iterator[None]:
+    """Within the block the model may be completed; beside that nothing of its forward passes remains.
+
+    What gets its shape there, or another one, keeps it and its values. All else has its values again, bit for bit, and
+    random streams stand where they stood.
+    """
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
+    try:
+        with random_streams.kept():
+            yield
+    finally:
+        for name, buffer in model.named_buffers():
+            own = kept.get(name)
+            if own is not None and (own.shape, own.dtype) == (buffer.shape, buffer.dtype):
+                buffer.copy_(own)
+
+
+def outside(model: nn.Module) -> dict[str, Tensor]:
+    """Frozen parameters and buffers by name."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return frozen | {name: buffer.detach() for name, buffer in model.named_buffers()}
+
+
+def restore(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give the model what ``outside`` gave; a buffer that has grown since it was built grows again."""
+    there = outside(model)
+    device = next(model.parameters()).device
+    for name, tensor in saved.items():
+        own = there.get(name)
+        if own is not None and own.shape == tensor.shape:
+            own.copy_(tensor)
+        else:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._buffers[last] = tensor.to(device if own is None else own.device, copy=True)
