@@ -39,6 +39,19 @@ def kept() -> Iterator[None]:
         set_streams(found)
 
 
+@contextmanager
+def seeded(seed: int, *key: int) -> Iterator[None]:
+    """Within the block every stream is that of (seed, *key); afterwards each stands where it stood."""
+    first, second, *words = np.random.SeedSequence(seed % 2**64, spawn_key=key).generate_state(12).tolist()
+    with kept():
+        torch.default_generator.manual_seed(first << 32 | second)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed(first << 32 | second)
+        np.random.seed(words)
+        random.seed(second << 32 | first)
+        yield
+
+
 def packed(found: Streams) -> Streams:
     """As tensors and numbers, which a checkpoint may hold."""
     name, words, *rest = found[1]
