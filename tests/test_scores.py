@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import reference as ref
 import torch
 from torch import Tensor, nn
 
-from hpc_grawa import ParameterVector
-from hpc_grawa.scores import Equal, GradientNorm, Momentum, TrainingLoss
+from hpc_grawa import LGRAWA, LocalLGRAWA, Method, ParameterVector, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.scores import Equal, GradientNorm, Momentum, Roundoff, RunningGradientNorm, TrainingLoss
+from hpc_grawa.synchronizer import Round
 
 
 def score_of(reduction: Any, scales: list[float], momentum: float, layers: Any = "tensor") -> GradientNorm:
@@ -109,6 +112,150 @@ def test_one_layer_that_is_not_finite_leaves_the_others_momentum_alone() -> None
     score, oracle = GradientNorm(vector, vector.layers(), probe, "layers", 0.5), ref.ScoreMomentum(0.5)
     for raw in ([1.0, 1.0], [3.0, math.nan], [5.0, 3.0]):  # +∞ would say that there is no gradient
         np.testing.assert_allclose(score.take(), oracle.update(np.array([raw]))[0], rtol=1e-13)
+
+
+def test_where_nothing_entered_a_momentum_is_infinite_if_nothing_else_came() -> None:
+    """No gradient on any step is +∞; a gradient that was no number makes NaN; any finite one is what counts."""
+    momentum, oracle = Momentum(0.7), ref.ScoreMomentum(0.7)
+    for row in ([math.inf, math.nan, math.inf, 2.0], [math.inf, math.inf, 3.0, math.inf]):
+        momentum.update(torch.tensor(row, dtype=torch.float64))
+        last = oracle.update(np.array([row]))[0]
+        resumed = Momentum(0.7)
+        resumed.load_state_dict(momentum.state_dict())
+        momentum = resumed
+    assert momentum.value is not None
+    np.testing.assert_allclose(momentum.value, [math.inf, math.nan, last[2], 2.0], rtol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers without a gradient, and those whose gradient is round-off.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["vector", "sum", "layers"])
+def test_a_layer_without_a_gradient_adds_nothing_to_the_others(reduction: Any) -> None:
+    """And a rank without any is one that has no gradient."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3)])
+    vector = ParameterVector(model)
+    given: list[int] = [0, 1]
+    outside = torch.zeros((), requires_grad=True)
+
+    def probe() -> Tensor:
+        return outside + sum((4.0**i * model[i].sum() for i in given), start=torch.zeros(()))
+
+    score = GradientNorm(vector, vector.layers(), probe, reduction, momentum=0.0)
+    norms = [2**0.5, 4 * 2**0.5]
+    expected = {"vector": [math.hypot(*norms)], "sum": [sum(norms)], "layers": [*norms, math.inf]}[reduction]
+    assert score.take().tolist() == pytest.approx(expected, rel=1e-14)
+    given.clear()
+    assert score.take().tolist() == [math.inf] * len(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_of_eight_roundings_of_the_whole_gradient_is_marked(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    roundoff = Roundoff(ParameterVector(nn.Linear(2, 2).to(dtype)))
+    norms = torch.tensor([3.0, 4.0, 39 * eps, 41 * eps, 0.0, math.inf, math.nan], dtype=torch.float64)
+    marked = roundoff.mark(norms)
+    np.testing.assert_array_equal(marked.abs(), norms)
+    assert marked.signbit().tolist()[:6] == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_autocast_eps_is_that_of_its_dtype(inside: bool) -> None:
+    """Whether the loop turns it on or the model's forward pass; and off again."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.on = nn.Linear(2, 2), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.on or torch.is_autocast_enabled("cpu")):
+                return self.linear(x)
+
+    model = Net()
+    vector = ParameterVector(model)
+    for score in (GradientNorm(vector, vector.layers(), lambda: model(torch.ones(1, 2)).sum(), "layers"),
+                  RunningGradientNorm(vector, vector.layers(), "layers")):  # fmt: skip
+        for on in (False, True, False):
+            model.on = on and inside
+            with torch.autocast("cpu", torch.bfloat16, enabled=on and not inside):
+                model(torch.ones(1, 2)).float().sum().backward()
+                score.observe(None)
+                if isinstance(score, GradientNorm):
+                    score.take()
+            assert score._roundoff is not None
+            assert score._roundoff.dtype == (torch.bfloat16 if on else torch.float32)
+
+
+def rounds_of(method: Method, model_of: Callable[[], nn.Module], world: int = 3, bf16: bool = False) -> list[Round]:
+    """Rounds of ranks whose data are shifted and scaled differently."""
+
+    def body(comm: Communicator) -> list[Round]:
+        torch.manual_seed(0)
+        model = model_of()
+        dtype = next(model.parameters()).dtype
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        data = torch.Generator().manual_seed(comm.rank)
+
+        def loss() -> Tensor:
+            x = torch.randn(16, 2, 5, 5, generator=data).to(dtype) * (1 + comm.rank) + comm.rank
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return (model(x) - x.mean((1, 2, 3))[:, None]).square().mean()
+
+        run, rounds = method.build(comm, ParameterVector(model), optimizer, probe=loss), []
+        run.synchronizers[0].on_round = rounds.append
+        for _ in range(6):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+            run.after_step(value.detach())
+        return rounds
+
+    return simulate(world, body)[0]
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bf16 autocast"])
+@pytest.mark.parametrize("method", [LGRAWA(period=2), LocalLGRAWA(period=2)], ids=lambda m: type(m).__name__)
+def test_a_bias_before_batchnorm_weighs_all_ranks_alike(method: Method, precision: str) -> None:
+    """Its gradient is zero but for rounding; the weights of the other layers are what they are without it."""
+
+    def net(bias: bool) -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU()), nn.Flatten(), nn.Linear(36, 1)
+        )
+        for layer in (model[0], model[-1]):
+            nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+        nn.init.zeros_(model[-1].bias)
+        return model.to(torch.float64 if precision == "float64" else torch.float32)
+
+    bf16 = precision == "bf16 autocast"
+    rounds = rounds_of(method, lambda: net(True), bf16=bf16)
+    assert len(rounds) == 3
+    assert all((round_.weights[:, 1] == 1 / 3).all() for round_ in rounds)
+    if not bf16:
+        assert all((round_.weights[:, [0, 2, 3, 4]].max(0).values > 0.35).all() for round_ in rounds)
+        for ours, theirs in zip(rounds, rounds_of(method, lambda: net(False)), strict=True):
+            tolerance = 1e-9 if precision == "float64" else 1e-3
+            torch.testing.assert_close(ours.weights[:, [0, 2, 3, 4, 5]], theirs.weights, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", [LGRAWA(period=2), LocalLGRAWA(period=2)], ids=lambda m: type(m).__name__)
+def test_a_sparse_embedding_weighs_as_a_dense_one(method: Method) -> None:
+    class Words(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.embedding(x.abs().flatten(1).long().clamp(max=8)).mean(1))
+
+    sparse, dense = (rounds_of(method, lambda s=s: Words(s)) for s in (True, False))
+    for ours, theirs in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_scores_and_training_loss() -> None:
