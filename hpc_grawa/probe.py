@@ -105,10 +105,10 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for now, then in before:
-            for name in now.keys() - then.keys():
+            for name in set(now.keys()) - then.keys():
                 del now[name]
             for name, value in then.items():
-                if now.get(name) is not value:
+                if name not in now or now[name] is not value:
                     now[name] = value
         for x, own in values:
             if not _expanded(x):  # else nothing can have been written to it

@@ -108,7 +108,7 @@ class Momentum:
 
         Where nothing has entered it is +∞ if that was all there was, else NaN.
         """
-        if self._mean is None or self._count is None:
+        if self._mean is None or self._count is None or self._rest is None:
             return None
         return torch.where(self._count > 0, self._mean / (1 - self._b**self._count), self._rest)
 

@@ -29,7 +29,7 @@ class Layers:
 
     names: tuple[str, ...]
     index: tuple[int, ...]
-    #: Of the tensors given and reached last: the layers of the given ones, and whether each layer is idle.
+    #: For the tensors given and reached of late: the layers of the given ones, and whether each layer is idle.
     _on_device: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -56,7 +56,8 @@ class Layers:
         if not everywhere or self.index != tuple(given):
             key = tuple(given), None if reached is None else frozenset(reached), norms.device
             if key not in self._on_device:  # kept: a copy to the device would be one per step
-                self._on_device.clear()
+                if len(self._on_device) >= 64:
+                    self._on_device.clear()
                 self._on_device[key] = self._places(given, reached, norms.device)
             layer, idle = self._on_device[key]
             norms = norms.new_zeros(len(self)).index_add_(0, layer, norms.square()).sqrt_()

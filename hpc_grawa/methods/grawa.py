@@ -108,7 +108,11 @@ class MGRAWA(GRAWA):
 
 @dataclass(kw_only=True)
 class LGRAWA(MGRAWA):
-    """One weight per layer: β_m^l ∝ ‖g_{m,l}‖_F^{-q}, c^l = Σ_m β_m^l x_m^l."""
+    """One weight per layer: β_m^l ∝ ‖g_{m,l}‖_F^{-q}, c^l = Σ_m β_m^l x_m^l.
+
+    A rank that has no gradient for a layer (an expert its data never reach) has weight 0 there. All weigh alike where
+    no rank has one, and where it is round-off on all (a bias before BatchNorm).
+    """
 
     reduction: ClassVar[Reduction] = "layers"
 
