@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from types import FunctionType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,7 @@ def probe_gradient(
             for loss in losses if isinstance(losses, Iterator | list | tuple) else (losses,):
                 _check(loss)
                 with gradients_aside(_leaves(loss) - own):
-                    # Not loss.backward(): under a function mode that runs with the mode off, and checkpointing
-                    # computes forward passes in it.
-                    start = torch.full_like(loss, 1 / batches)
-                    torch.autograd.Variable._execution_engine.run_backward(
-                        (loss,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True
-                    )
+                    torch.autograd.backward(loss, torch.full_like(loss, 1 / batches))
         return tuple(p.grad for p in vector.parameters)
 
 
@@ -139,9 +135,20 @@ def _no_cached_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+def _unchecked(function: Any) -> Any:
+    """A copy of a function of torch's that does not look for modes."""
+    checks = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
+    return FunctionType(function.__code__, {**function.__globals__, **checks}, argdefs=function.__defaults__)
+
+
 class NoDropout(TorchFunctionMode):
     """Within the block no dropout is applied, by modules or functions, whatever mode they are in."""
 
+    #: What runs backward passes, and within them the forward passes that checkpointing computes again. A function that
+    #: a mode handles runs with the mode off; these must not.
+    _BACKWARD: ClassVar[dict[Any, Any]] = {
+        function: _unchecked(function) for function in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+    }
     _DROPOUT = frozenset(
         [
             *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
@@ -163,6 +170,9 @@ class NoDropout(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function in self._BACKWARD:
+            with self:
+                return self._BACKWARD[function](*args, **kwargs)
         if function in self._DROPOUT:
             return args[0] if args else kwargs["input"]
         if function in self._WITH_DROPOUT:

@@ -334,6 +334,11 @@ def penalised(model: nn.Module, x: Tensor) -> Tensor:
     return output + sum(g.square().sum() for g in gradients if g is not None)
 
 
+def twice(model: nn.Module, x: Tensor) -> Tensor:
+    squares(model, x.clone().requires_grad_()).backward()
+    return squares(model, x.clone().requires_grad_())
+
+
 def one_block(rate: float) -> nn.Module:
     return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(rate))] * 3, nn.Linear(4, 1))
 
@@ -388,6 +393,8 @@ CASES: dict[str, tuple[Callable[[float], nn.Module], Callable[..., Tensor], Call
     "a table": (between(Table), squares, None),
     "a generator of its own": (between(Generated), squares, None),
     "a codebook": (between(Codes), squares, None),
+    "double backward through checkpointing": (saved_first("as usual"), penalised, saved_first(None)),
+    "a loss with a backward pass of its own": (saved_first("reentrant"), twice, saved_first(None)),
     "double backward": (
         lambda rate: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(rate), nn.Linear(4, 1)),
         penalised,
