@@ -154,8 +154,8 @@ class Roundoff:
     def __init__(self, vector: ParameterVector) -> None:
         self.dtype = self._exact = vector.data.dtype
         self._device = vector.data.device.type
-        largest = sorted(vector.names, key=lambda name: -vector.sizes[vector.names.index(name)])[:4]
-        for owner in {name.rpartition(".")[0] for name in largest}:
+        largest = sorted(zip(vector.sizes, vector.names, strict=True), reverse=True)[:4]
+        for owner in {name.rpartition(".")[0] for _, name in largest}:
             vector.model.get_submodule(owner).register_forward_pre_hook(self._see)
 
     def _see(self, *_: Any) -> None:

@@ -173,7 +173,7 @@ class Synchronizer:
         alive = table.alive
         try:
             weights = torch.zeros_like(table.scores)
-            weights[alive] = self.rule(table.scores[alive])
+            weights[alive] = self.rule(table.scores[alive]).to(weights)
         except NonFinite:
             if control.decides:
                 raise
