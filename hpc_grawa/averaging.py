@@ -13,25 +13,26 @@ from .errors import NonFinite
 from .riders import Rider
 from .vector import Layers, ParameterVector
 
-#: Scores ``[W, K]`` of all ranks -> weights ``[W, K]``, every column of which sums to 1.
+#: Scores ``[W, K]`` of the W ranks whose parameters are finite -> weights ``[W, K]``, every column of which sums to 1.
 WeightRule = Callable[[Tensor], Tensor]
 
 
 def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
-    """Weights inverse to the scores: β_m = s_m^{-q} / Σ_j s_j^{-q}, column by column.
+    """Weights inverse to the scores: β_m = |s_m|^{-q} / Σ_j |s_j|^{-q}, column by column.
 
     Zero scores share the weight equally (the limit of s → 0); a score that is not finite gets weight 0. Equal scores
-    give the uniform mean.
+    give the uniform mean. So does a column in which no rank has anything to say: all scores are +∞ (no gradient), or
+    all finite ones are negative (round-off).
 
     Args:
-        scores: ``[W, K]``, none negative, float64.
+        scores: ``[W, K]``, float64; a minus sign marks a norm that is round-off.
         power: q; 1 in the experiments of the GRAWA paper, 2 in its proof for convex functions.
 
     Returns:
         Weights ``[W, K]``.
 
     Raises:
-        NonFinite: a column has no finite score.
+        NonFinite: a column has no finite score, and NaN among the others.
 
     Source: Dimlioglu and Choromanska, GRAWA (AISTATS 2024), equations 4-6.
 
@@ -39,11 +40,14 @@ def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
         >>> inverse(torch.tensor([[1.0], [3.0]])).flatten().tolist()
         [0.75, 0.25]
     """
-    finite = _finite(scores)
-    zero = finite & (scores == 0)
-    # Dividing by the smallest score first keeps s^-q inside the range of numbers.
-    smallest = torch.where(finite, scores, torch.inf).amin(0)
-    relative = torch.where(finite, scores / torch.where(smallest > 0, smallest, 1.0), torch.inf)
+    absent = (scores == torch.inf).all(0) & (len(scores) > 0)
+    finite = _finite(torch.where(absent, 0.0, scores))
+    roundoff = (scores.signbit() | ~finite).all(0)
+    norms = torch.where(roundoff | absent, 0.0, scores.abs())
+    zero = finite & (norms == 0)
+    # Dividing by the smallest norm first keeps s^-q inside the range of numbers.
+    smallest = torch.where(finite, norms, torch.inf).amin(0)
+    relative = torch.where(finite, norms / torch.where(smallest > 0, smallest, 1.0), torch.inf)
     raw = torch.where(zero.any(0), zero, finite * relative.pow(-power))
     return raw / raw.sum(0)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn, optim
 from .aggregation import Aggregator
 from .comm import Communicator, connect
 from .errors import ConfigError
+from .hooks import after_backward
 from .methods import Method, Probe, Run
-from .scores import after_backward
 from .vector import ParameterVector
 
 

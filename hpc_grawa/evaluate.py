@@ -14,7 +14,7 @@ from . import random_streams
 from .comm import Communicator
 from .data import Examples, Nest, in_advance, moved
 from .metrics import Metric
-from .scores import NoDropout
+from .probe import NoDropout
 from .vector import ParameterVector
 
 Precision = Literal["fp32", "bf16"]

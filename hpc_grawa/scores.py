@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from . import random_streams
+from .hooks import after_backward
+from .probe import Probe, probe_gradient
 from .vector import Layers, ParameterVector
 
 #: Bias-corrected momentum of the scores in the GRAWA paper's section 5.3: .9⁸.
@@ -31,7 +32,7 @@ class Score(ABC):
 
     @abstractmethod
     def take(self) -> Tensor:
-        """The scores ``[K]`` of the round that begins now, float64 on the CPU."""
+        """The scores ``[K]`` of the round that begins now, float64 on the CPU; what they mean is the rule's affair."""
 
     def reset(self) -> None:  # noqa: B027 - a score may keep nothing
         """Forget everything: this rank has been healed from the center."""
@@ -89,33 +90,39 @@ class Momentum:
         self._b = b
         self._mean: Tensor | None = None
         self._count: Tensor | None = None
+        #: Sum of what was not finite.
+        self._rest: Tensor | None = None
 
     def update(self, s: Tensor) -> None:
         """Let ``s`` ``[K]`` enter."""
-        if self._mean is None or self._count is None:
-            self._mean, self._count = torch.zeros_like(s), torch.zeros_like(s)
-        mean, count = self._mean.to(s), self._count.to(s)  # loaded from wherever they were
+        if self._mean is None or self._count is None or self._rest is None:
+            self._mean, self._count, self._rest = torch.zeros_like(s), torch.zeros_like(s), torch.zeros_like(s)
+        mean, count, rest = self._mean.to(s), self._count.to(s), self._rest.to(s)  # loaded from wherever they were
         finite = s.isfinite()
         self._mean, self._count = torch.where(finite, torch.lerp(s, mean, self._b), mean), count + finite
+        self._rest = torch.where(finite, rest, rest + s)
 
     @property
     def value(self) -> Tensor | None:
-        """The bias-corrected mean ``[K]``, NaN where nothing has entered; None before the first ``update``."""
-        if self._mean is None or self._count is None:
+        """The bias-corrected mean ``[K]``; None before the first ``update``.
+
+        Where nothing has entered it is +∞ if that was all there was, else NaN.
+        """
+        if self._mean is None or self._count is None or self._rest is None:
             return None
-        return self._mean / (1 - self._b**self._count)
+        return torch.where(self._count > 0, self._mean / (1 - self._b**self._count), self._rest)
 
     def reset(self) -> None:
         """Begin anew."""
-        self._mean = self._count = None
+        self._mean = self._count = self._rest = None
 
     def state_dict(self) -> dict[str, Any]:
         """What has entered."""
-        return {"mean": self._mean, "count": self._count}
+        return {"mean": self._mean, "count": self._count, "rest": self._rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
-        self._mean, self._count = state["mean"], state["count"]
+        self._mean, self._count, self._rest = state["mean"], state["count"], state["rest"]
 
 
 #: How layer norms become scores: ‖g‖₂ of all parameters, Σ_l ‖g_l‖_F, or (‖g_l‖_F)_l.
@@ -123,14 +130,74 @@ Reduction = Literal["vector", "sum", "layers"]
 
 
 def reduce(norms: Tensor, reduction: Reduction) -> Tensor:
-    """Scores ``[K]`` from layer norms ``[L]``."""
-    if reduction == "vector":
-        return norms.square().sum().sqrt().reshape(1)
-    return norms.sum().reshape(1) if reduction == "sum" else norms
+    """Scores ``[K]`` from layer norms ``[L]``; a layer without a gradient (+∞) adds nothing to the others."""
+    if reduction == "layers":
+        return norms
+    absent = norms == torch.inf
+    known = norms.masked_fill(absent, 0)
+    total = known.square().sum().sqrt() if reduction == "vector" else known.sum()
+    # What overflows is NaN: +∞ says that there is no gradient.
+    return torch.where(absent.all(), torch.inf, total.nan_to_num(nan=torch.nan, posinf=torch.nan)).reshape(1)
 
 
-class GradientNorm(Score):
-    """Norms of the gradient of a fresh batch, with momentum over rounds.
+class Roundoff:
+    """Tells which layers' gradients are round-off: ‖g_l‖ ≤ 8·eps(dtype of computation)·‖g‖.
+
+    A bias before BatchNorm has such a gradient: by the equations zero, in fact noise, which must weigh no rank. The
+    dtype of computation is that of the parameters, or autocast's if the last forward pass was under it, which the
+    modules that hold the largest tensors are asked for.
+
+    Args:
+        vector: the parameters.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        self.dtype = self._exact = vector.data.dtype
+        self._device = vector.data.device.type
+        largest = sorted(zip(vector.sizes, vector.names, strict=True), reverse=True)[:4]
+        for owner in {name.rpartition(".")[0] for _, name in largest}:
+            vector.model.get_submodule(owner).register_forward_pre_hook(self._see)
+
+    def _see(self, *_: Any) -> None:
+        # Part of compiled graphs, which are made anew where a value changes that is read here: it only writes.
+        under = torch.is_autocast_enabled(self._device)
+        self.dtype = torch.get_autocast_dtype(self._device) if under else self._exact
+
+    def mark(self, norms: Tensor) -> Tensor:
+        """The norms ``[L]``, with a minus sign where they are round-off."""
+        eps = max(torch.finfo(dtype).eps for dtype in (self.dtype, self._exact))
+        known = torch.where(norms.isfinite(), norms, 0)
+        return torch.where(norms <= 8 * eps * known.square().sum().sqrt(), -norms, norms)
+
+
+class _GradientScore(Score):
+    """What scores by gradient norms have in common.
+
+    A score is +∞ where there is no gradient, and of several layers negative where it is round-off.
+    """
+
+    def __init__(self, vector: ParameterVector, layers: Layers, reduction: Reduction, momentum: float) -> None:
+        self.size = len(layers) if reduction == "layers" else 1
+        self._layers, self._reduction, self._momentum = layers, reduction, Momentum(momentum)
+        self._roundoff = Roundoff(vector) if reduction == "layers" else None
+
+    def _norms(self, gradient: Sequence[Tensor | None], reached: AbstractSet[int] | None = None) -> Tensor:
+        return reduce(self._layers.norms(gradient, reached), self._reduction)
+
+    def _marked(self, scores: Tensor) -> Tensor:
+        return scores if self._roundoff is None else self._roundoff.mark(scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"momentum": self._momentum.state_dict(), "dtype": self._roundoff and self._roundoff.dtype}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._momentum.load_state_dict(state["momentum"])
+        if self._roundoff is not None:
+            self._roundoff.dtype = state["dtype"]
+
+
+class GradientNorm(_GradientScore):
+    """Norms of the gradient of fresh batches, with momentum over rounds.
 
     ``vector``: ‖g‖₂ of all parameters (K = 1). ``sum``: Σ_l ‖g_l‖_F (K = 1). ``layers``: (‖g_l‖_F)_l (K = L). A norm
     that is not finite is passed on but does not enter the momentum.
@@ -138,10 +205,11 @@ class GradientNorm(Score):
     Args:
         vector: the parameters; the gradient is taken at their current values.
         layers: the L layers.
-        probe: returns the loss (0-d tensor) of a fresh batch; called with dropout off, and nothing that it does to
-            parameters' gradients, buffers or random streams remains.
+        probe: see ``probe_gradient``; called with dropout off, and nothing that it does remains.
         reduction: ``vector``, ``sum`` or ``layers``.
         momentum: b in [0, 1).
+        batches: calls of the probe that a gradient is the mean of.
+        rank: of this process. While a probe runs, random streams are those of (torch's initial seed, rank, round).
 
     Source: Dimlioglu and Choromanska, GRAWA (AISTATS 2024), section 5.3 and algorithms 2 and 3.
     """
@@ -150,33 +218,37 @@ class GradientNorm(Score):
         self,
         vector: ParameterVector,
         layers: Layers,
-        probe: Callable[[], Tensor],
+        probe: Probe,
         reduction: Reduction,
         momentum: float = SCORE_MOMENTUM,
+        batches: int = 1,
+        rank: int = 0,
     ) -> None:
-        self.size = len(layers) if reduction == "layers" else 1
-        self._vector, self._layers, self._probe = vector, layers, probe
-        self._reduction, self._momentum = reduction, Momentum(momentum)
+        super().__init__(vector, layers, reduction, momentum)
+        self._vector, self._probe, self._batches, self._rank = vector, probe, batches, rank
+        self._seed, self._taken = torch.initial_seed(), 0
 
     def take(self) -> Tensor:
-        norms = self._layers.norms(probe_gradient(self._vector, self._probe))
-        raw = reduce(norms, self._reduction).to("cpu", torch.float64)
+        gradient = probe_gradient(self._vector, self._probe, self._batches, (self._seed, self._rank, self._taken))
+        self._taken += 1
+        raw = self._norms(gradient).to("cpu", torch.float64)
         self._momentum.update(raw)
         smooth = self._momentum.value
         assert smooth is not None
-        return torch.where(raw.isfinite(), smooth, raw)
+        return self._marked(torch.where(raw.isfinite(), smooth, raw))
 
     def reset(self) -> None:
         self._momentum.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._momentum.state_dict()
+        return {**super().state_dict(), "seed": self._seed, "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._momentum.load_state_dict(state)
+        super().load_state_dict(state)
+        self._seed, self._taken = state["seed"], state["taken"]
 
 
-class RunningGradientNorm(Score):
+class RunningGradientNorm(_GradientScore):
     """Norms of the training gradients: their running mean over the local steps since the last round.
 
     The norms are taken where a backward pass ends, before clipping and weight decay; of several backward passes for one
@@ -193,15 +265,15 @@ class RunningGradientNorm(Score):
     """
 
     def __init__(self, vector: ParameterVector, layers: Layers, reduction: Reduction, momentum: float = 0.85) -> None:
-        self.size = len(layers) if reduction == "layers" else 1
-        self._parameters, self._layers = vector.parameters, layers
-        self._reduction, self._momentum = reduction, Momentum(momentum)
+        super().__init__(vector, layers, reduction, momentum)
+        self._parameters = vector.parameters
         self._latest: Tensor | None = None
         self._last = torch.full((self.size,), torch.nan, dtype=torch.float64)
-        after_backward(self._parameters, self._measure)
+        #: Numbers of the parameters that this step's backward passes have reached.
+        self._reached = after_backward(self._parameters, self._measure)
 
     def _measure(self) -> None:
-        self._latest = reduce(self._layers.norms([p.grad for p in self._parameters]), self._reduction)
+        self._latest = self._norms([p.grad for p in self._parameters], self._reached or None)
 
     def observe(self, loss: Tensor | None) -> None:
         if self._latest is None:  # gradients that came without a backward pass
@@ -209,11 +281,12 @@ class RunningGradientNorm(Score):
         assert self._latest is not None
         self._momentum.update(self._latest)
         self._latest = None
+        self._reached.clear()
 
     def take(self) -> Tensor:
         mean = self._momentum.value
         if mean is not None:
-            self._last = mean.to("cpu", torch.float64)
+            self._last = self._marked(mean.to("cpu", torch.float64))
             self._momentum.reset()
         return self._last
 
@@ -222,90 +295,8 @@ class RunningGradientNorm(Score):
         self._latest, self._last = None, torch.full_like(self._last, torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"momentum": self._momentum.state_dict(), "last": self._last}
+        return {**super().state_dict(), "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._momentum.load_state_dict(state["momentum"])
+        super().load_state_dict(state)
         self._last = state["last"].cpu()
-
-
-def after_backward(parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:
-    """Call ``function`` at the end of every backward pass that reaches one of the parameters, if it ends well."""
-    passes: set[int] = set()
-
-    def ended(number: int) -> None:
-        passes.discard(number)
-        function()
-
-    def reached(_: Tensor) -> None:
-        number = torch._C._current_graph_task_id()
-        if number not in passes:
-            passes.clear()  # a pass that has failed never ends
-            passes.add(number)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: ended(number))
-
-    for p in parameters:
-        p.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
-
-
-class _Probed(nn.Module):
-    """Holds the model while ``functional_call`` gives it other tensors, whoever calls it."""
-
-    def __init__(self, model: nn.Module, probe: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        # In a tuple, so that a probe that is a module is no submodule, with second names for the model's tensors.
-        self._probe = (probe,)
-
-    def forward(self) -> Tensor:
-        return self._probe[0]()
-
-
-def probe_gradient(vector: ParameterVector, probe: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradient of ``probe()`` at the current parameters, leaving no trace.
-
-    The model computes with fresh leaf tensors on the parameters' memory and with copies of its buffers, so neither
-    ``.grad``, gradient hooks, nor BatchNorm's running statistics are touched; random streams are restored.
-
-    Returns:
-        One gradient per parameter tensor, None where the loss does not depend on it.
-    """
-    model = vector.model
-    leaves = [p.detach().requires_grad_() for p in vector.parameters]
-    tensors: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in zip(vector.names, leaves, strict=True)}
-    tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    with random_streams.kept(), NoDropout(), torch.enable_grad():
-        loss = torch.func.functional_call(_Probed(model, probe), tensors, (), tie_weights=True)
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
-
-
-class NoDropout(TorchFunctionMode):
-    """Within the block no dropout is applied, by modules or functions, whatever mode they are in."""
-
-    _DROPOUT = frozenset(
-        [
-            *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
-            *(nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout),
-            *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
-            *(torch.alpha_dropout, torch.alpha_dropout_),
-            *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
-        ]
-    )
-    #: Functions that apply dropout inside; a float among their positional arguments is its rate.
-    _WITH_DROPOUT = frozenset(
-        [
-            *(nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward),
-            *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
-        ]
-    )
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in self._DROPOUT:
-            return args[0] if args else kwargs["input"]
-        if function in self._WITH_DROPOUT:
-            args = tuple(0.0 if isinstance(value, float) else value for value in args)
-            kwargs = {name: 0.0 if name == "dropout_p" else value for name, value in kwargs.items()}
-        return function(*args, **kwargs)

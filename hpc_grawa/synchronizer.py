@@ -172,7 +172,8 @@ class Synchronizer:
             control.facts.step += sum(table.made) // len(table.made)
         alive = table.alive
         try:
-            weights = self.rule(torch.where(alive[:, None], table.scores, torch.nan))
+            weights = torch.zeros_like(table.scores)
+            weights[alive] = self.rule(table.scores[alive]).to(weights)
         except NonFinite:
             if control.decides:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,30 +30,47 @@ class Layers:
 
     names: tuple[str, ...]
     index: tuple[int, ...]
-    _on_device: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    #: For the tensors given and reached of late: the layers of the given ones, and whether each layer is idle.
+    _on_device: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Frobenius norms ``[L]`` of the layers of ``tensors``, one per parameter; None counts as zero.
+    def norms(self, tensors: Sequence[Tensor | None], reached: AbstractSet[int] | None = None) -> Tensor:
+        """Frobenius norms ``[L]`` of the layers of gradients; +∞ where a layer has none.
 
-        In fp32 (float64 for float64 tensors), without a host synchronisation.
+        In fp32 (float64 for float64 tensors), of dense tensors without a host synchronisation. A norm that overflows is
+        NaN.
+
+        Args:
+            tensors: one per parameter, or None, which counts as zero beside others of its layer.
+            reached: the numbers of those that a backward pass has computed; zeros elsewhere are as good as None. None:
+                all that are given.
         """
         given = [i for i, t in enumerate(tensors) if t is not None]
-        present = [t for t in tensors if t is not None]
-        if not present:
-            return torch.zeros(len(self))
+        if not given:
+            return torch.full((len(self),), torch.inf)
+        present = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
         exact = torch.promote_types(present[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(present, 2, dtype=exact))
-        if given == list(range(len(self.index))) and self.index == tuple(given):
-            return norms
-        key = tuple(given), norms.device
-        layer = self._on_device.get(key)
-        if layer is None:  # kept: a copy to the device would be one per step
-            self._on_device.clear()
-            layer = self._on_device[key] = torch.tensor([self.index[i] for i in given], device=norms.device)
-        return torch.zeros(len(self), dtype=exact, device=norms.device).index_add_(0, layer, norms.square()).sqrt_()
+        everywhere = len(given) == len(self.index) and (reached is None or len(reached) == len(self.index))
+        if not everywhere or self.index != tuple(given):
+            key = tuple(given), None if reached is None else frozenset(reached), norms.device
+            if key not in self._on_device:  # kept: a copy to the device would be one per step
+                if len(self._on_device) >= 64:
+                    self._on_device.clear()
+                self._on_device[key] = self._places(given, reached, norms.device)
+            layer, idle = self._on_device[key]
+            norms = norms.new_zeros(len(self)).index_add_(0, layer, norms.square()).sqrt_()
+            norms = norms.masked_fill_(idle & (norms == 0), -torch.inf)
+        return norms.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=torch.inf)
+
+    def _places(
+        self, given: list[int], reached: AbstractSet[int] | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        busy = {self.index[i] for i in given if reached is None or i in reached}
+        idle = [layer not in busy for layer in range(len(self))]
+        return torch.tensor([self.index[i] for i in given], device=device), torch.tensor(idle, device=device)
 
 
 class ParameterVector:

@@ -137,11 +137,13 @@ class Worker:
         yield from in_advance(self.splits.train, wanted, self.device)
 
     def _probes_from(self, number: int) -> Iterator[tuple[Nest, Nest]]:
-        """This rank's probe batches from that of a round on."""
+        """This rank's probe batches from that of a number on, ``probe_batches`` of them for each round."""
         method = self.config.method
         source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
-        numbers = (self.sampler.probe_indices(n, method.probe_batches, source) for n in count(number))
-        yield from in_advance(self.splits.train, ((index.flatten(), None) for index in numbers), self.device)
+        size = method.probe_batches
+        numbers = (divmod(n, size) for n in count(number))
+        wanted = (self.sampler.probe_indices(round_, size, source)[place] for round_, place in numbers)
+        yield from in_advance(self.splits.train, ((index, None) for index in wanted), self.device)
 
     def said(self) -> dict[str, Any]:
         """What a sign of life says of this rank; asked for by another thread."""
@@ -156,7 +158,7 @@ class Worker:
         aggregator, count = self.run.aggregator, self.config.optimizer.accumulate
         aggregator.zero_grad(self.optimizer)
         total = torch.zeros((), device=self.vector.data.device)
-        for i, part in enumerate(parts(self._batch, self.sampler.batch_size, count)):
+        for i, part in enumerate(self._parts(self._batch)):
             if i == count - 1:
                 aggregator.start()
             loss = self._loss(part) / count
@@ -167,14 +169,22 @@ class Worker:
             nn.utils.clip_grad_norm_(self.vector.parameters, self.config.optimizer.clip_norm)
         return total
 
-    def _probe(self) -> Tensor:
-        number = sum(s.rounds for s in self.run.synchronizers)
-        if number != self._next_probe:  # resumed
-            self._probes = self._probes_from(number)
-        self._next_probe = number + 1
+    def _probe(self) -> Iterator[Tensor]:
+        """The losses of the next probe batch, in the parts that a training batch is made in."""
+        batches = self.config.method.probe_batches
+        first = batches * sum(s.rounds for s in self.run.synchronizers)
+        if self._next_probe not in range(first, first + batches):  # resumed
+            self._next_probe = first
+            self._probes = self._probes_from(first)
+        self._next_probe += 1
         with self.comm.meter.loading(self.device):
             batch = moved(next(self._probes), self.device)
-        return self._loss(batch)
+        for part in self._parts(batch):
+            yield self._loss(part) / self.config.optimizer.accumulate
+
+    def _parts(self, batch: tuple[Nest, Nest]) -> list[tuple[Nest, Nest]]:
+        """The equal parts, one after another, that the gradient of a batch is the mean of."""
+        return parts(batch, self.sampler.batch_size, self.config.optimizer.accumulate)
 
     def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
         inputs, targets = batch

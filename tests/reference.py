@@ -42,7 +42,8 @@ Span = tuple[int, int]  # (offset, size) of a piece of the flat vector
 
 # ---------------------------------------------------------------------------------------------------------
 # Weight rules: scores [W, K] -> weights [W, K]. Each column is weighted by itself and sums to 1.
-# A score that is not finite gets weight 0; a column without a finite score is a ValueError.
+# A score that is not finite gets weight 0; a column without a finite score is a ValueError, but for gradient norms
+# that are +inf on all ranks: none has a gradient there.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -55,14 +56,21 @@ def uniform(scores: Array) -> Array:
     return weights
 
 
-def inverse(scores: Array, power: float = 1.0) -> Array:
+def inverse(scores: Array, power: float = 1.0, noise: NDArray[np.bool_] | None = None) -> Array:
     """beta_m = s_m^-q / sum_j s_j^-q with q = `power`; scores that are zero share the weight equally.
 
+    Uniform where all scores are +inf, and over the finite ones where all of these are `noise` [W, K].
     s_m^-q is computed as (s_min / s_m)^q: the factor cancels, and tiny scores cannot overflow.
     """
     weights = np.zeros_like(scores)
     for k in range(scores.shape[1]):
+        if len(scores) and all(score == math.inf for score in scores[:, k]):
+            weights[:, k] = 1.0 / len(scores)
+            continue
         finite = _finite_rows(scores, k)
+        if noise is not None and all(noise[m, k] for m in finite):
+            weights[finite, k] = 1.0 / len(finite)
+            continue
         if any(scores[m, k] < 0 for m in finite):
             raise ValueError(f"negative score in column {k}: {scores[:, k]}")
         zero = [m for m in finite if scores[m, k] == 0]
@@ -74,6 +82,15 @@ def inverse(scores: Array, power: float = 1.0) -> Array:
             weights[m, k] = (smallest / scores[m, k]) ** power
         weights[:, k] /= weights[:, k].sum()
     return weights
+
+
+def roundoff(scores: Array, eps: float = float(np.finfo(np.float64).eps)) -> NDArray[np.bool_]:
+    """Which layers' gradients are noise [W, K]: norms of at most 8 eps times that of the rank's whole gradient."""
+    noise = np.zeros(scores.shape, dtype=bool)
+    for m, row in enumerate(scores):
+        whole = math.sqrt(sum(norm**2 for norm in row if math.isfinite(norm)))
+        noise[m] = [math.isfinite(norm) and norm <= 8 * eps * whole for norm in row]
+    return noise
 
 
 def argmin(scores: Array) -> Array:
@@ -440,7 +457,7 @@ class _GradientNorms(Method):
         return self.momentum.update(scores)
 
     def weights(self, scores: Array) -> Array:
-        return inverse(scores, self.power)
+        return inverse(scores, self.power, roundoff(scores) if scores.shape[1] > 1 else None)
 
     def forget(self, rank: int) -> None:
         self.momentum.reset(rank)
@@ -721,7 +738,7 @@ def replay(
 def _round(method: Method, world: World, local_momentum: str) -> Round:
     """One round: scores, weights, center, pull, and the healing of ranks whose parameters are not all finite.
 
-    Such a rank has weight 0 in every column (its scores count as NaN), gets x_m = c, and starts anew: optimizer
+    Such a rank has weight 0 in every column (the rule does not see it), gets x_m = c, and starts anew: optimizer
     state and score momentum are reset.
     """
     before = world.x.copy()
@@ -731,7 +748,8 @@ def _round(method: Method, world: World, local_momentum: str) -> Round:
     raw_scores = method.raw_scores(world)
     scores = method.smoothed(raw_scores).copy()
     scores[broken] = np.nan
-    weights = method.weights(scores)
+    weights = np.zeros_like(scores)
+    weights[finite] = method.weights(scores[finite])
     average = weighted_center(world.x, weights, method.spans(world))
     method.pull_ranks(world, average)
     assert world.center is not None

@@ -55,6 +55,14 @@ def test_t1_weights_are_a_partition_of_one_and_follow_the_oracle(rule: str, scor
     np.testing.assert_allclose(weights, ORACLES[rule](scores.numpy()), rtol=1e-12, atol=1e-300)
 
 
+@given(scores=tables(anything), seed=st.integers(0, 99), power=st.sampled_from([0.0, 1.0, 2.0]))
+def test_columns_of_roundoff_on_all_ranks_are_uniform(scores: Tensor, seed: int, power: float) -> None:
+    """A minus sign says that a norm is round-off; it matters only where all finite ones of a column have it."""
+    noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+    weights = inverse(torch.where(noise, -scores.abs(), scores).where(scores.isfinite(), scores), power)
+    np.testing.assert_allclose(weights, ref.inverse(scores.numpy(), power, noise.numpy()), rtol=1e-12, atol=1e-300)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @given(scores=tables(positive), factor=st.floats(1e-20, 1e20), seed=st.integers(0, 99))
 def test_t1_weights_ignore_scale_and_follow_permutations(rule: str, scores: Tensor, factor: float, seed: int) -> None:
@@ -93,6 +101,29 @@ def test_t3_limits_of_the_inverse_rule(scores: tuple[float, ...], weights: tuple
 def test_inverse_weighs_each_column_by_itself() -> None:
     scores = torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, math.nan]], dtype=torch.float64)
     assert inverse(scores).tolist() == [[0.75, 1.0, 1.0], [0.25, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "weights"),
+    [
+        ((math.inf, math.inf, math.inf), (1 / 3, 1 / 3, 1 / 3)),
+        ((math.inf, 2, 0), (0, 0, 1)),
+        ((math.inf, math.nan, 2), (0, 0, 1)),
+        ((-1e-9, -1e-12, -0.0), (1 / 3, 1 / 3, 1 / 3)),
+        ((-1e-9, -3e-9, math.inf), (1 / 2, 1 / 2, 0)),
+        ((-1.0, -3.0, 1.0), (3 / 7, 1 / 7, 3 / 7)),  # no round-off on the last
+        ((-0.0, 1.0, 1.0), (1, 0, 0)),
+    ],
+)
+def test_layers_without_gradients_and_of_roundoff(scores: tuple[float, ...], weights: tuple[float, ...]) -> None:
+    got = inverse(torch.tensor(scores, dtype=torch.float64)[:, None]).flatten()
+    torch.testing.assert_close(got, torch.tensor(weights, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_rank_left_is_an_error(rule: str) -> None:
+    with pytest.raises(NonFinite, match="no rank has a finite score for layer 0 of 2"):
+        RULES[rule](torch.empty(0, 2, dtype=torch.float64))
 
 
 def test_argmin_gives_ties_to_the_lowest_rank() -> None:

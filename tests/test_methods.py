@@ -329,6 +329,50 @@ def test_two_levels_without_pulls_of_groups_are_one(on_ranks: Ranks) -> None:
     same(on_ranks, LSGD(period=4), two, tolerance=0)
 
 
+@pytest.mark.parametrize("buffers", ["none", "zeros", "zeros and a broken rank"])
+@pytest.mark.parametrize("method", [LGRAWA, LocalLGRAWA])
+def test_a_layer_is_averaged_over_the_ranks_that_have_a_gradient_for_it(
+    on_several_ranks: Ranks, method: type[AveragingMethod], buffers: str
+) -> None:
+    """Experts, each of which one rank's data reach, and one that none reach; gradients start as None or as zeros."""
+    world = on_several_ranks.size
+
+    def body(comm: Communicator) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        experts = nn.ModuleList(nn.Linear(3, 1, dtype=torch.float64) for _ in range(world + 1))
+        vector, optimizer = ParameterVector(experts), torch.optim.SGD(experts.parameters(), 0.1)
+
+        def loss() -> torch.Tensor:
+            return (experts[comm.rank](torch.full((2, 3), comm.rank + 1.0, dtype=torch.float64)) - 1).square().mean()
+
+        run = method(period=3, pull=1.0, prox=0.0).build(comm, vector, optimizer, probe=loss)
+        rounds: list[Any] = []
+        run.synchronizers[0].on_round = rounds.append
+        for p in experts.parameters():
+            p.grad = None if buffers == "none" else torch.zeros_like(p)
+        for step in range(3):
+            optimizer.zero_grad(set_to_none=buffers == "none")
+            loss().backward()
+            optimizer.step()
+            if step == 2 and "broken" in buffers and comm.rank == 0:
+                vector.data[0] = math.nan
+            own = vector.data.clone()
+            run.after_step()
+        return own.numpy(), vector.data.numpy(), rounds[0].weights.numpy()
+
+    broken = "broken" in buffers
+    ranks = on_several_ranks(body)
+    expected = np.zeros((world, 2 * (world + 1)))
+    for expert in range(world + 1):
+        who = [expert] if expert < world and not (broken and expert == 0) else list(range(broken, world))
+        expected[who, 2 * expert : 2 * expert + 2] = 1 / len(who)
+    each = np.repeat(np.arange(2 * (world + 1)), [3, 1] * (world + 1))
+    center = sum(np.nan_to_num(own) * weights for (own, _, _), weights in zip(ranks, expected[:, each], strict=True))
+    for _, parameters, weights in ranks:
+        np.testing.assert_array_equal(weights, expected)
+        np.testing.assert_allclose(parameters, center, rtol=1e-14)
+
+
 @pytest.mark.parametrize("name", ORDINARY)
 def test_if_no_rank_is_finite_all_say_so(on_ranks: Ranks, name: str) -> None:
     def body(comm: Communicator) -> str:

@@ -1,9 +1,8 @@
-"""What a rank says about itself: norms of a gradient whose probe leaves no trace (T12), their momentum, the loss."""
+"""What a rank says about itself: norms of gradients, their momentum, what is none or round-off; the loss."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,236 +11,11 @@ import pytest
 import reference as ref
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from hpc_grawa import ParameterVector
-from hpc_grawa.scores import Equal, GradientNorm, Momentum, TrainingLoss, probe_gradient
-
-
-class Everything(nn.Module):
-    """BatchNorm, dropout, attention, a tied weight, a frozen layer and random numbers of every stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4)
-        self.first = nn.Linear(4, 4)
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
-        self.last = nn.Linear(4, 4)
-        self.last.weight = self.first.weight
-        self.unused = nn.Parameter(torch.ones(3))
-        self.calls: Tensor
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        noise = random.random() + float(np.random.rand()) + torch.rand(())
-        h = F.dropout(self.frozen(self.first(self.norm(x))), 0.5, self.training)[None]
-        h = self.attention(h, h, h)[0][0]
-        return self.last(torch.tanh(h)) + noise
-
-
-def everything() -> Everything:
-    torch.manual_seed(0)
-    return Everything()
-
-
-INPUT = torch.linspace(-2, 2, 24).reshape(6, 4)
-
-
-def state_of_the_world(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
-    return [
-        [p.detach().clone() for p in model.parameters()],
-        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        [(name, b.clone()) for name, b in model.named_buffers()],
-        [(name, id(p), p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()],
-        [(name, id(b)) for name, b in model.named_buffers()],
-        [module.training for module in model.modules()],
-        [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()],
-        torch.get_rng_state(),
-        random.getstate(),
-        np.random.get_state(),
-        (torch.is_grad_enabled(), torch.get_default_dtype()),
-    ]
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor | np.ndarray):
-        return np.array_equal(np.asarray(a), np.asarray(b))
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return bool(a == b)
-
-
-@pytest.mark.parametrize("grad_enabled", [True, False])
-def test_t12_probing_leaves_everything_bit_identical(grad_enabled: bool) -> None:
-    model = everything()
-    vector = ParameterVector(model)
-    optimizer = torch.optim.SGD(vector.parameters, 0.1, momentum=0.9)
-    model(INPUT).square().mean().backward()
-    optimizer.step()
-    model.first.bias.grad = None
-    model.attention.eval()  # a mode of its own
-    fired: list[str] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.register_hook(lambda grad, name=name: fired.append(name))
-            p.register_post_accumulate_grad_hook(lambda p, name=name: fired.append(name))
-    score = GradientNorm(vector, vector.layers(), lambda: model(INPUT).square().mean(), "layers")
-    before = state_of_the_world(model, optimizer)
-    with torch.set_grad_enabled(grad_enabled):
-        norms = score.take()
-        after = state_of_the_world(model, optimizer)
-        before[-1] = after[-1]
-        assert torch.is_grad_enabled() == grad_enabled
-    assert norms.shape == (len(vector.names),) and (norms[:-1] > 0).any()
-    assert norms[vector.names.index("unused")] == 0
-    assert fired == []
-    assert same(before, after)
-    vector.check()
-
-
-def test_a_probe_that_raises_leaves_no_trace_either() -> None:
-    model = everything()
-    vector = ParameterVector(model)
-    optimizer = torch.optim.SGD(vector.parameters, 0.1)
-
-    def probe() -> Tensor:
-        model(INPUT)
-        raise ZeroDivisionError
-
-    before = state_of_the_world(model, optimizer)
-    with pytest.raises(ZeroDivisionError):
-        probe_gradient(vector, probe)
-    assert same(before, state_of_the_world(model, optimizer))
-
-
-def test_a_probe_may_be_a_module_that_holds_the_model() -> None:
-    class Square(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.Linear(3, 1)
-
-        def forward(self) -> Tensor:
-            return self.model(torch.ones(2, 3)).square().mean()
-
-    whole = Square()
-    for model in (whole, whole.model):
-        vector = ParameterVector(model)
-        gradient = probe_gradient(vector, whole)
-        vector.check()
-        whole.zero_grad()
-        whole().backward()
-        assert same(list(gradient), [p.grad for p in vector.parameters])
-
-
-def test_the_probes_gradient_is_that_of_backward() -> None:
-    model = everything().eval()
-    vector = ParameterVector(model)
-
-    def probe() -> Tensor:
-        random.seed(1)
-        np.random.seed(1)
-        torch.manual_seed(1)
-        return model(INPUT).square().mean()
-
-    gradients = probe_gradient(vector, probe)
-    probe().backward()
-    for name, p, gradient in zip(vector.names, vector.parameters, gradients, strict=True):
-        assert (gradient is None) == (p.grad is None), name
-        assert gradient is None or torch.equal(gradient, p.grad), name
-
-
-def test_batch_statistics_are_those_of_the_probe() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
-    vector = ParameterVector(model)
-    weights = torch.linspace(1, 2, 6)[:, None]
-    gradients = probe_gradient(vector, lambda: (weights * model(100 * INPUT)).sum())
-    shifted = probe_gradient(vector, lambda: (weights * model(100 * INPUT + 7)).sum())
-    for a, b in zip(gradients, shifted, strict=True):  # normalised by the batch, a shift of it cancels
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert model[0].num_batches_tracked == 0
-
-
-class Functional(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.linear, self.function = nn.Linear(4, 4), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.linear(x))
-
-
-class Attention(nn.Module):
-    def __init__(self, dropout: float, need_weights: bool = True) -> None:
-        super().__init__()
-        self.attention, self.need_weights = nn.MultiheadAttention(4, 2, dropout=dropout), need_weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x[:, None], x[:, None], x[:, None], need_weights=self.need_weights)[0]
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind: str, dropout: float, packed: bool = False) -> None:
-        super().__init__()
-        self.rnn: nn.RNNBase = getattr(nn, kind)(4, 3, num_layers=2, dropout=dropout)
-        self.packed = packed
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return self.rnn(nn.utils.rnn.pack_sequence([x, x[:2]]))[0].data
-        return self.rnn(x)[0]
-
-
-def attend(rate: float, positional: bool) -> Callable[[Tensor], Tensor]:
-    if positional:
-        return lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None], None, rate, False, scale=0.7)
-    return lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None], dropout_p=rate, scale=0.7)
-
-
-WITH_DROPOUT: dict[str, Callable[[float], nn.Module]] = {
-    "Dropout": lambda rate: nn.Sequential(nn.Linear(4, 4), nn.Dropout(rate)),
-    "Dropout in place": lambda rate: nn.Sequential(nn.Linear(4, 4), nn.Dropout(rate, inplace=True)),
-    "Dropout1d": lambda rate: nn.Sequential(nn.Linear(4, 4), nn.Dropout1d(rate)),
-    "AlphaDropout": lambda rate: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(rate)),
-    "FeatureAlphaDropout": lambda rate: nn.Sequential(nn.Linear(4, 4), nn.FeatureAlphaDropout(rate)),
-    "F.dropout": lambda rate: Functional(lambda h: F.dropout(h, rate)),
-    "F.dropout in eval mode": lambda rate: Functional(lambda h: F.dropout(input=h, p=rate, training=True)).eval(),
-    "F.dropout2d": lambda rate: Functional(lambda h: F.dropout2d(h[None, :, :, None], rate)),
-    "torch.dropout": lambda rate: Functional(lambda h: torch.dropout(h, rate, True)),
-    "torch.alpha_dropout": lambda rate: Functional(lambda h: torch.alpha_dropout(h, rate, True)),
-    "MultiheadAttention": lambda rate: Attention(rate),
-    "MultiheadAttention without weights": lambda rate: Attention(rate, need_weights=False),
-    "TransformerEncoderLayer": lambda rate: nn.TransformerEncoderLayer(4, 2, 8, rate),
-    "attention, positional": lambda rate: Functional(attend(rate, positional=True)),
-    "attention, by keyword": lambda rate: Functional(attend(rate, positional=False)),
-    "LSTM": lambda rate: Recurrent("LSTM", rate),
-    "GRU": lambda rate: Recurrent("GRU", rate),
-    "RNN": lambda rate: Recurrent("RNN", rate),
-    "packed LSTM": lambda rate: Recurrent("LSTM", rate, packed=True),
-}
-
-
-@pytest.mark.parametrize("kind", WITH_DROPOUT)
-def test_dropout_is_off_however_it_is_written(kind: str) -> None:
-    """A probe of the model with dropout ½ has the gradient of the same model without."""
-    gradients = []
-    for rate in (0.5, 0.0):
-        torch.manual_seed(0)
-        model = WITH_DROPOUT[kind](rate)
-        vector = ParameterVector(model)
-        gradients.append(probe_gradient(vector, lambda model=model: model(INPUT).exp().sum()))
-        if rate:  # and outside the probe it is on
-            assert len({tuple(model(INPUT).flatten().tolist()) for _ in range(20)}) > 1
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Norms and their momentum.
-# ---------------------------------------------------------------------------------------------------------
+from hpc_grawa import LGRAWA, LocalLGRAWA, Method, ParameterVector, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.scores import Equal, GradientNorm, Momentum, Roundoff, RunningGradientNorm, TrainingLoss
+from hpc_grawa.synchronizer import Round
 
 
 def score_of(reduction: Any, scales: list[float], momentum: float, layers: Any = "tensor") -> GradientNorm:
@@ -336,8 +110,152 @@ def test_one_layer_that_is_not_finite_leaves_the_others_momentum_alone() -> None
         return first * model[0] + second * model[1]
 
     score, oracle = GradientNorm(vector, vector.layers(), probe, "layers", 0.5), ref.ScoreMomentum(0.5)
-    for raw in ([1.0, 1.0], [3.0, math.inf], [5.0, 3.0]):
+    for raw in ([1.0, 1.0], [3.0, math.nan], [5.0, 3.0]):  # +∞ would say that there is no gradient
         np.testing.assert_allclose(score.take(), oracle.update(np.array([raw]))[0], rtol=1e-13)
+
+
+def test_where_nothing_entered_a_momentum_is_infinite_if_nothing_else_came() -> None:
+    """No gradient on any step is +∞; a gradient that was no number makes NaN; any finite one is what counts."""
+    momentum, oracle = Momentum(0.7), ref.ScoreMomentum(0.7)
+    for row in ([math.inf, math.nan, math.inf, 2.0], [math.inf, math.inf, 3.0, math.inf]):
+        momentum.update(torch.tensor(row, dtype=torch.float64))
+        last = oracle.update(np.array([row]))[0]
+        resumed = Momentum(0.7)
+        resumed.load_state_dict(momentum.state_dict())
+        momentum = resumed
+    assert momentum.value is not None
+    np.testing.assert_allclose(momentum.value, [math.inf, math.nan, last[2], 2.0], rtol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers without a gradient, and those whose gradient is round-off.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["vector", "sum", "layers"])
+def test_a_layer_without_a_gradient_adds_nothing_to_the_others(reduction: Any) -> None:
+    """And a rank without any is one that has no gradient."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3)])
+    vector = ParameterVector(model)
+    given: list[int] = [0, 1]
+    outside = torch.zeros((), requires_grad=True)
+
+    def probe() -> Tensor:
+        return outside + sum((4.0**i * model[i].sum() for i in given), start=torch.zeros(()))
+
+    score = GradientNorm(vector, vector.layers(), probe, reduction, momentum=0.0)
+    norms = [2**0.5, 4 * 2**0.5]
+    expected = {"vector": [math.hypot(*norms)], "sum": [sum(norms)], "layers": [*norms, math.inf]}[reduction]
+    assert score.take().tolist() == pytest.approx(expected, rel=1e-14)
+    given.clear()
+    assert score.take().tolist() == [math.inf] * len(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_of_eight_roundings_of_the_whole_gradient_is_marked(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    roundoff = Roundoff(ParameterVector(nn.Linear(2, 2).to(dtype)))
+    norms = torch.tensor([3.0, 4.0, 39 * eps, 41 * eps, 0.0, math.inf, math.nan], dtype=torch.float64)
+    marked = roundoff.mark(norms)
+    np.testing.assert_array_equal(marked.abs(), norms)
+    assert marked.signbit().tolist()[:6] == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_autocast_eps_is_that_of_its_dtype(inside: bool) -> None:
+    """Whether the loop turns it on or the model's forward pass; and off again."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.on = nn.Linear(2, 2), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.on or torch.is_autocast_enabled("cpu")):
+                return self.linear(x)
+
+    model = Net()
+    vector = ParameterVector(model)
+    for score in (GradientNorm(vector, vector.layers(), lambda: model(torch.ones(1, 2)).sum(), "layers"),
+                  RunningGradientNorm(vector, vector.layers(), "layers")):  # fmt: skip
+        for on in (False, True, False):
+            model.on = on and inside
+            with torch.autocast("cpu", torch.bfloat16, enabled=on and not inside):
+                model(torch.ones(1, 2)).float().sum().backward()
+                score.observe(None)
+                if isinstance(score, GradientNorm):
+                    score.take()
+            assert score._roundoff is not None
+            assert score._roundoff.dtype == (torch.bfloat16 if on else torch.float32)
+
+
+def rounds_of(method: Method, model_of: Callable[[], nn.Module], world: int = 3, bf16: bool = False) -> list[Round]:
+    """Rounds of ranks whose data are shifted and scaled differently."""
+
+    def body(comm: Communicator) -> list[Round]:
+        torch.manual_seed(0)
+        model = model_of()
+        dtype = next(model.parameters()).dtype
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        data = torch.Generator().manual_seed(comm.rank)
+
+        def loss() -> Tensor:
+            x = torch.randn(16, 2, 5, 5, generator=data).to(dtype) * (1 + comm.rank) + comm.rank
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return (model(x) - x.mean((1, 2, 3))[:, None]).square().mean()
+
+        run, rounds = method.build(comm, ParameterVector(model), optimizer, probe=loss), []
+        run.synchronizers[0].on_round = rounds.append
+        for _ in range(6):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+            run.after_step(value.detach())
+        return rounds
+
+    return simulate(world, body)[0]
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bf16 autocast"])
+@pytest.mark.parametrize("method", [LGRAWA(period=2), LocalLGRAWA(period=2)], ids=lambda m: type(m).__name__)
+def test_a_bias_before_batchnorm_weighs_all_ranks_alike(method: Method, precision: str) -> None:
+    """Its gradient is zero but for rounding; the weights of the other layers are what they are without it."""
+
+    def net(bias: bool) -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU()), nn.Flatten(), nn.Linear(36, 1)
+        )
+        for layer in (model[0], model[-1]):
+            nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+        nn.init.zeros_(model[-1].bias)
+        return model.to(torch.float64 if precision == "float64" else torch.float32)
+
+    bf16 = precision == "bf16 autocast"
+    rounds = rounds_of(method, lambda: net(True), bf16=bf16)
+    assert len(rounds) == 3
+    assert all((round_.weights[:, 1] == 1 / 3).all() for round_ in rounds)
+    if not bf16:
+        assert all((round_.weights[:, [0, 2, 3, 4]].max(0).values > 0.35).all() for round_ in rounds)
+        for ours, theirs in zip(rounds, rounds_of(method, lambda: net(False)), strict=True):
+            tolerance = 1e-9 if precision == "float64" else 1e-3
+            torch.testing.assert_close(ours.weights[:, [0, 2, 3, 4, 5]], theirs.weights, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", [LGRAWA(period=2), LocalLGRAWA(period=2)], ids=lambda m: type(m).__name__)
+def test_a_sparse_embedding_weighs_as_a_dense_one(method: Method) -> None:
+    class Words(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.embedding(x.abs().flatten(1).long().clamp(max=8)).mean(1))
+
+    sparse, dense = (rounds_of(method, lambda s=s: Words(s)) for s in (True, False))
+    for ours, theirs in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_scores_and_training_loss() -> None:

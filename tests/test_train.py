@@ -256,6 +256,49 @@ class Perceptron(nn.Module):
         return y
 
 
+def test_a_probe_is_the_mean_of_its_batches_each_in_the_parts_of_a_training_batch() -> None:
+    """No forward pass is larger than a part, and a worker that goes on draws the next batches."""
+    parts = ("--optimizer.accumulate=4", "--method.probe_batches=3", "--method.score_momentum=0")
+    config = digits("--model=test_train.Perceptron", *parts, steps=3 * PERIOD)
+
+    def body(comm: Communicator) -> None:
+        sizes: list[int] = []
+        rounds = 0
+
+        def watched() -> Worker:
+            worker = Worker(config, comm)
+            worker.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+            score = worker.run.synchronizers[0].score
+            take = score.take
+
+            def checked() -> Tensor:
+                nonlocal rounds
+                scores, made = take(), len(sizes)
+                inputs, targets = worker.splits.train.batch(worker.sampler.probe_indices(rounds, 3).flatten())
+                loss = config.loss(worker.model(inputs), targets)
+                del sizes[made:]
+                gradient = torch.autograd.grad(loss, worker.vector.parameters)
+                expected = torch.stack([g.norm() for g in gradient]).double()
+                torch.testing.assert_close(scores, expected, rtol=1e-5, atol=0)
+                rounds += 1
+                return scores
+
+            score.take = checked  # type: ignore[method-assign]
+            return worker
+
+        worker = watched()
+        while worker.used < 1:
+            if worker.local_steps == 2 * PERIOD:
+                state = worker.state_dict()
+                worker = watched()
+                worker.load_state_dict(state)
+            worker.step()
+        assert rounds == 3
+        assert sizes == [8] * (4 * 3 * (PERIOD + 3))
+
+    simulate(2, body)
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 def test_the_norm_is_clipped_after_gradients_are_shared(parts: int) -> None:
     """One step of plain SGD is -lr·g·min(1, c/‖g‖) with g the mean gradient of all ranks; computed here by hand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -216,16 +217,50 @@ def test_layers_norms_and_scale(partition: str) -> None:
     np.testing.assert_array_equal(out, x.numpy() * np.array(weights)[of_layer])
 
 
+@pytest.mark.parametrize("absent", [{0}, {1, 5}, {4, 5}, {1, 2}, set(range(7)), set()], ids=str)
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_a_tensor_without_a_gradient_counts_as_zero(partition: str) -> None:
+def test_a_tensor_without_a_gradient_counts_as_zero_and_a_layer_without_any_as_infinite(
+    partition: str, absent: set[int]
+) -> None:
     vector = ParameterVector(net().double())
-    given, _, _ = PARTITIONS[partition]
+    given, _, index = PARTITIONS[partition]
     layers = vector.layers(given)
     x = torch.linspace(-1, 2, len(vector), dtype=torch.float64)
-    for absent in ({0}, {1, 5}, set(range(7))):
+    zeroed = [torch.zeros_like(v) if i in absent else v for i, v in enumerate(vector.views(x))]
+    none = [all(i in absent for i in range(7) if index[i] == layer) for layer in range(len(layers))]
+    expected = torch.where(torch.tensor(none), torch.inf, layers.norms(zeroed))
+    assert expected.isfinite().tolist() == [not layer for layer in none]
+    for _ in range(2):
         tensors = [None if i in absent else view for i, view in enumerate(vector.views(x))]
-        zeroed = [torch.zeros_like(v) if i in absent else v for i, v in enumerate(vector.views(x))]
-        assert torch.equal(layers.norms(tensors).double(), layers.norms(zeroed))
+        assert torch.equal(layers.norms(tensors).double(), expected)
+        # Zeros that no backward pass has made are none, either.
+        assert torch.equal(layers.norms(zeroed, set(range(7)) - absent), expected)
+        assert layers.norms(zeroed).isfinite().all()  # a gradient that is zero
+
+
+def test_a_gradient_that_came_without_a_backward_pass_counts() -> None:
+    layers = ParameterVector(net().double()).layers()
+    gradient = [torch.full((1,), float(i)) for i in range(7)]
+    assert layers.norms(gradient, {1, 2}).tolist() == [math.inf, 1, 2, 3, 4, 5, 6]
+
+
+def test_norms_that_overflow_are_nan() -> None:
+    vector = ParameterVector(nn.Linear(1, 2))
+    gradient = [torch.full((2, 1), 3e38), torch.tensor([torch.inf, 1.0])]
+    for partition in ("tensor", "module"):
+        assert vector.layers(partition).norms(gradient).isnan().all()
+
+
+def test_norms_of_sparse_gradients_are_those_of_dense_ones() -> None:
+    embedding = nn.Embedding(10, 3, sparse=True)
+    layers = ParameterVector(embedding).layers()
+    embedding(torch.tensor([1, 4, 1, 9, 1])).square().sum().backward()
+    sparse = embedding.weight.grad
+    assert sparse is not None and sparse.is_sparse
+    torch.testing.assert_close(layers.norms([sparse]), sparse.to_dense().norm()[None])
+    embedding.zero_grad()
+    embedding(torch.empty(0, dtype=torch.int64)).sum().backward()
+    assert layers.norms([embedding.weight.grad]).tolist() == [0]
 
 
 def test_norms_of_half_precision_are_taken_in_fp32() -> None:

@@ -18,14 +18,12 @@ from ..averaging import Averager, WeightRule
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
 from ..errors import ConfigError
+from ..probe import Probe as Probe
 from ..riders import LocalMomentum, Rider, RunningStatistics
 from ..schedules import RunFacts, every
 from ..scores import Score
 from ..synchronizer import Pool, Synchronizer
 from ..vector import ParameterVector
-
-#: Returns the loss (0-d tensor) of a fresh batch.
-Probe = Callable[[], Tensor]
 
 
 class Run:

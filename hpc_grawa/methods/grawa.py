@@ -63,8 +63,8 @@ class GRAWA(_GradientWeighted):
 
     Attributes:
         score_momentum: b of the scores' bias-corrected momentum over rounds.
-        probe_batches: fresh batches, of the training batch size, that a score's gradient is the mean of.
-        probe_from: draw them from the whole training set (``all``) or the rank's own ``shard``.
+        probe_batches: fresh batches, one after another, that a score's gradient is the mean of; calls of an own probe.
+        probe_from: draw them from the whole training set (``all``) or the rank's own ``shard``; not for an own probe.
     """
 
     reduction: ClassVar[Reduction] = "vector"
@@ -84,7 +84,9 @@ class GRAWA(_GradientWeighted):
                 f"{name} scores ranks by the gradient of a fresh batch: pass probe=f where f() returns the loss of "
                 f"one, or take LocalMGRAWA or LocalLGRAWA, which score by the training gradients"
             )
-        return GradientNorm(run.vector, layers, probe, self.reduction, self.score_momentum)
+        return GradientNorm(
+            run.vector, layers, probe, self.reduction, self.score_momentum, self.probe_batches, run.comm.rank
+        )
 
 
 @dataclass(kw_only=True)
@@ -106,7 +108,11 @@ class MGRAWA(GRAWA):
 
 @dataclass(kw_only=True)
 class LGRAWA(MGRAWA):
-    """One weight per layer: β_m^l ∝ ‖g_{m,l}‖_F^{-q}, c^l = Σ_m β_m^l x_m^l."""
+    """One weight per layer: β_m^l ∝ ‖g_{m,l}‖_F^{-q}, c^l = Σ_m β_m^l x_m^l.
+
+    A rank that has no gradient for a layer (an expert its data never reach) has weight 0 there. All weigh alike where
+    no rank has one, and where it is round-off on all (a bias before BatchNorm).
+    """
 
     reduction: ClassVar[Reduction] = "layers"
 
