@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import random_streams
+from . import buffers, random_streams
 from .comm import Communicator
 from .data import Examples, in_advance
 from .metrics import Metric
@@ -147,13 +147,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], comm: Communicator,
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with random_streams.kept():
-            yield
-    finally:
-        for buffer, own in kept:
-            buffer.copy_(own)
+    with random_streams.kept(), buffers.kept(model):
+        yield
 
 
 def uniform_mean(comm: Communicator, vector: ParameterVector) -> tuple[Tensor, float]:
