@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import buffers, random_streams
+from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, in_advance
 from .metrics import Metric
@@ -92,56 +94,51 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def recalibrate(model: nn.Module, batches: Iterable[Tensor], comm: Communicator, precision: Precision = "fp32") -> None:
     """Give BatchNorm layers the statistics of the model's present parameters.
 
-    The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all batches of
-    all ranks; one allreduce of the sums. No dropout is applied, and random streams are left as they were. All ranks
-    must call it.
+    The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all calls of the
+    layer on all ranks; one allreduce of the sums. A layer that no pass reaches, or that trains in eval mode, keeps
+    its statistics. No dropout is applied, and random streams are left as they were. All ranks must call it.
 
     Args:
         model: changed in its running statistics only.
-        batches: inputs, this rank's; as many on every rank.
+        batches: inputs, this rank's.
         comm: the ranks.
         precision: of the forward pass.
 
     Source: Izmailov et al., Averaging Weights Leads to Wider Optima (UAI 2018), section 3.2.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    if not norms:
+    statistics = Recalibration(model)
+    if not statistics.norms:
         return
     device = next(model.parameters()).device
-    sums = [torch.zeros(2, m.num_features, dtype=torch.float64, device=device) for m in norms]
-    count = torch.zeros(1, dtype=torch.float64, device=device)
-
-    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].float()
-            var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-            sums[index] += torch.stack((mean, var + mean.square()))
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(watch(i)) for i, m in enumerate(norms)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with undisturbed(model), torch.no_grad(), NoDropout(), autocast(precision, device):
-            for inputs in batches:
+    with training_mode(model), undisturbed(model), statistics.watching(), torch.no_grad(), autocast(precision, device):
+        for inputs in batches:
+            with NoDropout(), _eager():
                 model(inputs.to(device))
-                count += 1
+    statistics.take_over(comm)
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block all modules are in the modes they train in: those they have, if the model is in training mode.
+
+    Otherwise ``model.train()`` says which. Afterwards each is in its own again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
-    message = torch.cat((count, *(s.flatten() for s in sums)))
-    comm.allreduce(message, "evaluate").wait()
-    means = torch.split(message[1:] / message[0], [s.numel() for s in sums])
-    for m, mean in zip(norms, means, strict=True):
-        first, second = mean.view(2, -1)
-        assert m.running_mean is not None and m.running_var is not None
-        m.running_mean.copy_(first)
-        m.running_var.copy_((second - first.square()).clamp_(min=0))
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Within the block compiled modules run uncompiled: a compiled one would not notice that it is watched."""
+    # Nothing is compiled where nobody has imported the compiler, and to import it takes seconds.
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
