@@ -12,6 +12,7 @@ import torch
 from conftest import Ranks
 from torch import Tensor, nn
 
+from hpc_grawa import LocalSGD, ParameterVector
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.evaluate import recalibrate
@@ -173,3 +174,57 @@ def test_the_layers_of_a_compiled_model_are_seen() -> None:
     recalibrate(compiled, [x], ALONE)
     with torch.no_grad():
         assert_has(model[1], *statistics([model[0](x)]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", [0.0, 5e3, 1e5])
+def test_pooled_variances_far_from_zero_do_not_cancel(on_ranks: Ranks, where: float) -> None:
+    """In a message of fp32, at the first round as at later ones; the oracle has what the ranks hold in float64."""
+    layers = nn.BatchNorm1d, nn.InstanceNorm1d
+
+    def body(comm: Communicator) -> list[list[list[Tensor]]]:
+        model = nn.Sequential(nn.Linear(2, 2), *(kind(3, track_running_stats=True) for kind in layers))
+        run = LocalSGD(period=1, buffers="average").build(
+            comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1)
+        )
+        seen = []
+        for turn in range(3):
+            for norm in model[1:]:
+                norm.running_mean.copy_(numbers(3, seed=9 * comm.rank + turn, mean=where * (1 + turn)))
+                norm.running_var.copy_(numbers(3, seed=99 * comm.rank + turn).abs() + 0.5)
+            before = [[norm.running_mean.clone(), norm.running_var.clone()] for norm in model[1:]]
+            run.after_step()
+            seen.append([*before, *([norm.running_mean.clone(), norm.running_var.clone()] for norm in model[1:])])
+        return seen
+
+    results = on_ranks(body)
+    for turn in range(3):
+        for i in range(2):
+            means, variances = (torch.stack([r[turn][i][k] for r in results]).double() for k in (0, 1))
+            mean, var = means.mean(0), variances.mean(0)
+            if i == 0:
+                var += means.var(0, correction=0)
+            for result in results:
+                torch.testing.assert_close(result[turn][2 + i][0].double(), mean, rtol=2e-7, atol=1e-6)
+                torch.testing.assert_close(result[turn][2 + i][1].double(), var, rtol=1e-4, atol=0)
+
+
+def test_statistics_that_all_ranks_have_alike_survive_rounds_bit_for_bit(on_ranks: Ranks) -> None:
+    """Those of a frozen layer; also on a rank that is healed."""
+    mean, var = (numbers(3, seed=i).abs().float() * 1e3 for i in (1, 2))
+
+    def body(comm: Communicator, buffers: Any) -> tuple[Tensor, Tensor]:
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+        model[0].eval()
+        model[0].running_mean.copy_(mean), model[0].running_var.copy_(var)
+        vector = ParameterVector(model)
+        run = LocalSGD(period=1, buffers=buffers).build(comm, vector, torch.optim.SGD(model.parameters(), 0.1))
+        for turn in range(4):
+            if turn == 1 and comm.rank == 1:
+                vector.data.fill_(torch.nan)
+            run.after_step()
+        assert vector.data.isfinite().all()
+        return model[0].running_mean, model[0].running_var
+
+    for buffers in ("average", "recalibrate"):
+        for found in on_ranks(lambda comm, buffers=buffers: body(comm, buffers)):
+            assert torch.equal(found[0], mean) and torch.equal(found[1], var)

@@ -15,6 +15,7 @@ from torch import Tensor, optim
 from ..aggregation import Aggregator
 from ..agreement import agree
 from ..averaging import Averager, WeightRule
+from ..batchnorm import norms
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
 from ..errors import ConfigError
@@ -235,7 +236,7 @@ class AveragingMethod(Method):
         riders: list[Rider] = []
         if self.local_momentum == "average":
             riders.append(LocalMomentum(run.vector, run.optimizer))
-        if self.buffers == "average":
+        if self.buffers == "average" and norms(run.vector.model):
             riders.append(RunningStatistics(run.vector.model))
         return riders
 
