@@ -52,7 +52,8 @@ class Judge:
         Args:
             model: as it is; evaluated in eval mode, its modules' modes are restored.
             examples: each counts once.
-            comm: ranks share the work (all must call); None: this process does all of it.
+            comm: ranks share the work (all must call), with one model's buffers (``buffers.share``); None: this
+                process does all of it.
             limit: only so many examples, evenly spaced.
 
         Returns:
@@ -65,13 +66,16 @@ class Judge:
         # A rank without examples (fewer than ranks) runs one for the shape of the sums, and counts it as none.
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
-        with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
-            batches = in_advance(examples, ((part, None) for part in parts), device)
-            for part, (inputs, targets) in zip(parts, batches, strict=True):
-                inputs, targets = inputs.to(device), targets.to(device)
-                output = model(inputs)
-                loss = self.loss(output, targets).double().reshape(1) * len(part)
-                sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
+        with undisturbed(model):
+            if comm is not None:
+                buffers.share(model, comm)
+            with eval_mode(model), torch.no_grad(), autocast(self.precision, device):
+                batches = in_advance(examples, ((part, None) for part in parts), device)
+                for part, (inputs, targets) in zip(parts, batches, strict=True):
+                    inputs, targets = inputs.to(device), targets.to(device)
+                    output = model(inputs)
+                    loss = self.loss(output, targets).double().reshape(1) * len(part)
+                    sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
         message = torch.stack(sums).sum(0) if len(own) else torch.zeros_like(sums[0])
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()

@@ -1,4 +1,4 @@
-"""What may ride in a round's flat message beside the parameters: momenta and running statistics."""
+"""What may ride in a round's flat message beside the parameters: momenta, running statistics, and other buffers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from .batchnorm import norms, spreads
+from .buffers import as_bytes, from_bytes
 from .comm import Communicator
 from .vector import ParameterVector
 
@@ -122,3 +123,59 @@ def pool(model: nn.Module, comm: Communicator) -> None:
     if message[0]:
         parts = torch.split(message, [t.numel() for t in packed])
         rider.unpack([part.view_as(t) for part, t in zip(parts, packed, strict=True)])
+
+
+class WeightBuffers(Rider):
+    """Buffers that belong to the weights: all that ``state_dict`` holds but running statistics of BatchNorm's kind.
+
+    Each rank takes over those of the rank that weighs most: they belong together as one rank has them (a spectral
+    norm's two unit vectors, a code and how often it was used), which a mean need not. Integers ride as their bytes.
+    A buffer whose shape has changed on either side since this was made stays each rank's own.
+
+    Args:
+        vector: whose model's buffers ride, beside its parameters in ``exact_dtype``.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        statistics = {module: ("running_mean", "running_var", "num_batches_tracked") for module in norms(vector.model)}
+        self._exact = vector.exact_dtype
+        self._held = [
+            (module, name, buffer.shape, buffer.dtype)
+            for module in vector.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+            if name not in module._non_persistent_buffers_set and name not in statistics.get(module, ())
+        ]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        return torch.zeros(len(weights)).index_fill_(0, weights.mean(1).argmax(), 1.0)
+
+    def _own(self) -> list[Tensor | None]:
+        """This rank's, None where it is no longer what it was."""
+        present = [(module._buffers.get(name), shape, dtype) for module, name, shape, dtype in self._held]
+        return [t if t is not None and (t.shape, t.dtype) == (s, d) else None for t, s, d in present]
+
+    def _as_they_are(self, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point and torch.promote_types(dtype, self._exact) == self._exact
+
+    def pack(self) -> list[Tensor]:
+        own = self._own()
+        flags = torch.tensor([t is not None for t in own])
+        tensors = [
+            torch.zeros(shape, dtype=dtype) if t is None else t
+            for t, (_, _, shape, dtype) in zip(own, self._held, strict=True)
+        ]
+        return [flags, *(t if self._as_they_are(t.dtype) else as_bytes(t) for t in tensors)]
+
+    def unpack(self, sums: list[Tensor]) -> None:
+        flags, *found = sums
+        pairs = [
+            (own.detach(), new if self._as_they_are(own.dtype) else from_bytes(new.byte(), own.dtype, own.shape))
+            for own, there, new in zip(self._own(), flags.tolist(), found, strict=True)
+            if own is not None and there
+        ]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
