@@ -101,7 +101,7 @@ class Averager:
 
     def __init__(self, comm: Communicator, vector: ParameterVector, pull: float, layers: Layers | None = None) -> None:
         self.comm, self.vector, self.pull, self.layers = comm, vector, pull, layers
-        #: What is averaged in the same message, uniformly.
+        #: What travels in the same message.
         self.riders: list[Rider] = []
         #: The center ``[P]`` of the last round; None before the first. It is overwritten by the next ``start``.
         self.center: Tensor | None = None
@@ -124,33 +124,34 @@ class Averager:
             self._work = self.comm.broadcast(message, leader, "center")
 
     def _pack(self, x: Tensor, weights: Tensor, alive: Tensor) -> tuple[Tensor, int | None]:
-        """This rank's message, and the rank that has all the weight if nothing else rides along."""
+        """This rank's message, and the rank whose message the sum is, if it is one rank's alone."""
         rank, size = self.comm.rank, len(self.vector)
         own = weights[rank].tolist()
-        leader = (weights == 1).all(1).nonzero().flatten().tolist()
-        packed = [rider.pack() for rider in self.riders]
-        riders = [t.detach() for tensors in packed for t in tensors]
+        packed = [[t.detach() for t in rider.pack()] for rider in self.riders]
         if self._message is None:
-            lengths = [t.numel() for t in riders]
+            lengths = [t.numel() for tensors in packed for t in tensors]
             self._message = torch.empty(size + sum(lengths), dtype=self.vector.exact_dtype, device=x.device)
             parts = iter(torch.split(self._message[size:], lengths) if lengths else ())
             self._seats = [[next(parts).view(t.shape) for t in tensors] for tensors in packed]
-            self._riding = [seat for seats in self._seats for seat in seats]
-        if leader and not riders:
-            if leader[0] == rank:
-                self._message.copy_(x)
+        shares = [rider.shares(weights, alive) for rider in self.riders]
+        table = torch.column_stack((weights, *shares))
+        leader = ((table == 1).all(1) & (table.count_nonzero(0) == 1).all()).nonzero().flatten().tolist()
+        if leader and leader[0] != rank:
             return self._message, leader[0]
         share = self._message[:size]
         if any(own):
             self.vector.scale(x, own, self.layers, out=share)
         else:
             share.zero_()  # not 0·x: that is NaN where x is
-        if riders and bool(alive[rank]):
-            torch._foreach_copy_(self._riding, riders)
-            torch._foreach_mul_(self._riding, 1 / int(alive.sum()))
-        elif riders:
-            torch._foreach_zero_(self._riding)
-        return self._message, None
+        for tensors, seats, amount in zip(packed, self._seats, (float(s[rank]) for s in shares), strict=True):
+            if not tensors:
+                continue
+            if amount:
+                torch._foreach_copy_(seats, tensors)
+                torch._foreach_mul_(seats, amount)
+            else:
+                torch._foreach_zero_(seats)
+        return self._message, leader[0] if leader else None
 
     def finish(self, x: Tensor, healed: bool = False) -> None:
         """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's ``x`` becomes the center."""

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import random_streams
+from . import buffers, random_streams
+from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, Nest, in_advance, moved
 from .metrics import Metric
-from .probe import NoDropout
+from .probe import NoDropout, eager
 from .vector import ParameterVector
 
 Precision = Literal["fp32", "bf16"]
@@ -50,7 +51,8 @@ class Judge:
         Args:
             model: as it is; evaluated in eval mode, its modules' modes are restored.
             examples: each counts once.
-            comm: ranks share the work (all must call); None: this process does all of it.
+            comm: ranks share the work (all must call), with one model's buffers (``buffers.share``); None: this
+                process does all of it.
             limit: only so many examples, evenly spaced.
 
         Returns:
@@ -63,13 +65,16 @@ class Judge:
         # A rank without examples (fewer than ranks) runs one for the shape of the sums, and counts it as none.
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
-        with eval_mode(model), undisturbed(model), torch.no_grad(), autocast(self.precision, device):
-            batches = in_advance(examples, ((part, None) for part in parts), device)
-            for part, (inputs, targets) in zip(parts, batches, strict=True):
-                inputs, targets = moved((inputs, targets), device)
-                output = model(inputs)
-                loss = self.loss(output, targets).double().reshape(1) * len(part)
-                sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
+        with undisturbed(model):
+            if comm is not None:
+                buffers.share(model, comm)
+            with eval_mode(model), torch.no_grad(), autocast(self.precision, device):
+                batches = in_advance(examples, ((part, None) for part in parts), device)
+                for part, (inputs, targets) in zip(parts, batches, strict=True):
+                    inputs, targets = moved((inputs, targets), device)
+                    output = model(inputs)
+                    loss = self.loss(output, targets).double().reshape(1) * len(part)
+                    sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
         message = torch.stack(sums).sum(0) if len(own) else torch.zeros_like(sums[0])
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
@@ -92,68 +97,50 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, precision: Precision = "fp32") -> None:
     """Give BatchNorm layers the statistics of the model's present parameters.
 
-    The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all batches of
-    all ranks; one allreduce of the sums. No dropout is applied, and random streams are left as they were. All ranks
-    must call it.
+    The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all calls of the
+    layer on all ranks; one allreduce of the sums. A layer that no pass reaches, or that trains in eval mode, keeps
+    its statistics. No dropout is applied, and random streams are left as they were. All ranks must call it.
 
     Args:
         model: changed in its running statistics only.
-        batches: inputs, this rank's; as many on every rank.
+        batches: inputs, this rank's.
         comm: the ranks.
         precision: of the forward pass.
 
     Source: Izmailov et al., Averaging Weights Leads to Wider Optima (UAI 2018), section 3.2.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    if not norms:
+    statistics = Recalibration(model)
+    if not statistics.norms:
         return
     device = next(model.parameters()).device
-    sums = [torch.zeros(2, m.num_features, dtype=torch.float64, device=device) for m in norms]
-    count = torch.zeros(1, dtype=torch.float64, device=device)
-
-    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].float()
-            var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-            sums[index] += torch.stack((mean, var + mean.square()))
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(watch(i)) for i, m in enumerate(norms)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with undisturbed(model), torch.no_grad(), NoDropout(), autocast(precision, device):
-            for inputs in batches:
+    with training_mode(model), undisturbed(model), statistics.watching(), torch.no_grad(), autocast(precision, device):
+        for inputs in batches:
+            with NoDropout(), eager():
                 model(moved(inputs, device))
-                count += 1
+    statistics.take_over(comm)
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block all modules are in the modes they train in: those they have, if the model is in training mode.
+
+    Otherwise ``model.train()`` says which. Afterwards each is in its own again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
-    message = torch.cat((count, *(s.flatten() for s in sums)))
-    comm.allreduce(message, "evaluate").wait()
-    means = torch.split(message[1:] / message[0], [s.numel() for s in sums])
-    for m, mean in zip(norms, means, strict=True):
-        first, second = mean.view(2, -1)
-        assert m.running_mean is not None and m.running_var is not None
-        m.running_mean.copy_(first)
-        m.running_var.copy_((second - first.square()).clamp_(min=0))
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with random_streams.kept():
-            yield
-    finally:
-        for buffer, own in kept:
-            buffer.copy_(own)
+    with random_streams.kept(), buffers.kept(model):
+        yield
 
 
 def uniform_mean(comm: Communicator, vector: ParameterVector) -> tuple[Tensor, float]:

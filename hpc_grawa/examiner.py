@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import share
 from .data import Examples, in_advance
 from .evaluate import Judge, recalibrate, undisturbed, uniform_mean
+from .riders import pool
 from .worker import Worker
 
 
 class Examiner:
-    """Puts the evaluated models in place, one after the other, and judges them; training notices nothing of it."""
+    """Puts the evaluated models in place, one after the other, and judges them; training notices nothing of it.
+
+    A model in place has one set of buffers on all ranks: running statistics as ``method.buffers`` says, all others (and
+    ``local`` statistics) as they are now on rank 0, or the first rank where none is NaN.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config, self._comm = worker, worker.config, worker.comm
@@ -39,8 +45,12 @@ class Examiner:
     @contextmanager
     def _in_place(self, parameters: Tensor) -> Iterator[None]:
         train, sampler = self._worker.splits.train, self._worker.sampler
+        policy = self._config.method.buffers
         with undisturbed(self._model), self._worker.vector.swapped(parameters):
-            if self._config.method.buffers == "recalibrate":
+            if policy == "average":
+                pool(self._model, self._comm)
+            share(self._model, self._comm)
+            if policy == "recalibrate":
                 wanted = ((sampler.indices(b), None) for b in range(self._config.eval.bn_batches))
                 batches = (inputs for inputs, _ in in_advance(train, wanted, self._worker.device))
                 recalibrate(self._model, batches, self._comm, self._config.precision)

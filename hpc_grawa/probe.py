@@ -46,7 +46,7 @@ def probe_gradient(
         random_streams.seeded(*seed),
         _as_it_was(vector.model),
         gradients_aside(vector.parameters),
-        _eager(),
+        eager(),
         _no_cached_casts(),
         NoDropout(),
         torch.enable_grad(),
@@ -117,7 +117,7 @@ def _expanded(x: Tensor) -> bool:
     return x.layout == torch.strided and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
     """Within the block what is compiled runs as it was written: dropout is compiled in."""
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # nothing is compiled
         return nullcontext()

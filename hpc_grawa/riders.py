@@ -1,4 +1,4 @@
-"""What may ride in a round's flat message beside the parameters: momenta and running statistics."""
+"""What may ride in a round's flat message beside the parameters: momenta, running statistics, and other buffers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn, optim
 
+from .batchnorm import norms, spreads
+from .buffers import as_bytes, from_bytes
+from .comm import Communicator
 from .vector import ParameterVector
 
 
 class Rider(ABC):
-    """Tensors averaged with the parameters; each rank takes over the average."""
+    """Tensors that travel with the parameters: each rank takes over a sum of all ranks' ones."""
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        """What each rank's tensors are multiplied by in the sum, ``[W]``; here so that it is the uniform average.
+
+        Args:
+            weights: of the ranks' parameters, ``[W, K]``.
+            alive: ``[W]``, the ranks that are finite.
+        """
+        return alive.double() / alive.sum()
 
     @abstractmethod
     def pack(self) -> list[Tensor]:
         """This rank's tensors, of the same number and shapes on every rank and in every round."""
 
     @abstractmethod
-    def unpack(self, averages: list[Tensor]) -> None:
-        """Take over the averages, in the order of ``pack``."""
+    def unpack(self, sums: list[Tensor]) -> None:
+        """Take over the sums, in the order of ``pack``."""
 
 
 class LocalMomentum(Rider):
@@ -40,25 +52,130 @@ class LocalMomentum(Rider):
     def pack(self) -> list[Tensor]:
         return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
 
-    def unpack(self, averages: list[Tensor]) -> None:
-        pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
+    def unpack(self, sums: list[Tensor]) -> None:
+        pairs = [(own, new) for (_, own), new in zip(self._state(), sums, strict=True) if own is not None]
         if pairs:
             torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
 
+#: Of the digits that numbers travel as: |digit| <= 2^13, so that sums over a thousand ranks are exact in fp32.
+_PLACES = tuple(2.0**exponent for exponent in range(70, -57, -14))
+
+
+def digits(x: Tensor) -> Tensor:
+    """Numbers ``[...]`` in float64 as digits ``[10, ...]`` to the base 2^14, of 2^70 (any size) down to 2^-56."""
+    found = []
+    for place in _PLACES:
+        digit = torch.round(x / place)
+        x = x - digit * place
+        found.append(digit)
+    return torch.stack(found)
+
+
+def number(digits: Tensor) -> Tensor:
+    """The numbers ``[...]`` that sums and differences of such digits stand for."""
+    return torch.stack([digit * place for digit, place in zip(digits, _PLACES, strict=True)]).sum(0)
+
+
 class RunningStatistics(Rider):
-    """BatchNorm's running mean and variance, pooled: mean of means, mean(var + mean²) - mean²."""
+    """BatchNorm's running mean and variance, pooled: mean of means, mean(var + mean²) - mean².
+
+    They ride as digits, whose sums are exact: in fp32 the squares of means far from zero leave no digit of a variance.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._pairs = [
-            (m.running_mean, m.running_var) for m in norms if m.running_mean is not None and m.running_var is not None
-        ]
+        self._norms = norms(model)
+        self._sizes = [m.num_features for m in self._norms]
+        self._spreads = torch.tensor([spreads(m) for m in self._norms]).repeat_interleave(torch.tensor(self._sizes))
+
+    def _tensors(self) -> list[Tensor]:
+        held = [m.running_mean for m in self._norms] + [m.running_var for m in self._norms]
+        return [t for t in held if t is not None]
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        return alive.double()
 
     def pack(self) -> list[Tensor]:
-        return [t for mean, var in self._pairs for t in (mean, var + mean.square())]
+        mean, var = torch.cat(self._tensors()).double().view(2, -1)
+        self._spreads = self._spreads.to(mean)
+        return [mean.new_ones(1), digits(mean), digits(var) + digits(mean.square()) * self._spreads]
 
-    def unpack(self, averages: list[Tensor]) -> None:
-        for (mean, var), first, second in zip(self._pairs, averages[::2], averages[1::2], strict=True):
-            mean.copy_(first)
-            var.copy_((second - first.square()).clamp_(min=0))
+    def unpack(self, sums: list[Tensor]) -> None:
+        count, means, seconds = (t.double() for t in sums)
+        mean = number(means) / count
+        var = (number(seconds - count * digits(mean.square()) * self._spreads) / count).clamp_(min=0)
+        torch._foreach_copy_(self._tensors(), [*mean.split(self._sizes), *var.split(self._sizes)])
+
+
+def pool(model: nn.Module, comm: Communicator) -> None:
+    """Give the model the statistics that a round would pool now, of the ranks where they are finite; all must call it.
+
+    Where no rank's are, each keeps its own.
+    """
+    if not norms(model):
+        return
+    rider = RunningStatistics(model)
+    packed = rider.pack()
+    message = torch.cat([t.flatten() for t in packed])
+    if not bool(message.isfinite().all()):
+        message.zero_()
+    comm.allreduce(message, "evaluate").wait()
+    if message[0]:
+        parts = torch.split(message, [t.numel() for t in packed])
+        rider.unpack([part.view_as(t) for part, t in zip(parts, packed, strict=True)])
+
+
+class WeightBuffers(Rider):
+    """Buffers that belong to the weights: all that ``state_dict`` holds but running statistics of BatchNorm's kind.
+
+    Each rank takes over those of the rank that weighs most: they belong together as one rank has them (a spectral
+    norm's two unit vectors, a code and how often it was used), which a mean need not. Integers ride as their bytes.
+    A buffer whose shape has changed on either side since this was made stays each rank's own.
+
+    Args:
+        vector: whose model's buffers ride, beside its parameters in ``exact_dtype``.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        statistics = {module: ("running_mean", "running_var", "num_batches_tracked") for module in norms(vector.model)}
+        self._exact = vector.exact_dtype
+        self._held = [
+            (module, name, buffer.shape, buffer.dtype)
+            for module in vector.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+            if name not in module._non_persistent_buffers_set and name not in statistics.get(module, ())
+        ]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        return torch.zeros(len(weights)).index_fill_(0, weights.mean(1).argmax(), 1.0)
+
+    def _own(self) -> list[Tensor | None]:
+        """This rank's, None where it is no longer what it was."""
+        present = [(module._buffers.get(name), shape, dtype) for module, name, shape, dtype in self._held]
+        return [t if t is not None and (t.shape, t.dtype) == (s, d) else None for t, s, d in present]
+
+    def _as_they_are(self, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point and torch.promote_types(dtype, self._exact) == self._exact
+
+    def pack(self) -> list[Tensor]:
+        own = self._own()
+        flags = torch.tensor([t is not None for t in own])
+        tensors = [
+            torch.zeros(shape, dtype=dtype) if t is None else t
+            for t, (_, _, shape, dtype) in zip(own, self._held, strict=True)
+        ]
+        return [flags, *(t if self._as_they_are(t.dtype) else as_bytes(t) for t in tensors)]
+
+    def unpack(self, sums: list[Tensor]) -> None:
+        flags, *found = sums
+        pairs = [
+            (own.detach(), new if self._as_they_are(own.dtype) else from_bytes(new.byte(), own.dtype, own.shape))
+            for own, there, new in zip(self._own(), flags.tolist(), found, strict=True)
+            if own is not None and there
+        ]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])

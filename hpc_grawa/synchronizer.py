@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from .averaging import Averager, WeightRule, pull
+from .batchnorm import reset as reset_statistics
 from .comm import SharedCounter
 from .control import Control
 from .errors import NonFinite
@@ -254,6 +255,4 @@ class Synchronizer:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""
         self.optimizer.state.clear()
         self.score.reset()
-        for module in self._vector.model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.reset_running_stats()
+        reset_statistics(self._vector.model)

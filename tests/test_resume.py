@@ -42,6 +42,7 @@ METHODS = {
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
+    "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
     "LocalMGRAWA": "LocalMGRAWA",
     "LocalLGRAWA": "LocalLGRAWA",
     "EASGD": "EASGD",

@@ -15,11 +15,12 @@ from torch import Tensor, optim
 from ..aggregation import Aggregator
 from ..agreement import agree
 from ..averaging import Averager, WeightRule
+from ..batchnorm import norms
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
 from ..errors import ConfigError
 from ..probe import Probe as Probe
-from ..riders import LocalMomentum, Rider, RunningStatistics
+from ..riders import LocalMomentum, Rider, RunningStatistics, WeightBuffers
 from ..schedules import RunFacts, every
 from ..scores import Score
 from ..synchronizer import Pool, Synchronizer
@@ -212,7 +213,10 @@ class AveragingMethod(Method):
         period: local steps between rounds, τ.
         local_momentum: the optimizer's state at a round: ``keep``, ``reset`` or ``average`` (it rides in the message).
         buffers: BatchNorm statistics of evaluated models: ``recalibrate`` on training batches, ``average`` (they ride
-            in the message), or each rank's own (``local``).
+            in the message), or as they are on one rank (``local``). Other buffers of ``state_dict`` belong to the
+            weights (spectral norm's vectors, codebooks, moving averages): at a round all ranks take over those of the
+            rank that weighs most, since a mean of such sets need not be one; constants, which need not travel, are
+            registered with ``persistent=False``.
         rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
             so that a round waits for at most one step of the slowest rank.
     """
@@ -233,9 +237,10 @@ class AveragingMethod(Method):
         riders: list[Rider] = []
         if self.local_momentum == "average":
             riders.append(LocalMomentum(run.vector, run.optimizer))
-        if self.buffers == "average":
+        if self.buffers == "average" and norms(run.vector.model):
             riders.append(RunningStatistics(run.vector.model))
-        return riders
+        others = WeightBuffers(run.vector)
+        return [*riders, others] if len(others) else riders
 
     def _synchronize(self, run: Run, averager: Averager, score: Score, rule: WeightRule, prox: float = 0.0) -> None:
         averager.riders = self._riders(run)

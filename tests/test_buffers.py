@@ -1,0 +1,264 @@
+"""A model's buffers: as they were after an evaluation, and one set for all ranks where one model is meant."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import own
+import pytest
+import torch
+from conftest import Ranks
+from torch import Tensor, nn
+
+from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
+from hpc_grawa.averaging import Averager
+from hpc_grawa.batchnorm import norms
+from hpc_grawa.buffers import as_bytes
+from hpc_grawa.comm import Communicator
+from hpc_grawa.data import TensorExamples
+from hpc_grawa.evaluate import Judge, recalibrate, undisturbed
+from hpc_grawa.examiner import Examiner
+from hpc_grawa.metrics import Accuracy
+from hpc_grawa.parsing import parse
+from hpc_grawa.riders import WeightBuffers
+from hpc_grawa.worker import Worker
+
+
+class Table(nn.Module):
+    """Replaces a buffer, changes another in place, resizes a third, and fills one in that was not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("memory", torch.ones(2, 3))
+        self.register_buffer("later", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = torch.cat((self.table, x.detach().mean()[None]))
+        self.count += 1
+        self.memory.resize_(len(self.memory) + 1, 3).fill_(self.count)
+        self.later = x.detach().clone()
+        y: Tensor = self.linear(x) * (1 + self.table.mean())
+        return y
+
+
+def test_after_an_evaluation_a_model_has_the_very_buffers_it_had() -> None:
+    model = Table()
+    before = dict(model._buffers), copy.deepcopy(model._buffers)
+    examples = TensorExamples(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))
+    Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=2).judge(model, examples)
+    assert [model._buffers[name] is own for name, own in before[0].items()] == [True] * 4
+    torch.testing.assert_close(model._buffers, before[1], rtol=0, atol=0)
+    assert "table" not in model.state_dict()
+
+
+@pytest.mark.parametrize("evaluations", [1, 3])
+def test_a_model_that_replaces_its_buffers_trains_the_same_however_often_it_is_evaluated(evaluations: int) -> None:
+    def trained(evaluations: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = Table()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(4):
+            for _ in range(evaluations):
+                with undisturbed(model), torch.no_grad():
+                    model(torch.randn(7, 3))
+            optimizer.zero_grad()
+            model(torch.randn(2, 3)).square().mean().backward()
+            optimizer.step()
+        return {**model.state_dict(), "table": model.table}
+
+    torch.testing.assert_close(trained(evaluations), trained(0), rtol=0, atol=0)
+
+
+class Sets(nn.Module):
+    """Buffers of every kind that belong to the weights, or do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(2, 1), nn.BatchNorm1d(2)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64):
+            self.register_buffer("of " + str(dtype).removeprefix("torch."), torch.zeros(3, 2, dtype=dtype))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+        self.register_buffer("table", torch.zeros(2))
+        self.register_buffer("nothing", None)
+
+    def fill(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, buffer in self.named_buffers():
+            if name != "norm.running_var":
+                buffer.copy_(torch.randn(buffer.shape, generator=generator, dtype=torch.float64) * 2**40)
+
+
+BELONG = {f"of {kind}" for kind in ("float32", "bfloat16", "float64", "int64", "bool", "complex64")}
+
+
+@pytest.mark.parametrize("weights", ["alone", "more"])
+def test_at_a_round_buffers_of_the_weights_become_those_of_the_rank_that_weighs_most(
+    on_ranks: Ranks, weights: str
+) -> None:
+    """Bit for bit, in a broadcast or a sum; caches, counts of BatchNorm and what has another shape stay each rank's."""
+    world = on_ranks.size
+    heaviest = world // 2
+    given = torch.zeros(world, 2, dtype=torch.float64)
+    given[heaviest] = 1
+    if weights == "more":
+        given = (given + 1 / world) / 2
+
+    def body(comm: Communicator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model = Sets()
+        vector = ParameterVector(model)
+        layers = vector.layers([["linear.*"], ["norm.*"]])
+        averager = Averager(comm, vector, 0.5, layers)
+        averager.riders = [WeightBuffers(vector)]
+        for turn in range(2):
+            model.fill(2 * comm.rank + turn)
+            if comm.rank != heaviest:
+                model.table = torch.full((3,), comm.rank + 1.0)
+            before = copy.deepcopy(dict(model.named_buffers()))
+            averager.start(vector.data, given, torch.ones(world, dtype=torch.bool))
+            averager.finish(vector.data)
+        return before, dict(model.named_buffers())
+
+    results = on_ranks(body)
+    for before, after in results:
+        for name in BELONG:
+            assert as_bytes(after[name]).equal(as_bytes(results[heaviest][0][name])), name
+        for name in after.keys() - BELONG:
+            assert as_bytes(after[name]).equal(as_bytes(before[name])), name
+
+
+def test_what_the_heaviest_rank_no_longer_has_is_taken_over_by_none(on_several_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> Tensor:
+        model = Sets()
+        run = LocalSGD(period=1).build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+        model.table = torch.full((2 + (comm.rank == 0),), comm.rank + 1.0)
+        run.after_step()
+        return model.table
+
+    for rank, table in enumerate(on_several_ranks(body)):
+        assert table.tolist() == [rank + 1.0] * (2 + (rank == 0))
+
+
+def test_a_model_without_such_buffers_sends_nothing_for_them(on_ranks: Ranks) -> None:
+    """And one with them, in the one message of the round."""
+
+    def body(comm: Communicator) -> list[tuple[int, int]]:
+        found = []
+        for length in (0, 5):
+            model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+            if length:
+                model.register_buffer("code", torch.zeros(length))
+            run = LocalSGD(period=1).build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+            calls, payload = comm.meter.calls["center"], comm.meter.payload_bytes["center"]
+            run.after_step()
+            found.append((comm.meter.calls["center"] - calls, comm.meter.payload_bytes["center"] - payload))
+        return found
+
+    assert on_ranks(body) == [[(1, 4 * 12), (1, 4 * (12 + 1 + 5))]] * on_ranks.size
+
+
+def spectral() -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.utils.parametrizations.spectral_norm
+    return nn.Sequential(norm(nn.Linear(3, 8)), nn.Tanh(), nn.BatchNorm1d(8), norm(nn.Linear(8, 2)))
+
+
+EXAMPLES = TensorExamples(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)), torch.arange(50).remainder(2))
+JUDGE = Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=8)
+
+
+@pytest.mark.parametrize("buffers", ["recalibrate", "average", "local"])
+def test_after_a_round_that_makes_ranks_one_model_each_finds_the_same_loss(on_ranks: Ranks, buffers: Any) -> None:
+    """With pull 1, by themselves and together; BatchNorm as its policy says."""
+
+    def body(comm: Communicator) -> list[float]:
+        model = spectral()
+        optimizer = torch.optim.SGD(model.parameters(), 0.2)
+        run = LocalSGD(period=4, buffers=buffers).build(comm, ParameterVector(model), optimizer)
+        generator = torch.Generator().manual_seed(comm.rank)
+        for _ in range(4):
+            x = torch.randn(16, 3, generator=generator) * (1 + comm.rank)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), (x[:, 0] > comm.rank).long())
+            loss.backward()
+            optimizer.step()
+            run.after_step(loss)
+        if buffers == "recalibrate":
+            recalibrate(model, [EXAMPLES.inputs], comm)
+        return [JUDGE.judge(model, EXAMPLES)["loss"], JUDGE.judge(model, EXAMPLES, comm)["loss"]]
+
+    found = on_ranks(body)
+    alone, together = zip(*found, strict=True)
+    assert len(set(together)) == 1 and together[0] == pytest.approx(alone[0], rel=1e-6)
+    if buffers != "local":
+        assert len(set(alone)) == 1
+    elif on_ranks.size > 1:
+        assert len(set(alone)) > 1  # each has statistics of its own, and together they judge rank 0's
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_ranks_that_share_the_work_judge_one_model(on_ranks: Ranks, broken: bool) -> None:
+    """Rank 0's, or where that has NaN the next; whatever the shapes of their buffers. Each keeps its own afterwards."""
+    first = int(broken and on_ranks.size > 1)
+
+    def body(comm: Communicator) -> tuple[float, float, bool]:
+        model = own.Remembering()
+        for p in model.parameters():
+            nn.init.constant_(p, 0.1)
+        for _ in range(comm.rank + 1):  # a table of another length on each
+            model(torch.full((2, 1, 8, 8), comm.rank + 1.0))
+        if first and comm.rank == 0:
+            model.mean.fill_(torch.nan)
+        examples = TensorExamples(torch.linspace(0, 1, 9 * 64).view(9, 1, 8, 8), torch.arange(9))
+        before = copy.deepcopy(model.state_dict())
+        found = [JUDGE.judge(model, examples, c)["loss"] for c in (comm, None)]
+        after = model.state_dict()
+        same = after.keys() == before.keys() and all(as_bytes(after[k]).equal(as_bytes(before[k])) for k in before)
+        return found[0], found[1], same
+
+    results = on_ranks(body)
+    for together, _, same in results:
+        assert same
+        assert together == pytest.approx(results[first][1], rel=1e-6) and math.isfinite(together)
+
+
+@pytest.mark.parametrize("policy", ["recalibrate", "average", "local"])
+@pytest.mark.parametrize("method", ["LocalLGRAWA", "LocalSGD"])
+def test_a_named_model_has_one_set_of_buffers(method: str, policy: str) -> None:
+    """Also between rounds, when every rank has its own; what is saved is what was judged, also by one process."""
+    config = parse(
+        [
+            *("--config=digits", "--model=own.Remembering", f"--method={method}", "--method.period=3"),
+            *("--budget.seconds=null", "--budget.steps=9", f"--method.buffers={policy}", "--eval.bn_batches=2"),
+        ]
+    )
+
+    def body(comm: Communicator) -> tuple[dict[str, Any], list[Tensor], dict[str, Any]]:
+        worker = Worker(config, comm)
+        for _ in range(4):
+            worker.step()
+        statistics = [t.clone() for norm in norms(worker.model) for t in (norm.running_mean, norm.running_var)]
+        found = Examiner(worker).everything()
+        return found.pop("center_state"), statistics, found
+
+    states, statistics, found = zip(*simulate(3, body), strict=True)
+    for state in states:
+        torch.testing.assert_close(state, states[0], rtol=0, atol=0)
+    saved = [states[0][f"layers.2.running_{what}"] for what in ("mean", "var")]
+    if policy == "local":
+        assert all(map(torch.equal, saved, statistics[0]))
+    if policy == "average":
+        means, variances = (torch.stack(row).double() for row in zip(*statistics, strict=True))
+        mean = means.mean(0)
+        torch.testing.assert_close(saved[0].double(), mean, rtol=1e-5, atol=1e-6)
+        second = (variances + means.square()).mean(0)
+        torch.testing.assert_close(saved[1].double(), second - mean.square(), rtol=1e-5, atol=1e-6)
+    model = config.build_model()
+    buffers.load_state(model, {"table": states[0]["table"], "last": states[0]["last"]})  # of other shapes than at first
+    model.load_state_dict(states[0])
+    alone = Judge(config.loss, config.metric).judge(model, config.data.load().test)
+    assert alone["loss"] == pytest.approx(found[0]["center_test_loss"], rel=1e-6)
