@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import random_streams
+from .hooks import after_backward
 from .vector import Layers, ParameterVector
 
 #: Bias-corrected momentum of the scores in the GRAWA paper's section 5.3: .9⁸.
@@ -32,6 +33,9 @@ class Score(ABC):
     @abstractmethod
     def take(self) -> Tensor:
         """The scores ``[K]`` of the round that begins now, float64 on the CPU."""
+
+    def close(self) -> None:  # noqa: B027 - a score may watch nothing
+        """Take off whatever it watches by."""
 
     def reset(self) -> None:  # noqa: B027 - a score may keep nothing
         """Forget everything: this rank has been healed from the center."""
@@ -198,7 +202,10 @@ class RunningGradientNorm(Score):
         self._reduction, self._momentum = reduction, Momentum(momentum)
         self._latest: Tensor | None = None
         self._last = torch.full((self.size,), torch.nan, dtype=torch.float64)
-        after_backward(self._parameters, self._measure)
+        self._stop = after_backward(self._parameters, self._measure)
+
+    def close(self) -> None:
+        self._stop()
 
     def _measure(self) -> None:
         self._latest = reduce(self._layers.norms([p.grad for p in self._parameters]), self._reduction)
@@ -227,25 +234,6 @@ class RunningGradientNorm(Score):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._momentum.load_state_dict(state["momentum"])
         self._last = state["last"].cpu()
-
-
-def after_backward(parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:
-    """Call ``function`` at the end of every backward pass that reaches one of the parameters, if it ends well."""
-    passes: set[int] = set()
-
-    def ended(number: int) -> None:
-        passes.discard(number)
-        function()
-
-    def reached(_: Tensor) -> None:
-        number = torch._C._current_graph_task_id()
-        if number not in passes:
-            passes.clear()  # a pass that has failed never ends
-            passes.add(number)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: ended(number))
-
-    for p in parameters:
-        p.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
 
 class _Probed(nn.Module):

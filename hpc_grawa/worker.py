@@ -16,8 +16,10 @@ from .budget import Clock
 from .comm import Communicator
 from .config import Config
 from .data import in_advance
+from .errors import ConfigError
 from .evaluate import autocast
 from .launch import local_device
+from .methods.base import is_schedule_free
 from .schedules import RunFacts
 from .trial import try_out
 from .vector import ParameterVector
@@ -55,6 +57,12 @@ class Worker:
             try_out(config, self.model, self.splits)
         self.vector = ParameterVector(self.model)
         self.optimizer = config.optimizer.build(self.vector.parameters)
+        if is_schedule_free(self.optimizer):
+            raise ConfigError(
+                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and eval() "
+                f"(schedule-free), as those it trains would be evaluated and saved; in a loop of your own, call its "
+                f"eval() before, under hpc_grawa.DataParallel"
+            )
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
