@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -658,11 +659,18 @@ def test_an_optimizer_distributed_twice() -> None:
         DistributedOptimizer(optimizer, model, DataParallel(), comm=SingleCommunicator())
 
 
-def test_an_optimizer_that_holds_other_parameters_than_the_model() -> None:
+@pytest.mark.parametrize("build", [False, True])
+@pytest.mark.parametrize("name", LINES)
+def test_an_optimizer_that_holds_other_parameters_than_the_model(name: str, build: bool) -> None:
     model, other = linear(), linear()
+    method = LINES[name]
 
     def wrap(parameters: Any) -> None:
-        DistributedOptimizer(optim.SGD(parameters, 0.1), model, DataParallel(), comm=SingleCommunicator())
+        optimizer = optim.SGD(parameters, 0.1)
+        if build:
+            method.build(SingleCommunicator(), ParameterVector(model), optimizer, lambda: torch.zeros(()))
+        else:
+            DistributedOptimizer(optimizer, model, method, comm=SingleCommunicator(), probe=lambda: torch.zeros(()))
 
     with pytest.raises(ConfigError, match=r"does not step parameter 'bias' of the model \(1 of 2"):
         wrap([model.weight])
@@ -670,6 +678,44 @@ def test_an_optimizer_that_holds_other_parameters_than_the_model() -> None:
         wrap(chain(model.parameters(), other.parameters()))
     other.requires_grad_(False)
     wrap(chain(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("method", [DataParallel, LGRAWA, "LGRAWA", nn.Linear, None])
+def test_what_is_no_method(method: Any) -> None:
+    model = linear()
+    name = method.__name__ if isinstance(method, type) else repr(method)
+    example = f"{name}()" if method in (DataParallel, LGRAWA) else "LGRAWA(period=32)"
+    with pytest.raises(ConfigError, match=re.escape(f"method is {name}: must be an instance") + ".*" + re.escape(example)):
+        DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, method, comm=SingleCommunicator())
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    {
+        "named_parameters": "the model names its parameters",
+        "compression": "gradients are sent as they are",
+        "op": "gradients are averaged",
+        "gradient_predivide_factor": "summed in fp32",
+        "num_groups": r"DataParallel\(bucket_mb=",
+        "groups": r"DataParallel\(bucket_mb=",
+        "sparse_as_dense": "sparse=False",
+        "process_set": r"comm=.*split\(colors\)",
+    }.items(),
+)
+def test_horovod_s_own_arguments(name: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is an argument of Horovod's .*{instead}"):
+        wrapped(**{name: object()})
+
+
+def test_arguments_of_another_kind() -> None:
+    model = linear()
+    plain = optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        wrapped(foo=1)
+    with pytest.raises(ConfigError, match=r"model is a generator: must be the torch\.nn\.Module"):
+        DistributedOptimizer(plain, model.parameters(), DataParallel())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"must be a torch\.optim\.Optimizer"):
+        DistributedOptimizer(model, plain, DataParallel())  # type: ignore[arg-type]
 
 
 def test_passes_per_step() -> None:
