@@ -195,17 +195,21 @@ def test_half_precision_gradients_are_summed_in_fp32(on_ranks: Ranks, dtype: tor
 
 @contextmanager
 def launches_recorded(comm: Communicator, events: list[str]) -> Iterator[None]:
-    """Within the block each shared bucket is an event when it is launched, and when it is waited for."""
-    start = comm._start
+    """Within the block each shared bucket is an event when it is launched, and when it is waited for.
+
+    Buckets are counted from the first, as the numbers of others on the same communicator come before them.
+    """
+    start, numbers = comm._start, []
 
     def recorded(verb: Any, x: Tensor, purpose: Any, bucket: int, root: int = 0) -> Work:
         work = start(verb, x, purpose, bucket, root)
         if purpose != "gradient":
             return work
-        events.append(f"launch {bucket}")
+        numbers.append(bucket)
+        events.append(f"launch {bucket - numbers[0]}")
 
         def wait() -> Tensor:
-            events.append(f"wait {bucket}")
+            events.append(f"wait {bucket - numbers[0]}")
             return work.wait()
 
         return Work(wait)
