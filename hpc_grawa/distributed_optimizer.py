@@ -21,8 +21,8 @@ from .vector import ParameterVector
 _HOROVOD = {
     "named_parameters": "leave it out: the model names its parameters",
     "compression": "leave it out: gradients are sent as they are; a method that averages sends less",
-    "op": "leave it out: gradients are averaged, as by hvd.Average (for hvd.Sum multiply the loss by the ranks' number)",
-    "gradient_predivide_factor": "leave it out: gradients are summed in fp32 at least, then divided by the ranks' number",
+    "op": "leave it out: gradients are averaged, as by hvd.Average (for hvd.Sum multiply the loss by hvd.size())",
+    "gradient_predivide_factor": "leave it out: gradients are summed in fp32 at least, then divided by hvd.size()",
     "num_groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",
     "groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",
     "sparse_as_dense": "leave it out, and make embeddings with sparse=False",
@@ -46,16 +46,16 @@ def DistributedOptimizer(
     x_m ← x_m + λ(c - x_m). All ranks must call this; they begin with rank 0's parameters and buffers. The same
     optimizer comes back, so that schedulers, ``zero_grad`` and ``state_dict`` go on working; attached to it are
 
-    - ``run``: the method at work (``center``, ``facts``, ``state_dict()`` for checkpoints, and ``finish()`` to call after
-      the last step; then the optimizer, or a new one, may be distributed anew);
+    - ``run``: the method at work (``center``, ``facts``, ``state_dict()`` for checkpoints, and ``finish()`` to call
+      after the last step; then the optimizer, or a new one, may be distributed anew);
     - ``synchronize()`` and ``skip_synchronize()``: Horovod's, which may stay where they are.
 
-    Where gradients are shared, they are while backward runs, and when ``backward()`` returns every ``.grad`` is the mean
-    of all ranks: clip or scale it as in a script of one process. (A rank whose step has no backward pass takes part in
-    ``step()``.) A further backward pass before the step is shared as well. So all ranks must make the same ones, and
-    several optimizers, each with a model of its own, may be trained by one pass or by turns; where a generator's loss
-    passes through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared
-    for nothing. Two optimizers for parts of one model take each an ``nn.ParameterList`` of its part as ``model``.
+    Where gradients are shared, they are while backward runs, and when ``backward()`` returns every ``.grad`` is the
+    mean of all ranks: clip or scale it as in a script of one process. A further backward pass before the step is shared
+    as well, so all ranks must make the same ones. (A rank whose step has none takes part in ``step()``.) Several
+    optimizers, each with a model of its own, may be trained by one pass or by turns; where a generator's loss passes
+    through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared for
+    nothing. Two optimizers for parts of one model take each an ``nn.ParameterList`` of its part as ``model``.
 
     Under pooled rounds ``step()`` makes the rounds that are due before it returns; what ranks then do together they
     decide by ``run.facts``.
@@ -67,6 +67,7 @@ def DistributedOptimizer(
         probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
         comm: the ranks. None: those of ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not.
         backward_passes_per_step: gradients of so many backward passes add up to a step's; only the last pass shares.
+        of_horovod: arguments of Horovod's that were left in the call; each is refused with what to write instead.
 
     Raises:
         ConfigError: the optimizer is wrapped already, or does not hold the model's trainable parameters; or an argument
@@ -213,8 +214,8 @@ class _Steps:
         """Complete the gradients of ``step()``, or have them completed where its closure has computed them."""
         if self.run.closed:
             raise RuntimeError(
-                "optimizer.step() after the run has ended (optimizer.run.finish() or close()), which no other rank would "
-                "hear of: wrap it once more by DistributedOptimizer(optimizer, model, method) to go on"
+                "optimizer.step() after the run has ended (optimizer.run.finish() or close()), which no other rank "
+                "would hear of: wrap it once more by DistributedOptimizer(optimizer, model, method) to go on"
             )
         if hasattr(optimizer, "grad_scale"):
             raise ConfigError(

@@ -59,9 +59,9 @@ class Worker:
         self.optimizer = config.optimizer.build(self.vector.parameters)
         if is_schedule_free(self.optimizer):
             raise ConfigError(
-                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and eval() "
-                f"(schedule-free), as those it trains would be evaluated and saved; in a loop of your own, call its "
-                f"eval() before, under hpc_grawa.DataParallel"
+                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and "
+                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
+                f"under hpc_grawa.DataParallel, call its eval() before"
             )
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)

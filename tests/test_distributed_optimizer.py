@@ -308,7 +308,7 @@ def test_gradients_may_be_replaced_before_the_step(on_ranks: Ranks) -> None:
     "use", ["all in order", "another order on each rank", "unused on some ranks", "used in the first part only"]
 )
 def test_every_further_backward_pass_of_a_step_is_shared(on_ranks: Ranks, use: str, said: int) -> None:
-    """Three losses with a pass each, where one or two were said; what only an earlier pass has reached keeps its share."""
+    """Three losses with a pass each, where one or two were said; what an earlier one alone has reached stays."""
     steps = 3
 
     def body(comm: Communicator) -> list[Tensor]:
@@ -685,7 +685,8 @@ def test_what_is_no_method(method: Any) -> None:
     model = linear()
     name = method.__name__ if isinstance(method, type) else repr(method)
     example = f"{name}()" if method in (DataParallel, LGRAWA) else "LGRAWA(period=32)"
-    with pytest.raises(ConfigError, match=re.escape(f"method is {name}: must be an instance") + ".*" + re.escape(example)):
+    message = re.escape(f"method is {name}: must be an instance of a method, such as hpc_grawa.{example}")
+    with pytest.raises(ConfigError, match=message):
         DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, method, comm=SingleCommunicator())
 
 
@@ -758,6 +759,31 @@ for step in range(10):
     scheduler.step()
 {end}
 """
+#: One model, two optimizers of Horovod's (which then need no order), or of ours, with one backward pass.
+TWO = """
+import torch, horovod.torch as hvd, hpc_grawa
+hvd.init()
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+parts = [p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() == 1]
+optimizers = [torch.optim.SGD(parts[0], lr=0.1), torch.optim.Adam(parts[1], lr=0.01)]
+{line}
+data = torch.Generator().manual_seed(hvd.rank())
+for step in range(10):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    inputs = torch.randn(16, 6, generator=data)
+    value = torch.nn.functional.cross_entropy(model(inputs), inputs[:, :3].argmax(1))
+    value.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+"""
+THEIR_TWO = "optimizers = [hvd.DistributedOptimizer(o, [(str(i * 100 + j), p) for j, p in enumerate(part)]) " + (
+    "for i, (o, part) in enumerate(zip(optimizers, parts))]"
+)
+OUR_TWO = "optimizers = [hpc_grawa.DistributedOptimizer(o, torch.nn.ParameterList(part), hpc_grawa.DataParallel()) " + (
+    "for o, part in zip(optimizers, parts)]"
+)
 #: Runs one such script after the other, and writes the last loss and the parameters of each, or its error.
 PROGRAM = """
 import json, pathlib, sys
@@ -797,6 +823,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     for method in AVERAGING:
         texts[method] = script(OURS.format(method), end=takes_center)
         texts[f"{method}, without rounds"] = script(OURS.format(method.replace("4", "1000")))
+    texts |= {"Horovod's two": TWO.format(line=THEIR_TWO), "our two": TWO.format(line=OUR_TWO)}
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "scripts").write_text(json.dumps(texts))
@@ -812,6 +839,12 @@ def test_data_parallel_computes_what_horovod_does(scripts: dict[str, list[Any]],
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     assert ours[0][0] != ours[1][0]  # the losses of their own batches
     assert ours[0][1:] == ours[1][1:]
+
+
+def test_two_optimizers_in_a_horovod_script(scripts: dict[str, list[Any]]) -> None:
+    ours, theirs = scripts["our two"], scripts["Horovod's two"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert ours[0][0] != ours[1][0] and ours[0][1:] == ours[1][1:]
 
 
 @pytest.mark.parametrize("method", AVERAGING)

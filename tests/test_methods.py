@@ -506,7 +506,7 @@ def test_half_precision_parameters_are_averaged_in_fp32(on_ranks: Ranks, method:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str) -> None:
-    """Payload of a round: 10 + K numbers, and P parameters. DataParallel: P, 4 flags and the place at each step, one last word."""
+    """Payload of a round: 10 + K numbers, and P parameters. DataParallel: P + 4 + 1 at each step, one last word."""
     world, ours = on_ranks.size, METHODS[name].ours
 
     def body(comm: Communicator) -> tuple[dict[str, int], dict[str, int], dict[str, float]]:

@@ -104,7 +104,7 @@ def test_a_generator_and_a_discriminator(on_ranks: Ranks, frozen: bool, latest: 
 @pytest.mark.parametrize("bucket", [1, 10**9])
 @pytest.mark.parametrize("use", ["all in order", "another order on each rank", "unused on some ranks", "used by turns"])
 def test_two_optimizers_of_one_model_and_one_backward_pass(on_ranks: Ranks, use: str, bucket: int) -> None:
-    """Each has a part of the parameters (as Muon and AdamW do); messages have one order whatever order hooks fire in."""
+    """Each has a part of the parameters, as Muon and AdamW; messages have one order whatever order hooks fire in."""
     steps = 5
 
     def body(comm: Communicator) -> tuple[list[Tensor], list[str]]:
@@ -232,7 +232,8 @@ def test_freezing_and_unfreezing_are_told_at_the_next_step(on_ranks: Ranks, name
         optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.01), model, PHASES[name], comm=comm)
         train(model, optimizer, comm.rank, 1)
         model[0].requires_grad_(trained)
-        with pytest.raises(LostView, match=r"'0.weight' was .*frozen .* finish\(\) .* requires_grad, and a new optimizer"):
+        message = r"'0\.weight' was .*frozen .* finish\(\) .* requires_grad, and a new optimizer"
+        with pytest.raises(LostView, match=message):
             train(model, optimizer, comm.rank, 1)
         optimizer.run.close()
 
@@ -245,12 +246,12 @@ def test_steps_after_the_end_are_refused() -> None:
     plain = optim.SGD(model.parameters(), 0.01)
     run = LocalSGD(period=2).build(SingleCommunicator(), vector, plain)
     run.finish()
-    with pytest.raises(RuntimeError, match="after the run has ended .* build a new run"):
+    with pytest.raises(RuntimeError, match=r"after the run has ended .* build a new run"):
         run.after_step()
     optimizer = DistributedOptimizer(plain, model, DataParallel(), comm=SingleCommunicator())
     optimizer.run.close()
     gradient(model, 0, 0)
-    with pytest.raises(RuntimeError, match="after the run has ended .* wrap it once more"):
+    with pytest.raises(RuntimeError, match=r"after the run has ended .* wrap it once more"):
         optimizer.step()
 
 
@@ -258,7 +259,8 @@ def test_a_second_run_that_shares_the_same_gradients_is_refused_until_the_first_
     model = linear()
 
     def begin() -> Any:
-        return DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, DataParallel(), comm=SingleCommunicator())
+        plain = optim.SGD(model.parameters(), 0.1)
+        return DistributedOptimizer(plain, model, DataParallel(), comm=SingleCommunicator())
 
     first = begin()
     with pytest.raises(ConfigError, match=r"'weight' is shared already, .*optimizer\.run\.finish\(\)"):

@@ -50,7 +50,7 @@ class AllreduceAggregator(Aggregator):
     optimizers), only the latest built launches from hooks; the others launch everything in ``finish``, which is called
     for the latest first (``after_backward``), or in the program's order. All ranks must make the same passes; a rank
     that makes none takes part in the step's ``finish``. The place (step, and how often gradients were shared in it)
-    is summed with the flags, so that ranks that have lost step find out instead of adding what does not belong together.
+    is summed with the flags, so that ranks that have lost step find out instead of adding what belongs to other steps.
 
     Gradients may be shared again before the step, after a further backward pass: what was shared is the same on all
     ranks, and the mean of m + g_j is m plus the mean of g_j.
@@ -229,9 +229,10 @@ class AllreduceAggregator(Aggregator):
             )
         self._arrived.add(i)
         self._awaited[self._bucket_of[i]] -= 1
-        if self._comm.are_latest(self._numbers, "gradient"):
-            while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
-                self._launch()
+        while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
+            if not self._comm.are_latest(self._numbers, "gradient"):
+                return
+            self._launch()
 
     def _launch(self, absent: Sequence[int] = ()) -> None:
         self._bring_home()
