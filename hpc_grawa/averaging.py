@@ -105,6 +105,7 @@ class Averager:
         self.riders: list[Rider] = []
         #: The center ``[P]`` of the last round; None before the first. It is overwritten by the next ``start``.
         self.center: Tensor | None = None
+        self._number = comm.numbers("center").start
         self._message: Tensor | None = None
         self._work: Work | None = None
 
@@ -119,9 +120,9 @@ class Averager:
         with self.comm.meter.span("pack", "center"):
             message, leader = self._pack(x, weights, alive)
         if leader is None:
-            self._work = self.comm.allreduce(message, "center")
+            self._work = self.comm.allreduce(message, "center", self._number)
         else:
-            self._work = self.comm.broadcast(message, leader, "center")
+            self._work = self.comm.broadcast(message, leader, "center", self._number)
 
     def _pack(self, x: Tensor, weights: Tensor, alive: Tensor) -> tuple[Tensor, int | None]:
         """This rank's message, and the rank whose message the sum is, if it is one rank's alone."""

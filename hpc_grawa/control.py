@@ -115,6 +115,7 @@ class Control:
         #: Agreed by all ranks.
         self.stop = False
         self.all_written: float = -1
+        self._number = comm.numbers("control").start
         self._last_sent = 0
         self._busy_since = 0.0
         self._pending: Work | None = None
@@ -181,7 +182,7 @@ class Control:
         row = torch.zeros(WIDTH + self.columns, dtype=torch.float64)
         row[:WIDTH] = torch.tensor(astuple(word), dtype=torch.float64)
         row[WIDTH : WIDTH + len(scores)] = scores
-        return self.comm.allgather(row, "control")
+        return self.comm.allgather(row, "control", self._number)
 
     def _read(self, rows: Tensor) -> list[ControlWord]:
         words, ranks = [ControlWord(*row) for row in rows[:, :WIDTH].tolist()], self.comm.ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,21 @@ from torch import Tensor, nn, optim
 from .aggregation import Aggregator
 from .comm import Communicator, connect
 from .errors import ConfigError
-from .hooks import after_backward
+from .hooks import AfterBackward
 from .methods import Method, Probe, Run
 from .vector import ParameterVector
+
+#: What Horovod's DistributedOptimizer takes and this one does not: what to write instead.
+_HOROVOD = {
+    "named_parameters": "leave it out: the model names its parameters",
+    "compression": "leave it out: gradients are sent as they are; a method that averages sends less",
+    "op": "leave it out: gradients are averaged, as by hvd.Average (for hvd.Sum multiply the loss by hvd.size())",
+    "gradient_predivide_factor": "leave it out: gradients are summed in fp32 at least, then divided by hvd.size()",
+    "num_groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",
+    "groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",
+    "sparse_as_dense": "leave it out, and make embeddings with sparse=False",
+    "process_set": "pass comm=hpc_grawa.comm.connect().split(colors), with one color for each set of ranks",
+}
 
 
 def DistributedOptimizer(
@@ -25,6 +38,7 @@ def DistributedOptimizer(
     probe: Probe | None = None,
     comm: Communicator | None = None,
     backward_passes_per_step: int = 1,
+    **of_horovod: Any,
 ) -> Any:
     """Let ``optimizer.step()`` share gradients before, or average parameters after it, as the method does.
 
@@ -32,10 +46,16 @@ def DistributedOptimizer(
     x_m ← x_m + λ(c - x_m). All ranks must call this; they begin with rank 0's parameters and buffers. The same
     optimizer comes back, so that schedulers, ``zero_grad`` and ``state_dict`` go on working; attached to it are
 
-    - ``run``: the method at work (``center``, ``facts``, and ``finish()`` to call after the last step);
-    - ``synchronize()``: return when gradients are shared, to clip them before ``step()``, which then does not share
-      again; nothing under methods that average parameters;
-    - ``skip_synchronize()``: a block in which ``step()`` relies on ``synchronize()`` having been called.
+    - ``run``: the method at work (``center``, ``facts``, ``state_dict()`` for checkpoints, and ``finish()`` to call
+      after the last step; then the optimizer, or a new one, may be distributed anew);
+    - ``synchronize()`` and ``skip_synchronize()``: Horovod's, which may stay where they are.
+
+    Where gradients are shared, they are while backward runs, and when ``backward()`` returns every ``.grad`` is the
+    mean of all ranks: clip or scale it as in a script of one process. A further backward pass before the step is shared
+    as well, so all ranks must make the same ones. (A rank whose step has none takes part in ``step()``.) Several
+    optimizers, each with a model of its own, may be trained by one pass or by turns; where a generator's loss passes
+    through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared for
+    nothing. Two optimizers for parts of one model take each an ``nn.ParameterList`` of its part as ``model``.
 
     Under pooled rounds ``step()`` makes the rounds that are due before it returns; what ranks then do together they
     decide by ``run.facts``.
@@ -45,11 +65,13 @@ def DistributedOptimizer(
         model: in its final dtype, device and memory format.
         method: any; one that needs the loss gets it from ``step(closure)``.
         probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
-        comm: the ranks. None: ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not.
+        comm: the ranks. None: those of ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not.
         backward_passes_per_step: gradients of so many backward passes add up to a step's; only the last pass shares.
+        of_horovod: arguments of Horovod's that were left in the call; each is refused with what to write instead.
 
     Raises:
-        ConfigError: the optimizer is wrapped already, or does not hold the model's trainable parameters.
+        ConfigError: the optimizer is wrapped already, or does not hold the model's trainable parameters; or an argument
+            is Horovod's, or of another kind than it should be.
         ValueError: something that the method needs was not given; the message says what to pass.
         RanksDisagree: model, method or package version differ among ranks.
 
@@ -62,26 +84,26 @@ def DistributedOptimizer(
         ...     for _ in range(3):
         ...         optimizer.zero_grad()
         ...         model(torch.full((4, 2), comm.rank + 1.0)).square().mean().backward()
-        ...         optimizer.synchronize()
         ...         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         ...         optimizer.step()
         ...     return model.weight
         >>> torch.equal(*hpc_grawa.simulate(2, train))
         True
     """
-    if hasattr(optimizer, "skip_synchronize"):
+    _check_arguments(optimizer, model, method, of_horovod)
+    ended = _ended_steps(optimizer)
+    if ended is None and hasattr(optimizer, "skip_synchronize"):
         raise ConfigError(
             "the optimizer is distributed already, by DistributedOptimizer of hpc_grawa or Horovod: wrap the plain "
-            "torch optimizer, once"
+            "torch optimizer, once, or after optimizer.run.finish() once more"
         )
     if backward_passes_per_step < 1:
         raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}: must be at least 1")
-    _check_parameters(optimizer, model)
-    comm = connect() if comm is None else comm
+    comm = _world() if comm is None else comm
     run = method.build(comm, ParameterVector(model), optimizer, probe)
+    if ended is not None:
+        ended.leave()
     steps = _Steps(run, method, backward_passes_per_step)
-    optimizer.register_step_pre_hook(steps.before)
-    optimizer.register_step_post_hook(steps.after)
     distributed: Any = optimizer
     distributed.run = run
     distributed.synchronize = steps.synchronize
@@ -91,21 +113,31 @@ def DistributedOptimizer(
     return distributed
 
 
-def _check_parameters(optimizer: optim.Optimizer, model: nn.Module) -> None:
-    held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    missing = [name for p, name in trained.items() if p not in held]
-    if missing:
-        raise ConfigError(
-            f"the optimizer does not step parameter '{missing[0]}' of the model ({len(missing)} of {len(trained)} "
-            f"trainable ones): give it all of them, or freeze those that it is not to train (requires_grad_(False))"
-        )
-    others = held - set(trained)
-    if others:
-        raise ConfigError(
-            f"the optimizer steps {len(others)} tensors that are no parameters of the model (one of shape "
-            f"{tuple(next(iter(others)).shape)}), so ranks would not share them: pass a module that holds all of them"
-        )
+@cache
+def _world() -> Communicator:
+    """All ranks, connected once: on one communicator the messages of several optimizers keep one order."""
+    return connect()
+
+
+def _check_arguments(optimizer: Any, model: Any, method: Any, of_horovod: dict[str, Any]) -> None:
+    for name in of_horovod:
+        if name not in _HOROVOD:
+            raise TypeError(f"DistributedOptimizer() got an unexpected keyword argument '{name}'")
+        raise ConfigError(f"{name} is an argument of Horovod's DistributedOptimizer: {_HOROVOD[name]}")
+    if not isinstance(optimizer, optim.Optimizer):
+        raise ConfigError(f"optimizer is {optimizer!r}: must be a torch.optim.Optimizer")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}: must be the torch.nn.Module that the optimizer trains")
+    if not isinstance(method, Method):
+        found = method.__name__ if isinstance(method, type) else repr(method)
+        example = f"{found}()" if isinstance(method, type) and issubclass(method, Method) else "LGRAWA(period=32)"
+        raise ConfigError(f"method is {found}: must be an instance of a method, such as hpc_grawa.{example}")
+
+
+def _ended_steps(optimizer: optim.Optimizer) -> _Steps | None:
+    """What an earlier call has attached to the optimizer, if its run has ended."""
+    steps = getattr(getattr(optimizer, "synchronize", None), "__self__", None)
+    return steps if isinstance(steps, _Steps) and steps.run.closed else None
 
 
 class _Steps:
@@ -118,20 +150,30 @@ class _Steps:
     """
 
     def __init__(self, run: Run, method: Method, passes_per_step: int) -> None:
-        self._run, self._method, self._passes_per_step = run, method, passes_per_step
+        self.run, self._method, self._passes_per_step = run, method, passes_per_step
         self._parameters = run.vector.parameters
         self._shares = type(run.aggregator) is not Aggregator
+        #: PyTorch's thread of a GPU ends a backward pass there.
+        self._shares_in_backward = run.comm.waits_anywhere or not run.vector.data.is_cuda
         #: The aggregator's own gradients; where ``.grad`` is another tensor, backward or somebody else put it there.
         self._own = [p.grad if self._shares else None for p in self._parameters]
         self._skipping = False
         self._started = False
-        after_backward(self._parameters, self._passed)
+        run.on_close.append(AfterBackward(self._parameters, self._passed).close)
+        hooks = run.optimizer.register_step_pre_hook, run.optimizer.register_step_post_hook
+        self._handles = [hooks[0](self.before), hooks[1](self.after)]
         self._begin()
 
+    def leave(self) -> None:
+        """Let the optimizer's steps be."""
+        for handle in self._handles:
+            handle.remove()
+
     def _begin(self) -> None:
-        while not self._run.before_step():  # a round of pooled ranks
+        while not self.run.before_step():  # a round of pooled ranks
             pass
         self._passes = 0
+        self._evaluations = 0
         self._synchronized = False
         self._counts = True
         self._loss: Tensor | None = None
@@ -139,21 +181,22 @@ class _Steps:
 
     def _start_before_last_pass(self) -> None:
         if self._passes == self._passes_per_step - 1:
-            self._run.aggregator.start()
+            self.run.aggregator.start()
 
     def _passed(self) -> None:
-        if self._synchronized:
-            raise RuntimeError(
-                "a backward pass after this step's gradients were shared: call optimizer.synchronize() after the last "
-                "backward pass of a step only, and take no optimizer that evaluates its closure several times in a step"
-            )
         self._passes += 1
-        self._start_before_last_pass()
+        self._synchronized = False
+        if self._passes < self._passes_per_step:
+            self._start_before_last_pass()
+        elif self._shares_in_backward:
+            self.synchronize()
+            if self._passes_per_step == 1:  # a further pass before the step is shared as well
+                self.run.aggregator.start()
 
     def synchronize(self) -> None:
         """Return when gradients are shared: every ``.grad`` is then the one that ``step()`` steps with."""
         if self._shares and not self._synchronized:
-            self._run.aggregator.finish()
+            self.run.aggregator.finish()
             self._synchronized = True
 
     @contextmanager
@@ -169,6 +212,11 @@ class _Steps:
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Complete the gradients of ``step()``, or have them completed where its closure has computed them."""
+        if self.run.closed:
+            raise RuntimeError(
+                "optimizer.step() after the run has ended (optimizer.run.finish() or close()), which no other rank "
+                "would hear of: wrap it once more by DistributedOptimizer(optimizer, model, method) to go on"
+            )
         if hasattr(optimizer, "grad_scale"):
             raise ConfigError(
                 "GradScaler cannot scale the loss here: every rank would choose a scale of its own and leave out steps "
@@ -181,6 +229,12 @@ class _Steps:
             return None
 
         def complete() -> Any:
+            self._evaluations += 1
+            if self._shares and self._evaluations > 1:
+                raise RuntimeError(
+                    "an optimizer that evaluates its closure several times in a step decides by its own rank's loss, "
+                    "and ranks would part: take one that evaluates it once, or a method that averages"
+                )
             loss = closure()
             self._complete(loss)
             return loss
@@ -211,7 +265,8 @@ class _Steps:
                 "optimizer.step() within skip_synchronize(): call optimizer.synchronize() before, after the last "
                 "backward pass"
             )
-        if not self._passes and any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
+        fresh = self._synchronized or self.run.aggregator.given
+        if not fresh and any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
             raise RuntimeError(
                 "optimizer.step() with gradients that no backward pass has made since the last step, so that they "
                 "would not be shared: call loss.backward() before each step"
@@ -225,7 +280,7 @@ class _Steps:
         """
         return (
             not self._passes
-            and not self._run.optimizer.state
+            and not self.run.optimizer.state
             and all(
                 p.grad is not None and p.grad is not own and not p.grad.any()
                 for p, own in zip(self._parameters, self._own, strict=True)
@@ -234,14 +289,14 @@ class _Steps:
 
     def _recenter(self) -> None:
         """Centers of the start are the parameters that are there now: since then a checkpoint may have been loaded."""
-        for synchronizer in self._run.synchronizers:
+        for synchronizer in self.run.synchronizers:
             center = synchronizer.averager.center
-            if center is not None and not synchronizer.rounds:
-                center.copy_(self._run.vector.data)
+            if center is not None and not synchronizer.rounds and not synchronizer.position:
+                center.copy_(self.run.vector.data)
 
     def after(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the step."""
         if self._counts:
-            self._run.after_step(self._loss)
+            self.run.after_step(self._loss)
             self._begin()
         self._counts = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,34 +13,72 @@ import torch
 from torch import Tensor, nn
 
 
-def after_backward(parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> set[int]:
-    """Call ``function`` at the end of every backward pass that reaches one of the parameters, if it ends well.
+class AfterBackward:
+    """Calls ``function`` at the end of every backward pass that reaches one of the parameters, if it ends well.
 
-    Passes within a pass (reentrant checkpointing makes them) are parts of it.
+    Where a pass reaches the parameters of several of these, their functions are called in one order, that of the latest
+    made first, whatever order gradients came in. A pass within a pass (reentrant checkpointing) is a part of it.
 
-    Returns:
-        The numbers of the parameters reached so far; the caller empties it.
+    Args:
+        parameters: to be reached.
+        function: to be called.
+
+    Attributes:
+        reached: the numbers of the parameters reached so far; for the owner to empty.
     """
-    reached: set[int] = set()
-    # Held by the engine as long as their pass lives, so a pass that has failed leaves none behind.
-    ends: WeakValueDictionary[int, Callable[[], None]] = WeakValueDictionary()
 
-    def reach(i: int, _: Tensor) -> None:
-        reached.add(i)
-        number = torch._C._current_graph_task_id()
-        if number not in ends:
+    _count = itertools.count()
 
-            def end() -> None:
-                del ends[number]
-                if not ends:
-                    function()
+    def __init__(self, parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:
+        self.function, self.number = function, next(self._count)
+        self.reached: set[int] = set()
+        self._handles = [
+            p.register_post_accumulate_grad_hook(partial(self._reach, i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(parameters)
+        ]
 
-            ends[number] = end
-            torch.autograd.Variable._execution_engine.queue_callback(end)
+    def _reach(self, i: int, _: Tensor) -> None:
+        self.reached.add(i)
+        _told_at_its_end().add(self)
 
-    for i, p in enumerate(parameters):
-        p.register_post_accumulate_grad_hook(partial(reach, i))  # type: ignore[no-untyped-call]
-    return reached
+    def close(self) -> None:
+        """Hear of no further pass."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Pass(set[AfterBackward]):
+    """Whom a backward pass under way has reached."""
+
+    def end(self, number: int) -> None:
+        del _passes[number]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            for one in sorted(self, key=lambda one: one.number, reverse=True):
+                one.function()
+            return
+        # The node is another pass's, which goes on and need not reach any of the parameters by itself.
+        handle: Any = None
+
+        def within(*_: object) -> None:
+            handle.remove()
+            _told_at_its_end().update(self)
+
+        handle = node.register_hook(within)
+
+
+#: By their numbers. The engine holds them as long as they live, so one that fails, and never ends, leaves none behind.
+_passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+
+
+def _told_at_its_end() -> _Pass:
+    """Of the pass under way, in a hook."""
+    number = torch._C._current_graph_task_id()
+    found = _passes.get(number)
+    if found is None:
+        found = _passes[number] = _Pass()
+        torch.autograd.Variable._execution_engine.queue_callback(partial(found.end, number))
+    return found
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn, optim
 from .batchnorm import norms, spreads
 from .buffers import as_bytes, from_bytes
 from .comm import Communicator
+from .errors import ConfigError
 from .vector import ParameterVector
 
 
@@ -35,7 +36,11 @@ class Rider(ABC):
 
 
 class LocalMomentum(Rider):
-    """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments)."""
+    """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments).
+
+    Raises:
+        ConfigError: by ``pack``, where the state holds what is no number to average (8-bit codes).
+    """
 
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
         self._vector, self._optimizer = vector, optimizer
@@ -46,6 +51,8 @@ class LocalMomentum(Rider):
         if not self._keys:  # at the first round every rank has stepped
             p = next((p for p in self._vector.parameters if state.get(p)), self._vector.parameters[0])
             named = state.get(p, {}).items()
+            for key, value in named:
+                _refuse_codes(key, value)
             self._keys = tuple(k for k, v in named if k != "step" and isinstance(v, Tensor) and v.shape == p.shape)
         return [(p, state.get(p, {}).get(key)) for key in self._keys for p in self._vector.parameters]
 
@@ -56,6 +63,17 @@ class LocalMomentum(Rider):
         pairs = [(own, new) for (_, own), new in zip(self._state(), sums, strict=True) if own is not None]
         if pairs:
             torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
+
+
+def _refuse_codes(key: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() <= 1:
+        return
+    kind = type(value).__name__ if type(value) not in (Tensor, nn.Parameter) else str(value.dtype)
+    if kind != str(value.dtype) or not value.is_floating_point():
+        raise ConfigError(
+            f"method.local_momentum is average: the optimizer's state '{key}' is of {kind}, codes and no numbers to "
+            f"average; must be keep or reset, or the optimizer one that keeps its state in floating point"
+        )
 
 
 #: Of the digits that numbers travel as: |digit| <= 2^13, so that sums over a thousand ranks are exact in fp32.

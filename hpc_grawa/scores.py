@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .hooks import after_backward
+from .hooks import AfterBackward
 from .probe import Probe, probe_gradient
 from .vector import Layers, ParameterVector
 
@@ -33,6 +33,9 @@ class Score(ABC):
     @abstractmethod
     def take(self) -> Tensor:
         """The scores ``[K]`` of the round that begins now, float64 on the CPU; what they mean is the rule's affair."""
+
+    def close(self) -> None:  # noqa: B027 - a score may watch nothing
+        """Take off whatever it watches by."""
 
     def reset(self) -> None:  # noqa: B027 - a score may keep nothing
         """Forget everything: this rank has been healed from the center."""
@@ -269,11 +272,13 @@ class RunningGradientNorm(_GradientScore):
         self._parameters = vector.parameters
         self._latest: Tensor | None = None
         self._last = torch.full((self.size,), torch.nan, dtype=torch.float64)
-        #: Numbers of the parameters that this step's backward passes have reached.
-        self._reached = after_backward(self._parameters, self._measure)
+        self._passes = AfterBackward(self._parameters, self._measure)
+
+    def close(self) -> None:
+        self._passes.close()
 
     def _measure(self) -> None:
-        self._latest = self._norms([p.grad for p in self._parameters], self._reached or None)
+        self._latest = self._norms([p.grad for p in self._parameters], self._passes.reached or None)
 
     def observe(self, loss: Tensor | None) -> None:
         if self._latest is None:  # gradients that came without a backward pass
@@ -281,7 +286,7 @@ class RunningGradientNorm(_GradientScore):
         assert self._latest is not None
         self._momentum.update(self._latest)
         self._latest = None
-        self._reached.clear()
+        self._passes.reached.clear()
 
     def take(self) -> Tensor:
         mean = self._momentum.value

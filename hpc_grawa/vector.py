@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ class ParameterVector:
         model: any module with at least one trainable parameter.
 
     Raises:
+        ConfigError: the model is wrapped by another way of training together (``DistributedDataParallel``, FSDP).
         ValueError: no trainable parameter, one without a shape yet (a lazy module), or parameters of several dtypes or
             devices (both are listed).
 
@@ -93,6 +95,7 @@ class ParameterVector:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _refuse_wrappers(model)
         self.model = model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
@@ -110,6 +113,7 @@ class ParameterVector:
             raise ValueError(f"all trainable parameters must have one dtype and device, found {found}")
         if not named[0][1].is_floating_point():
             raise ValueError(f"trainable parameters must be floating point, '{named[0][0]}' is {named[0][1].dtype}")
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self.names = tuple(name for name, _ in named)
         self.parameters = [p for _, p in named]
         self.sizes = tuple(p.numel() for p in self.parameters)
@@ -155,15 +159,20 @@ class ParameterVector:
                 )
             if not p.requires_grad:
                 raise LostView(
-                    f"parameter '{name}' was frozen after ParameterVector(model) was built: freeze it before, "
-                    f"or give it a learning rate of 0"
+                    f"parameter '{name}' was frozen after ParameterVector(model) was built: freeze it before, give it "
+                    f"a learning rate of 0, or {_ANEW}"
                 )
         for name, p in now.items():
             if p.requires_grad:
                 raise LostView(
-                    f"parameter '{name}' was added or unfrozen after ParameterVector(model) was built, so averaging "
-                    f"would not reach it: do that before"
+                    f"parameter '{name}' was added or unfrozen after ParameterVector(model) was built, so ranks would "
+                    f"not share it: do that before, or {_ANEW}"
                 )
+
+    def check_trained(self) -> None:
+        """Raise ``LostView`` if a parameter was frozen or unfrozen since; one look at each, so cheap at every step."""
+        if not all(map(_is_trained, self.parameters)) or any(map(_is_trained, self._frozen)):
+            self.check()
 
     def layers(self, partition: Partition = "tensor") -> Layers:
         """Divide the parameters into layers.
@@ -228,6 +237,25 @@ class ParameterVector:
             yield
         finally:
             self.data.copy_(own)
+
+
+_is_trained = operator.attrgetter("requires_grad")
+_ANEW = (
+    "begin anew: finish() of this run on all ranks (optimizer.run.finish()), the model takes the center "
+    "(run.vector.data.copy_(run.center)), then change requires_grad, and a new optimizer over the same model"
+)
+#: Wrappers of PyTorch that share a model's gradients or parameters themselves.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        if wrapper is not None:
+            raise ConfigError(
+                f"the model is wrapped in PyTorch's {wrapper}, which shares gradients at every step itself: pass the "
+                f"plain module (model.module), and hpc_grawa.DataParallel() as the method for what the wrapper does"
+            )
 
 
 def _dense(p: Tensor) -> bool:

@@ -16,8 +16,10 @@ from .budget import Clock
 from .comm import Communicator
 from .config import Config
 from .data import Nest, in_advance, moved, parts
+from .errors import ConfigError
 from .evaluate import autocast
 from .launch import local_device
+from .methods.base import is_schedule_free
 from .schedules import RunFacts
 from .trial import new_model
 from .vector import ParameterVector
@@ -50,6 +52,12 @@ class Worker:
         _seed_all(_own_seed(seed, comm.rank))
         self.vector = ParameterVector(self.model)
         self.optimizer = config.optimizer.build(self.vector.parameters)
+        if is_schedule_free(self.optimizer):
+            raise ConfigError(
+                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and "
+                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
+                f"under hpc_grawa.DataParallel, call its eval() before"
+            )
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.

@@ -161,6 +161,33 @@ def test_gradients_keep_the_memory_format_and_live_in_one_buffer(on_ranks: Ranks
             torch.testing.assert_close(result[2 + i], mean, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("none", [True, False])
+def test_half_precision_gradients_are_summed_in_fp32(on_ranks: Ranks, dtype: torch.dtype, none: bool) -> None:
+    """Ranks differ in the last place; the mean is rounded once. Momentum and an unused tensor as in fp32."""
+
+    def body(comm: Communicator) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(5, 1), nn.Linear(5, 1)]).to(dtype)
+        vector = ParameterVector(model)
+        optimizer = torch.optim.SGD(vector.parameters, 0.0)
+        run = DataParallel(bucket_mb=1e-9).build(comm, vector, optimizer)
+        x = torch.full((1, 5), 1 + (comm.rank + 1) * 2**-7, dtype=dtype)
+        for _ in range(2):
+            optimizer.zero_grad() if none else run.aggregator.zero_grad(optimizer)
+            run.aggregator.start()
+            model[0](x).sum().backward()
+            run.aggregator.finish()
+            optimizer.step()
+            run.after_step()
+        return [p.grad for p in vector.parameters]
+
+    exact = sum(1 + (rank + 1) * 2**-7 for rank in range(on_ranks.size)) / on_ranks.size
+    for weight, bias, *unused in on_ranks(body):
+        assert weight is not None and weight.dtype == dtype and (weight == torch.tensor(exact).to(dtype)).all()
+        assert bias is not None and (bias == 1).all() and unused == [None, None]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The order of events.
 # ---------------------------------------------------------------------------------------------------------
@@ -168,17 +195,21 @@ def test_gradients_keep_the_memory_format_and_live_in_one_buffer(on_ranks: Ranks
 
 @contextmanager
 def launches_recorded(comm: Communicator, events: list[str]) -> Iterator[None]:
-    """Within the block each shared bucket is an event when it is launched, and when it is waited for."""
-    start = comm._start
+    """Within the block each shared bucket is an event when it is launched, and when it is waited for.
+
+    Buckets are counted from the first, as the numbers of others on the same communicator come before them.
+    """
+    start, numbers = comm._start, []
 
     def recorded(verb: Any, x: Tensor, purpose: Any, bucket: int, root: int = 0) -> Work:
         work = start(verb, x, purpose, bucket, root)
         if purpose != "gradient":
             return work
-        events.append(f"launch {bucket}")
+        numbers.append(bucket)
+        events.append(f"launch {bucket - numbers[0]}")
 
         def wait() -> Tensor:
-            events.append(f"wait {bucket}")
+            events.append(f"wait {bucket - numbers[0]}")
             return work.wait()
 
         return Work(wait)
@@ -314,6 +345,7 @@ def test_a_skipped_step_leaves_nothing_behind(zeroing: str) -> None:
         (factor * loss_of(model, 0, 0, 0, "abcd")).backward()
         run.aggregator.finish()
         optimizer.step()
+        run.after_step()
         if math.isnan(factor):
             assert torch.equal(vector.data, before)
             assert all(p.grad is None for p in vector.parameters)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_data_parallel import MIB, TENSOR, USES, branches, expected_run
 from test_data_parallel import loss_of as branches_loss
 from test_methods import METHODS
 from torch import Tensor, nn, optim
+from torch.utils.checkpoint import checkpoint
 from worlds import Trace, assert_follows, batch, nesterov, probe_batch, replay, run_method, starts, twin
 
 from hpc_grawa import (
@@ -31,7 +34,7 @@ from hpc_grawa import (
 )
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.errors import ConfigError, RanksDisagree
 from hpc_grawa.synchronizer import Round
 
 STEPS = 14
@@ -228,9 +231,9 @@ def flat(model: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_after_synchronize_the_mean_gradient_can_be_clipped(on_ranks: Ranks, skip: bool) -> None:
-    """Without `skip_synchronize` a step after `synchronize` does not share again either."""
+@pytest.mark.parametrize("calls", ["synchronize, skip_synchronize", "synchronize", ""])
+def test_after_backward_the_mean_gradient_can_be_clipped(on_ranks: Ranks, calls: str) -> None:
+    """As in a script of one process; what Horovod's users call besides makes no difference."""
 
     def body(comm: Communicator) -> tuple[list[Tensor], int]:
         model = linear(comm.rank)
@@ -241,12 +244,10 @@ def test_after_synchronize_the_mean_gradient_can_be_clipped(on_ranks: Ranks, ski
         for step in range(5):
             optimizer.zero_grad()
             gradient(model, comm.rank, step)
-            optimizer.synchronize()
+            if "synchronize" in calls:
+                optimizer.synchronize()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            if skip:
-                with optimizer.skip_synchronize():
-                    optimizer.step()
-            else:
+            with optimizer.skip_synchronize() if "skip" in calls else nullcontext():
                 optimizer.step()
             states.append(flat(model))
         return states, comm.meter.calls["gradient"]
@@ -268,6 +269,111 @@ def test_after_synchronize_the_mean_gradient_can_be_clipped(on_ranks: Ranks, ski
     for states, messages in on_ranks(body):
         assert messages == 5
         torch.testing.assert_close(states, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_may_be_replaced_before_the_step(on_ranks: Ranks) -> None:
+    """Halved after the backward pass, they are half the mean; whether they were zeroed or not, nothing of it stays."""
+
+    def body(comm: Communicator) -> list[Tensor]:
+        model = linear()
+        optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.02), model, DataParallel(), comm=comm)
+        states = []
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            gradient(model, comm.rank, step)
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad = p.grad / 2
+            optimizer.step()
+            states.append(flat(model))
+        return states
+
+    results = on_ranks(body)
+    model = linear()
+    for step in range(4):
+        model.zero_grad()
+        for rank in range(on_ranks.size):
+            gradient(model, rank, step)
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                p -= 0.01 * p.grad / on_ranks.size
+        for states in results:
+            torch.testing.assert_close(states[step], flat(model), rtol=1e-12, atol=1e-12)
+            assert torch.equal(states[step], results[0][step])
+
+
+@pytest.mark.parametrize("said", [1, 2])
+@pytest.mark.parametrize(
+    "use", ["all in order", "another order on each rank", "unused on some ranks", "used in the first part only"]
+)
+def test_every_further_backward_pass_of_a_step_is_shared(on_ranks: Ranks, use: str, said: int) -> None:
+    """Three losses with a pass each, where one or two were said; what an earlier one alone has reached stays."""
+    steps = 3
+
+    def body(comm: Communicator) -> list[Tensor]:
+        model = branches()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = DistributedOptimizer(
+            optim.SGD(trained, 0.1, momentum=0.9, weight_decay=0.5),
+            model,
+            DataParallel(bucket_mb=2 * TENSOR / MIB),
+            comm=comm,
+            backward_passes_per_step=said,
+        )
+        states = []
+        for step in range(steps):
+            optimizer.zero_grad()
+            for part in range(3):
+                branches_loss(model, comm.rank, step, part, USES[use](comm.rank, step, part)).backward()
+            optimizer.step()
+            states.append(nn.utils.parameters_to_vector(trained).detach().clone())
+        return states
+
+    expected = expected_run(on_ranks.size, USES[use], steps, 3)
+    for states in on_ranks(body):
+        for ours, theirs in zip(states, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_with_different_backward_passes_are_told() -> None:
+    """Where rank 1 makes two for the first step, its second would be added to rank 0's of the second step."""
+
+    def body(comm: Communicator) -> None:
+        model = linear()
+        optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.01), model, DataParallel(), comm=comm)
+        for step in range(3):
+            for _ in range(1 + (step == 0 and comm.rank == 1)):
+                gradient(model, comm.rank, step)
+            optimizer.step()
+
+    with pytest.raises(RanksDisagree, match="different steps or backward passes"):
+        simulate(2, body)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pass_within_a_pass_is_a_part_of_it(on_ranks: Ranks, reentrant: bool) -> None:
+    """As checkpointed activations make it: gradients are shared once, where the whole backward pass ends."""
+
+    def body(comm: Communicator, kept: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        first, middle, last = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+        model = nn.ModuleList([first, middle, last])
+        optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, DataParallel(), comm=comm)
+        before = comm.meter.calls["gradient"]
+        for step in range(3):
+            x = first(line(comm.rank, step)[0].repeat(1, 2)[:, :4])
+            x = checkpoint(middle, x, use_reentrant=reentrant) if kept else middle(x)
+            optimizer.zero_grad()
+            last(x.tanh()).square().mean().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()], comm.meter.calls["gradient"] - before
+
+    for (ours, messages), (theirs, _) in zip(
+        on_ranks(lambda c: body(c, True)), on_ranks(lambda c: body(c, False)), strict=True
+    ):
+        assert messages == 3
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", ["LocalLGRAWA", "LGRAWA", "LocalSGD"])
@@ -463,38 +569,6 @@ def wrapped(method: Method | None = None, **options: Any) -> tuple[nn.Module, An
     return model, DistributedOptimizer(optimizer, model, method, comm=SingleCommunicator(), **options)
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_more_backward_passes_than_were_said(passes: int) -> None:
-    model, optimizer = wrapped(backward_passes_per_step=passes)
-    for step in range(2):
-        for _ in range(passes):
-            gradient(model, 0, step)
-        if step == 0:
-            optimizer.step()
-    with pytest.raises(RuntimeError, match=r"'(weight|bias)' got a second gradient .* backward_passes_per_step"):
-        gradient(model, 0, 2)
-
-
-def test_losses_of_different_parameters_may_have_a_backward_pass_each() -> None:
-    model = nn.ModuleList([linear(0), linear(1)])
-    plain = optim.SGD(model.parameters(), 0.1)
-    optimizer = DistributedOptimizer(plain, model, DataParallel(), comm=SingleCommunicator())
-    expected = [flat(part) for part in model]
-    for i, part in enumerate(model):
-        gradient(part, i, 0)
-        expected[i] -= 0.1 * torch.cat([p.grad.flatten() for p in part.parameters() if p.grad is not None])
-    optimizer.step()
-    torch.testing.assert_close([flat(part) for part in model], expected, rtol=1e-14, atol=1e-14)
-
-
-def test_a_backward_pass_after_synchronize() -> None:
-    model, optimizer = wrapped()
-    gradient(model, 0, 0)
-    optimizer.synchronize()
-    with pytest.raises(RuntimeError, match="after this step's gradients were shared"):
-        gradient(model, 0, 1)
-
-
 def test_a_closure_evaluated_twice_where_gradients_are_shared() -> None:
     model = linear()
     plain = optim.LBFGS(model.parameters(), max_iter=4)
@@ -510,7 +584,8 @@ def test_a_closure_evaluated_twice_where_gradients_are_shared() -> None:
 
 
 def test_skip_synchronize_without_synchronize() -> None:
-    model, optimizer = wrapped()
+    """The first of two passes does not share."""
+    model, optimizer = wrapped(backward_passes_per_step=2)
     gradient(model, 0, 0)
     before = flat(model)
     with optimizer.skip_synchronize(), pytest.raises(RuntimeError, match=r"call optimizer\.synchronize\(\) before"):
@@ -584,11 +659,18 @@ def test_an_optimizer_distributed_twice() -> None:
         DistributedOptimizer(optimizer, model, DataParallel(), comm=SingleCommunicator())
 
 
-def test_an_optimizer_that_holds_other_parameters_than_the_model() -> None:
+@pytest.mark.parametrize("build", [False, True])
+@pytest.mark.parametrize("name", LINES)
+def test_an_optimizer_that_holds_other_parameters_than_the_model(name: str, build: bool) -> None:
     model, other = linear(), linear()
+    method = LINES[name]
 
     def wrap(parameters: Any) -> None:
-        DistributedOptimizer(optim.SGD(parameters, 0.1), model, DataParallel(), comm=SingleCommunicator())
+        optimizer = optim.SGD(parameters, 0.1)
+        if build:
+            method.build(SingleCommunicator(), ParameterVector(model), optimizer, lambda: torch.zeros(()))
+        else:
+            DistributedOptimizer(optimizer, model, method, comm=SingleCommunicator(), probe=lambda: torch.zeros(()))
 
     with pytest.raises(ConfigError, match=r"does not step parameter 'bias' of the model \(1 of 2"):
         wrap([model.weight])
@@ -596,6 +678,45 @@ def test_an_optimizer_that_holds_other_parameters_than_the_model() -> None:
         wrap(chain(model.parameters(), other.parameters()))
     other.requires_grad_(False)
     wrap(chain(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("method", [DataParallel, LGRAWA, "LGRAWA", nn.Linear, None])
+def test_what_is_no_method(method: Any) -> None:
+    model = linear()
+    name = method.__name__ if isinstance(method, type) else repr(method)
+    example = f"{name}()" if method in (DataParallel, LGRAWA) else "LGRAWA(period=32)"
+    message = re.escape(f"method is {name}: must be an instance of a method, such as hpc_grawa.{example}")
+    with pytest.raises(ConfigError, match=message):
+        DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, method, comm=SingleCommunicator())
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    {
+        "named_parameters": "the model names its parameters",
+        "compression": "gradients are sent as they are",
+        "op": "gradients are averaged",
+        "gradient_predivide_factor": "summed in fp32",
+        "num_groups": r"DataParallel\(bucket_mb=",
+        "groups": r"DataParallel\(bucket_mb=",
+        "sparse_as_dense": "sparse=False",
+        "process_set": r"comm=.*split\(colors\)",
+    }.items(),
+)
+def test_horovod_s_own_arguments(name: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is an argument of Horovod's .*{instead}"):
+        wrapped(**{name: object()})
+
+
+def test_arguments_of_another_kind() -> None:
+    model = linear()
+    plain = optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        wrapped(foo=1)
+    with pytest.raises(ConfigError, match=r"model is a generator: must be the torch\.nn\.Module"):
+        DistributedOptimizer(plain, model.parameters(), DataParallel())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"must be a torch\.optim\.Optimizer"):
+        DistributedOptimizer(model, plain, DataParallel())  # type: ignore[arg-type]
 
 
 def test_passes_per_step() -> None:
@@ -638,6 +759,31 @@ for step in range(10):
     scheduler.step()
 {end}
 """
+#: One model, two optimizers of Horovod's (which then need no order), or of ours, with one backward pass.
+TWO = """
+import torch, horovod.torch as hvd, hpc_grawa
+hvd.init()
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+parts = [p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() == 1]
+optimizers = [torch.optim.SGD(parts[0], lr=0.1), torch.optim.Adam(parts[1], lr=0.01)]
+{line}
+data = torch.Generator().manual_seed(hvd.rank())
+for step in range(10):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    inputs = torch.randn(16, 6, generator=data)
+    value = torch.nn.functional.cross_entropy(model(inputs), inputs[:, :3].argmax(1))
+    value.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+"""
+THEIR_TWO = "optimizers = [hvd.DistributedOptimizer(o, [(str(i * 100 + j), p) for j, p in enumerate(part)]) " + (
+    "for i, (o, part) in enumerate(zip(optimizers, parts))]"
+)
+OUR_TWO = "optimizers = [hpc_grawa.DistributedOptimizer(o, torch.nn.ParameterList(part), hpc_grawa.DataParallel()) " + (
+    "for o, part in zip(optimizers, parts)]"
+)
 #: Runs one such script after the other, and writes the last loss and the parameters of each, or its error.
 PROGRAM = """
 import json, pathlib, sys
@@ -677,6 +823,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     for method in AVERAGING:
         texts[method] = script(OURS.format(method), end=takes_center)
         texts[f"{method}, without rounds"] = script(OURS.format(method.replace("4", "1000")))
+    texts |= {"Horovod's two": TWO.format(line=THEIR_TWO), "our two": TWO.format(line=OUR_TWO)}
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "scripts").write_text(json.dumps(texts))
@@ -692,6 +839,12 @@ def test_data_parallel_computes_what_horovod_does(scripts: dict[str, list[Any]],
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     assert ours[0][0] != ours[1][0]  # the losses of their own batches
     assert ours[0][1:] == ours[1][1:]
+
+
+def test_two_optimizers_in_a_horovod_script(scripts: dict[str, list[Any]]) -> None:
+    ours, theirs = scripts["our two"], scripts["Horovod's two"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert ours[0][0] != ours[1][0] and ours[0][1:] == ours[1][1:]
 
 
 @pytest.mark.parametrize("method", AVERAGING)

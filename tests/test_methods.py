@@ -550,7 +550,7 @@ def test_half_precision_parameters_are_averaged_in_fp32(on_ranks: Ranks, method:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str) -> None:
-    """Payload of a round: 10 + K numbers, and P parameters. DataParallel: P + 4 flags at each step, one last word."""
+    """Payload of a round: 10 + K numbers, and P parameters. DataParallel: P + 4 + 1 at each step, one last word."""
     world, ours = on_ranks.size, METHODS[name].ours
 
     def body(comm: Communicator) -> tuple[dict[str, int], dict[str, int], dict[str, float]]:
@@ -572,7 +572,7 @@ def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str)
         assert calls["control"] == words
         assert payload["control"] == words * 8 * (10 + columns)
         assert calls[big] == messages if averaging else calls[big] > messages  # in buckets
-        assert payload[big] == messages * 8 * (31 if averaging else 31 + 4)
+        assert payload[big] == messages * 8 * (31 if averaging else 31 + 4 + 1)
         if name == "LSGD of groups":
             continue
         assert sent[big] == pytest.approx(ref.bytes_sent(verb, payload[big], world))

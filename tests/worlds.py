@@ -128,7 +128,7 @@ def run_method(
 def gradient(run: Run, optimizer: optim.Optimizer, loss_of: Any, batch: tuple[Any, ...], parts: int) -> Tensor:
     """One shared gradient, as the training loop computes it: accumulated over parts, the last of which is shared."""
     run.aggregator.zero_grad(optimizer)
-    total = torch.zeros((), device=run.center.device)
+    total = torch.zeros((), device=run.vector.data.device)
     pieces = [np.array_split(part, parts) for part in batch]
     for i, piece in enumerate(zip(*pieces, strict=True)):
         if i == parts - 1:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, optim
 
 from ..comm import Communicator, Work
-from ..errors import NonFinite
+from ..errors import ConfigError, NonFinite, RanksDisagree
 from ..vector import ParameterVector
 from .base import Aggregator
 
@@ -17,30 +19,41 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class _Verdict:
-    """A boolean of the device on its way to the host, which later reads it without waiting for what follows it."""
+    """Numbers of the device on their way to the host, which later reads them without waiting for what follows them."""
 
-    def __init__(self, value: Tensor) -> None:
-        self._value, self._event = value, None
-        if value.is_cuda:
-            self._value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._event = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def read(self) -> bool:
+    def read(self) -> list[float]:
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._value)
+        values: list[float] = self._values.tolist()
+        return values
 
 
 class AllreduceAggregator(Aggregator):
     """g ← (1/W) Σ_m g_m, in buckets launched from gradient hooks.
 
-    Gradients live in one flat buffer ``[n flags | P]``. It is cut, from its end, into buckets of whole tensors; a
-    bucket is launched when all its gradients and all earlier buckets are there, so the order of messages is the same
-    on all ranks whatever order hooks fire in. What no hook launched is flushed after backward.
+    Gradients live in one flat buffer; what is sent is ``[n flags | place | P]``, in fp32 at least, of which the
+    gradients are a part unless they are of a smaller dtype. It is cut, from its end, into buckets of whole tensors.
 
     A parameter without a gradient on this rank counts as zero. It is given back as None if it has none on any rank
     (a zero would let weight decay move it): one flag per tensor, summed in the last bucket, tells.
+
+    Deadlock argument: a communicator has one order of messages. Here it does not depend on that of hooks, which may
+    fire in another one on each rank. A bucket is launched when all its gradients and all earlier buckets are there, and
+    what no hook launched is flushed after backward. Where one pass reaches the parameters of several aggregators (two
+    optimizers), only the latest built launches from hooks; the others launch everything in ``finish``, which is called
+    for the latest first (``AfterBackward``), or in the program's order. All ranks must make the same passes; a rank
+    that makes none takes part in the step's ``finish``. The place (step, and how often gradients were shared in it)
+    is summed with the flags, so that ranks that have lost step find out instead of adding what belongs to other steps.
+
+    Gradients may be shared again before the step, after a further backward pass: what was shared is the same on all
+    ranks, and the mean of m + g_j is m plus the mean of g_j.
 
     Args:
         comm: the ranks that share.
@@ -48,6 +61,9 @@ class AllreduceAggregator(Aggregator):
         bucket_bytes: largest size of a bucket; a tensor larger than that is a bucket of its own.
         on_nonfinite: ``error``: a mean gradient that is not finite raises on all ranks (on CUDA one step later, so that
             no step waits for the device); ``skip``: all skip the step.
+
+    Raises:
+        ConfigError: another aggregator, which was not closed, shares the gradients of these parameters.
 
     Source: Li et al., PyTorch Distributed (VLDB 2020), section 3.2.
     """
@@ -59,122 +75,177 @@ class AllreduceAggregator(Aggregator):
         bucket_bytes: int = BUCKET_BYTES,
         on_nonfinite: Literal["error", "skip"] = "error",
     ) -> None:
+        _refuse_a_second(vector)
         self._comm, self._vector, self._on_nonfinite = comm, vector, on_nonfinite
         n = len(vector.parameters)
-        self._flat = torch.zeros(n + len(vector), dtype=vector.data.dtype, device=vector.data.device)
-        self._flags, self.grad = self._flat[:n], self._flat[n:]
+        self._message = torch.zeros(n + 1 + len(vector), dtype=vector.exact_dtype, device=vector.data.device)
+        self._flags, self._mean = self._message[:n], self._message[n + 1 :]
+        self.grad = self._mean if vector.data.dtype == vector.exact_dtype else torch.zeros_like(vector.data)
         self._views = vector.views(self.grad)
         self._buckets = self._cut(bucket_bytes)
-        self._bucket_of = {i: b for b, (tensors, _) in enumerate(self._buckets) for i in tensors}
-        self._verdict: _Verdict | None = None
+        self._numbers = comm.numbers("gradient", len(self._buckets))
+        self._bucket_of = [0] * n
+        for b, (tensors, _, _) in enumerate(self._buckets):
+            for i in tensors:
+                self._bucket_of[i] = b
+        self._verdict: tuple[_Verdict, float] | None = None
         self._armed = False
-        self._shared = False
+        self._steps = 0
+        #: How often gradients were shared since the last step.
+        self._shares = 0
+        self._skips = False
         self._works: list[Work] = []
-        #: Of each bucket, the tensors whose gradient is still to come in the backward that shares.
-        self._awaited: list[set[int]] = []
-        #: Tensors that got a gradient since the last step, in any part of the batch.
-        self._given: set[int] = set()
+        #: Of each bucket, how many tensors are still to get their gradient in the backward that shares.
+        self._awaited: list[int] = []
+        #: Tensors that got theirs in it.
+        self._arrived: set[int] = set()
+        #: Tensors that got a gradient since gradients were last shared, in any part of the batch.
+        self._fresh: set[int] = set()
+        #: Tensors that had one on any rank when gradients were last shared for the coming step.
+        self._kept: set[int] = set()
         #: Tensors whose ``.grad`` may not be their view of the buffer.
         self._away: set[int] = set()
         self._attach(range(n))
-        for i, p in enumerate(vector.parameters):
+        self._handles = [
             p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda p, i=i: self._ready(i, p)
             )
+            for i, p in enumerate(vector.parameters)
+        ]
+        _open.add(self)
 
-    def _cut(self, bucket_bytes: int) -> list[tuple[list[int], Tensor]]:
-        """Buckets (tensor numbers, slice of the flat buffer) in the order of backward; the last holds the flags."""
-        width, sizes = self._flat.element_size(), self._vector.sizes
+    def _cut(self, bucket_bytes: int) -> list[tuple[list[int], Tensor, Tensor]]:
+        """Buckets (tensor numbers, what is sent, the gradients in it) in the order of backward; the last has flags."""
+        width, sizes = self._message.element_size(), self._vector.sizes
         buckets: list[list[int]] = [[]]
         for i in reversed(range(len(sizes))):
             if buckets[-1] and (sum(sizes[j] for j in buckets[-1]) + sizes[i]) * width > bucket_bytes:
                 buckets.append([])
             buckets[-1].append(i)
-        cut, end = [], len(self._flat)
+        cut, end, ahead = [], len(self.grad), len(sizes) + 1
         for tensors in buckets:
-            begin = len(self._flags) + self._vector.offsets[tensors[-1]] if tensors is not buckets[-1] else 0
-            cut.append((tensors, self._flat[begin:end]))
+            begin = self._vector.offsets[tensors[-1]]
+            sent = self._message[ahead + begin if tensors is not buckets[-1] else 0 : ahead + end]
+            cut.append((tensors, sent, self.grad[begin:end]))
             end = begin
         return cut
 
+    @property
+    def given(self) -> bool:
+        return bool(self._fresh)
+
     def zero_grad(self, optimizer: optim.Optimizer) -> None:
-        self._flat.zero_()
-        self._given.clear()
-        self._attach(list(self._away))
+        self.grad.zero_()
+        self._fresh.clear()
+        self._kept.clear()
+        self._skips = False
+        self._attach([i for i, p in enumerate(self._vector.parameters) if p.grad is not self._views[i]])
 
     def start(self) -> None:
         self._works = []
-        self._awaited = [set(tensors) for tensors, _ in self._buckets]
+        self._awaited = [len(tensors) for tensors, _, _ in self._buckets]
+        self._arrived.clear()
         self._armed = True
 
     def stepped(self) -> None:
-        if not self._shared:
+        if not self._shares or self._fresh:
             raise RuntimeError(
                 "this step's gradients were not shared: in a loop of your own, call aggregator.zero_grad(optimizer), "
                 "aggregator.start(), loss.backward(), aggregator.finish() of run.aggregator, then optimizer.step()"
             )
-        self._shared = False
+        self._steps += 1
+        self._shares = 0
+        self._skips = False
+        self._kept.clear()
 
     def finish(self) -> None:
         if not self._armed:
             self.start()
-        self._shared = True
         self._armed = False
-        absent = sorted(set(range(len(self._views))) - self._given)
-        self._given.clear()
+        self._return_to_what_was_shared()
+        absent = sorted(set(range(len(self._views))) - self._fresh)
         self._zero(absent)
         while len(self._works) < len(self._buckets):
             self._launch(absent)
         for work in self._works:
             work.wait()
-        self.grad.mul_(1 / self._comm.size)
-        # The same sum of the same bits on every rank, so all ranks decide alike.
-        finite = self.grad.sum(dtype=self._vector.exact_dtype).isfinite()
+        self._mean.mul_(1 / self._comm.size)
+        if self.grad is not self._mean:
+            self.grad.copy_(self._mean)
+        # The same sums of the same bits on every rank, so all ranks decide alike.
+        total = self.grad.sum(dtype=self._vector.exact_dtype)
+        verdict = _Verdict(torch.stack((total, self._message[len(self._flags)]))), self._comm.size * self._place
+        self._shares += 1
+        self._skips |= self._on_nonfinite == "skip" and not _is_finite(*verdict)
+        users = self._flags[absent].tolist() if absent else []
+        none = {i for i, ranks in zip(absent, users, strict=True) if not ranks}
+        self._kept = set(range(len(self._views))) - none
+        self._fresh.clear()
+        self._give_back_none(range(len(self._views)) if self._skips else none)
         if self._on_nonfinite == "error":
             self.settle()
-            self._verdict = _Verdict(finite)
-            if not finite.is_cuda:
+            self._verdict = verdict
+            if not total.is_cuda:
                 self.settle()
-        if self._on_nonfinite == "skip" and not bool(finite):
-            self._give_back_none(range(len(self._views)))
-        elif absent:
-            users = self._flags[absent].tolist()
-            self._give_back_none(i for i, ranks in zip(absent, users, strict=True) if not ranks)
 
     def settle(self) -> None:
         verdict, self._verdict = self._verdict, None
-        if verdict is not None and not verdict.read():
+        if verdict is not None and not _is_finite(*verdict):
             raise NonFinite(
                 "the mean gradient of all ranks is not finite: lower the learning rate, clip (optimizer.clip_norm), or "
                 "skip such steps (method.on_nonfinite: skip)"
             )
 
+    def close(self) -> None:
+        _open.discard(self)
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def _place(self) -> int:
+        """Where this rank is: small, so that its sum over ranks is exact in fp32."""
+        return self._steps % 16 * 8 + self._shares % 8
+
+    def _return_to_what_was_shared(self) -> None:
+        """What was shared before in this step counts as a gradient, unless somebody has taken it away since."""
+        for i in self._kept - self._fresh:
+            grad = self._vector.parameters[i].grad
+            if grad is not None:
+                self._fresh.add(i)
+                if grad is not self._views[i]:
+                    self._away.add(i)
+
     def _ready(self, i: int, p: Tensor) -> None:
-        if self._armed:
-            awaited = self._awaited[self._bucket_of[i]]
-            if i not in awaited:  # its bucket may be under way
-                raise RuntimeError(
-                    f"parameter '{self._vector.names[i]}' got a second gradient after the backward pass that shares "
-                    f"gradients and before the step: step after every backward pass, or call backward once on the sum "
-                    f"of the losses, or let only the last pass share (DistributedOptimizer's "
-                    f"backward_passes_per_step; run.aggregator.start() just before the last pass)"
-                )
-            awaited.remove(i)
-        self._given.add(i)
+        self._fresh.add(i)
         if p.grad is not self._views[i]:
             self._away.add(i)
-        if self._armed:
-            while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
-                self._launch()
+        if not self._armed:
+            return
+        if i in self._arrived:  # its bucket may be under way
+            raise RuntimeError(
+                f"parameter '{self._vector.names[i]}' got a second gradient in the backward pass that shares "
+                f"gradients: call backward once on the sum of the losses, checkpoint activations with "
+                f"use_reentrant=False, or call run.aggregator.start() just before the last pass only"
+            )
+        self._arrived.add(i)
+        self._awaited[self._bucket_of[i]] -= 1
+        while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
+            if not self._comm.are_latest(self._numbers, "gradient"):
+                return
+            self._launch()
 
     def _launch(self, absent: Sequence[int] = ()) -> None:
         self._bring_home()
         number = len(self._works)
+        _, sent, gradients = self._buckets[number]
+        if self.grad is not self._mean:
+            sent[len(sent) - len(gradients) :].copy_(gradients)
         if number == len(self._buckets) - 1:
             self._flags.fill_(1)
             if absent:  # on CUDA a list of indices stops the host
                 self._flags[list(absent)] = 0
-        self._works.append(self._comm.allreduce(self._buckets[number][1], "gradient", bucket=number))
+            self._message[len(self._flags)].fill_(self._place)
+        self._works.append(self._comm.allreduce(sent, "gradient", self._numbers[number]))
 
     def _bring_home(self) -> None:
         """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
@@ -200,3 +271,28 @@ class AllreduceAggregator(Aggregator):
         for i in tensors:
             self._vector.parameters[i].grad = None
             self._away.add(i)
+
+
+#: Those at work. Hooks of the parameters keep each until it is closed.
+_open: WeakSet[AllreduceAggregator] = WeakSet()
+
+
+def _refuse_a_second(vector: ParameterVector) -> None:
+    ours = set(map(id, vector.parameters))
+    for other in list(_open):
+        names = [n for n, p in zip(other._vector.names, other._vector.parameters, strict=True) if id(p) in ours]
+        if names:
+            raise ConfigError(
+                f"the gradient of parameter '{names[0]}' is shared already, by a run that has not ended: call its "
+                f"finish() on all ranks (optimizer.run.finish()), or its close(), before a second one begins"
+            )
+
+
+def _is_finite(verdict: _Verdict, place: float) -> bool:
+    total, found = verdict.read()
+    if found != place:
+        raise RanksDisagree(
+            "ranks have shared gradients of different steps or backward passes: every rank must make the same backward "
+            "passes and steps (where a rank has nothing to learn from, a step without a backward pass)"
+        )
+    return math.isfinite(total)

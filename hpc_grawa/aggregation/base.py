@@ -12,6 +12,11 @@ class Aggregator:
     backward shares.
     """
 
+    @property
+    def given(self) -> bool:
+        """Whether gradients have come that are still to be shared."""
+        return False
+
     def zero_grad(self, optimizer: optim.Optimizer) -> None:
         """Forget the gradient of the last step."""
         optimizer.zero_grad(set_to_none=True)
@@ -21,6 +26,9 @@ class Aggregator:
 
     def finish(self) -> None:
         """Return when every ``.grad`` is the gradient to step with."""
+
+    def close(self) -> None:
+        """Share no more: take hooks off the parameters."""
 
     def settle(self) -> None:
         """The run ends: raise what was still to be found out about the last step."""

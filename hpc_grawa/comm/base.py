@@ -263,6 +263,8 @@ class Communicator(ABC):
     backend: str
     rank: int
     size: int
+    #: Whether a thread of PyTorch's may wait for a message, as it does at the end of a backward pass on a GPU.
+    waits_anywhere = True
 
     def __init__(self, rank: int, size: int, ranks: Sequence[int] | None = None) -> None:
         self.rank, self.size = rank, size
@@ -270,6 +272,8 @@ class Communicator(ABC):
         self.ranks = tuple(range(size) if ranks is None else ranks)
         self._meter = Meter()
         self._whole: Communicator | None = None
+        #: Bucket numbers given out so far, by purpose.
+        self._numbers: Counter[Purpose] = Counter()
         self._node: Communicator | None = None
         self._buffers: dict[object, Tensor] = {}
 
@@ -281,6 +285,19 @@ class Communicator(ABC):
     @meter.setter
     def meter(self, meter: Meter) -> None:
         self._meter = meter
+
+    def numbers(self, purpose: Purpose, count: int = 1) -> range:
+        """Bucket numbers of messages that may be under way beside others of the purpose; all ranks ask in one order."""
+        if self._whole is not None:
+            return self._whole.numbers(purpose, count)
+        self._numbers[purpose] += count
+        return range(self._numbers[purpose] - count, self._numbers[purpose])
+
+    def are_latest(self, numbers: range, purpose: Purpose) -> bool:
+        """Whether nobody has asked for numbers since these were given."""
+        if self._whole is not None:
+            return self._whole.are_latest(numbers, purpose)
+        return self._numbers[purpose] == numbers.stop
 
     def allreduce(self, x: Tensor, purpose: Purpose, bucket: int = 0) -> Work:
         """Sum ``x`` over all ranks, in place; not of uint8, which Horovod cannot add."""

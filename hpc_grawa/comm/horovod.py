@@ -24,6 +24,7 @@ class HorovodCommunicator(Communicator):
     """All ranks that Horovod was started with (``horovodrun``, ``mpirun`` or ``srun``), or a part of them."""
 
     backend = "horovod"
+    _made = 0
 
     def __init__(self, part: tuple[HorovodCommunicator, tuple[int, ...], str] | None = None) -> None:
         import horovod.torch as hvd
@@ -44,7 +45,9 @@ class HorovodCommunicator(Communicator):
                 _start_mpi(hvd)
             hvd.init()
         super().__init__(hvd.rank(), hvd.size())
-        self._root, self._name = self, "hpc_grawa"
+        # Names are the process's: those of a second communicator must be others. All ranks make them in one order.
+        HorovodCommunicator._made += 1
+        self._root, self._name = self, f"hpc_grawa{HorovodCommunicator._made}"
         self._sets: dict[tuple[int, ...], Any] = {self.ranks: hvd.global_process_set}
         self._parts = 0
         self._gpu = False  # while ranks tell each other their GPUs
@@ -94,7 +97,7 @@ class HorovodCommunicator(Communicator):
         if new:
             root._add_sets(new)
         root._parts += 1
-        return HorovodCommunicator((root, members, f"hpc_grawa.{root._parts}"))
+        return HorovodCommunicator((root, members, f"{root._name}.{root._parts}"))
 
     def _add_sets(self, new: list[tuple[int, ...]]) -> None:
         hvd = self._hvd

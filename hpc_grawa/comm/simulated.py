@@ -184,6 +184,8 @@ class SimulatedCommunicator(Communicator):
     """
 
     backend = "simulated"
+    #: All ranks' backward passes on a GPU have one thread: a rank that waits in it would stop those it waits for.
+    waits_anywhere = False
 
     def __init__(self, world: _World, group: _Group, rank: int) -> None:
         super().__init__(rank, len(group.ranks), group.ranks)

@@ -36,9 +36,11 @@ class Run:
         control: decisions all ranks take alike.
         facts: step, learning rate and the like, the same on all ranks.
         common_start: whether all ranks began with the same parameters.
+        closed: whether it has ended.
     """
 
     common_start = True
+    closed = False
 
     def __init__(
         self, comm: Communicator, vector: ParameterVector, optimizer: optim.Optimizer, control: Control
@@ -47,6 +49,8 @@ class Run:
         self.facts = control.facts
         self.aggregator = Aggregator()
         self.synchronizers: list[Synchronizer] = []
+        #: Called by ``close``.
+        self.on_close: list[Callable[[], None]] = []
 
     @property
     def pooled(self) -> bool:
@@ -67,7 +71,16 @@ class Run:
 
         Args:
             loss: of the step, a 0-d tensor; only methods that score by it need it.
+
+        Raises:
+            LostView: a parameter was frozen or unfrozen since ``build``.
         """
+        if self.closed:
+            raise RuntimeError(
+                "a step after the run has ended (finish() or close()), which no other rank would hear of: build a new "
+                "run over the same model to go on"
+            )
+        self.vector.check_trained()
         self.aggregator.stepped()
         if not self.pooled:
             self.facts.step += 1
@@ -80,19 +93,35 @@ class Run:
             self.control.after_step(self.synchronizers[-1].period if self.synchronizers else math.inf)
 
     def finish(self) -> None:
-        """End with a round at the last step, shortened if need be; all ranks must.
+        """End with a round at the last step, shortened if need be, and ``close``; all ranks must.
 
         Under pooled rounds ranks may call it at different times: it returns when all have.
         """
+        if self.closed:
+            return
         self.aggregator.settle()
         for synchronizer in self.synchronizers:
             synchronizer.finish()
         self.control.finish()
+        self.close()
+
+    def close(self) -> None:
+        """Take all hooks off the parameters, so that another run may begin over the same model; sends nothing.
+
+        ``center``, ``facts`` and ``state_dict`` stay; steps are refused from now on.
+        """
+        self.closed = True
+        self.aggregator.close()
+        for synchronizer in self.synchronizers:
+            synchronizer.score.close()
+        for stop in self.on_close:
+            stop()
 
     def state_dict(self) -> dict[str, Any]:
         """All that survives a step beside parameters, buffers and the optimizer's state; all ranks must call it.
 
-        Between steps; under pooled rounds right after a round.
+        A loop's checkpoint is of each rank its own ``(model.state_dict(), optimizer.state_dict(), run.state_dict())``,
+        and what its data and random streams need. Between steps; under pooled rounds right after a round.
         """
         self.aggregator.settle()
         self.control.settle()
@@ -121,10 +150,23 @@ class Run:
 
     @property
     def center(self) -> Tensor:
-        """The center ``[P]`` of the last round; without rounds the parameters, which are the same on all ranks."""
+        """The center ``[P]`` of the last round; where gradients are shared, the parameters, the same on all ranks.
+
+        It is the tensor that the next round (or step) overwrites: ``run.center.clone()`` keeps it.
+
+        Raises:
+            RuntimeError: there was no round yet, so that each rank has parameters of its own.
+        """
         self.vector.check()
-        center = self.synchronizers[-1].averager.center if self.synchronizers else None
-        return self.vector.data if center is None else center
+        if not self.synchronizers:
+            return self.vector.data
+        center = self.synchronizers[-1].averager.center
+        if center is None:
+            raise RuntimeError(
+                "there is no center before the first round: make as many steps as the method's period, or call "
+                "run.finish(), which ends with a round"
+            )
+        return center
 
 
 @dataclass(kw_only=True)
@@ -164,9 +206,12 @@ class Method(ABC):
             start: ``common``: all ranks begin with rank 0's parameters and buffers; ``independent``: with their own.
 
         Raises:
+            ConfigError: the optimizer does not step the model's trainable parameters, or steps others, or is of a kind
+                that the method cannot train with.
             RanksDisagree: model, method or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
+        self._check(optimizer, vector)
         agree(comm, self._description(vector))
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
@@ -178,6 +223,24 @@ class Method(ABC):
         run.common_start = start == "common"
         self._assemble(run, probe)
         return run
+
+    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
+        """Raise ``ConfigError`` unless the optimizer can train the vector by this method."""
+        held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        missing = [name for name, p in zip(vector.names, vector.parameters, strict=True) if p not in held]
+        if missing:
+            raise ConfigError(
+                f"the optimizer does not step parameter '{missing[0]}' of the model ({len(missing)} of "
+                f"{len(vector.names)} trainable ones): give it all of them, or freeze those that it is not to train "
+                f"(requires_grad_(False)), or, where two optimizers train one model, give each run a module of its own "
+                f"part (torch.nn.ParameterList)"
+            )
+        others = held - set(vector.parameters)
+        if others:
+            raise ConfigError(
+                f"the optimizer steps {len(others)} tensors that are no parameters of the model (one of shape "
+                f"{tuple(next(iter(others)).shape)}), so ranks would not share them: pass a module that holds them all"
+            )
 
     @abstractmethod
     def _assemble(self, run: Run, probe: Probe | None) -> None:
@@ -233,6 +296,21 @@ class AveragingMethod(Method):
         if not condition:
             raise ConfigError(f"method.{name} is {getattr(self, name)}: must be {allowed}")
 
+    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
+        super()._check(optimizer, vector)
+        name, kinds = type(optimizer).__name__, [kind.__name__ for kind in type(optimizer).__mro__]
+        if "ZeroRedundancyOptimizer" in kinds:
+            raise ConfigError(
+                f"the optimizer is a {name}, which makes all ranks' parameters the same at every step, so that there "
+                f"is nothing to average: pass the plain optimizer, or take hpc_grawa.DataParallel()"
+            )
+        if is_schedule_free(optimizer):
+            raise ConfigError(
+                f"the optimizer is a {name}, whose train() and eval() exchange the parameters for others (schedule-"
+                f"free): a round would average the ones and leave the others apart; take one with a schedule, or "
+                f"hpc_grawa.DataParallel() with optimizer.eval() before evaluating and saving"
+            )
+
     def _riders(self, run: Run) -> list[Rider]:
         riders: list[Rider] = []
         if self.local_momentum == "average":
@@ -249,6 +327,14 @@ class AveragingMethod(Method):
         run.synchronizers.append(
             Synchronizer(averager, score, rule, every(self.period), run.control, run.optimizer, prox, reset, pool)
         )
+
+
+def is_schedule_free(optimizer: optim.Optimizer) -> bool:
+    """Whether the optimizer keeps two sets of parameters: those it trains (``train()``) and those to use (``eval()``).
+
+    Source: Defazio et al., The Road Less Scheduled, NeurIPS 2024.
+    """
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def unit_interval(method: AveragingMethod, *names: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 
 from ..comm import Communicator, simulate
 from ..errors import ConfigError
-from ..methods import Method
+from ..methods import Method, Run
 from ..vector import ParameterVector
 
 #: Of each coordinate.
@@ -109,7 +109,7 @@ def descend(
         optimizer = optim.SGD(model.parameters(), lr=lr)
         run = method.build(comm, vector, optimizer, probe=model, start="independent")
         own, center = vector.data.repeat(2, steps + 1, 1)
-        center[0] = run.center
+        center[0] = _center(run)
         for step in range(1, steps + 1):
             run.aggregator.zero_grad(optimizer)
             run.aggregator.start()
@@ -125,12 +125,17 @@ def descend(
             run.after_step(loss)
             if step == steps:
                 run.finish()
-            own[step], center[step] = vector.data, run.center
+            own[step], center[step] = vector.data, _center(run)
             if comm.rank == 0:
                 watch(step)
         return own, center
 
     ranks, centers = map(torch.stack, zip(*simulate(len(starts), live), strict=True))
-    # Where a method has no center, run.center is the rank's own parameters.
     common = (centers == centers[0]).all(-1).all(0)
     return Descent(ranks, torch.where(common[:, None], centers[0], torch.nan))
+
+
+def _center(run: Run) -> Tensor:
+    """The center, or the rank's own parameters, which differ, where there is none."""
+    rounds = run.synchronizers
+    return run.vector.data if rounds and rounds[-1].averager.center is None else run.center
