@@ -145,6 +145,7 @@ class Training:
         greet(self.log, worker, anew=restored is None)
         if checkpoints is not None and worker.config.save.every < math.inf:
             width = worker.vector.data.element_size() * len(worker.vector)
+            checkpoints.check(self._state())
             worker.run.control.written = checkpoints.written
             # Parameters, centers, and as much as AdamW keeps.
             copies = 3 + len(worker.run.synchronizers)
@@ -187,16 +188,19 @@ class Training:
         if self.checkpoints is None:
             return
         with self.worker.clock.paused():
-            state = {
-                "worker": self.worker.state_dict(),
-                "progress": self.progress.state_dict(),
-                "best": list(self.best),
-                "next": [self.evaluations.next, self.saves.next],
-                "written": self.log.written,
-            }
             facts = self.worker.facts
-            for wrong in self.checkpoints.save(facts.step, state, {"seconds": facts.seconds}):
+            for wrong in self.checkpoints.save(facts.step, self._state(), {"seconds": facts.seconds}):
                 self.log.say(wrong)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this rank; all ranks must call it."""
+        return {
+            "worker": self.worker.state_dict(),
+            "progress": self.progress.state_dict(),
+            "best": list(self.best),
+            "next": [self.evaluations.next, self.saves.next],
+            "written": self.log.written,
+        }
 
     def _settle(self) -> None:
         """Make the last checkpoint the one to go on from, once all ranks have written."""
