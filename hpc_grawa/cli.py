@@ -18,12 +18,13 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from .comm import Backend, Communicator, choose, connect
-from .config import Config
+from .config import CLASS_SECTIONS, Config
 from .errors import ConfigError, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, local_device, rank_facts
 from .log import Log, say
 from .methods import Method
 from .parsing import find_class, is_class, parse
+from .reading import parse_settings, read_text
 from .resume import RunPlace
 
 #: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
@@ -122,7 +123,11 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         for file in ("config.yaml", "center.pt"):
             if not (options.run / file).is_file():
                 raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {file}")
-    again = [f"--config={options.run / 'config.yaml'}", f"--backend={options.backend}"]
+        file = options.run / "config.yaml"
+        settings = parse_settings(read_text(file) or "", str(file))
+        if missing := CLASS_SECTIONS.keys() - settings:
+            raise ConfigError(f"{file} is not whole: it has no {min(missing)}")
+    again = [f"--config={file}", f"--backend={options.backend}"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
     config = parse(again, program, speaks=facts.rank == 0)
@@ -138,7 +143,12 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         model = config.build_model().to(device)
         config.loss.to(device)
         config.data.prepare_model(model)
-        model.load_state_dict(torch.load(options.run / "center.pt", weights_only=True))
+        center = options.run / "center.pt"
+        try:
+            model.load_state_dict(torch.load(center, weights_only=True))
+        except Exception as error:  # a damaged file can raise anything
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(f"{center} is damaged, or of another model: {why}") from None
         scores = judge.judge(model, config.data.load().test, comm)
         if facts.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))

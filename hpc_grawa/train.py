@@ -28,7 +28,7 @@ from .worker import Worker
 def fit(
     config: Config,
     comm: Communicator,
-    new_folder: Callable[[], Path] | None = None,
+    new_folder: Callable[[], Path | None] | None = None,
     speaks: bool | None = None,
     trace: bool = False,
     any_world: bool = False,
@@ -39,7 +39,7 @@ def fit(
         config: checked, the same on all ranks.
         comm: the ranks.
         new_folder: makes the run's folder, on rank 0, once nothing is left to go wrong before the first step; nothing
-            is written without it.
+            is written without it. Where it gives None, the run was finished meanwhile, and nothing is done.
         speaks: whether this rank prints; by default rank 0 does.
         trace: whether to write ``trace.json``, where the time of all ranks went.
         any_world: whether the folder's checkpoint may be one of another number of ranks: all then start from its
@@ -61,7 +61,10 @@ def fit(
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
-    place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
+    told = json.dumps([new_folder is not None and folder is None, str(folder.resolve()) if folder else ""])
+    finished, place = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
+    if finished:
+        return {"state": "finished"}
     watch = Watch(Path(place) if place else None, comm, worker.said, config.comm_timeout)
     with failure_recorded(place, comm, worker.facts):
         try:
