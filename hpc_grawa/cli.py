@@ -19,7 +19,7 @@ import torch
 
 from .comm import Backend, Communicator, choose, connect
 from .config import CLASS_SECTIONS, Config
-from .errors import ConfigError, NonFinite, RanksDisagree
+from .errors import ConfigError, Damaged, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, local_device, rank_facts
 from .log import Log, say
 from .methods import Method
@@ -395,5 +395,9 @@ def together(program: str, config: Config, facts: RankFacts, first_line: str) ->
             report = f"\n{program}: interrupted" if interrupted else f"{program}: error: {error}"
             print(report, file=sys.stderr, flush=True)
         comm.abort(130 if interrupted else 2 if isinstance(error, ConfigError) else 1)
+        raise
+    except Damaged as error:  # on the rank that has read it, which speaks
+        print(f"{program}: error: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        comm.abort(2)
         raise
     comm.close()
