@@ -15,7 +15,7 @@ once as JPEG. DIR then holds
 
 meta.json comes last, after all has been read again and checked: without it the folder is not complete. Started again
 after an interruption, even a kill, the same command goes on after the last complete file and ends with the same bytes.
-Needs Pillow, and for --devkit SciPy.
+Images of more than 67 million pixels count as corrupt. Needs Pillow, and for --devkit SciPy.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from verify import ROW, Refused, line_of, padded, problems_of
+from verify import MOST_PIXELS, ROW, Refused, line_of, padded, problems_of
 
 SOURCE = "https://image-net.org/download-images"
 FORMATS = ("JPEG", "PNG")  # one image of ILSVRC 2012 is a PNG, whatever its name says
 ENDINGS = (".jpeg", ".jpg", ".png")
 MEGABYTE = 10**6
 LARGEST = 64 * 2**20  # bytes of one image
+MANY_PIXELS = 2**24  # of images with more, one at a time is in memory
 _WNID = re.compile(r"n[0-9]{8}")
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _TRAIN_IMAGE = re.compile(r"(n\d{8})_\d+\.JPEG")
@@ -331,7 +333,7 @@ class Encoder:
     def __init__(self, resize: int, quality: int) -> None:
         self._resize, self._quality = resize, quality
         self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
 
     def _content(self, path: Path, name: str, offset: int, size: int) -> bytes:
         if offset < 0:
@@ -349,16 +351,24 @@ class Encoder:
             raise Refused(f"{path}, {name}: has changed while it was read; start again")
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-                image = opened.convert("RGB")
-            width, height = image.size
-            shorter = min(width, height)
-            if self._resize and shorter > self._resize:
-                to = [max(self._resize, round(side * self._resize / shorter)) for side in (width, height)]
-                image = image.resize((to[0], to[1]), Image.Resampling.BICUBIC, reducing_gap=None)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=self._quality)
+                width, height = opened.size
+                if width * height > MOST_PIXELS:
+                    return Corrupt(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
+                with self._turn if width * height > MANY_PIXELS else nullcontext():
+                    return self._encoded(opened)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             return Corrupt(line_of(error))
+
+    def _encoded(self, opened: Any) -> bytes:
+        from PIL import Image
+
+        image = opened.convert("RGB")
+        shorter = min(image.size)
+        if self._resize and shorter > self._resize:
+            to = [max(self._resize, round(side * self._resize / shorter)) for side in image.size]
+            image = image.resize((to[0], to[1]), Image.Resampling.BICUBIC, reducing_gap=None)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=self._quality)
         return buffer.getvalue()
 
     def close(self) -> None:
@@ -441,13 +451,23 @@ def shard_path(out: Path, part: str, shard: int) -> Path:
     return out / f"{part}-{shard:05}.tar"
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def completed(out: Path, part: str, skip_corrupt: bool) -> list[dict[str, Any]]:
     """The records of the shards that are complete, without gaps."""
     records: list[dict[str, Any]] = []
     while (path := record_path(out, part, len(records))).exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        shard = shard_path(out, part, len(records))
-        if not shard.exists() or shard.stat().st_size != record["bytes"] or (record["corrupt"] and not skip_corrupt):
+        record, shard = read_object(path), shard_path(out, part, len(records))
+        if not {"next", "bytes", "sha256", "corrupt", "rows"} <= record.keys() or not shard.exists():
+            break
+        if shard.stat().st_size != record["bytes"] or (record["corrupt"] and not skip_corrupt):
             break
         record["rows"] = compact(record["rows"])
         records.append(record)
@@ -572,7 +592,7 @@ def begin(out: Path, plan: str) -> None:
     """Mark ``out`` as the beginning of this conversion, or see that it is; remove what was left half-written."""
     marker = out / ".plan"
     if marker.exists():
-        if marker.read_text(encoding="utf-8") != plan:
+        if marker.read_bytes() != plan.encode():
             raise Refused(
                 f"{out}: holds the beginning of a conversion of other images or with other settings; "
                 "name another folder with --out, or remove it"
@@ -587,6 +607,7 @@ def prepare(options: argparse.Namespace) -> None:
     """Read the sources, pack them into ``options.out``, check the result and say what was done."""
     try:
         import PIL
+        import PIL.Image
         from PIL import features
     except ImportError:
         raise Refused("Pillow is missing, which decodes the images: pip install pillow") from None
@@ -607,8 +628,9 @@ def prepare(options: argparse.Namespace) -> None:
         "encoder": f"Pillow {PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}",
     }
     plan = fingerprint(parts, settings)
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # they are refused in one line
     if (out / "meta.json").exists():
-        if json.loads((out / "meta.json").read_text(encoding="utf-8")).get("plan") != plan:
+        if read_object(out / "meta.json").get("plan") != plan:
             raise Refused(f"{out}: holds other data; name another folder with --out, or remove it")
         tidy(out)
         print(f"unchanged    {out} already holds exactly this; check it with data_prep/verify.py {out}")

@@ -18,7 +18,7 @@ import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ import numpy as np
 
 #: One row of ``train.npy`` and ``val.npy``: the image's bytes are ``length`` bytes of tar file ``shard`` at ``offset``.
 ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+#: An image may have so many pixels.
+MOST_PIXELS = 2**26
 _CHUNK = 2**22
 
 
@@ -53,14 +55,21 @@ def problems_of(folder: Path, facts: Mapping[str, Any], workers: int) -> list[st
         if found or "shards" not in facts:
             return found
         for part, shards in facts["shards"].items():
-            rows = np.load(folder / f"{part}.npy", allow_pickle=False)
-            if rows.dtype != ROW or len(rows) != facts["counts"][part]:
+            # Mapped first: a header may promise more than there is.
+            rows = np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+            if rows.dtype != ROW or rows.shape != (facts["counts"][part],):
                 found.append(
-                    f"{part}.npy: is {rows.dtype} of {len(rows)} images, meta.json says {facts['counts'][part]}"
+                    f"{part}.npy: is {rows.dtype} {rows.shape} of images, meta.json says {facts['counts'][part]}"
                 )
                 continue
-            if len(rows) and (rows["shard"].max() >= shards or rows["label"].max() >= len(facts["classes"])):
-                found.append(f"{part}.npy: names a file or a class that there is not")
+            if not 0 <= shards <= len(names):  # before a list of them is made
+                found.append(f"meta.json: has {len(names)} files, not {shards} of {part}")
+                continue
+            sizes = [(folder / f"{part}-{shard:05}.tar").stat().st_size for shard in range(shards)]
+            if (wrong := misplaced(rows, sizes, len(facts["classes"]))) is not None:
+                shard, offset, length, label, _ = rows[wrong].item()
+                what = f"class {label}, {length} bytes at {offset} of file {shard}"
+                found.append(f"{part}.npy: says of image {wrong} what cannot be: {what}")
                 continue
             bounds = np.searchsorted(rows["shard"], np.arange(shards + 1))
             pieces = (
@@ -71,6 +80,16 @@ def problems_of(folder: Path, facts: Mapping[str, Any], workers: int) -> list[st
             wrong = pool.map(lambda piece: _image_problems(folder, facts, *piece), pieces)
             found += [problem for problems in wrong for problem in problems]
     return found
+
+
+def misplaced(rows: Any, sizes: Sequence[int], classes: int) -> int | None:
+    """The first image that lies outside of its file or out of order, is empty, or is of no class; None without one."""
+    size = np.array([*sizes, 0], np.uint64)[np.minimum(rows["shard"], len(sizes))]  # a file that is not there is empty
+    length, offset = rows["length"].astype(np.uint64), rows["offset"]
+    right = (length > 0) & (length <= size) & (offset >= 512) & (offset <= size - length) & (rows["label"] < classes)
+    right[1:] &= rows["shard"][1:] >= rows["shard"][:-1]
+    wrong = np.flatnonzero(~right)
+    return int(wrong[0]) if len(wrong) else None
 
 
 def _file_problem(folder: Path, facts: Mapping[str, Any], name: str) -> str | None:
@@ -112,10 +131,13 @@ def _image_problems(folder: Path, facts: Mapping[str, Any], part: str, shard: in
             else:
                 try:
                     with Image.open(io.BytesIO(block[512:]), formats=("JPEG",)) as image:
+                        if image.width * image.height > MOST_PIXELS:
+                            found.append(f"{where}: {member.name} has more than {MOST_PIXELS:,} pixels")
+                            continue
                         image.load()
                         if image.mode != "RGB":
                             found.append(f"{where}: {member.name} is {image.mode}, not RGB")
-                except (OSError, SyntaxError, ValueError) as error:
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                     found.append(f"{where}: {member.name} cannot be decoded ({line_of(error)})")
     finally:
         os.close(descriptor)
@@ -142,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         reason = f"{folder}: {len(found)} problem{'s' * (len(found) > 1)}: {shown}"
     except FileNotFoundError as error:
         reason = f"{error.filename}: is missing; the folder is not complete: start the script that makes it again"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{folder}: meta.json or the index is damaged ({line_of(error)}); make the folder again"
     except ImportError:
         reason = "Pillow is missing, which decodes the images: pip install pillow"

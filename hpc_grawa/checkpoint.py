@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,18 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .comm import Communicator
-from .errors import ConfigError
+from .errors import ConfigError, Damaged
 from .log import human_bytes, write_atomically
+from .reading import parse_object
 
+#: What a checkpoint may hold beside tensors and the collections of ``copied``: what torch reads back without running
+#: code. Not what is derived from these: a number of NumPy's is a float, and an enum an int.
+_HELD = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout}
+_TENSORS = {Tensor, nn.Parameter}
 _PARTIAL, _REPLACED = ".partial", ".replaced"
-
-
-class Damaged(RuntimeError):
-    """A checkpoint is not what its manifest says; names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,13 @@ class Checkpoints:
 
         Returns:
             What went wrong with this one or the one before, the same on all ranks.
+
+        Raises:
+            ConfigError: on all ranks: ``state`` holds on one of them what could not be read back.
         """
         told = self.settle()
         unfinished = self.folder / f"{step:09d}{_PARTIAL}"
+        held = self._copied(state)
 
         def begin() -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -101,9 +108,29 @@ class Checkpoints:
         wrong = self._errors_of(begin if self._comm.rank == 0 else None)
         if wrong:
             return [*told, _not_saved(step, wrong)]
-        entry = self._thread.submit(_write, unfinished / _file(self._comm.rank), copied(state))
-        self._under_way = _UnderWay(step, facts, unfinished, entry)
+        entry = self._thread.submit(_write, unfinished / _file(self._comm.rank), held)
+        self._under_way = _UnderWay(step, copied(facts), unfinished, entry)
         return told
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Find out before training whether ``state`` can be saved, as far as it is known by then.
+
+        Raises:
+            ConfigError: on all ranks: it cannot, on one of them.
+        """
+        self._copied(state, tensors=False)
+
+    def _copied(self, state: dict[str, Any], tensors: bool = True) -> Any:
+        """``copied``, whose error is raised on all ranks."""
+        held: Any = None
+
+        def copy() -> None:
+            nonlocal held
+            held = copied(state, tensors=tensors)
+
+        if wrong := self._errors_of(copy):
+            raise ConfigError(f"nothing can be saved: {wrong[0]}")
+        return held
 
     @property
     def step(self) -> float:
@@ -156,7 +183,7 @@ class Checkpoints:
         place = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         free, copies = shutil.disk_usage(place).free, self._keep + 1
         needed = bytes_per_rank * self._comm.size * copies
-        there = sum(file.stat().st_size for name in self._names() for file in (self.folder / name).iterdir())
+        there = sum(file.lstat().st_size for name in self._names() for file in (self.folder / name).glob("*"))
         if free + there < needed:
             raise ConfigError(
                 f"save.keep is {self._keep}: {copies} checkpoints of {self._comm.size} ranks need "
@@ -168,19 +195,22 @@ class Checkpoints:
         """The newest checkpoint that is whole on every rank; None if there is none.
 
         Raises:
-            Damaged: on all ranks: there are checkpoints, and none is whole.
+            ConfigError: on all ranks: there are checkpoints, and none is whole.
         """
-        own = list(self._names()) if self._comm.rank == 0 else []
-        names = json.loads(self._comm.gather_bytes(json.dumps(own).encode(), "evaluate")[0])
-        skipped: list[str] = []
+        own = [list(self._names()), self._lost()] if self._comm.rank == 0 else []
+        names, skipped = json.loads(self._comm.gather_bytes(json.dumps(own).encode(), "evaluate")[0])
+        damaged: list[str] = []
         for name in names:
             found: list[Restored] = []
-            wrong = self._errors_of(partial(self._read, name, skipped, found))
+            wrong = self._errors_of(partial(self._read, name, skipped + damaged, found))
             if not wrong:
                 return found[0]
-            skipped += wrong
-        if skipped:
-            raise Damaged(f"no checkpoint in {self.folder} is whole: " + "; ".join(skipped))
+            damaged += wrong
+        if damaged:
+            raise ConfigError(
+                f"no checkpoint in {self.folder} is whole, nor of use with --resume-world any: start anew under "
+                f"another run.name, or remove that folder to start from the first step ({'; '.join(damaged)})"
+            )
         return None
 
     def _read(self, name: str, skipped: list[str], found: list[Restored]) -> None:
@@ -188,7 +218,8 @@ class Checkpoints:
         manifest = read_manifest(place)
         files = manifest["files"]
         file = _file(self._comm.rank if len(files) == self._comm.size else 0)
-        found.append(Restored(manifest["step"], len(files), _read(place / file, files[file]), manifest, tuple(skipped)))
+        state = _read(place / file, *files[file].split())
+        found.append(Restored(manifest["step"], len(files), state, manifest, tuple(skipped)))
 
     def _names(self) -> Iterator[str]:
         """Newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""
@@ -196,11 +227,27 @@ class Checkpoints:
             return
         names = [p.name for p in self.folder.iterdir() if p.name.removesuffix(_REPLACED).isdigit()]
         whole = sorted(names, key=lambda name: (name.removesuffix(_REPLACED), name.isdigit()), reverse=True)
-        latest = self.folder / "latest"
-        named = latest.read_text().strip() if latest.is_file() else ""
+        named = self._latest()
         if named in whole:
             yield named
         yield from (name for name in whole if name != named)
+
+    def _latest(self) -> str | None:
+        """What ``latest`` says; None if there is none."""
+        try:
+            return (self.folder / "latest").read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return ""
+
+    def _lost(self) -> list[str]:
+        """What is wrong with ``latest``."""
+        # The checkpoint that it names has another name while it is being replaced.
+        named, there = self._latest(), list(self._names())
+        if named is None or named in there or f"{named}{_REPLACED}" in there:
+            return []
+        return [f"{self.folder / 'latest'} names no checkpoint: the newest that is whole is taken"]
 
     def _publish(self, unfinished: Path, manifest: dict[str, Any]) -> None:
         place = unfinished.with_name(unfinished.name.removesuffix(_PARTIAL))
@@ -214,7 +261,8 @@ class Checkpoints:
         unfinished.rename(place)
         _flush_folder(self.folder)
         write_atomically(self.folder / "latest", place.name + "\n")
-        kept = [place.name, *(p for p in self._names() if p != place.name and p.isdigit())][: self._keep]
+        others = (p for p in self._names() if p != place.name and p.isdigit() and (self.folder / p).is_dir())
+        kept = [place.name, *others][: self._keep]
         for old in self.folder.iterdir():
             if old.is_dir() and old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
@@ -225,7 +273,7 @@ class Checkpoints:
         try:
             if action is not None:
                 action()
-        except (OSError, Damaged) as wrong:
+        except (OSError, ConfigError, Damaged) as wrong:
             error = f"rank {self._comm.rank}: {wrong}"
         return [
             told.decode()
@@ -241,21 +289,53 @@ def read_manifest(place: Path) -> dict[str, Any]:
         Damaged: it says nothing that can be read.
     """
     file = place / "manifest.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise Damaged(f"{file} is damaged: {error}") from error
+    found = parse_object(file.read_text(errors="replace"), str(file))
+    step, files = found.get("step"), found.get("files")
+    if type(step) is not int or step < 0:
+        raise Damaged(f"{file} is damaged: its step is {step!r}")
+    files = files if isinstance(files, dict) else {}
+    entries = [isinstance(entry, str) and re.fullmatch(r"\d+ [0-9a-f]{64}", entry) for entry in files.values()]
+    if not entries or not all(entries) or list(files) != [_file(m) for m in range(len(files))]:
+        raise Damaged(f"{file} is damaged: its files are not a length and a SHA-256 for each rank")
     return found
 
 
-def copied(state: Any) -> Any:
-    """The same nested lists, tuples and dictionaries with copies of their tensors, on the host."""
-    if isinstance(state, Tensor):
-        host = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
-        return host.copy_(state)
+def copied(state: Any, path: str = "", tensors: bool = True) -> Any:
+    """The same nested lists, tuples, sets and dictionaries with copies of their tensors, on the host.
+
+    NumPy's numbers become Python's; dictionaries of any kind become plain ones.
+
+    Args:
+        state: to copy.
+        path: names it in errors: ``worker.optimizer.param_groups[0].lr``.
+        tensors: whether to copy tensors, too, or only to look at them.
+
+    Raises:
+        ConfigError: it holds what a checkpoint could not give back; names where, and the type.
+    """
+    kind = type(state)
+    if kind in _HELD:
+        return state
+    if kind in _TENSORS:
+        return _on_host(state) if tensors else state
+    if isinstance(state, np.generic) and type(state.item()) in _HELD:
+        return state.item()
     if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    return type(state)(map(copied, state)) if isinstance(state, list | tuple) else state
+        return {
+            copied(key, f"a key of {path}"): copied(value, f"{path}.{key}" if path else str(key), tensors)
+            for key, value in state.items()
+        }
+    if kind in (list, tuple, set, torch.Size):
+        return kind([copied(value, f"{path}[{i}]", tensors) for i, value in enumerate(state)])
+    raise ConfigError(
+        f"{path} is of type {kind.__module__}.{kind.__qualname__}, which a checkpoint could not give back: must be a "
+        f"tensor, number or string, or lists, tuples, sets and dictionaries of these"
+    )
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)
 
 
 def _not_saved(step: int, wrong: list[str]) -> str:
@@ -301,14 +381,16 @@ def _write(path: Path, state: dict[str, Any]) -> str:
     return f"{hashing.length} {hashing.sha.hexdigest()}"
 
 
-def _read(path: Path, expected: str) -> dict[str, Any]:
+def _read(path: Path, length: str, sha: str) -> dict[str, Any]:
+    if (size := path.stat().st_size) != int(length):
+        raise Damaged(f"{path} has {size} bytes, its manifest says {length}")
     data = path.read_bytes()
-    length, sha = expected.split()
-    if len(data) != int(length):
-        raise Damaged(f"{path} has {len(data)} bytes, its manifest says {length}")
     if hashlib.sha256(data).hexdigest() != sha:
         raise Damaged(f"{path} is not what was written: its SHA-256 differs from its manifest's")
-    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:  # what was written is not what this torch reads; it can raise anything
+        raise Damaged(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return state
 
 

@@ -18,12 +18,13 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from .comm import Backend, Communicator, choose, connect
-from .config import Config
-from .errors import ConfigError, NonFinite, RanksDisagree
+from .config import CLASS_SECTIONS, Config
+from .errors import ConfigError, Damaged, NonFinite, RanksDisagree
 from .launch import RankFacts, default_threads, local_device, rank_facts
 from .log import Log, say
 from .methods import Method
 from .parsing import find_class, is_class, parse
+from .reading import parse_settings, read_text
 from .resume import RunPlace
 from .screen import spell_unknown_characters
 
@@ -127,7 +128,11 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         for file in ("config.yaml", "center.pt"):
             if not (options.run / file).is_file():
                 raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {file}")
-    again = [f"--config={options.run / 'config.yaml'}", f"--backend={options.backend}"]
+        file = options.run / "config.yaml"
+        settings = parse_settings(read_text(file) or "", str(file))
+        if missing := CLASS_SECTIONS.keys() - settings:
+            raise ConfigError(f"{file} is not whole: it has no {min(missing)}")
+    again = [f"--config={file}", f"--backend={options.backend}"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
     config = parse(again, program, speaks=facts.rank == 0)
@@ -143,9 +148,14 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         judge = Judge(config.loss, config.metric, config.precision, config.eval.batch_size)
         splits = config.data.load()
         model = new_model(config, splits, comm, local_device(facts, config.device))
-        center = torch.load(options.run / "center.pt", weights_only=True)
-        buffers.load_state(model, {name: center[name] for name, _ in model.named_buffers() if name in center})
-        model.load_state_dict(center)
+        file = options.run / "center.pt"
+        try:
+            center = torch.load(file, weights_only=True)
+            buffers.load_state(model, {name: center[name] for name, _ in model.named_buffers() if name in center})
+            model.load_state_dict(center)
+        except Exception as error:  # a damaged file can raise anything
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(f"{file} is damaged, or of another model: {why}") from None
         scores = judge.judge(model, splits.test, comm)
         if facts.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
@@ -392,5 +402,9 @@ def together(program: str, config: Config, facts: RankFacts, first_line: str) ->
             report = f"\n{program}: interrupted" if interrupted else f"{program}: error: {error}"
             print(report, file=sys.stderr, flush=True)
         comm.abort(130 if interrupted else 2 if isinstance(error, ConfigError) else 1)
+        raise
+    except Damaged as error:  # on the rank that has read it, which speaks
+        print(f"{program}: error: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        comm.abort(2)
         raise
     comm.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from .config import Config
 from .errors import ConfigError
 from .log import is_finished, new_folder
 from .parsing import parse, read_settings, split_config
+from .reading import read_object, read_text
 
 
 @dataclass
@@ -98,8 +98,8 @@ class Comparison:
             run = self._finished(config)
             if run is None:
                 continue
-            ranks = json.loads((run / "environment.json").read_text(encoding="utf-8"))["world_size"]
-            there = [*(run / "config.yaml").read_text(encoding="utf-8").splitlines(), f"{ranks} ranks"]
+            ranks = (read_object(run / "environment.json") or {}).get("world_size")
+            there = [*(read_text(run / "config.yaml") or "").splitlines(), f"{ranks} ranks"]
             now = [*config.text.splitlines(), f"{world_size} ranks"]
             if there != now:
                 old, new = next((a, b) for a, b in zip_longest(there, now, fillvalue="") if a != b)

@@ -15,6 +15,10 @@ class NonFinite(ArithmeticError):
     """A number that every rank needs is NaN or infinite on all of them."""
 
 
+class Damaged(RuntimeError):
+    """A file is not what was written; names it and what is wrong with it. Raised on the ranks that read it."""
+
+
 class LostView(RuntimeError):
     """A parameter no longer lives in its ``ParameterVector``; names the parameter and the likely cause."""
 

@@ -19,18 +19,20 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .launch import rank_facts
+from .reading import read_object
 
 #: Seconds between plain lines where the screen is not a terminal.
 LINE_EVERY = 5.0
 
 
-def new_folder(directory: str, name: str, numbered: bool = False) -> Path:
+def new_folder(directory: str, name: str, numbered: bool = False, may_exist: bool = False) -> Path:
     """Make ``directory/name``, which must not exist: mkdir is atomic, so of two runs one gets it.
 
     Args:
         directory: made if need be.
         name: of the folder.
         numbered: where there is one already, make ``name.2``, ``name.3``, ... instead.
+        may_exist: where there is one already, give it.
 
     Raises:
         ConfigError: it exists, or cannot be made.
@@ -43,6 +45,8 @@ def new_folder(directory: str, name: str, numbered: bool = False) -> Path:
                 folder.mkdir()
                 break
             except FileExistsError:
+                if may_exist and folder.is_dir():
+                    break
                 if not numbered:
                     raise ConfigError(
                         f"run.name is {name}: {folder} exists and is never overwritten; must be a new one, or give "
@@ -61,8 +65,11 @@ def open_run(folder: Path, configuration: str, world_size: int, backend: str) ->
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` has come to its end."""
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text(encoding="utf-8")).get("state") == "finished"
+    try:
+        summary = read_object(folder / "summary.json")
+    except ConfigError:
+        return False  # what was saved before it is still there
+    return summary is not None and summary.get("state") == "finished"
 
 
 def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
@@ -139,7 +146,7 @@ class Log:
 
     def __init__(self, folder: Path | None, speaks: bool, tensorboard: bool = False) -> None:
         self.folder, self.speaks = folder, speaks
-        self._file: IO[str] | None = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
+        self._file: IO[str] | None = None if folder is None else _appended(folder / "metrics.jsonl")
         self._last_line = time.monotonic()
         # mpirun gives ranks a pseudo-terminal of its own, whatever it prints to itself.
         self._live = sys.stdout.isatty() and rank_facts().launcher is None
@@ -178,6 +185,9 @@ class Log:
         if self.written == written:
             return
         if self._file is not None:
+            if self.written < written:
+                self.say(f"log        {self._file.name} is damaged: {self.written} bytes, not {written}; it goes on so")
+                written = Path(self._file.name).read_bytes().rfind(b"\n") + 1
             self._file.truncate(written)
             self._file.seek(0, os.SEEK_END)
         if self._events is not None:
@@ -234,6 +244,13 @@ class Log:
 def is_text(name: str) -> bool:
     """Whether a file's name holds no bytes that this locale cannot read."""
     return not any("\udc80" <= character <= "\udcff" for character in name)
+
+
+def _appended(file: Path) -> IO[str]:
+    try:
+        return file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror})") from None
 
 
 def human_bytes(count: float) -> str:

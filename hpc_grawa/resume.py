@@ -12,20 +12,26 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-
-from jsonargparse import get_loader
+from typing import Any
 
 from .config import Config
 from .errors import ConfigError
 from .launch import job_name, restarts
 from .log import is_finished, new_folder, say, write_atomically
 from .parsing import flatten
+from .reading import parse_settings, read_object, read_text
 from .watch import clock_of, ending_of, read_signs
 
 #: Seconds between signs of life of the job that holds a folder, and without one after which it counts as dead.
 BEAT, DEAD = 5.0, 60.0
 #: May differ when a run goes on: what says where and how fast, but not what.
 _FREE = ("run.resume", "run.dir", "comm_timeout", "data.stage", "data.workers", "data.start_method")
+#: In a run's folder.
+_FILES = (
+    *("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "center.pt", "trace.json", "lock.json"),
+    *("STOP", "checkpoints/latest"),
+)
+_FOLDERS = (".", "checkpoints", "ranks")
 
 
 def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = ()) -> None:
@@ -37,15 +43,27 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
         allowed: dotted keys that may differ; a section's name stands for all of its keys.
     """
     file = folder / "config.yaml"
-    if not file.is_file():
+    text = read_text(file)
+    if text is None:
         return  # killed before it was written
-    then, now = (flatten(get_loader("yaml")(text)) for text in (file.read_text(encoding="utf-8"), configuration))
+    then, now = (flatten(parse_settings(yaml, str(file))) for yaml in (text, configuration))
     for key in dict.fromkeys([*then, *now]):
         if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*_FREE, *allowed)):
+            was = then.get(key, f"left out (is {file} whole?)")
             raise ConfigError(
-                f"{key} is {now.get(key)}: must be {then.get(key)}, as it was when {folder} began; give the run "
+                f"{key} is {now.get(key)}: must be {was}, as it was when {folder} began; give the run "
                 f"another name, or allow this with --allow-change {key}"
             )
+
+
+def check_kinds(folder: Path) -> None:
+    """Raise ``ConfigError`` if one of a run's files is a folder, or one of its folders a file."""
+    for name in _FILES:
+        if (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is a folder: must be a file; remove it, or give another run.name")
+    for name in _FOLDERS:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is a file: must be a folder; remove it, or give another run.name")
 
 
 class RunPlace:
@@ -78,29 +96,49 @@ class RunPlace:
 
     def check(self) -> None:
         """Raise ``ConfigError`` if ``open`` could not work; makes nothing that stays."""
-        if self._resumes and self.path.is_dir():
-            check_unchanged(self.path, self._config.text, self._allowed)
-        else:
-            self._new().rmdir()
+        if not self._resumes:
+            new_folder(self._config.run.dir, self._name, self._numbered).rmdir()
+            return
+        try:
+            check_kinds(self.path)
+            if self.path.is_dir():
+                check_unchanged(self.path, self._config.text, self._allowed)
+            else:  # under another name: its own another job may be making at this moment
+                new_folder(self._config.run.dir, f".{self._name}.{os.getpid()}", numbered=True).rmdir()
+        except OSError as error:
+            raise ConfigError(f"run.name is {self._name}: its folder cannot be used ({error})") from None
 
-    def open(self) -> Path:
-        """Make the folder, or find it, and hold it until ``close``."""
-        resumed = self._resumes and self.path.is_dir()
-        self.path = self.path if resumed else self._new()
-        self._lock = Lock(self.path, f"job {job_name()}" if job_name() else "a process without a job", restarts())
-        summary = self.path / "summary.json"
-        if ended := ending_of(json.loads(summary.read_text()) if summary.is_file() else None, read_signs(self.path)):
-            say(f"before     {ended}")
-        summary.unlink(missing_ok=True)
+    def open(self) -> Path | None:
+        """Make the folder, or find it, and hold it until ``close``; None where another job has finished the run.
+
+        Raises:
+            ConfigError: another job is at work there, or the folder cannot be used.
+        """
+        self.path = new_folder(self._config.run.dir, self._name, self._numbered, may_exist=self._resumes)
+        try:
+            self._lock = Lock(self.path, f"job {job_name()}" if job_name() else "a process without a job", restarts())
+            if self.finished:  # by the job whose end was waited for
+                say(f"finished   {self.path}, by another job meanwhile")
+                return None
+            self._say_how_it_ended()
+            (self.path / "summary.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.name is {self._name}: its folder cannot be used ({error})") from None
         return self.path
+
+    def _say_how_it_ended(self) -> None:
+        try:
+            summary = read_object(self.path / "summary.json")
+        except ConfigError as error:
+            say(f"before     {error}")
+            return
+        if ended := ending_of(summary, read_signs(self.path)):
+            say(f"before     {ended}")
 
     def close(self) -> None:
         """Let others have it."""
         if self._lock is not None:
             self._lock.release()
-
-    def _new(self) -> Path:
-        return new_folder(self._config.run.dir, self._name, self._numbered)
 
 
 class Lock:
@@ -124,24 +162,46 @@ class Lock:
         self._ended = threading.Event()
         own = {"job": job, "restarts": restarts, "host": platform.node(), "pid": os.getpid()}
         self._content = json.dumps(own) + "\n"
+        while not self._taken(job, restarts):
+            pass
+        threading.Thread(target=self._beat, name="hpc_grawa-lock", daemon=True).start()
+
+    def _taken(self, job: str, restarts: int) -> bool:
+        """Try to get it; of several that wait for one job's end, one does."""
         try:
             with self._file.open("x") as file:
                 file.write(self._content)
         except FileExistsError:
-            self._await_end(job, restarts)
+            if not self._await_death(job, restarts):
+                return False
             write_atomically(self._file, self._content)
-        threading.Thread(target=self._beat, name="hpc_grawa-lock", daemon=True).start()
+            time.sleep(0.5)  # in which the last of those who found the same job dead has written
+            return self._is_ours()
+        return True
 
-    def _await_end(self, job: str, restarts: int) -> None:
-        first, said = 0.0, False
-        with suppress(FileNotFoundError):  # released meanwhile
-            while (age := clock_of(self._file.parent) - self._file.stat().st_mtime) < DEAD:
-                holder = json.loads(self._file.read_text() or "{}")
+    def _holder(self) -> dict[str, Any]:
+        """What is known of who holds it: nothing while that is being written, or if it is damaged."""
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(self._file.read_bytes())
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def _await_death(self, job: str, restarts: int) -> bool:
+        """Wait until its holder is dead or was started again as this job; False if it was released meanwhile."""
+        seen, first, said, began = None, 0.0, False, time.monotonic()
+        with suppress(FileNotFoundError):
+            while True:
+                now, touched = clock_of(self._file.parent), self._touched()
+                holder, age = self._holder(), now - touched
+                # By this host's clock too, as a damaged time may lie in the future.
+                if age >= DEAD or time.monotonic() - began >= DEAD:
+                    return True
                 whose = f"{holder.get('job', 'another job')} on {holder.get('host')} (process {holder.get('pid')})"
                 if holder.get("job") == job and holder.get("restarts", 0) != restarts:
-                    return
-                first, latest = first or self._file.stat().st_mtime, self._file.stat().st_mtime
-                if latest > first:
+                    return True
+                if holder != seen:  # the one before has released it, and another was quicker
+                    seen, first, began = holder, self._touched(), time.monotonic()
+                if touched > first:
                     name = self._file.parent.name
                     raise ConfigError(
                         f"run.name is {name}: {whose} is at work in {self._file.parent}, its last sign of life "
@@ -151,13 +211,21 @@ class Lock:
                     say(f"waiting    up to {DEAD - age:.0f} s for {whose}, silent for {age:.0f} s")
                     said = True
                 time.sleep(1)
+        return False
+
+    def _touched(self) -> float:
+        return self._file.lstat().st_mtime
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            with suppress(OSError):
-                if not self._is_ours():
-                    self._give_up(json.loads(self._file.read_text())["job"])
+            self._beat_once()
+
+    def _beat_once(self) -> None:
+        with suppress(OSError):
+            if self._is_ours():
                 os.utime(self._file)
+            elif job := self._holder().get("job"):  # not while nobody claims it, as where it is damaged
+                self._give_up(job)
 
     def _give_up(self, job: str) -> None:
         same = job == json.loads(self._content)["job"]
@@ -169,7 +237,7 @@ class Lock:
         self._ended.set()
 
     def _is_ours(self) -> bool:
-        return self._file.read_text() == self._content
+        return self._file.read_bytes() == self._content.encode()
 
     def release(self) -> None:
         """Let others go on."""

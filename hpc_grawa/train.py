@@ -29,7 +29,7 @@ from .worker import Worker
 def fit(
     config: Config,
     comm: Communicator,
-    new_folder: Callable[[], Path] | None = None,
+    new_folder: Callable[[], Path | None] | None = None,
     speaks: bool | None = None,
     trace: bool = False,
     any_world: bool = False,
@@ -40,7 +40,7 @@ def fit(
         config: checked, the same on all ranks.
         comm: the ranks.
         new_folder: makes the run's folder, on rank 0, once nothing is left to go wrong before the first step; nothing
-            is written without it.
+            is written without it. Where it gives None, the run was finished meanwhile, and nothing is done.
         speaks: whether this rank prints; by default rank 0 does.
         trace: whether to write ``trace.json``, where the time of all ranks went.
         any_world: whether the folder's checkpoint may be one of another number of ranks: all then start from its
@@ -62,7 +62,11 @@ def fit(
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
-    place = os.fsdecode(comm.gather_bytes(os.fsencode(folder.resolve()) if folder else b"", "evaluate")[0])
+    finished = new_folder is not None and folder is None
+    told = b"\0" if finished else os.fsencode(folder.resolve()) if folder else b""
+    place = os.fsdecode(comm.gather_bytes(told, "evaluate")[0])
+    if place == "\0":
+        return {"state": "finished"}
     watch = Watch(Path(place) if place else None, comm, worker.said, config.comm_timeout)
     with failure_recorded(place, comm, worker.facts):
         try:
@@ -146,6 +150,7 @@ class Training:
         greet(self.log, worker, anew=restored is None)
         if checkpoints is not None and worker.config.save.every < math.inf:
             width = worker.vector.data.element_size() * len(worker.vector)
+            checkpoints.check(self._state())
             worker.run.control.written = checkpoints.written
             # Parameters, centers, and as much as AdamW keeps.
             copies = 3 + len(worker.run.synchronizers)
@@ -188,16 +193,19 @@ class Training:
         if self.checkpoints is None:
             return
         with self.worker.clock.paused():
-            state = {
-                "worker": self.worker.state_dict(),
-                "progress": self.progress.state_dict(),
-                "best": list(self.best),
-                "next": [self.evaluations.next, self.saves.next],
-                "written": self.log.written,
-            }
             facts = self.worker.facts
-            for wrong in self.checkpoints.save(facts.step, state, {"seconds": facts.seconds}):
+            for wrong in self.checkpoints.save(facts.step, self._state(), {"seconds": facts.seconds}):
                 self.log.say(wrong)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this rank; all ranks must call it."""
+        return {
+            "worker": self.worker.state_dict(),
+            "progress": self.progress.state_dict(),
+            "best": list(self.best),
+            "next": [self.evaluations.next, self.saves.next],
+            "written": self.log.written,
+        }
 
     def _settle(self) -> None:
         """Make the last checkpoint the one to go on from, once all ranks have written."""

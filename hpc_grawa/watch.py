@@ -87,7 +87,7 @@ class Watch:
                 self._folder.mkdir(exist_ok=True)
                 if comm.rank == 0:
                     for file in self._folder.glob("[0-9]*.json"):
-                        if int(file.stem) >= comm.size:  # of an attempt with more ranks
+                        if file.stem.isdecimal() and int(file.stem) >= comm.size:  # of an attempt with more ranks
                             file.unlink(missing_ok=True)
         self._holder = self._lock()
         self._thread.start()
@@ -136,7 +136,7 @@ class Watch:
     def _lock(self) -> str:
         """Who holds the run's folder."""
         with suppress(OSError):
-            return "" if self._folder is None else (self._folder.parent / "lock.json").read_text()
+            return "" if self._folder is None else (self._folder.parent / "lock.json").read_text(errors="replace")
         return ""
 
     def _give_up(self, purpose: str, seconds: float) -> None:
@@ -158,18 +158,27 @@ class Watch:
 
 
 def read_signs(folder: Path) -> list[Sign]:
-    """The last signs of life of all ranks of the run in ``folder``, in order of rank."""
+    """The last signs of life of all ranks of the run in ``folder``, in order of rank; damaged ones are left out."""
     place = folder / "ranks"
     if not place.is_dir():
         return []
     now = clock_of(place)
     signs = []
     for file in sorted(place.glob("[0-9]*.json")):
-        with suppress(OSError, ValueError):  # being replaced
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             found = json.loads(file.read_text())
-            known = {name: found[name] for name in ("rank", "host", "step", "activity", "seconds", "used", "training")}
-            age = max(0.0, now - file.stat().st_mtime)
-            signs.append(Sign(**known, age=age, told=found.get("told", "")))
+            sign = Sign(
+                rank=int(found["rank"]),
+                host=str(found["host"]),
+                step=int(found["step"]),
+                activity=str(found["activity"]),
+                seconds=float(found["seconds"]),
+                used=float(found["used"]),
+                training=float(found["training"]),
+                age=max(0.0, now - file.stat().st_mtime),
+                told=str(found.get("told", "")),
+            )
+            signs.append(sign)
     return signs
 
 
@@ -182,8 +191,9 @@ def ending_of(summary: dict[str, Any] | None, signs: Sequence[Sign]) -> str:
     """
     if summary is not None:
         cause = f" by {summary['cause']}" if "cause" in summary else ""
-        where = f" (rank {summary['rank']}{' on ' + summary['host'] if 'host' in summary else ''})" if cause else ""
-        return f"{summary['state']}{cause}{where}"
+        host = f" on {summary['host']}" if "host" in summary else ""
+        where = f" (rank {summary['rank']}{host})" if cause and "rank" in summary else ""
+        return f"{summary.get('state', 'ended')}{cause}{where}"
     for sign in signs:
         if sign.told.startswith(_GAVE_UP):
             return f"ended by rank {sign.rank} on {sign.host}, which {sign.told}"
@@ -206,4 +216,5 @@ def clock_of(folder: Path) -> float:
     except OSError:
         return time.time()
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # not made
+            probe.unlink()

@@ -88,7 +88,7 @@ class Worker:
         Under pooled rounds it may be the round alone, without a step and a loss.
         """
         facts = self.facts
-        factor = self.config.schedule(facts)
+        factor = float(self.config.schedule(facts))
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         loss: Tensor | None = None

@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import launch
-from ilsvrc import archives, folders, jpeg, real, script
+from ilsvrc import archives, folders, jpeg, promising, real, script
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +31,7 @@ from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance
 from hpc_grawa.data.base import AHEAD, CPU
 from hpc_grawa.data.imagenet import MEAN, STD, View
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.errors import ConfigError, Damaged
 from hpc_grawa.evaluate import Judge
 from hpc_grawa.metrics import TopAccuracy
 from hpc_grawa.models import ResNet50, ResNet152, ViTB16
@@ -356,6 +357,91 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path) -> None:
         train.batch(torch.arange(8))
 
 
+def framed(content: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose header promises another size."""
+    changed = bytearray(content)
+    at = max(content.rfind(frame, 0, content.index(b"\xff\xda")) for frame in (b"\xff\xc0", b"\xff\xc2"))
+    changed[at + 5 : at + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(300)}, {"comment": b"\xff\xc0"}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_size_of_a_jpeg_is_known_from_its_header(mode: str, options: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (31, 257)).save(buffer, "JPEG", **options)
+    content = buffer.getvalue()
+    assert imagenet.jpeg_size(content) == (257, 31)
+    padded = content[:2] + b"\xff\xff" + content[2:]  # markers may have any number of these before them
+    assert imagenet.jpeg_size(padded) == (257, 31)
+    assert imagenet.decoder()(padded).shape == (257, 31, 3)
+    assert imagenet.jpeg_size(framed(content, 65000, 9)) == (9, 65000)
+    for length in (0, 1, 2, 3, 20):
+        assert imagenet.jpeg_size(content[:length]) == (0, 0)
+    assert imagenet.jpeg_size(b"\xff\xd8" + b"\xff\xe0\0\0" * 99) == (0, 0)
+
+
+def test_an_image_of_too_many_pixels_is_named_before_it_is_decoded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training, too: one line, and status 2."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    row = np.load(copy / "val.npy")[3]
+    file, start, end = copy / f"val-{row['shard']:05}.tar", int(row["offset"]), int(row["offset"] + row["length"])
+    content = file.read_bytes()
+    file.write_bytes(content[:start] + framed(content[start:end], 65000, 65000) + content[end:])
+    where = f"{file}, the image at {start}, cannot be decoded (65000 x 65000 pixels are more than 67,108,864): "
+    with pytest.raises(Damaged) as error:
+        data(copy).load().test.batch(torch.arange(4))
+    assert str(error.value).startswith(where)
+
+    def end_here(_: object, status: int = 1) -> None:
+        raise SystemExit(status)
+
+    own.plain_process(monkeypatch)
+    monkeypatch.setattr("hpc_grawa.comm.single.SingleCommunicator.abort", end_here)  # else it would end the tests
+    words = ("--method=LGRAWA", "--model=SmallCNN", "--model.in_channels=3", "--data=ImageNet", f"--data.path={copy}")
+    words += (
+        "--data.crop=32",
+        "--data.resize=32",
+        "--data.batch_size=8",
+        "--budget.steps=2",
+        f"--run.dir={tmp_path}/runs",
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *words])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"hpc-grawa train: error: rank 0: {where}")
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that is made within the block."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 60000), (60000, 1), (2, 65000)])
+def test_of_an_image_that_is_too_thin_to_be_resized_the_middle_is_seen(height: int, width: int) -> None:
+    """Whose sides are dark, and whose middle, as long as it is high 40 times over, is bright."""
+    long, short = max(height, width), min(height, width)
+    line = np.zeros(long, np.uint8)
+    line[long // 2 - 20 * short : long // 2 + 20 * short] = 200
+    image = np.broadcast_to(line if width == long else line[:, None], (height, width))
+    with Largest() as largest:
+        seen = View(crop=128, resize=256).center(np.stack([image] * 3, 2))
+    assert seen.shape == (128, 128, 3) and (seen == 200).all()
+    assert largest.numbers <= 3 * imagenet.MOST_PIXELS
+
+
 # Settings
 
 
@@ -363,6 +449,7 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"crop": 300}, ("data.crop", "300", "256")),
+        ({"resize": 10_000}, ("data.resize", "10000", "8192")),
         ({"smallest": 0.0}, ("data.smallest", "0.0")),
         ({"workers": 0}, ("data.workers", "0", "processors")),
         ({"workers": 10**6}, ("data.workers", "1000000", "processors")),
@@ -405,6 +492,67 @@ def test_a_wrong_folder_is_an_error_that_names_key_value_and_command(damage: str
     message = str(raised.value)
     assert "data.path" in message and str(copy) in message and "data_prep/imagenet.py" in message
     assert "\n" not in message
+
+
+INDEX = {
+    "offset": (2**40, 2**64 - 1, 2**63),
+    "length": (0, 2**31, 2**32 - 1),
+    "shard": (99, 2**32 - 1),
+    "label": (2, 2**32 - 1),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in INDEX for value in INDEX[field]])
+def test_an_index_that_names_what_is_not_there_is_an_error_that_names_file_and_image(
+    field: str, value: int, folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    rows = np.load(copy / "train.npy")
+    rows[field][5] = value
+    np.save(copy / "train.npy", rows)
+    with pytest.raises(ConfigError, match=r"data.path is '.*\(train.npy says of image 5 what cannot be: .*\)") as error:
+        data(copy).load()
+    assert str(value) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "part", "value"),
+    [
+        ("shards", "train", 10**9),
+        ("shards", "train", 0),
+        ("shards", "val", "1"),
+        ("shards", "val", 1.0),
+        ("counts", "train", -1),
+        ("counts", "train", "60"),
+        ("counts", "val", 0),
+        ("counts", "val", [10]),
+        ("classes", None, 2),
+        ("classes", None, [1, 2]),
+        ("bytes", None, []),
+        ("bytes", "train-00001.tar", None),
+        ("rows", None, 10**12),
+    ],
+)
+def test_impossible_facts_are_an_error_of_one_line_and_cost_nothing(
+    key: str, part: str | None, value: Any, folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    if key == "rows":  # the index, and what says how long it is, promise more images than there are
+        meta["counts"]["train"] = value
+        (copy / "train.npy").write_bytes(promising((copy / "train.npy").read_bytes(), value))
+    elif part is None:
+        meta[key] = value
+    else:
+        meta[key][part] = value
+    (copy / "meta.json").write_text(json.dumps(meta))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"data.path is ") as error:
+            data(copy).load()
+        assert "\n" not in str(error.value) and tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 # Staging

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ilsvrc import ROOT, Images, archives, devkit, folders, jpeg, real, script, tar, train_tar, val_tar
+from ilsvrc import ROOT, Images, archives, devkit, folders, jpeg, promising, real, script, tar, train_tar, val_tar
+
+from hpc_grawa.data import imagenet as packed
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow decodes the images")
 
@@ -570,7 +573,73 @@ def test_two_conversions_into_one_folder(tmp_path: Path, capsys: pytest.CaptureF
 # verify.py
 
 
-@pytest.mark.parametrize("damage", ["bit", "short", "missing", "index", "label", "meta", "unfinished", "image"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("width", "height"), [(9000, 9000), (12_000, 12_000), (60_000, 60_000)])
+def test_an_image_of_too_many_pixels_is_corrupt_by_its_header(
+    kind: str, width: int, height: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever Pillow says of it, in one line."""
+    images, out = made(2), tmp_path / "out"
+    content = bytearray(jpeg(40, 30, kind=kind))
+    if kind == "PNG":
+        content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    else:
+        at = content.index(b"\xff\xc0")
+        content[at + 5 : at + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    images[B]["1.JPEG"] = bytes(content)
+    options = folders(tmp_path / "in", {"train": images, "val": made(1)})
+    assert prepare(out, *options) == 2
+    said = capsys.readouterr()
+    assert re.search(rf"corrupt      {tmp_path}/in/train/{B}, 1.JPEG: .* pixels", said.out)
+    assert "1 corrupt image" in said.err and len(said.err.splitlines()) == 1
+    assert prepare(out, *options, "--skip_corrupt") == 0
+
+
+def test_a_large_image_is_packed_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, to the same bytes."""
+    options = folders(tmp_path / "in", {"train": made(2), "val": made(1)})
+    assert prepare(tmp_path / "a", *options) == 0
+    monkeypatch.setattr(imagenet, "MANY_PIXELS", 100)
+    assert prepare(tmp_path / "b", *options) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"bytes": 5}', "\udcff"])
+def test_a_damaged_record_of_a_conversion_is_made_again(content: str, tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"train-{number:05}.tar").write_bytes(b"shard")
+        (tmp_path / f".train-{number:05}.json").write_text(content, errors="surrogateescape")
+    assert imagenet.completed(tmp_path, "train", skip_corrupt=False) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_facts_are_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, options = tmp_path / "out", folders(tmp_path / "in", {"train": made(1), "val": made(1)})
+    assert prepare(out, *options) == 0
+    (out / "meta.json").write_text("{")
+    capsys.readouterr()
+    assert prepare(out, *options) == 2 and "holds other data" in capsys.readouterr().err
+
+
+def test_an_image_has_as_many_pixels_in_the_scripts_as_in_the_package() -> None:
+    assert (imagenet.MOST_PIXELS, imagenet.ROW) == (packed.MOST_PIXELS, packed.ROW)
+
+
+def test_images_out_of_order_are_found() -> None:
+    """Else those that are checked would be others than those that are read."""
+    rows = np.array([(0, 512, 9, 0, 0), (1, 512, 9, 0, 0), (0, 2048, 9, 0, 0), (1, 2048, 9, 0, 0)], verify.ROW)
+    assert verify.misplaced(rows, [4096, 4096], 1) == 2
+    assert verify.misplaced(rows[[0, 2, 1, 3]], [4096, 4096], 1) is None
+    assert packed.misplaced(rows, [4096, 4096], 1) is None
+
+
+HOSTILE = ("outside", "far", "long", "empty", "before", "shards", "rows")
+
+
+@pytest.mark.parametrize(
+    "damage", ["bit", "short", "missing", "index", "label", "meta", "unfinished", "image", "pixels", *HOSTILE]
+)
 def test_verify_finds_damage(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert prepare(out, *folders(tmp_path / "in", {"train": made(), "val": made(1)})) == 0
@@ -586,11 +655,25 @@ def test_verify_finds_damage(damage: str, tmp_path: Path, capsys: pytest.Capture
         "meta": "meta.json or the index is damaged",
         "unfinished": "the folder is not complete",
         "image": "cannot be decoded",
-    }[damage]
+        "pixels": "has more than 67,108,864 pixels",
+        "shards": "meta.json: has 4 files, not 1000000000 of train",
+        "rows": "meta.json or the index is damaged",
+    }.get(damage, "train.npy: says of image 1 what cannot be: ")
     if damage == "bit":
         content[1000] ^= 1
     if damage == "index":
         rows["offset"][1] += 512
+    if damage in ("outside", "far", "before"):
+        rows["offset"][1] = {"outside": 2**40, "far": 2**64 - 1, "before": 7}[damage]
+    if damage in ("long", "empty"):
+        rows["length"][1] = {"long": 2**32 - 1, "empty": 0}[damage]
+    if damage == "shards":
+        meta["shards"]["train"] = 10**9
+    if damage == "pixels":
+        start = int(rows["offset"][1])
+        at = content.index(b"\xff\xc0", start)
+        content[at + 5 : at + 9] = (9000).to_bytes(2, "big") * 2
+        rows["crc32"][1] = zlib.crc32(content[start : start + int(rows["length"][1])])
     if damage == "label":
         rows["label"][1] ^= 1
     if damage == "image":
@@ -599,6 +682,8 @@ def test_verify_finds_damage(damage: str, tmp_path: Path, capsys: pytest.Capture
         rows["crc32"][1] = zlib.crc32(content[start : start + int(rows["length"][1])])
     file.write_bytes(content[: -1 if damage == "short" else None])
     np.save(out / "train.npy", rows)
+    if damage == "rows":
+        (out / "train.npy").write_bytes(promising((out / "train.npy").read_bytes(), 6 * 10**12))
     if damage == "missing":
         file.unlink()
     if damage == "meta":

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import ConfigError, Damaged
 from ..launch import own_processors
 from .base import CPU, ImageData, Splits
 from .sharding import held_out
@@ -35,6 +35,9 @@ Box = tuple[int, int, int, int]
 
 #: One row of ``train.npy`` and ``val.npy``: an image is ``length`` bytes of file number ``shard`` from ``offset`` on.
 ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+
+#: An image may have so many pixels (201 MB), and the form to which evaluation resizes it.
+MOST_PIXELS = 2**26
 
 _TRIES = 10  # to draw a window that fits into the image, as torchvision's RandomResizedCrop
 _CHUNK = 4  # images that a worker takes at a time
@@ -90,6 +93,10 @@ class View:
     def center(self, image: Pixels) -> Pixels:
         """The un-augmented view ``[crop, crop, 3]`` of an image ``[H, W, 3]``."""
         shorter = min(image.shape[:2])
+        longest = MOST_PIXELS * shorter // self.resize**2
+        if longest < max(image.shape[:2]):  # so thin that only its middle is resized
+            top, left = ((side - min(side, longest)) // 2 for side in image.shape[:2])
+            image = image[top : top + longest, left : left + longest]
         height, width = (self.resize * side // shorter for side in image.shape[:2])
         image = _resized(image, height, width)
         top, left = (round((side - self.crop) / 2) for side in (height, width))
@@ -124,17 +131,20 @@ class Files:
         """So many bytes of file ``number``.
 
         Raises:
-            RuntimeError: the file ends before them.
+            Damaged: the file ends before them, or cannot be read.
         """
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            with self._lock:
-                if number not in self._descriptors:
-                    self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
-                descriptor = self._descriptors[number]
-        content = os.pread(descriptor, length, offset)
+        try:
+            descriptor = self._descriptors.get(number)
+            if descriptor is None:
+                with self._lock:
+                    if number not in self._descriptors:
+                        self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
+                    descriptor = self._descriptors[number]
+            content = os.pread(descriptor, length, offset)
+        except OSError as error:
+            raise Damaged(f"{self.paths[number]}, the image at {offset}, cannot be read ({error.strerror})") from None
         if len(content) != length:
-            raise RuntimeError(f"{self.paths[number]} ends within the image at {offset}: {_CHECK}")
+            raise Damaged(f"{self.paths[number]} ends within the image at {offset}: {_CHECK}")
         return content
 
     def __del__(self) -> None:
@@ -194,7 +204,7 @@ class PackedImages:
         """Begin to decode a batch; what is returned waits for it and gives what ``batch`` would, images on ``device``.
 
         Raises:
-            RuntimeError: from what is returned: an image is damaged.
+            Damaged: from what is returned: an image is.
         """
         rows = self.rows[index.numpy()]
         draws = None if generator is None else self.view.draws(len(rows), generator)
@@ -235,10 +245,43 @@ class PackedImages:
     def _decoded(self, shard: int, offset: int, length: int) -> Pixels:
         content = self.files.read(shard, offset, length)
         try:
+            height, width = jpeg_size(content)
+            if height * width > MOST_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
             return decoder()(content)
         except (RuntimeError, OSError, SyntaxError, ValueError) as error:
             where = f"{self.files.paths[shard]}, the image at {offset}"
-            raise RuntimeError(f"{where}, cannot be decoded ({' '.join(str(error).split())}): {_CHECK}") from None
+            raise Damaged(f"{where}, cannot be decoded ({' '.join(str(error).split())}): {_CHECK}") from None
+
+
+def jpeg_size(content: bytes) -> tuple[int, int]:
+    """Height and width by the header of a JPEG, before anything is decoded; 0 by 0 if it has none.
+
+    Source: ITU-T T.81, 1992, B.2.2.
+    """
+    at = 2
+    while (at := content.find(b"\xff", at)) >= 0:
+        kind = content[at + 1 : at + 2]
+        if b"\xc0" <= kind <= b"\xcf" and kind not in (b"\xc4", b"\xc8", b"\xcc"):  # a frame begins
+            return int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
+        alone = kind <= b"\x01" or b"\xd0" <= kind <= b"\xd8" or kind == b"\xff"  # no length follows
+        at += (1 if kind == b"\xff" else 2) if alone else 2 + max(2, int.from_bytes(content[at + 2 : at + 4], "big"))
+    return 0, 0
+
+
+def misplaced(rows: NDArray[Any], sizes: Sequence[int], classes: int) -> int | None:
+    """The first image that lies outside of the files, is empty, or is of no class; None if there is none.
+
+    Args:
+        rows: ``[N]`` of ``ROW``.
+        sizes: of the files in bytes.
+        classes: how many there are.
+    """
+    size = np.array([*sizes, 0], np.uint64)[np.minimum(rows["shard"], len(sizes))]  # a file that is not there is empty
+    length = rows["length"].astype(np.uint64)
+    right = (length > 0) & (length <= size) & (rows["offset"] <= size - length) & (rows["label"] < classes)
+    wrong = np.flatnonzero(~right)
+    return int(wrong[0]) if len(wrong) else None
 
 
 @cache
@@ -304,6 +347,8 @@ class ImageNet(ImageData):
         Raises:
             ConfigError: the message names key, value and what is allowed.
         """
+        if self.resize**2 > MOST_PIXELS:
+            raise ConfigError(f"data.resize is {self.resize}: must be at most {math.isqrt(MOST_PIXELS)} pixels")
         if not 1 <= self.crop <= self.resize:
             raise ConfigError(f"data.crop is {self.crop}: must be 1 to {self.resize}, which data.resize is")
         if not 0 < self.smallest <= 1:
@@ -343,14 +388,21 @@ class ImageNet(ImageData):
 
         def part(name: str) -> PackedImages:
             folder, shards = Path(self.path), facts["shards"][name]
+            names = [f"{name}-{shard:05}.tar" for shard in range(shards)]
             try:
-                rows = np.load(folder / f"{name}.npy", allow_pickle=False)
-                if rows.dtype != ROW or len(rows) != facts["counts"][name]:
-                    raise ValueError(f"{name}.npy is {rows.dtype} of {len(rows)} images")
-            except (OSError, EOFError, ValueError) as error:
+                # Mapped first: a header may promise more than there is.
+                mapped = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                if mapped.dtype != ROW or mapped.shape != (facts["counts"][name],):
+                    raise ValueError(f"{name}.npy is {mapped.dtype} {mapped.shape}")
+                rows = np.array(mapped)
+                sizes = [facts["bytes"][file] for file in names]
+                if (wrong := misplaced(rows, sizes, len(facts["classes"]))) is not None:
+                    shard, offset, length, label, _ = rows[wrong].item()
+                    what = f"class {label}, {length} bytes at {offset} of file {shard}"
+                    raise ValueError(f"{name}.npy says of image {wrong} what cannot be: {what}")
+            except (OSError, EOFError, ValueError, AttributeError) as error:
                 raise self._wrong(" ".join(str(error).split())) from None
-            files = Files([folder / f"{name}-{shard:05}.tar" for shard in range(shards)])
-            return PackedImages(files, rows, view, pool, self.channels_last)
+            return PackedImages(Files([folder / file for file in names]), rows, view, pool, self.channels_last)
 
         train, test = part("train"), part("val")
         if not self.validation:
@@ -382,11 +434,20 @@ class ImageNet(ImageData):
         """meta.json, once every file is seen to have the size that it states."""
         try:
             facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_text())
-            _ = [facts["counts"][part] + facts["shards"][part] for part in ("train", "val")], facts["classes"]
-            for name, size in facts["bytes"].items():
+            sizes, classes = facts["bytes"], facts["classes"]
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ValueError("the classes in meta.json are no names")
+            for part in ("train", "val"):
+                for key in ("counts", "shards"):
+                    if type(number := facts[key][part]) is not int or number < 1:
+                        raise ValueError(f"the {key} of {part} in meta.json are {number!r}")
+                if facts["shards"][part] > len(sizes):  # before a list of them is made
+                    raise ValueError(f"meta.json has {len(sizes)} files, not {facts['shards'][part]} of {part}")
+                _ = [sizes[f"{part}-{shard:05}.tar"] for shard in range(facts["shards"][part])]
+            for name, size in sizes.items():
                 if (found := (Path(self.path) / name).stat().st_size) != size:
                     raise ValueError(f"{name} has {found} bytes, not {size}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._wrong(
                 f"no {error} in meta.json" if isinstance(error, KeyError) else " ".join(str(error).split())
             ) from None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..parsing import flatten, load_yaml
+from ..parsing import flatten
+from ..reading import parse_object, parse_settings, read_object, read_text
 
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss"}
@@ -83,7 +84,8 @@ class RunRecord:
     def weights(self) -> list[list[list[float]]]:
         """The weights of each round of all ranks, ``[R, W, K]``."""
         rounds = [event["weights"] for event in self.events.get("round", []) if event.get("weights")]
-        return [weights for weights in rounds if len(weights) == max(map(len, rounds))]
+        shapes = [(len(weights), len(weights[0])) for weights in rounds]
+        return [weights for weights, shape in zip(rounds, shapes, strict=True) if shape == max(shapes)]
 
     def curve(self, part: str) -> list[tuple[float, float]]:
         """(training seconds, metric of the center on ``part``) at each evaluation."""
@@ -116,15 +118,12 @@ def read_run(path: str | Path) -> RunRecord:
     if not (log.is_file() or summary.is_file()):
         hint = f"; give the run folders in it: {path}/*" if any(path.glob("*/metrics.jsonl")) else ""
         raise ConfigError(f"{path} is no run folder: it holds neither metrics.jsonl nor summary.json{hint}")
-    try:
-        settings = load_yaml(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except Exception as error:  # what a loader raises is its own affair
-        raise ConfigError(f"{config} cannot be read: {' '.join(str(error).split())}") from error
+    settings = read_text(config)
     return RunRecord(
         path=path,
-        summary=_parse(summary.read_text(encoding="utf-8"), str(summary)) if summary.is_file() else None,
-        events=_read_events(log) if log.is_file() else {},
-        config=flatten(settings) if isinstance(settings, dict) else {},
+        summary=_read_summary(summary),
+        events=_read_events(log),
+        config={} if settings is None else flatten(parse_settings(settings, str(config))),
     )
 
 
@@ -173,7 +172,7 @@ def setting(records: Sequence[RunRecord]) -> str:
         parts.append(f"{' and '.join(map(str, worlds))} rank{'' if worlds == [1] else 's'}")
     units = {"seconds": "s of training time", "epochs": "epochs", "steps": "steps"}
     budgets = [{unit: record.config.get(f"budget.{unit}") for unit in units} for record in records]
-    limits = [f"{limit:,g} {units[unit]}" for unit, limit in budgets[0].items() if limit is not None]
+    limits = [f"{limit:,g} {units[unit]}" for unit, limit in budgets[0].items() if is_number(limit)]
     if limits and all(budget == budgets[0] for budget in budgets):
         parts.append(" or ".join(limits) + (" each" if len(records) > 1 else ""))
     return ", ".join(parts)
@@ -186,22 +185,76 @@ def last(path: Any) -> str:
 
 def _read_events(path: Path) -> dict[str, list[dict[str, Any]]]:
     events: dict[str, list[dict[str, Any]]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return events
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
     lines.pop()  # empty, or half-written by a run that was killed
     for number, line in enumerate(lines, 1):
-        event = _parse(line, f"{path}, line {number},")
-        events.setdefault(str(event.get("event")), []).append(event)
+        where = f"{path}, line {number},"
+        event = parse_object(line, where)
+        kind = str(event.get("event"))
+        for key, right in {"event": _is_word, **_EVENTS.get(kind, {})}.items():
+            _check(event, key, right, where)
+        for key in ("world_size", "slowest", *(event if kind == "evaluate" else ())):
+            if key not in _WORDS and event.get(key) is not None:
+                _check(event, key, is_number, where)
+        events.setdefault(kind, []).append(event)
     return events
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} is {text[:40]}: must be a JSON object")
-    return value
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    summary = read_object(path)
+    if summary is not None:
+        _check(summary, "state", _is_word, str(path))
+        for key in ("world_size", "seed"):
+            if summary.get(key) is not None:
+                _check(summary, key, is_number, str(path))
+    return summary
+
+
+def _check(found: dict[str, Any], key: str, right: Callable[[Any], bool], where: str) -> None:
+    """Raise ``ConfigError`` that names ``where`` it is unless ``found`` has a right value there."""
+    if not right(found.get(key)):
+        has = f"its {key} is {str(found[key])[:40]}" if key in found else f"it has no {key}"
+        raise ConfigError(f"{where} is damaged: {has}")
+
+
+def is_number(value: object) -> bool:
+    """Whether that is a number, perhaps NaN or infinite."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64)
+
+
+def _is_time(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_weights(value: Any) -> bool:
+    """Whether these are ``[W, K]`` numbers, or none at all."""
+    rows = value or []
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and 0 < len(row) == len(rows[0]) and all(map(is_number, row)) for row in rows
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or isinstance(value, list)
+
+
+_WORDS = ("event", "part", "model")
+#: What events must say, as reports rely on it.
+_EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "start": {"layers": _are_names},
+    "train": {"step": _is_time, "seconds": _is_time},
+    "evaluate": {"step": _is_time, "seconds": _is_time, "part": _is_word, "model": _is_word},
+    "round": {"step": _is_time, "round": _is_time, "seconds": _is_time, "weights": _are_weights},
+}
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:

@@ -28,6 +28,10 @@ def describe(folder: Path) -> str:
             since = f" {sign.seconds:.0f} s" if sign.seconds else ""
             rows.append([str(sign.rank), sign.host, str(sign.step), sign.activity + since, f"{sign.age:.0f} s ago"])
         lines += aligned(rows)
+    known = {sign.rank for sign in signs}
+    for file in sorted((folder / "ranks").glob("[0-9]*.json")):
+        if file.stem.isdecimal() and int(file.stem) not in known:
+            lines.append(f"damaged    {file}: no sign of life")
     return "\n".join(lines)
 
 
