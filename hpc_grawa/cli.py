@@ -372,7 +372,7 @@ def together(program: str, config: Config, facts: RankFacts, first_line: str) ->
     if facts.rank == 0:
         say(first_line)
     with named_errors(program, facts):
-        comm = connect(config.backend, facts)
+        comm = connect(config.backend, facts, config.comm_timeout)
     try:
         yield comm
     except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:
@@ -386,4 +386,6 @@ def together(program: str, config: Config, facts: RankFacts, first_line: str) ->
             print(report, file=sys.stderr, flush=True)
         comm.abort(130 if interrupted else 2 if isinstance(error, ConfigError) else 1)
         raise
+    except SystemExit as error:  # of the user's classes: the interpreter would leave without a word
+        raise RuntimeError(f"rank {comm.rank} was told to leave in mid-work: sys.exit({error.code!r})") from error
     comm.close()

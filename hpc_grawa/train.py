@@ -54,23 +54,31 @@ def fit(
         NonFinite: training has diverged on all ranks.
     """
     comm.meter = Meter()
-    worker = Worker(config, comm)
     speaks = comm.rank == 0 if speaks is None else speaks
-    worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
+    with comm.meter.busy("loads its data"):
+        worker = Worker(config, comm)
+        worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
+    comm.meter.said = worker.said
     folder = None if new_folder is None else new_folder()
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
     place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
-    watch = Watch(Path(place) if place else None, comm, worker.said, config.comm_timeout)
-    with failure_recorded(place, comm, worker.facts):
-        try:
+    watch = comm.watch or Watch(comm.rank, comm.size, config.comm_timeout)
+    watch.attach(comm, config.comm_timeout)
+    watch.begin(Path(place) if place else None)
+    try:
+        with failure_recorded(place, comm, worker.facts):
             found = Training(worker, folder, place, speaks).run(trace, any_world)
-        except BaseException as error:
-            watch.close(f"failed: {type(error).__name__}: {error}")
-            raise
-        watch.close(found["state"])
+    except BaseException as error:
+        watch.end(f"failed: {type(error).__name__}: {error}")
+        raise
+    else:
+        watch.end(found["state"])
         return found
+    finally:
+        if comm.watch is None:
+            watch.close()
 
 
 class Training:

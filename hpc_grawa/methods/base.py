@@ -177,6 +177,7 @@ class Method(ABC):
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
         run.common_start = start == "common"
+        comm.meter.said = lambda: {"step": facts.step, "used": facts.progress, "training": facts.seconds}
         self._assemble(run, probe)
         return run
 
