@@ -64,8 +64,10 @@ def fit(
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found.
     place = comm.gather_bytes(str(folder.resolve() if folder else "").encode(), "evaluate")[0].decode()
-    watch = comm.watch or Watch(comm.rank, comm.size, config.comm_timeout)
-    watch.attach(comm, config.comm_timeout)
+    # Simulated ranks wait for one another as they should, and cannot be lost.
+    timeout = math.inf if comm.watch is None else config.comm_timeout
+    watch = comm.watch or Watch(comm.rank, comm.size, timeout)
+    watch.attach(comm, timeout)
     watch.begin(Path(place) if place else None)
     try:
         with failure_recorded(place, comm, worker.facts):

@@ -108,8 +108,12 @@ class Watch:
         if job is not None:
             self._first = first_process()
             self._launcher = parent_of(self._first)
-            job = re.sub(r"[^\w.@-]", "_", job)[:100]
-            self._host = Path(tempfile.gettempdir()) / f"hpc_grawa-{os.getuid()}-{job}-{next(_numbers)}"
+            mine, job = f"hpc_grawa-{os.getuid()}", re.sub(r"[^\w.@-]", "_", job)[:100]
+            self._host = Path(tempfile.gettempdir()) / f"{mine}-{job}-{next(_numbers)}"
+            with suppress(OSError):
+                for folder in self._host.parent.glob(f"{mine}-*"):  # of jobs that were killed
+                    if time.time() - (folder / "ranks").stat().st_mtime > 86_400:
+                        shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 (self._host / "ranks").mkdir(parents=True, exist_ok=True, mode=0o700)
         self._writing = threading.Lock()
@@ -280,10 +284,11 @@ class Watch:
     def _end(self, line: str) -> None:
         # Should the backend's abort hang: from no Python thread, which may have to wait for a call of C.
         faulthandler.dump_traceback_later(10, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-        with suppress(OSError):
+        with suppress(OSError):  # nobody may be there to read it
             print(line, file=sys.stderr, flush=True)
-        if self._comm is not None:
-            self._comm.abort(1)
+        with suppress(Exception):
+            if self._comm is not None:
+                self._comm.abort(1)
         os._exit(1)
 
 
@@ -316,10 +321,12 @@ class _Late:
     @property
     def text(self) -> str:
         """All that is known, in words."""
-        absent = f"no sign of life of rank {', '.join(map(str, self._absent))}" if self._absent else ""
+        absent = ", ".join(map(str, self._absent))
+        if absent:
+            absent = f"no sign of life of rank {absent}" if self._sees_all else f"unknown on this host: rank {absent}"
         told = [
             _named(_LEFT, self.left),
-            absent + (f" on {platform.node()}" if absent and not self._sees_all else ""),
+            absent,
             _named("silent", self.silent),
             _named("not waiting", self._busy),
         ]

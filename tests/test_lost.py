@@ -37,7 +37,7 @@ def train(backend: str, ranks: int, *words: str) -> tuple[int, str]:
     """Exit status and errors of a run named ``a`` with a limit of 8 s."""
     wanted(backend)
     where = (f"--backend={backend}", "--run.name=a", "--comm-timeout=8", "--budget.steps=30", "--method.period=4")
-    status, _, errors = launch("train", *LINE, *where, *words, ranks=ranks)
+    status, _, errors = launch("train", *LINE, *where, *words, ranks=ranks, limit=200)
     return status, errors
 
 

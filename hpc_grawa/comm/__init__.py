@@ -86,7 +86,7 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     size = facts.size if group is None else torch.distributed.get_world_size()
     if backend == "single" and size > 1:
         raise ConfigError(
-            f"backend is single under {launcher or group} with {size} ranks: they would train apart; must be another"
+            f"backend is single under {launcher or 'a process group'} with {size} ranks: they would train apart; must be another"
         )
     if backend in ("mpi", "horovod") and launcher == "torchrun":
         raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use gloo or nccl, or mpirun")
@@ -111,7 +111,8 @@ def connect(
         backend: ``auto``: as ``choose`` says. Where no launcher has started the ranks, but the program a process group
             (``torch.multiprocessing.spawn`` and ``init_process_group``), its ranks.
         facts: of the launcher.
-        comm_timeout: longest wait for a message, in seconds: then the job ends, and the ranks waited for are named.
+        comm_timeout: longest wait for a message, in seconds: then the job ends, and the ranks waited for are named;
+            those of other hosts where TMPDIR is a folder that all share, or a run's folder is there.
 
     Raises:
         ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds.
