@@ -86,7 +86,8 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     size = facts.size if group is None else torch.distributed.get_world_size()
     if backend == "single" and size > 1:
         raise ConfigError(
-            f"backend is single under {launcher or 'a process group'} with {size} ranks: they would train apart; must be another"
+            f"backend is single under {launcher or 'a process group'} with {size} ranks: they would train apart; must "
+            f"be another"
         )
     if backend in ("mpi", "horovod") and launcher == "torchrun":
         raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use gloo or nccl, or mpirun")

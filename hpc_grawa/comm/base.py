@@ -43,6 +43,11 @@ def bytes_sent(verb: Verb, payload: int, world_size: int) -> float:
     }[verb]
 
 
+def not_begun() -> dict[str, Any]:
+    """What a rank says of itself that has made no step."""
+    return {"step": 0, "used": 0.0, "training": 0.0}
+
+
 class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
@@ -62,7 +67,7 @@ class Meter:
         #: What this rank stands still for, since when on the clock of ``time.perf_counter``, and for which ranks.
         self.waits_for: tuple[str, float, Sequence[int]] | None = None
         #: How far it has come, for its signs of life; asked for by another thread.
-        self.said: Callable[[], dict[str, Any]] = lambda: {"step": 0, "used": 0.0, "training": 0.0}
+        self.said: Callable[[], dict[str, Any]] = not_begun
         #: What it does else.
         self.activity = "computes"
         #: Where spans of time are kept, if any.
