@@ -389,7 +389,7 @@ def together(program: str, config: Config, facts: RankFacts, first_line: str) ->
     if facts.rank == 0:
         say(first_line)
     with named_errors(program, facts):
-        comm = connect(config.backend, facts)
+        comm = connect(config.backend, facts, config.comm_timeout)
     try:
         yield comm
     except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:
@@ -407,4 +407,6 @@ def together(program: str, config: Config, facts: RankFacts, first_line: str) ->
         print(f"{program}: error: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
         comm.abort(2)
         raise
+    except SystemExit as error:  # of the user's classes: the interpreter would leave without a word
+        raise RuntimeError(f"rank {comm.rank} was told to leave in mid-work: sys.exit({error.code!r})") from error
     comm.close()

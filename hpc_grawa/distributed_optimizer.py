@@ -65,7 +65,8 @@ def DistributedOptimizer(
         model: in its final dtype, device and memory format.
         method: any; one that needs the loss gets it from ``step(closure)``.
         probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
-        comm: the ranks. None: those of ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not.
+        comm: the ranks. None: those of ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not; it
+            has the limit for waits too.
         backward_passes_per_step: gradients of so many backward passes add up to a step's; only the last pass shares.
         of_horovod: arguments of Horovod's that were left in the call; each is refused with what to write instead.
 

@@ -95,7 +95,7 @@ def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterato
         yield
     except LostContact:
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         if place:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             found = {

@@ -111,6 +111,32 @@ def _tasks_here(text: str, node: int) -> int:
     return counts[node] if len(counts) > 1 else counts[0]
 
 
+def first_process(environment: Mapping[str, str] = os.environ) -> int:
+    """The uppermost process of this rank: this one, or a shell, say, that the launcher has started around it."""
+    names = next((row[1] for row in _VARIABLES if all(v in environment for v in row[1][:2])), None)
+    if names is None:
+        return os.getpid()
+    own, process = f"{names[0]}={environment[names[0]]}".encode(), os.getpid()
+    while (above := parent_of(process)) > 1:
+        try:
+            if own not in Path(f"/proc/{above}/environ").read_bytes().split(b"\0"):
+                break
+        except OSError:  # another user's, or no Linux
+            break
+        process = above
+    return process
+
+
+def parent_of(process: int) -> int:
+    """The process that has started this one; another, or none (0), where that is gone."""
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
     """The same for a job of SLURM (of an array: a task) and its restarts; None outside of SLURM.
 

@@ -55,9 +55,11 @@ def fit(
         NonFinite: training has diverged on all ranks.
     """
     comm.meter = Meter()
-    worker = Worker(config, comm)
     speaks = comm.rank == 0 if speaks is None else speaks
-    worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
+    with comm.meter.busy("loads its data"):
+        worker = Worker(config, comm)
+        worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
+    comm.meter.said = worker.said
     folder = None if new_folder is None else new_folder()
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
@@ -67,15 +69,23 @@ def fit(
     place = os.fsdecode(comm.gather_bytes(told, "evaluate")[0])
     if place == "\0":
         return {"state": "finished"}
-    watch = Watch(Path(place) if place else None, comm, worker.said, config.comm_timeout)
-    with failure_recorded(place, comm, worker.facts):
-        try:
+    # Simulated ranks wait for one another as they should, and cannot be lost.
+    timeout = math.inf if comm.watch is None else config.comm_timeout
+    watch = comm.watch or Watch(comm.rank, comm.size, timeout)
+    watch.attach(comm, timeout)
+    watch.begin(Path(place) if place else None)
+    try:
+        with failure_recorded(place, comm, worker.facts):
             found = Training(worker, folder, place, speaks).run(trace, any_world)
-        except BaseException as error:
-            watch.close(f"failed: {type(error).__name__}: {error}")
-            raise
-        watch.close(found["state"])
+    except BaseException as error:
+        watch.end(f"failed: {type(error).__name__}: {error}")
+        raise
+    else:
+        watch.end(found["state"])
         return found
+    finally:
+        if comm.watch is None:
+            watch.close()
 
 
 class Training:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch import Tensor, nn, optim
 
 from hpc_grawa.data import Data, Splits, TensorExamples
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import _VARIABLES
+from hpc_grawa.launch import _VARIABLES, rank_facts
 from hpc_grawa.methods import Method, Run
 from hpc_grawa.methods.base import Probe
 from hpc_grawa.metrics import Metric
@@ -190,6 +192,33 @@ class Hanging(Failing):
             raise
 
 
+FAULTS = {
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exits": lambda: sys.exit(0),
+    "closes": lambda: throw(GeneratorExit()),
+}
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+class Lost(Line):
+    """Is lost on the last rank in a step or in an evaluation, which is the first thing that a run does."""
+
+    def __init__(self, fault: str = "stopped", evaluation: bool = False, calls: int = 5) -> None:
+        super().__init__()
+        self.fault, self.evaluation, self.calls = fault, evaluation, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        facts = rank_facts()
+        self.calls -= self.training
+        if facts.rank == facts.size - 1 and (not self.training if self.evaluation else self.calls < 0):
+            FAULTS[self.fault]()
+        return super().forward(x)
+
+
 @dataclass(kw_only=True)
 class Numbers(Data):
     """y = 2x + 1 and noise."""
@@ -237,6 +266,19 @@ class BrokenNumbers(Numbers):
     def load(self) -> Splits:
         if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
             raise OSError("these data have failed on purpose")
+        return super().load()
+
+
+@dataclass(kw_only=True)
+class LostNumbers(Numbers):
+    """Loses its last rank while it loads."""
+
+    fault: str = "stopped"
+
+    def load(self) -> Splits:
+        facts = rank_facts()
+        if facts.rank == facts.size - 1:
+            FAULTS[self.fault]()
         return super().load()
 
 

@@ -35,12 +35,12 @@ def words(tmp_path: Path, *more: str) -> tuple[str, ...]:
 @launched
 @pytest.mark.parametrize(("calls", "activity"), [(30, "evaluates"), (1, "computes")])
 def test_a_rank_that_hangs_ends_the_job_and_is_named(calls: int, activity: str, tmp_path: Path) -> None:
-    hangs = ("--model=own.Hanging", f"--model.calls={calls}", "--budget.steps=100", "--comm-timeout=4")
+    hangs = ("--model=own.Hanging", f"--model.calls={calls}", "--budget.steps=100", "--comm-timeout=8")
     began = time.monotonic()
     status, _, errors = launch(*words(tmp_path, *hangs), ranks=2)
-    assert status != 0 and time.monotonic() - began < 45
+    assert status != 0 and time.monotonic() - began < 90
     assert re.search(
-        rf"rank 0 of 2 on {HOST} has waited [4-9] s for (control|evaluate) \(comm_timeout is 4\): ending the job "
+        rf"rank 0 of 2 on {HOST} has waited \d+ s for (control|evaluate) \(comm_timeout is 8\): ending the job "
         rf"on all ranks; not waiting: rank 1 on {HOST} at step \d+ {activity}, heard of \d s ago",
         errors,
     ), errors
@@ -59,13 +59,17 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(calls: int, activity: str, 
 @pytest.mark.parametrize("backend", ["mpi", "gloo"])
 def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(backend: str, tmp_path: Path) -> None:
     job = start(*words(tmp_path, "--model=own.Slow", "--budget.steps=10000"), f"--backend={backend}", ranks=2)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
 
     def written() -> str:
         records = tmp_path / "a" / "metrics.jsonl"
         return records.read_text() if records.exists() else ""
 
-    while len(read_signs(tmp_path / "a")) < 2 or '"train"' not in written() or '"round"' not in written():
+    def begun() -> bool:
+        signs = read_signs(tmp_path / "a")
+        return len(signs) == 2 and signs[0].used > 0 and '"train"' in written() and '"round"' in written()
+
+    while not begun():
         assert time.monotonic() < end
         time.sleep(0.2)
     now = describe(tmp_path / "a")

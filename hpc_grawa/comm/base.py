@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -9,13 +10,17 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ..errors import LostContact
 from ..launch import host_identity
 from ..trace import Kind, Trace
+
+if TYPE_CHECKING:
+    from ..watch import Watch
 
 Verb = Literal["allreduce", "allgather", "alltoall", "broadcast"]
 
@@ -40,6 +45,11 @@ def bytes_sent(verb: Verb | Literal["counter"], payload: int, world_size: int) -
     }[verb]
 
 
+def not_begun() -> dict[str, Any]:
+    """What a rank says of itself that has made no step."""
+    return {"step": 0, "used": 0.0, "training": 0.0}
+
+
 class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
@@ -57,8 +67,10 @@ class Meter:
         self.bytes_sent: defaultdict[str, float] = defaultdict(float)
         self.payload_bytes: Counter[str] = Counter()
         self.hidden_seconds = 0.0
-        #: What this rank stands still for, and since when on the clock of ``time.perf_counter``.
-        self.waits_for: tuple[str, float] | None = None
+        #: What this rank stands still for, since when on the clock of ``time.perf_counter``, and for which ranks.
+        self.waits_for: tuple[str, float, Sequence[int]] | None = None
+        #: How far it has come, for its signs of life; asked for by another thread.
+        self.said: Callable[[], dict[str, Any]] = not_begun
         #: What it does else.
         self.activity = "computes"
         #: Where spans of time are kept, if any.
@@ -107,6 +119,15 @@ class Meter:
             yield
         finally:
             self.activity = "computes"
+
+    @contextmanager
+    def waiting(self, purpose: str, ranks: Sequence[int]) -> Iterator[None]:
+        """Within the block this rank stands still for others, in a call that is no message."""
+        self.waits_for = purpose, time.perf_counter(), ranks
+        try:
+            yield
+        finally:
+            self.waits_for = None
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
@@ -185,14 +206,15 @@ class Work:
         self._meter: Meter | None = None
         self._purpose = ""
         self._on_device = False
+        self._ranks: Sequence[int] = ()
         self._began = time.perf_counter()
         self._result: Tensor | None = None
         #: When the message arrived, on the clock of ``time.perf_counter``, where the backend knows it.
         self.done_at: float | None = None
 
-    def metered(self, meter: Meter, purpose: str, on_device: bool) -> Work:
+    def metered(self, meter: Meter, purpose: str, on_device: bool, ranks: Sequence[int]) -> Work:
         """Have the time of the wait counted."""
-        self._meter, self._purpose, self._on_device = meter, purpose, on_device
+        self._meter, self._purpose, self._on_device, self._ranks = meter, purpose, on_device, ranks
         return self
 
     def wait(self) -> Tensor:
@@ -201,7 +223,7 @@ class Work:
             if meter is None:
                 self._result = self._wait()
                 return self._result
-            meter.waits_for = self._purpose, start
+            meter.waits_for = self._purpose, start, self._ranks
             if self._on_device:
                 events = cuda_event(), cuda_event()
                 events[0].record()
@@ -276,6 +298,9 @@ class Communicator(ABC):
         self._numbers: Counter[Purpose] = Counter()
         self._node: Communicator | None = None
         self._buffers: dict[object, Tensor] = {}
+        #: Ends waits without end; None where ranks cannot be lost.
+        self.watch: Watch | None = None
+        self._process = os.getpid()
 
     @property
     def meter(self) -> Meter:
@@ -336,6 +361,7 @@ class Communicator(ABC):
             >>> simulate(4, lambda comm: comm.split([0, 0, 1, 1]).ranks)
             [(0, 1), (0, 1), (2, 3), (2, 3)]
         """
+        self._check_process()
         if len(colors) != self.size:
             raise ValueError(f"split needs one color per rank: {self.size}, got {len(colors)}")
         parts = [[m for m in range(self.size) if colors[m] == color] for color in sorted(set(colors))]
@@ -376,11 +402,20 @@ class Communicator(ABC):
         return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
     def _start(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int = 0) -> Work:
+        self._check_process()
         if not x.is_contiguous():
             raise ValueError(f"{verb} needs a contiguous tensor, got strides {x.stride()} for shape {tuple(x.shape)}")
         self.meter.started(verb, purpose, x, self.size)
         launch = self._launch if self.carries(x, verb) else self._launch_staged
-        return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda)
+        return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda, self.ranks)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"process {os.getpid()} was forked from rank {self.rank} of {self.size} at step "
+                f"{self.meter.said()['step']}, whose messages it cannot send: let only the rank itself communicate, "
+                f"and start processes that do by a launcher"
+            )
 
     def _launch_staged(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         """Send a tensor of a device that the backend cannot read by way of the host."""
@@ -428,7 +463,14 @@ class Communicator(ABC):
         def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             time.sleep(min(self.rank, 2))  # where all ranks fail alike, the lowest speaks for them
             speak(kind, error, trace)
-            print(f"rank {self.rank} of {self.size} failed: ending the job on all ranks", file=sys.stderr)
+            if os.getpid() != self._process:
+                os._exit(1)  # of a process that was forked: the rank itself goes on
+            news = ""
+            if isinstance(error, LostContact) and self.watch is not None:
+                time.sleep(1)  # for the last word of the one that is gone
+                gone = self.watch.news()
+                news = f" at step {self.meter.said()['step']}" + (f" ({gone})" if gone else "")
+            print(f"rank {self.rank} of {self.size} failed{news}: ending the job on all ranks", file=sys.stderr)
             self.abort()
 
         sys.excepthook = end

@@ -44,6 +44,8 @@ class HorovodCommunicator(Communicator):
             if rank_facts().launcher != "horovodrun --gloo":
                 _start_mpi(hvd)
             hvd.init()
+        # A process that is forked has none of Horovod's threads, whose end its shutdown would wait for.
+        os.register_at_fork(after_in_child=lambda: atexit.unregister(hvd.mpi_ops._basics.shutdown))
         super().__init__(hvd.rank(), hvd.size())
         # Names are the process's: those of a second communicator must be others. All ranks make them in one order.
         HorovodCommunicator._made += 1
@@ -113,8 +115,9 @@ class HorovodCommunicator(Communicator):
         # Horovod starts again with all sets: one that may be given more at any time ("dynamic") lets messages stand
         # for up to seconds. No message of another rank is under way: all have just answered the last one.
         self._sets |= {ranks: hvd.ProcessSet(list(ranks)) for ranks in new}
-        hvd.shutdown()
-        hvd.init(process_sets=[known for known in self._sets.values() if known is not hvd.global_process_set])
+        with self.meter.waiting("setup", self.ranks):
+            hvd.shutdown()
+            hvd.init(process_sets=[known for known in self._sets.values() if known is not hvd.global_process_set])
 
     def abort(self, status: int = 1) -> None:
         # Without a shutdown handshake: the launcher sees the death of this rank and ends the others.
@@ -123,7 +126,7 @@ class HorovodCommunicator(Communicator):
         os._exit(status)
 
     def close(self) -> None:
-        if self._hvd.is_initialized():
+        if os.getpid() == self._process and self._hvd.is_initialized():
             self._hvd.shutdown()
 
 
@@ -139,7 +142,9 @@ def _start_mpi(hvd: Any) -> None:
     mpi.MPI_Initialized(ctypes.byref(started))
     if not started.value:
         mpi.MPI_Init_thread(None, None, _MPI_THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
-        atexit.register(mpi.MPI_Finalize)  # after Horovod's shutdown, which is registered later
+        process = os.getpid()
+        # After Horovod's shutdown, which is registered later.
+        atexit.register(lambda: mpi.MPI_Finalize() if os.getpid() == process else None)
 
 
 def library() -> tuple[str, dict[str, bool]]:

@@ -91,8 +91,7 @@ class MPICommunicator(Communicator):
     backend = "mpi"
 
     def __init__(self, part: tuple[MPICommunicator, Any] | None = None) -> None:
-        from mpi4py import MPI
-
+        MPI = _started()
         self._mpi = MPI
         self._comm = MPI.COMM_WORLD.Dup() if part is None else part[1]
         ranks = None if part is None else [part[0].ranks[m] for m in self._comm.allgather(part[0].rank)]
@@ -141,7 +140,7 @@ class MPICommunicator(Communicator):
             made.append(MPICommunicator((self, self._comm.Split(own, self.rank))))
             return torch.empty(0)
 
-        self._thread.run(split).wait()
+        self._thread.run(split).metered(self.meter, "setup", False, self.ranks).wait()
         return made[0]
 
     def abort(self, status: int = 1) -> None:
@@ -150,7 +149,33 @@ class MPICommunicator(Communicator):
         self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:
-        self._thread.close()
+        if os.getpid() == self._process:
+            self._thread.close()
+
+
+def _started() -> Any:
+    """mpi4py's MPI, started.
+
+    By ctypes, which lets other threads run meanwhile: mpi4py would hold them all up until every rank has come, and at
+    the end until every rank has gone, the one that watches for ranks that never do among them.
+    """
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        library, process = ctypes.CDLL(MPI.__file__), os.getpid()
+        library.MPI_Init_thread(None, None, int(MPI.THREAD_MULTIPLE), ctypes.byref(ctypes.c_int()))
+        MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py makes exceptions of them
+
+        def end() -> None:
+            if os.getpid() == process and not MPI.Is_finalized():
+                library.MPI_Finalize()
+
+        atexit.register(end)
+    return MPI
 
 
 def reads_cuda() -> bool:

@@ -28,6 +28,11 @@ from ..launch import (
 from .base import Communicator, Purpose, Verb, Work
 from .store import join, serve, shared_store
 
+#: A message waits as long as its slowest rank computes.
+_A_DAY = timedelta(days=1)
+#: What a group is made of: tensors on the CPU go by Gloo whatever those on GPUs go by.
+_KINDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+
 
 class TorchCommunicator(Communicator):
     """All ranks of the launcher on PyTorch's default process group, or a part of them.
@@ -57,31 +62,29 @@ class TorchCommunicator(Communicator):
             self._group: Any = group
             super().__init__(ranks.index(root.ranks[root.rank]), len(ranks), ranks)
             return
-        facts = facts or rank_facts()
-        if facts.local_size == facts.size and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve to an address it has
-        if backend == "nccl":
+        facts, ours = facts or rank_facts(), not dist.is_initialized()
+        if backend == "nccl" and (ours or facts.launcher is not None):
             torch.cuda.set_device(local_device(facts))
-        ours = not dist.is_initialized()
         if ours:
-            store = find_each_other(facts)
-            name = shared_interface(facts, store) if sys.platform == "linux" else None
-            if name is not None:
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-                store=store,
-                rank=facts.rank,
-                world_size=facts.size,
-                # A message waits as long as its slowest rank computes.
-                timeout=timedelta(days=1),
-            )
+            self._start_group(facts)
         super().__init__(dist.get_rank(), dist.get_world_size())
         # Where a program has started the default group itself, its messages and ours must not meet.
-        self._group = dist.group.WORLD if ours else dist.new_group(timeout=timedelta(days=1))
+        self._group = dist.group.WORLD if ours else dist.new_group(timeout=_A_DAY, backend=_KINDS[backend])
         if backend == "nccl":
             self._check_devices()
         self._end_together()
+
+    def _start_group(self, facts: RankFacts) -> None:
+        """Start the default process group on all ranks of the launcher."""
+        if facts.local_size == facts.size and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve to an address it has
+        store = find_each_other(facts)
+        name = shared_interface(facts, store) if sys.platform == "linux" else None
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+        dist.init_process_group(
+            _KINDS[self.backend], store=store, rank=facts.rank, world_size=facts.size, timeout=_A_DAY
+        )
 
     def _check_devices(self) -> None:
         sharing = self.ranks_sharing_a_gpu()
@@ -128,7 +131,8 @@ class TorchCommunicator(Communicator):
 
     def _split(self, parts: list[list[int]], own: int) -> TorchCommunicator:
         ranks = [self.ranks[m] for m in parts[own]]
-        group = dist.new_group(ranks, timeout=timedelta(days=1), use_local_synchronization=True)
+        with self.meter.waiting("setup", self.ranks):
+            group = dist.new_group(ranks, timeout=_A_DAY, backend=_KINDS[self.backend], use_local_synchronization=True)
         return TorchCommunicator(self.backend, part=(self, group, ranks))
 
     def abort(self, status: int = 1) -> None:
@@ -138,7 +142,7 @@ class TorchCommunicator(Communicator):
         os._exit(status)
 
     def close(self) -> None:
-        if dist.is_initialized():
+        if os.getpid() == self._process and dist.is_initialized():
             dist.destroy_process_group()
 
 

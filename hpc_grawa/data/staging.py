@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from ..errors import ConfigError
 _SPARE = 64 * 2**20  # bytes that are to stay free
 _THREADS = 8
 _LINE_EVERY = 5.0  # seconds
+_WORD_EVERY = 5.0  # seconds
 
 
 def staged(
@@ -59,19 +61,50 @@ def staged(
     ranks = node.allgather(torch.tensor([comm.rank]), "setup").wait().flatten().tolist()
     wanted = np.unique(torch.cat([shard_of(rank) for rank in ranks]).numpy())
     copies = _Copies(stage, paths, rows, wanted)
-    problem = ""
-    if node.rank == 0:
+
+    def copy() -> str:
+        """Why it failed, if it did."""
         try:
             size = copies.check(say)
             images = f"{len(wanted):,} images of this node's ranks"
             say(f"stage      {images} to {copies.folder}, {size / 1e9:.2f} GB to copy")
             copies.make(size, say)
         except (OSError, ValueError) as error:
-            problem = f"data.stage is {stage}: {' '.join(str(error).split())} (on {platform.node()})"
+            return f"data.stage is {stage}: {' '.join(str(error).split())} (on {platform.node()})"
+        return ""
+
     # One that fails on another node must be known to all; it is also what the other ranks of this node wait for.
-    if problems := [p for p in comm.gather_bytes(problem.encode(errors="backslashreplace")) if p]:
-        raise ConfigError(problems[0].decode())
+    told = _told_by_all(comm, copy if node.rank == 0 else str)
+    if problems := [problem for problem in told if problem]:
+        raise ConfigError(problems[0])
     return copies.paths, copies.rows()
+
+
+def _told_by_all(comm: Communicator, work: Callable[[], str]) -> list[str]:
+    """What ``work()`` returns on each rank; however long it takes, no message keeps a rank waiting for it.
+
+    Ranks that are not done yet say so every few seconds. Deadlock argument: all see the same words, and go on until
+    none of them says so.
+    """
+    found: list[str | Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:  # raised in the main thread
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="hpc_grawa-stage", daemon=True)
+    thread.start()
+    busy = b"\0"
+    words = [busy]
+    while busy in words:
+        thread.join(_WORD_EVERY)
+        own = found[0] if found else busy.decode()
+        if isinstance(own, Exception):
+            raise own
+        words = comm.gather_bytes(own.encode(errors="backslashreplace"))
+    return [word.decode() for word in words]
 
 
 class _Copies:

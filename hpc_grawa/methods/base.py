@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
 
@@ -221,6 +222,7 @@ class Method(ABC):
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
         run.common_start = start == "common"
+        comm.meter.said = partial(_said, facts)
         self._assemble(run, probe)
         return run
 
@@ -257,6 +259,11 @@ class Method(ABC):
         ]
         others = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in vector.outside]
         return [f"hpc_grawa {package}", f"method {self}", *parameters, *others]
+
+
+def _said(facts: RunFacts) -> dict[str, Any]:
+    """What signs of life say of a run."""
+    return {"step": facts.step, "used": facts.progress, "training": facts.seconds}
 
 
 def _take_over(comm: Communicator, tensors: list[Tensor]) -> None:
