@@ -143,34 +143,57 @@ def reduce(norms: Tensor, reduction: Reduction) -> Tensor:
     return torch.where(absent.all(), torch.inf, total.nan_to_num(nan=torch.nan, posinf=torch.nan)).reshape(1)
 
 
+class Autocast:
+    """A forward pre-hook that notes which dtype autocast computes in, if it is on; else that of the parameters.
+
+    Where it is part of a compiled graph it must only write: a value that it read would have the graph made anew.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        self.dtype = self._exact = vector.data.dtype
+        self._device = vector.data.device.type
+
+    def __call__(self, *_: Any) -> None:
+        """See a module that is about to compute."""
+        on = torch.is_autocast_enabled(self._device)
+        self.dtype = torch.get_autocast_dtype(self._device) if on else self._exact
+
+
 class Roundoff:
     """Tells which layers' gradients are round-off: ‖g_l‖ ≤ 8·eps(dtype of computation)·‖g‖.
 
     A bias before BatchNorm has such a gradient: by the equations zero, in fact noise, which must weigh no rank. The
-    dtype of computation is that of the parameters, or autocast's if the last forward pass was under it, which the
-    modules that hold the largest tensors are asked for.
+    dtype of computation is the coarsest that the model, or a module with one of its largest tensors, last ran in.
 
     Args:
         vector: the parameters.
     """
 
     def __init__(self, vector: ParameterVector) -> None:
-        self.dtype = self._exact = vector.data.dtype
-        self._device = vector.data.device.type
         largest = sorted(zip(vector.sizes, vector.names, strict=True), reverse=True)[:4]
-        for owner in {name.rpartition(".")[0] for _, name in largest}:
-            vector.model.get_submodule(owner).register_forward_pre_hook(self._see)
+        self._notes = []
+        for name in sorted({"", *(name.rpartition(".")[0] for _, name in largest)}):
+            self._notes.append(Autocast(vector))
+            vector.model.get_submodule(name).register_forward_pre_hook(self._notes[-1])
 
-    def _see(self, *_: Any) -> None:
-        # Part of compiled graphs, which are made anew where a value changes that is read here: it only writes.
-        under = torch.is_autocast_enabled(self._device)
-        self.dtype = torch.get_autocast_dtype(self._device) if under else self._exact
+    @property
+    def eps(self) -> float:
+        """Of the dtype of computation."""
+        return max(torch.finfo(note.dtype).eps for note in self._notes)
 
     def mark(self, norms: Tensor) -> Tensor:
         """The norms ``[L]``, with a minus sign where they are round-off."""
-        eps = max(torch.finfo(dtype).eps for dtype in (self.dtype, self._exact))
         known = torch.where(norms.isfinite(), norms, 0)
-        return torch.where(norms <= 8 * eps * known.square().sum().sqrt(), -norms, norms)
+        return torch.where(norms <= 8 * self.eps * known.square().sum().sqrt(), -norms, norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What modules ran in."""
+        return {"dtypes": [note.dtype for note in self._notes]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        for note, dtype in zip(self._notes, state["dtypes"], strict=True):
+            note.dtype = dtype
 
 
 class _GradientScore(Score):
@@ -191,12 +214,13 @@ class _GradientScore(Score):
         return scores if self._roundoff is None else self._roundoff.mark(scores)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"momentum": self._momentum.state_dict(), "dtype": self._roundoff and self._roundoff.dtype}
+        roundoff = {} if self._roundoff is None else {"roundoff": self._roundoff.state_dict()}
+        return {"momentum": self._momentum.state_dict(), **roundoff}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._momentum.load_state_dict(state["momentum"])
         if self._roundoff is not None:
-            self._roundoff.dtype = state["dtype"]
+            self._roundoff.load_state_dict(state["roundoff"])
 
 
 class GradientNorm(_GradientScore):

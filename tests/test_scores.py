@@ -186,7 +186,28 @@ def test_under_autocast_eps_is_that_of_its_dtype(inside: bool) -> None:
                 if isinstance(score, GradientNorm):
                     score.take()
             assert score._roundoff is not None
-            assert score._roundoff.dtype == (torch.bfloat16 if on else torch.float32)
+            assert score._roundoff.eps == torch.finfo(torch.bfloat16 if on else torch.float32).eps
+
+
+def test_one_layer_in_full_precision_does_not_make_the_others_so() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 99)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.body(x)
+            return self.head(x.float())
+
+    model = Net()
+    vector = ParameterVector(model)
+    score = GradientNorm(vector, vector.layers(), lambda: model(torch.ones(1, 2)).sum(), "layers")
+    score.take()
+    resumed = GradientNorm(vector, vector.layers(), lambda: torch.zeros(()), "layers")
+    resumed.load_state_dict(score.state_dict())
+    for one in (score, resumed):
+        assert one._roundoff is not None and one._roundoff.eps == torch.finfo(torch.bfloat16).eps
 
 
 def rounds_of(method: Method, model_of: Callable[[], nn.Module], world: int = 3, bf16: bool = False) -> list[Round]:
