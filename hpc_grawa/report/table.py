@@ -104,8 +104,11 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
     )
 
 
-def markdown(table: Table) -> str:
-    """The table for people: a line that says what is compared, aligned Markdown, and a note on what the columns say."""
+def markdown(table: Table, width: float = math.inf) -> str:
+    """The table for people: a line that says what is compared, aligned Markdown, and a note on what the columns say.
+
+    Where it is wider than ``width`` and that helps, experiments are its columns.
+    """
     metric = table.metric
     amount = formatter(metric)
     repeated = any(row.runs > 1 for row in table)
@@ -140,8 +143,10 @@ def markdown(table: Table) -> str:
         columns.append((f"to {amount(table.target)}", _reached))
 
     grid = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in table)]
+    shapes = aligned(grid), aligned([list(column) for column in zip(*grid, strict=True)])
+    lines = next((shape for shape in shapes if len(shape[0]) <= width), shapes[0])
     title = ": ".join(filter(None, (metric.capitalize(), table.setting)))
-    return "\n".join([f"{title}.", "", *aligned(grid), "", _note(table)])
+    return "\n".join([f"{title}.", "", *lines, "", _note(table)])
 
 
 def write_csv(table: Table, path: str | Path) -> None:
