@@ -8,7 +8,6 @@ import inspect
 import os
 import platform
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from .methods import Method
 from .parsing import find_class, is_class, parse
 from .reading import parse_settings, read_text
 from .resume import RunPlace
-from .screen import spell_unknown_characters
+from .screen import spell_unknown_characters, wrapped
 
 #: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
@@ -98,7 +97,8 @@ def train(words: list[str], facts: RankFacts) -> None:
 
         if facts.rank == 0:
             with named_errors(program, facts):
-                print(plan(config, size, min(size, options.ranks_per_host or here)))
+                for line in plan(config, size, min(size, options.ranks_per_host or here)).splitlines():
+                    print(wrapped(line, 10_000, others=" " * 18))
         return
     with together(program, config, facts, first_line) as comm:
         from .train import fit
@@ -231,9 +231,9 @@ def methods(words: list[str], facts: RankFacts) -> None:
         method = getattr(package, name)
         if not is_class(method, package.Method) or inspect.isabstract(method):
             continue
-        print(f"{name}\n    {inspect.cleandoc(method.__doc__ or '').splitlines()[0]}")
-        settings = [f"{f.name}={f.default!r}" for f in dataclasses.fields(method)]
-        print(textwrap.fill(", ".join(settings), 110, initial_indent="    ", subsequent_indent="    ") + "\n")
+        settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(method))
+        texts = inspect.cleandoc(method.__doc__ or "").splitlines()[0], settings
+        print(name, *(wrapped(text, 120, "    ", "    ") for text in texts), "", sep="\n")
 
 
 def toy(words: list[str], facts: RankFacts) -> None:

@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .log import is_finished, new_folder
 from .parsing import parse, read_settings, split_config
 from .reading import read_object, read_text
+from .screen import columns
 
 
 @dataclass
@@ -159,7 +160,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
 
     records = [read_run(run) for path in runs for run in _runs_in(path)]
     lines = rows(records, target=target)
-    print("\n" + markdown(lines))
+    print("\n" + markdown(lines, columns(10_000)))
     if csv is not None:
         write_csv(lines, csv)
         print(f"\ntable   {csv}")

@@ -21,7 +21,7 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from statistics import median
-from textwrap import fill, shorten
+from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
@@ -43,6 +43,7 @@ from .launch import (
     slurm_job,
 )
 from .log import say, versions
+from .screen import wrapped
 
 #: Seconds of the test of messages, and for SLURM's programs.
 MESSAGES, ASKED = 4.0, 10.0
@@ -326,8 +327,7 @@ def report(facts: Facts) -> int:
         if finding.fix:
             lines.append((" " * 21, f"fix: {finding.fix}"))
         for start, text in lines:
-            wrapped = fill(text, 120, initial_indent=start, subsequent_indent=" " * 21, break_on_hyphens=False)
-            for line in wrapped.splitlines():
+            for line in wrapped(text, 120, start, " " * 21).splitlines():
                 say(line)
     line, status = verdict(facts, findings)
     say(line)

@@ -126,7 +126,8 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
         f"+ {round_seconds:.2g} s of rounds, without the network",
     ]
     if comm.hosts_matter:
-        lines.insert(4, f"hosts             {math.ceil(world_size / ranks_per_host)}, {ranks_per_host} ranks on each")
+        hosts = math.ceil(world_size / ranks_per_host)
+        lines.insert(4, f"hosts             {hosts} of {ranks_per_host} ranks (--ranks_per_host)")
     return "\n".join(lines)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import io
+import shutil
 import sys
+from textwrap import fill
 
 #: Of what this package writes, in ASCII.
 _SPELLED = {
@@ -65,3 +67,14 @@ def as_shown(text: str) -> str:
     """``text`` as the screen will show it, which may take more room."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "hpc_grawa.spell").decode(encoding)
+
+
+def columns(most: int) -> int:
+    """The width of the terminal, ``most`` of a wider one and where there is none."""
+    return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
+
+
+def wrapped(line: str, most: int, first: str = "", others: str = "") -> str:
+    """A line as several that fit the screen, the first and the others behind indents."""
+    options = {"initial_indent": first, "subsequent_indent": others}
+    return fill(as_shown(line), columns(most), break_on_hyphens=False, break_long_words=False, **options)

@@ -71,9 +71,9 @@ def test_hosts_of_a_dry_run_are_as_large_as_it_says(capsys: pytest.CaptureFixtur
     hosts = dry_run(capsys, *LEVELS, "--ranks_per_host=2")
     for line in ("rounds", "sent per rank"):
         assert hosts[line] == groups[line]
-    assert hosts["hosts"] == "2, 2 ranks on each"
+    assert hosts["hosts"] == "2 of 2 ranks (--ranks_per_host)"
     one = dry_run(capsys, *LEVELS)
-    assert one["hosts"] == "1, 4 ranks on each" and "every 2 local steps" in one["rounds"]
+    assert one["hosts"] == "1 of 4 ranks (--ranks_per_host)" and "every 2 local steps" in one["rounds"]
 
 
 @pytest.mark.parametrize(

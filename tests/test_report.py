@@ -114,6 +114,17 @@ def test_a_row_per_run_says_what_the_summary_says(tmp_path: Path) -> None:
     assert len({len(line) for line in table}) == 1, "columns are not aligned"
 
 
+def test_a_narrow_screen_has_experiments_in_columns(tmp_path: Path) -> None:
+    table = rows([read_run(make_run(tmp_path, name)) for name in ("LGRAWA", "EASGD")])
+    narrow = markdown(table, width=80)
+    assert all(len(line) <= 80 for line in narrow.splitlines())
+    wide = cells(markdown(table))
+    assert [(line["method"], line["LGRAWA"], line["EASGD"]) for line in cells(narrow)] == [
+        (key, wide[0][key], wide[1][key]) for key in wide[0] if key != "method"
+    ]
+    assert cells(markdown(table, width=20)) == wide  # neither fits
+
+
 def test_several_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
     finals = (0.94, 0.95, 0.99)
     runs = [

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 from ..errors import ConfigError
 from ..log import human_bytes
@@ -104,8 +105,11 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
     )
 
 
-def markdown(table: Table) -> str:
-    """The table for people: a line that says what is compared, aligned Markdown, and a note on what the columns say."""
+def markdown(table: Table, width: float = math.inf) -> str:
+    """The table for people: a line that says what is compared, aligned Markdown, and a note on what the columns say.
+
+    Where it is wider than ``width`` and that helps, experiments are its columns.
+    """
     metric = table.metric
     amount = formatter(metric)
     repeated = any(row.runs > 1 for row in table)
@@ -114,7 +118,7 @@ def markdown(table: Table) -> str:
         columns.append(("runs", lambda row: str(row.runs)))
 
     def add(heading: str, key: str, form: Callable[[float], str], spread: bool = False, always: bool = True) -> None:
-        if always or any(row.mean.get(key) for row in table):
+        if always or any(row.mean.get(key, 0.0) >= 0.05 for row in table):  # less is shown as none
             columns.append((heading, lambda row: _cell(row, key, form, spread)))
 
     add("center, test", f"center_test_{metric}", amount, spread=True)
@@ -140,8 +144,10 @@ def markdown(table: Table) -> str:
         columns.append((f"to {amount(table.target)}", _reached))
 
     grid = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in table)]
+    shapes = aligned(grid), aligned([list(column) for column in zip(*grid, strict=True)])
+    lines = next((shape for shape in shapes if len(shape[0]) <= width), shapes[0])
     title = ": ".join(filter(None, (metric.capitalize(), table.setting)))
-    return "\n".join([f"{title}.", "", *aligned(grid), "", _note(table)])
+    return "\n".join([f"{title}.", "", *lines, "", *_notes(table, width)])
 
 
 def write_csv(table: Table, path: str | Path) -> None:
@@ -232,7 +238,7 @@ def _reached(row: Row) -> str:
     return text if row.reached in (0, row.runs) else f"{text} ({row.reached} of {row.runs})"
 
 
-def _note(table: Table) -> str:
+def _notes(table: Table, width: float) -> list[str]:
     """What the columns say."""
     metric, amount = table.metric, formatter(table.metric)
     entries = [
@@ -250,7 +256,7 @@ def _note(table: Table) -> str:
             f"to {amount(table.target)}: training seconds until an evaluation of the center on {table.part} data first "
             f"finds that or better{why}"
         )
-    return "\n".join(f"- {entry}." for entry in entries)
+    return [fill(f"- {entry}.", int(min(width, 10_000)), subsequent_indent="  ") for entry in entries]
 
 
 def _count(value: float) -> str:
