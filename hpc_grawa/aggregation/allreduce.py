@@ -252,7 +252,8 @@ class AllreduceAggregator(Aggregator):
         made = [(i, grad) for i in self._away if (grad := self._vector.parameters[i].grad) is not None]
         if made:
             with self._comm.meter.span("pack", "gradient"):
-                torch._foreach_copy_([self._views[i] for i, _ in made], [grad for _, grad in made])
+                dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in made]
+                torch._foreach_copy_([self._views[i] for i, _ in made], dense)
                 self._attach([i for i, _ in made])
 
     def _zero(self, absent: Sequence[int]) -> None:
