@@ -25,7 +25,7 @@ _HOROVOD = {
     "gradient_predivide_factor": "leave it out: gradients are summed in fp32 at least, then divided by hvd.size()",
     "num_groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",
     "groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",
-    "sparse_as_dense": "leave it out, and make embeddings with sparse=False",
+    "sparse_as_dense": "leave it out: sparse gradients are shared as dense ones",
     "process_set": "pass comm=hpc_grawa.comm.connect().split(colors), with one color for each set of ranks",
 }
 

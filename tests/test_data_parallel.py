@@ -188,6 +188,29 @@ def test_half_precision_gradients_are_summed_in_fp32(on_ranks: Ranks, dtype: tor
         assert bias is not None and (bias == 1).all() and unused == [None, None]
 
 
+def test_sparse_gradients_are_shared_as_dense_ones(on_ranks: Ranks) -> None:
+    """Ranks use rows of their own of an embedding, whose gradient has no other."""
+
+    def body(comm: Communicator, sparse: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Embedding(5, 3, sparse=sparse)
+        vector = ParameterVector(model)
+        optimizer = torch.optim.SGD(vector.parameters, 0.1)
+        run = DataParallel().build(comm, vector, optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            run.aggregator.start()
+            model(torch.tensor([comm.rank, step])).square().sum().backward()
+            run.aggregator.finish()
+            optimizer.step()
+            run.after_step()
+        return vector.data.clone()
+
+    expected = on_ranks(lambda comm: body(comm, False))
+    for ours, theirs in zip(on_ranks(lambda comm: body(comm, True)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The order of events.
 # ---------------------------------------------------------------------------------------------------------

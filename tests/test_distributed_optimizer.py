@@ -699,7 +699,7 @@ def test_what_is_no_method(method: Any) -> None:
         "gradient_predivide_factor": "summed in fp32",
         "num_groups": r"DataParallel\(bucket_mb=",
         "groups": r"DataParallel\(bucket_mb=",
-        "sparse_as_dense": "sparse=False",
+        "sparse_as_dense": "shared as dense",
         "process_set": r"comm=.*split\(colors\)",
     }.items(),
 )

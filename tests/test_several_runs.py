@@ -135,6 +135,36 @@ def test_two_optimizers_of_one_model_and_one_backward_pass(on_ranks: Ranks, use:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("use", ["another order on each rank", "unused on some ranks"])
+def test_two_aggregators_may_be_finished_in_any_order(on_ranks: Ranks, use: str, first: int) -> None:
+    """In a loop of one's own; some of the later one's buckets have left then, on each rank perhaps others."""
+    steps = 4
+
+    def body(comm: Communicator) -> Tensor:
+        model = branches()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        pairs = []
+        for part in (trained[::2], trained[1::2]):
+            optimizer = optim.SGD(part, 0.1, momentum=0.9, weight_decay=0.5)
+            vector = ParameterVector(nn.ParameterList(part))
+            pairs.append((optimizer, DataParallel(bucket_mb=1e-9).build(comm, vector, optimizer)))
+        for step in range(steps):
+            for optimizer, run in pairs:
+                run.aggregator.zero_grad(optimizer)
+                run.aggregator.start()
+            branches_loss(model, comm.rank, step, 0, USES[use](comm.rank, step, 0)).backward()
+            for optimizer, run in (pairs[first], pairs[1 - first]):
+                run.aggregator.finish()
+                optimizer.step()
+                run.after_step()
+        return nn.utils.parameters_to_vector(trained).detach().clone()
+
+    expected = expected_run(on_ranks.size, USES[use], steps, 1)[-1]
+    for ours in on_ranks(body):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_two_runs_that_average_with_words_under_way(on_ranks: Ranks) -> None:
     """Each is what it is alone, though the words and rounds of both cross."""
     methods = LocalSGD(period=6), LocalLGRAWA(period=4)

@@ -120,8 +120,8 @@ def test_bytes_are_those_counted_by_hand(finished: tuple[Config, Path, dict[str,
     _, _, summary = finished
     scores = {"LGRAWA": LAYERS}.get(summary["method"], 1)
     rounds, ranks = 8, 3
-    if summary["method"] == "DataParallel":  # one bucket with a flag per tensor; control words at steps 20 and 30
-        payload = [30 * 4 * (P + LAYERS), 2 * 8 * CONTROL]
+    if summary["method"] == "DataParallel":  # one bucket with a flag per tensor and 1; words at steps 20 and 30
+        payload = [30 * 4 * (P + LAYERS + 1), 2 * 8 * CONTROL]
         sent = 2 * payload[0] * (ranks - 1) / ranks + payload[1] * (ranks - 1)
     else:
         share = 1 if summary["method"] == "LSGD" else 2

@@ -47,9 +47,9 @@ class AllreduceAggregator(Aggregator):
     Deadlock argument: a communicator has one order of messages. Here it does not depend on that of hooks, which may
     fire in another one on each rank. A bucket is launched when all its gradients and all earlier buckets are there, and
     what no hook launched is flushed after backward. Where one pass reaches the parameters of several aggregators (two
-    optimizers), only the latest built launches from hooks; the others launch everything in ``finish``, which is called
-    for the latest first (``AfterBackward``), or in the program's order. All ranks must make the same passes; a rank
-    that makes none takes part in the step's ``finish``. The place (step, and how often gradients were shared in it)
+    optimizers), only the latest built launches from hooks; the others launch everything in ``finish``, and before it
+    what is left of later ones that the pass has reached. All ranks must make the same passes; a rank that makes none
+    takes part in the step's ``finish``. The place (step, and how often gradients were shared in it)
     is summed with the flags, so that ranks that have lost step find out instead of adding what belongs to other steps.
 
     Gradients may be shared again before the step, after a further backward pass: what was shared is the same on all
@@ -101,6 +101,8 @@ class AllreduceAggregator(Aggregator):
         self._arrived: set[int] = set()
         #: Tensors that got a gradient since gradients were last shared, in any part of the batch.
         self._fresh: set[int] = set()
+        #: Tensors without a gradient, once everything is launched and until it has arrived.
+        self._absent: list[int] | None = None
         #: Tensors that had one on any rank when gradients were last shared for the coming step.
         self._kept: set[int] = set()
         #: Tensors whose ``.grad`` may not be their view of the buffer.
@@ -159,14 +161,10 @@ class AllreduceAggregator(Aggregator):
         self._kept.clear()
 
     def finish(self) -> None:
-        if not self._armed:
-            self.start()
-        self._armed = False
-        self._return_to_what_was_shared()
-        absent = sorted(set(range(len(self._views))) - self._fresh)
-        self._zero(absent)
-        while len(self._works) < len(self._buckets):
-            self._launch(absent)
+        if not self._comm.are_latest(self._numbers, "gradient"):
+            for later in self._later():
+                later._flush()
+        absent, self._absent = self._flush(), None
         for work in self._works:
             work.wait()
         self._mean.mul_(1 / self._comm.size)
@@ -187,6 +185,24 @@ class AllreduceAggregator(Aggregator):
             self._verdict = verdict
             if not total.is_cuda:
                 self.settle()
+
+    def _later(self) -> list[AllreduceAggregator]:
+        """Those built later on this communicator that the last backward pass has reached, the latest first."""
+        others = [a for a in _open if a._comm is self._comm and a._numbers.start > self._numbers.start]
+        return sorted((a for a in others if a._armed and a._fresh), key=lambda a: -a._numbers.start)
+
+    def _flush(self) -> list[int]:
+        """Launch what no hook has launched; returns the tensors without a gradient."""
+        if self._absent is None:
+            if not self._armed:
+                self.start()
+            self._armed = False
+            self._return_to_what_was_shared()
+            self._absent = sorted(set(range(len(self._views))) - self._fresh)
+            self._zero(self._absent)
+            while len(self._works) < len(self._buckets):
+                self._launch(self._absent)
+        return self._absent
 
     def settle(self) -> None:
         verdict, self._verdict = self._verdict, None
@@ -219,9 +235,9 @@ class AllreduceAggregator(Aggregator):
         self._fresh.add(i)
         if p.grad is not self._views[i]:
             self._away.add(i)
-        if not self._armed:
+        if not self._armed and self._absent is None:
             return
-        if i in self._arrived:  # its bucket may be under way
+        if i in self._arrived or self._absent is not None:  # its bucket may be under way
             raise RuntimeError(
                 f"parameter '{self._vector.names[i]}' got a second gradient in the backward pass that shares "
                 f"gradients: call backward once on the sum of the losses, checkpoint activations with "
@@ -252,7 +268,8 @@ class AllreduceAggregator(Aggregator):
         made = [(i, grad) for i in self._away if (grad := self._vector.parameters[i].grad) is not None]
         if made:
             with self._comm.meter.span("pack", "gradient"):
-                torch._foreach_copy_([self._views[i] for i, _ in made], [grad for _, grad in made])
+                dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in made]
+                torch._foreach_copy_([self._views[i] for i, _ in made], dense)
                 self._attach([i for i, _ in made])
 
     def _zero(self, absent: Sequence[int]) -> None:
