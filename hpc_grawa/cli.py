@@ -131,7 +131,7 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         first_line = backend_line(config, facts)
     set_threads(facts)
     with together(program, config, facts, first_line) as comm:
-        from . import lazy
+        from . import buffers
         from .evaluate import Judge
         from .trial import new_model
 
@@ -139,7 +139,7 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         splits = config.data.load()
         model = new_model(config, splits, comm, local_device(facts, config.device))
         center = torch.load(options.run / "center.pt", weights_only=True)
-        lazy.restore(model, {name: center[name] for name, _ in model.named_buffers() if name in center})
+        buffers.load_state(model, {name: center[name] for name in buffers.state(model) if name in center})
         model.load_state_dict(center)
         scores = judge.judge(model, splits.test, comm)
         if facts.rank == 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import random_streams
@@ -33,22 +33,3 @@ def completing(model: nn.Module) -> Iterator[None]:
             own = kept.get(name)
             if own is not None and (own.shape, own.dtype) == (buffer.shape, buffer.dtype):
                 buffer.copy_(own)
-
-
-def outside(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen parameters and buffers by name."""
-    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    return frozen | {name: buffer.detach() for name, buffer in model.named_buffers()}
-
-
-def restore(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Give the model what ``outside`` gave; a buffer that has grown since it was built grows again."""
-    there = outside(model)
-    device = next(model.parameters()).device
-    for name, tensor in saved.items():
-        own = there.get(name)
-        if own is not None and own.shape == tensor.shape:
-            own.copy_(tensor)
-        else:
-            owner, _, last = name.rpartition(".")
-            model.get_submodule(owner)._buffers[last] = tensor.to(device if own is None else own.device, copy=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import lazy, random_streams
+from . import buffers, random_streams
 from .budget import Clock
 from .comm import Communicator
 from .config import Config
@@ -98,7 +98,8 @@ class Worker:
         """All that survives a step; all ranks must call it, between steps."""
         return {
             "parameters": self.vector.data,
-            "outside": lazy.outside(self.model),
+            "frozen": [p.detach() for p in self._frozen()],
+            "buffers": buffers.state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "run": self.run.state_dict(),
             "local_steps": self.local_steps,
@@ -110,7 +111,7 @@ class Worker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken: the same model, method, data and ranks."""
         self.vector.data.copy_(state["parameters"])
-        lazy.restore(self.model, state["outside"])
+        self._take_outside(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.local_steps = state["local_steps"]
         self.clock.restart(state["seconds"])
@@ -123,11 +124,19 @@ class Worker:
         centers = [s["averager"]["center"] for s in state["run"]["synchronizers"]]
         center = centers[-1] if centers and centers[-1] is not None else state["parameters"]
         self.vector.data.copy_(center)
-        lazy.restore(self.model, state["outside"])
+        self._take_outside(state)
         self.local_steps = state["run"]["facts"]["step"]
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.start_from(state["run"]["facts"])
+
+    def _frozen(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if not p.requires_grad]
+
+    def _take_outside(self, state: dict[str, Any]) -> None:
+        for p, saved in zip(self._frozen(), state["frozen"], strict=True):
+            p.detach().copy_(saved)
+        buffers.load_state(self.model, state["buffers"])
 
     def _in_order(self) -> Iterator[tuple[Nest, Nest]]:
         """This rank's batches from that of the present step on; begins when the first is asked for."""

@@ -1,0 +1,92 @@
+"""A model's buffers: as they were after a block, and one set for all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .comm import Communicator
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Within the block buffers may be changed, resized, replaced; afterwards the same tensors hold the same numbers."""
+    held = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    try:
+        yield
+    finally:
+        for module, own in held:
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in values:
+                if buffer.shape != value.shape:
+                    buffer.resize_(value.shape)
+                buffer.copy_(value)
+
+
+def share(model: nn.Module, comm: Communicator) -> None:
+    """Give the model one rank's buffers, of whatever shapes: those of the lowest rank where none is NaN.
+
+    All ranks must call it. Two small gathers, and the buffers as one message of bytes.
+    """
+    if comm.size == 1:
+        return
+    held = state(model)
+    tensors = [t for t in held.values() if t is not None]
+    sound = not any(bool(t.isnan().any()) for t in tensors if t.is_floating_point())
+    kinds = {k: None if t is None else (list(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in held.items()}
+    said = [json.loads(message) for message in comm.gather_bytes(json.dumps([sound, kinds]).encode(), "evaluate")]
+    root = next((rank for rank, (whole, _) in enumerate(said) if whole), 0)
+    given = {k: kind and (getattr(torch, kind[1]), torch.Size(kind[0])) for k, kind in said[root][1].items()}
+    sizes = [kind[0].itemsize * kind[1].numel() if kind else 0 for kind in given.values()]
+    message = torch.empty(sum(sizes), dtype=torch.uint8, device=next(model.parameters()).device)
+    if not len(message):
+        return
+    if comm.rank == root:
+        torch.cat([as_bytes(t).to(message.device) for t in tensors], out=message)
+    comm.broadcast(message, root, "evaluate").wait()
+    for (name, kind), piece in zip(given.items(), torch.split(message, sizes), strict=True):
+        _put(model, name, from_bytes(piece, *kind) if kind else None)
+
+
+def state(model: nn.Module) -> dict[str, Tensor | None]:
+    """All buffers of the model by name, None where there is none yet."""
+    return {
+        f"{path}.{name}".removeprefix("."): None if buffer is None else buffer.detach()
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is None or not is_lazy(buffer)
+    }
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor | None]) -> None:
+    """Take over what ``state`` gave of the same model, from whatever device, also where shapes have changed since."""
+    for name, value in state.items():
+        _put(model, name, value)
+
+
+def _put(model: nn.Module, name: str, value: Tensor | None) -> None:
+    path, _, name = name.rpartition(".")
+    held = model.get_submodule(path)._buffers
+    own = held.get(name)
+    if own is not None and value is not None and (own.shape, own.dtype) == (value.shape, value.dtype):
+        own.detach().copy_(value)
+    else:
+        held[name] = None if value is None else value.to(next(model.parameters()).device, copy=True)
+
+
+def as_bytes(t: Tensor) -> Tensor:
+    """The bytes ``[n]`` of a tensor, uint8."""
+    return t.detach().contiguous().flatten().view(torch.uint8)
+
+
+def from_bytes(message: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """What ``as_bytes`` was given."""
+    return message.clone().view(dtype).view(shape)
