@@ -151,7 +151,7 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         file = options.run / "center.pt"
         try:
             center = torch.load(file, weights_only=True)
-            buffers.load_state(model, {name: center[name] for name, _ in model.named_buffers() if name in center})
+            buffers.load_state(model, {name: center[name] for name in buffers.state(model) if name in center})
             model.load_state_dict(center)
         except Exception as error:  # a damaged file can raise anything
             why = " ".join(str(error).split())[:200] or type(error).__name__

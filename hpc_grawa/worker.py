@@ -15,7 +15,7 @@ from . import buffers, random_streams
 from .budget import Clock
 from .comm import Communicator
 from .config import Config
-from .data import Nest, in_advance, moved, parts
+from .data import Nest, in_advance, nests
 from .errors import ConfigError
 from .evaluate import autocast
 from .launch import local_device
@@ -94,7 +94,7 @@ class Worker:
         loss: Tensor | None = None
         if self.run.before_step():
             with self.comm.meter.loading(self.device):
-                self._batch = moved(next(self._batches), self.device)
+                self._batch = nests.moved(next(self._batches), self.device)
             with self.comm.meter.span("compute", "local step"):
                 loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
             self.local_steps += 1
@@ -172,13 +172,13 @@ class Worker:
         return self.config.budget.used(self.facts, self.total_steps)
 
     def _closure(self) -> Tensor:
-        aggregator, count = self.run.aggregator, self.config.optimizer.accumulate
+        aggregator, parts = self.run.aggregator, self.config.optimizer.accumulate
         aggregator.zero_grad(self.optimizer)
         total = torch.zeros((), device=self.vector.data.device)
         for i, part in enumerate(self._parts(self._batch)):
-            if i == count - 1:
+            if i == parts - 1:
                 aggregator.start()
-            loss = self._loss(part) / count
+            loss = self._loss(part) / parts
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         aggregator.finish()
@@ -195,13 +195,13 @@ class Worker:
             self._probes = self._probes_from(first)
         self._next_probe += 1
         with self.comm.meter.loading(self.device):
-            batch = moved(next(self._probes), self.device)
+            batch = nests.moved(next(self._probes), self.device)
         for part in self._parts(batch):
             yield self._loss(part) / self.config.optimizer.accumulate
 
     def _parts(self, batch: tuple[Nest, Nest]) -> list[tuple[Nest, Nest]]:
         """The equal parts, one after another, that the gradient of a batch is the mean of."""
-        return parts(batch, self.sampler.batch_size, self.config.optimizer.accumulate)
+        return nests.parts(batch, self.sampler.batch_size, self.config.optimizer.accumulate)
 
     def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
         inputs, targets = batch

@@ -12,6 +12,7 @@ from typing import Any
 import own
 import pytest
 import torch
+from conftest import DEVICES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
@@ -165,18 +166,18 @@ class Straight(Taking):
         self.layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_parts_in_a_row_are_the_whole_and_of_its_type(form: str, count: int) -> None:
+def test_parts_in_a_row_are_the_whole_and_of_its_type(form: str, count: int, device: str) -> None:
     make, back = FORMS[form]
-    x, y = torch.randn(6, 6), torch.arange(6)
-    whole = make(x)
+    whole, y = moved((make(torch.randn(6, 6)), torch.arange(6)), torch.device(device))
     cut = parts((whole, y), 6, count)
     assert len(cut) == count
     assert torch.equal(torch.cat([back(inputs) for inputs, _ in cut]), back(whole))
     assert torch.equal(torch.cat([targets for _, targets in cut]), y)
     assert {type(inputs) for inputs, _ in cut} <= {type(whole), dict}
-    assert torch.equal(back(moved(whole, CPU)), back(whole))
+    assert torch.equal(back(moved(whole, CPU)), back(whole).cpu())
 
 
 def test_what_does_not_grow_with_the_batch_goes_to_every_part() -> None:

@@ -87,7 +87,7 @@ def _cut(nest: Nest, length: int, count: int) -> list[Nest]:
                 torch.nested.as_nested_tensor(list(some), layout=nest.layout)
                 for some in _cut(nest.unbind(), length, count)
             ]
-        return list(nest.split(size))
+        return list(torch.split(nest, size))
     if type(nest) in (list, tuple) and len(nest) == length:
         return [nest[first : first + size] for first in range(0, length, size)]
     children = _children(nest)

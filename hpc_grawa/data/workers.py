@@ -23,6 +23,9 @@ from ..errors import ConfigError
 from ..random_streams import seeded
 from .nests import Nest
 
+#: Signals by which a rank is told to save, or to end.
+_OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
 
 def make_batch(dataset: Any, collate: Callable[[list[Any]], Any], numbers: list[int], seed: int | None) -> Nest:
     """A batch of these examples of a data set.
@@ -77,7 +80,12 @@ class Workers:
         Raises:
             RuntimeError: from what is returned: a process has ended.
         """
-        made = self._pool.submit(_make, which, numbers, seed)
+        # Processes may start here; they and the forkserver inherit that signals to all of the job's do not reach them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
+        try:
+            made = self._pool.submit(_make, which, numbers, seed)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
         def finish() -> Any:
             try:
@@ -97,8 +105,7 @@ _content: tuple[Any, ...] | Exception = ()
 
 def _begin(pickled: bytes) -> None:
     global _content
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
     torch.set_num_threads(1)
     with suppress(ImportError):
