@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import buffers, random_streams
+from . import buffers, losses, random_streams
 from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, in_advance
@@ -33,7 +33,7 @@ class Judge:
     """What a model is judged by.
 
     Attributes:
-        loss: (output, target) → mean loss of a batch.
+        loss: (output, target) → loss of a batch; see ``losses.sums`` for what that of all examples is.
         metric: the metric.
         precision: of the forward pass.
         batch_size: examples per forward pass and rank.
@@ -47,7 +47,7 @@ class Judge:
     def judge(
         self, model: nn.Module, examples: Examples, comm: Communicator | None = None, limit: int | None = None
     ) -> dict[str, float]:
-        """Mean loss and metric of the model over ``examples``.
+        """Loss and metric of the model over ``examples`` as if they were one batch.
 
         Args:
             model: as it is; evaluated in eval mode, its modules' modes are restored.
@@ -74,13 +74,13 @@ class Judge:
                 for part, (inputs, targets) in zip(parts, batches, strict=True):
                     inputs, targets = inputs.to(device), targets.to(device)
                     output = model(inputs)
-                    loss = self.loss(output, targets).double().reshape(1) * len(part)
+                    loss = losses.sums(self.loss, output, targets, len(part), count)
                     sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
         message = torch.stack(sums).sum(0) if len(own) else torch.zeros_like(sums[0])
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
         message = message.cpu()
-        return {"loss": float(message[0]) / count, **self.metric.values(message[1:])}
+        return {"loss": float(message[0] / message[1]), **self.metric.values(message[2:])}
 
 
 @contextmanager
@@ -142,7 +142,8 @@ def _eager() -> AbstractContextManager[Any]:
     # Nothing is compiled where nobody has imported the compiler, and to import it takes seconds.
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @contextmanager

@@ -104,7 +104,7 @@ class RunningStatistics(Rider):
         count, means, seconds = (t.double() for t in sums)
         mean = number(means) / count
         var = (number(seconds - count * digits(mean.square()) * self._spreads) / count).clamp_(min=0)
-        torch._foreach_copy_(self._tensors(), [*mean.split(self._sizes), *var.split(self._sizes)])
+        torch._foreach_copy_(self._tensors(), [part for t in (mean, var) for part in torch.split(t, self._sizes)])
 
 
 def pool(model: nn.Module, comm: Communicator) -> None:
@@ -137,14 +137,14 @@ class WeightBuffers(Rider):
     """
 
     def __init__(self, vector: ParameterVector) -> None:
-        statistics = {module: ("running_mean", "running_var", "num_batches_tracked") for module in norms(vector.model)}
+        statistics = {id(m): ("running_mean", "running_var", "num_batches_tracked") for m in norms(vector.model)}
         self._exact = vector.exact_dtype
         self._held = [
             (module, name, buffer.shape, buffer.dtype)
             for module in vector.model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
-            if name not in module._non_persistent_buffers_set and name not in statistics.get(module, ())
+            if name not in module._non_persistent_buffers_set and name not in statistics.get(id(module), ())
         ]
 
     def __len__(self) -> int:
