@@ -138,7 +138,7 @@ class WeightBuffers(Rider):
 
     def __init__(self, vector: ParameterVector) -> None:
         statistics = {id(m): ("running_mean", "running_var", "num_batches_tracked") for m in norms(vector.model)}
-        self._exact = vector.exact_dtype
+        self._exact, self._device = vector.exact_dtype, vector.data.device
         self._held = [
             (module, name, buffer.shape, buffer.dtype)
             for module in vector.model.modules()
@@ -163,9 +163,9 @@ class WeightBuffers(Rider):
 
     def pack(self) -> list[Tensor]:
         own = self._own()
-        flags = torch.tensor([t is not None for t in own])
+        flags = torch.tensor([t is not None for t in own], device=self._device)
         tensors = [
-            torch.zeros(shape, dtype=dtype) if t is None else t
+            torch.zeros(shape, dtype=dtype, device=self._device) if t is None else t
             for t, (_, _, shape, dtype) in zip(own, self._held, strict=True)
         ]
         return [flags, *(t if self._as_they_are(t.dtype) else as_bytes(t) for t in tensors)]
