@@ -115,10 +115,8 @@ def _denominator(name: str, given: dict[str, Any], reduction: str, each: Tensor)
     if name in _OF_CLASSES and isinstance(target, Tensor) and not target.is_floating_point():
         ignored = given["ignore_index"]
         counts = target != (-100 if ignored is None else ignored)
-        if weight is None:
-            return counts.sum()
-        return (weight.double()[target.where(counts, 0)] * counts).sum()
+        weights: Tensor = counts if weight is None else weight.double()[target.where(counts, 0)] * counts
+        return weights.sum()
     if name in ("mse_loss", "l1_loss") and weight is not None:
-        total: Tensor = weight.double().sum()
-        return total
+        return float(weight.double().sum())
     return len(each) if reduction == "batchmean" and each.dim() else each.numel()

@@ -52,8 +52,8 @@ class LocalMomentum(Rider):
     def pack(self) -> list[Tensor]:
         return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
 
-    def unpack(self, sums: list[Tensor]) -> None:
-        pairs = [(own, new) for (_, own), new in zip(self._state(), sums, strict=True) if own is not None]
+    def unpack(self, averages: list[Tensor]) -> None:
+        pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
         if pairs:
             torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
