@@ -66,16 +66,13 @@ class Judge:
         # A rank without examples (fewer than ranks) runs one for the shape of the sums, and counts it as none.
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
-        with undisturbed(model):
-            if comm is not None:
-                buffers.share(model, comm)
-            with eval_mode(model), torch.no_grad(), autocast(self.precision, device):
-                batches = in_advance(examples, ((part, None) for part in parts), device)
-                for part, (inputs, targets) in zip(parts, batches, strict=True):
-                    inputs, targets = inputs.to(device), targets.to(device)
-                    output = model(inputs)
-                    loss = losses.sums(self.loss, output, targets, len(part), count)
-                    sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
+        with undisturbed(model, comm), eval_mode(model), torch.no_grad(), autocast(self.precision, device):
+            batches = in_advance(examples, ((part, None) for part in parts), device)
+            for part, (inputs, targets) in zip(parts, batches, strict=True):
+                inputs, targets = inputs.to(device), targets.to(device)
+                output = model(inputs)
+                loss = losses.sums(self.loss, output, targets, len(part), count)
+                sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
         message = torch.stack(sums).sum(0) if len(own) else torch.zeros_like(sums[0])
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
@@ -147,9 +144,14 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit."""
+def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[None]:
+    """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit.
+
+    With ``comm`` the model begins the block with one set of buffers on all ranks, see ``buffers.share``.
+    """
     with random_streams.kept(), buffers.kept(model):
+        if comm is not None:
+            buffers.share(model, comm)
         yield
 
 
