@@ -93,6 +93,6 @@ def moments(norm: _NormBase, x: Tensor) -> tuple[Tensor, Tensor]:
     if spreads(norm):
         var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
         return mean.double(), var.double()
-    x = x.unflatten(0, (1, -1)) if x.dim() == norm._get_no_batch_dim() else x  # type: ignore[operator]
+    x = x[None] if x.dim() == norm._get_no_batch_dim() else x  # type: ignore[operator]
     var, mean = torch.var_mean(x.flatten(2), 2, correction=0)
     return mean.double().mean(0), var.double().mean(0)

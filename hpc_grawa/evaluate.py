@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import buffers, random_streams
+from . import buffers, losses, random_streams
 from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, Nest, in_advance, moved
@@ -32,7 +32,7 @@ class Judge:
     """What a model is judged by.
 
     Attributes:
-        loss: (output, target) → mean loss of a batch.
+        loss: (output, target) → loss of a batch; see ``losses.sums`` for what that of all examples is.
         metric: the metric.
         precision: of the forward pass.
         batch_size: examples per forward pass and rank.
@@ -46,7 +46,7 @@ class Judge:
     def judge(
         self, model: nn.Module, examples: Examples, comm: Communicator | None = None, limit: int | None = None
     ) -> dict[str, float]:
-        """Mean loss and metric of the model over ``examples``.
+        """Loss and metric of the model over ``examples`` as if they were one batch.
 
         Args:
             model: as it is; evaluated in eval mode, its modules' modes are restored.
@@ -65,21 +65,18 @@ class Judge:
         # A rank without examples (fewer than ranks) runs one for the shape of the sums, and counts it as none.
         parts = torch.split(own, self.batch_size) if len(own) else (index[:1],)
         sums: list[Tensor] = []
-        with undisturbed(model):
-            if comm is not None:
-                buffers.share(model, comm)
-            with eval_mode(model), torch.no_grad(), autocast(self.precision, device):
-                batches = in_advance(examples, ((part, None) for part in parts), device)
-                for part, (inputs, targets) in zip(parts, batches, strict=True):
-                    inputs, targets = moved((inputs, targets), device)
-                    output = model(inputs)
-                    loss = self.loss(output, targets).double().reshape(1) * len(part)
-                    sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
+        with undisturbed(model, comm), eval_mode(model), torch.no_grad(), autocast(self.precision, device):
+            batches = in_advance(examples, ((part, None) for part in parts), device)
+            for part, (inputs, targets) in zip(parts, batches, strict=True):
+                inputs, targets = moved((inputs, targets), device)
+                output = model(inputs)
+                loss = losses.sums(self.loss, output, targets, len(part), count)
+                sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
         message = torch.stack(sums).sum(0) if len(own) else torch.zeros_like(sums[0])
         if comm is not None:
             comm.allreduce(message, "evaluate").wait()
         message = message.cpu()
-        return {"loss": float(message[0]) / count, **self.metric.values(message[1:])}
+        return {"loss": float(message[0] / message[1]), **self.metric.values(message[2:])}
 
 
 @contextmanager
@@ -137,9 +134,14 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit."""
+def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[None]:
+    """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit.
+
+    With ``comm`` the model begins the block with one set of buffers on all ranks, see ``buffers.share``.
+    """
     with random_streams.kept(), buffers.kept(model):
+        if comm is not None:
+            buffers.share(model, comm)
         yield
 
 

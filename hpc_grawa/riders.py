@@ -59,8 +59,8 @@ class LocalMomentum(Rider):
     def pack(self) -> list[Tensor]:
         return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
 
-    def unpack(self, sums: list[Tensor]) -> None:
-        pairs = [(own, new) for (_, own), new in zip(self._state(), sums, strict=True) if own is not None]
+    def unpack(self, averages: list[Tensor]) -> None:
+        pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
         if pairs:
             torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
@@ -122,7 +122,7 @@ class RunningStatistics(Rider):
         count, means, seconds = (t.double() for t in sums)
         mean = number(means) / count
         var = (number(seconds - count * digits(mean.square()) * self._spreads) / count).clamp_(min=0)
-        torch._foreach_copy_(self._tensors(), [*mean.split(self._sizes), *var.split(self._sizes)])
+        torch._foreach_copy_(self._tensors(), [part for t in (mean, var) for part in torch.split(t, self._sizes)])
 
 
 def pool(model: nn.Module, comm: Communicator) -> None:
@@ -155,14 +155,14 @@ class WeightBuffers(Rider):
     """
 
     def __init__(self, vector: ParameterVector) -> None:
-        statistics = {module: ("running_mean", "running_var", "num_batches_tracked") for module in norms(vector.model)}
-        self._exact = vector.exact_dtype
+        statistics = {id(m): ("running_mean", "running_var", "num_batches_tracked") for m in norms(vector.model)}
+        self._exact, self._device = vector.exact_dtype, vector.data.device
         self._held = [
             (module, name, buffer.shape, buffer.dtype)
             for module in vector.model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
-            if name not in module._non_persistent_buffers_set and name not in statistics.get(module, ())
+            if name not in module._non_persistent_buffers_set and name not in statistics.get(id(module), ())
         ]
 
     def __len__(self) -> int:
@@ -181,9 +181,9 @@ class WeightBuffers(Rider):
 
     def pack(self) -> list[Tensor]:
         own = self._own()
-        flags = torch.tensor([t is not None for t in own])
+        flags = torch.tensor([t is not None for t in own], device=self._device)
         tensors = [
-            torch.zeros(shape, dtype=dtype) if t is None else t
+            torch.zeros(shape, dtype=dtype, device=self._device) if t is None else t
             for t, (_, _, shape, dtype) in zip(own, self._held, strict=True)
         ]
         return [flags, *(t if self._as_they_are(t.dtype) else as_bytes(t) for t in tensors)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import losses
 from .comm import Communicator
 from .config import Config
 from .data import Nest, Splits, in_advance, kind, moved, parts
@@ -86,6 +87,9 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             loss = config.loss(output, targets)
             if loss.numel() != 1:
                 raise ValueError(f"it made {kind(loss)}")
+            pair = losses.sums(config.loss, output, targets, few, few)
+            if pair.shape != (2,):
+                raise ValueError(f"its sums are {kind(pair)}, not [2]")
         with _named(f"metric is {_name(config.metric)}: must take {what}"):
             config.metric.values(config.metric.sums(output, targets).double().cpu())
         if config.optimizer.accumulate > 1:

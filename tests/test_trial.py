@@ -62,6 +62,13 @@ class Boastful(own.Numbers):
         return splits
 
 
+class Undivided(nn.MSELoss):
+    """Its sums lack what they divide by."""
+
+    def sums(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum()
+
+
 @dataclass(kw_only=True)
 class Unsplit(own.Numbers):
     """Holds no examples out."""
@@ -89,6 +96,7 @@ class Unsplit(own.Numbers):
             r"loss is MSELoss: must make one number of outputs of Talkative \(\[8, 1\] .*\) and .*; AttributeError: .*",
         ),
         ({"--loss.reduction": "none"}, r"loss is MSELoss: must make one number .*; ValueError: it made \[8, 1\] .*"),
+        ({"--loss": "test_trial.Undivided"}, r"loss is Undivided: .*; ValueError: its sums are \[\] .*, not \[2\]"),
         ({"--metric": "Accuracy"}, r"metric is Accuracy: must take outputs of Line .*; give another metric"),
         (
             {"--metric": "test_trial.Unfinished"},
