@@ -208,8 +208,8 @@ class Checkpoints:
             damaged += wrong
         if damaged:
             raise ConfigError(
-                f"no checkpoint in {self.folder} is whole, nor of use with --resume-world any: start anew under "
-                f"another run.name, or remove that folder to start from the first step ({'; '.join(damaged)})"
+                f"no checkpoint in {self.folder} is whole on every rank: start anew under another run.name, or remove "
+                f"that folder to start from the first step ({'; '.join(damaged)})"
             )
         return None
 

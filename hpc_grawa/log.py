@@ -186,7 +186,9 @@ class Log:
             return
         if self._file is not None:
             if self.written < written:
-                self.say(f"log        {self._file.name} is damaged: {self.written} bytes, not {written}; it goes on so")
+                self.say(
+                    f"log        {self._file.name} is damaged: {self.written} bytes, not {written}; the rest is lost"
+                )
                 written = Path(self._file.name).read_bytes().rfind(b"\n") + 1
             self._file.truncate(written)
             self._file.seek(0, os.SEEK_END)

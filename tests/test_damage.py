@@ -192,6 +192,9 @@ def test_a_damaged_run_goes_on_from_the_state_before_or_one_line_names_what_is_d
         if status == 0 and not (finished and name == "center.pt"):
             center = torch.load(folder / "center.pt", weights_only=True)
             assert all(torch.equal(center[key], whole[key]) for key in whole), (damage, output)
+            if name == "metrics.jsonl":
+                status, output, errors = called(capsys, "table", str(folder))
+                assert (status, errors) == (0, "") or (status == 2 and told(errors, "table", folder / name)), errors
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -226,7 +229,7 @@ def test_where_no_checkpoint_is_whole_one_line_says_what_to_do(
         status, _, errors = called(capsys, "train", *WORDS, f"--run.dir={folder.parent}", *more)
         assert status == 2 and told(errors, "train", folder / "checkpoints/000000004/manifest.json"), errors
         assert f"{folder}/checkpoints/000000008/rank-0000.pt has " in errors
-        assert "whole, nor of use with --resume-world any: start anew under another run.name" in errors
+        assert "is whole on every rank: start anew under another run.name, or remove that folder" in errors
 
 
 def test_a_newest_checkpoint_that_nobody_names_is_taken_and_this_is_said(
@@ -248,6 +251,25 @@ def test_signs_of_life_that_are_damaged_are_named_and_the_others_shown(
     status, output, _ = called(capsys, "status", str(folder))
     assert status == 0 and output.count("| 0 ") == 1
     assert output.count(": no sign of life") == 3 and f"damaged    {folder}/ranks/0003.json: no sign of life" in output
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "summary.json"])
+def test_a_comparison_with_a_damaged_run_makes_it_again_or_one_line_names_it(
+    name: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", *(w for w in WORDS if not w.startswith(("--method=", "--run")))]
+    words += ["--methods=LGRAWA", "--run.name=c", f"--run.dir={tmp_path}"]
+    assert called(capsys, *words)[0] == 0
+    run = tmp_path / "c/LGRAWA-0"
+    shutil.copytree(run, tmp_path / "whole")
+    for damage in (halved, binary, without_keys):
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "whole", run)
+        damage(run / name)
+        status, output, errors = called(capsys, *words)
+        again = name == "summary.json" and "(1 of 1) is in" not in output
+        assert (status == 0 and again) or (status == 2 and told(errors, "compare", run)), (damage, errors)
+        shutil.rmtree(tmp_path / "c/LGRAWA-0.2", ignore_errors=True)
 
 
 # A run that another process has finished

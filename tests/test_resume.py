@@ -247,7 +247,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
         (place / "rank-0002.pt").write_bytes(b"")
 
     def body(comm: Communicator) -> str:
-        with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole, .*: start anew .*rank-0002") as error:
+        with pytest.raises(
+            ConfigError, match=r"no checkpoint in .* is whole on every rank: start anew .*rank-0002"
+        ) as error:
             Checkpoints(tmp_path, comm).load()
         return str(error.value)
 
