@@ -263,9 +263,8 @@ class MeteredCounter:
         """Add and return the sum, which takes a message to the rank that keeps the counter, and its answer."""
         meter, began = self._comm.meter, time.perf_counter()
         meter.started("counter", "ticket", TICKET, self._comm.size)
-        meter.waits_for = "ticket", began
-        total = self._counter.add(amount)
-        meter.waits_for = None
+        with meter.waiting("ticket", self._comm.ranks[:1]):
+            total = self._counter.add(amount)
         meter.waited("ticket", began, began, time.perf_counter(), None)
         return total
 
