@@ -87,21 +87,16 @@ def gradients_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
 
     Hooks on their ``AccumulateGrad`` nodes are off, too.
     """
-    leaves = list(leaves)
-    gradients = [leaf.grad for leaf in leaves]
-    nodes = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves]  # alive, with their hooks
     with ExitStack() as stack:
-        for leaf, node in zip(leaves, nodes, strict=True):
+        for leaf in leaves:
+            node = torch.autograd.graph.get_gradient_edge(leaf).node
+            stack.callback(setattr, leaf, "grad", leaf.grad)
+            leaf.grad = None
             for hooks in (leaf._backward_hooks, getattr(leaf, "_post_accumulate_grad_hooks", None), *_hooks_of(node)):
                 if hooks:
                     stack.callback(hooks.update, dict(hooks))
                     hooks.clear()
-            leaf.grad = None
-        try:
-            yield
-        finally:
-            for leaf, gradient in zip(leaves, gradients, strict=True):
-                leaf.grad = gradient
+        yield
 
 
 def _hooks_of(node: Any) -> Iterator[dict[int, Any]]:

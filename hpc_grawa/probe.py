@@ -95,7 +95,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """
     before = [(d, dict(d)) for module in model.modules() for d in (module.__dict__, module._buffers)]
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
-    generators = [x for _, then in before for x in then.values() if isinstance(x, torch.Generator)]
+    generators = [x for _, then in before for x in then.values() if type(x) is torch.Generator]
     states = [generator.get_state() for generator in generators]
     try:
         yield
