@@ -24,11 +24,10 @@ def kept(model: nn.Module) -> Iterator[None]:
         for module, own in held:
             module._buffers.clear()
             module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, value in values:
-                if buffer.shape != value.shape:
-                    buffer.resize_(value.shape)
-                buffer.copy_(value)
+        for buffer, value in values:
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            buffer.data.copy_(value)  # .data: graphs that a caller keeps do not take it for a change
 
 
 def share(model: nn.Module, comm: Communicator) -> None:

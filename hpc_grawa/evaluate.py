@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from . import buffers, losses, random_streams
 from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, in_advance
+from .eager import eagerly
 from .metrics import Metric
 from .scores import NoDropout
 from .vector import ParameterVector
@@ -113,7 +113,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], comm: Communicator,
     device = next(model.parameters()).device
     with training_mode(model), undisturbed(model), statistics.watching(), torch.no_grad(), autocast(precision, device):
         for inputs in batches:
-            with NoDropout(), _eager():
+            with NoDropout(), eagerly():
                 model(inputs.to(device))
     statistics.take_over(comm)
 
@@ -132,15 +132,6 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Within the block compiled modules run uncompiled: a compiled one would not notice that it is watched."""
-    # Nothing is compiled where nobody has imported the compiler, and to import it takes seconds.
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
 
 
 @contextmanager
