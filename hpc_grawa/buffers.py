@@ -76,7 +76,7 @@ def _put(model: nn.Module, name: str, value: Tensor | None) -> None:
     held = model.get_submodule(path)._buffers
     own = held.get(name)
     if own is not None and value is not None and (own.shape, own.dtype) == (value.shape, value.dtype):
-        own.detach().copy_(value)
+        own.data.copy_(value)
     else:
         held[name] = None if value is None else value.to(next(model.parameters()).device, copy=True)
 
