@@ -24,11 +24,10 @@ def kept(model: nn.Module) -> Iterator[None]:
         for module, own in held:
             module._buffers.clear()
             module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, value in values:
-                if buffer.shape != value.shape:
-                    buffer.resize_(value.shape)
-                buffer.copy_(value)
+        for buffer, value in values:
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            buffer.data.copy_(value)  # .data: graphs that a caller keeps do not take it for a change
 
 
 def share(model: nn.Module, comm: Communicator) -> None:
@@ -77,7 +76,7 @@ def _put(model: nn.Module, name: str, value: Tensor | None) -> None:
     held = model.get_submodule(path)._buffers
     own = held.get(name)
     if own is not None and value is not None and (own.shape, own.dtype) == (value.shape, value.dtype):
-        own.detach().copy_(value)
+        own.data.copy_(value)
     else:
         held[name] = None if value is None else value.to(next(model.parameters()).device, copy=True)
 

@@ -14,8 +14,9 @@ from . import buffers, losses, random_streams
 from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, Nest, in_advance, moved
+from .eager import eagerly
 from .metrics import Metric
-from .probe import NoDropout, eager
+from .probe import NoDropout
 from .vector import ParameterVector
 
 Precision = Literal["fp32", "bf16"]
@@ -112,7 +113,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, p
     device = next(model.parameters()).device
     with training_mode(model), undisturbed(model), statistics.watching(), torch.no_grad(), autocast(precision, device):
         for inputs in batches:
-            with NoDropout(), eager():
+            with NoDropout(), eagerly():
                 model(moved(inputs, device))
     statistics.take_over(comm)
 

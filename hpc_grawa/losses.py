@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
+from .eager import eagerly
+
 #: Means over targets are weighted by class, and leave one out.
 _OF_CLASSES = ("cross_entropy", "nll_loss", "linear_cross_entropy")
 
@@ -37,7 +39,7 @@ def sums(loss: Callable[[Any, Any], Tensor], output: Any, target: Any, examples:
     if hasattr(loss, "sums"):
         own: Tensor = loss.sums(output, target)
         return own.double()
-    with _Reductions() as reductions:
+    with eagerly(), _Reductions() as reductions:
         value = loss(output, target)
     # Denominators of a sum add up to 1.
     for result, numerator, denominator in reductions.found:

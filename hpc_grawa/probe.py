@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import random_streams
+from .eager import eagerly
 from .hooks import gradients_aside
 from .vector import ParameterVector
 
@@ -46,7 +46,7 @@ def probe_gradient(
         random_streams.seeded(*seed),
         _as_it_was(vector.model),
         gradients_aside(vector.parameters),
-        eager(),
+        eagerly(),
         _no_cached_casts(),
         NoDropout(),
         torch.enable_grad(),
@@ -115,14 +115,6 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _expanded(x: Tensor) -> bool:
     return x.layout == torch.strided and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
-
-
-def eager() -> AbstractContextManager[Any]:
-    """Within the block what is compiled runs as it was written: dropout is compiled in."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # nothing is compiled
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 @contextmanager

@@ -99,6 +99,7 @@ class RunningStatistics(Rider):
     """BatchNorm's running mean and variance, pooled: mean of means, mean(var + mean²) - mean².
 
     They ride as digits, whose sums are exact: in fp32 the squares of means far from zero leave no digit of a variance.
+    Those of ranks where all are finite count; where no rank's are, each keeps its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,31 +115,28 @@ class RunningStatistics(Rider):
         return alive.double()
 
     def pack(self) -> list[Tensor]:
-        mean, var = torch.cat(self._tensors()).double().view(2, -1)
+        own = torch.cat(self._tensors()).double()
+        finite = own.isfinite().all()
+        mean, var = own.where(finite, 0).view(2, -1)
         self._spreads = self._spreads.to(mean)
-        return [mean.new_ones(1), digits(mean), digits(var) + digits(mean.square()) * self._spreads]
+        return [finite.reshape(1), digits(mean), digits(var) + digits(mean.square()) * self._spreads]
 
     def unpack(self, sums: list[Tensor]) -> None:
         count, means, seconds = (t.double() for t in sums)
         mean = number(means) / count
         var = (number(seconds - count * digits(mean.square()) * self._spreads) / count).clamp_(min=0)
-        torch._foreach_copy_(self._tensors(), [part for t in (mean, var) for part in torch.split(t, self._sizes)])
+        own = self._tensors()
+        pooled = torch.cat((mean, var)).where(count > 0, torch.cat(own))
+        torch._foreach_copy_(own, torch.split(pooled, self._sizes * 2))
 
 
 def pool(model: nn.Module, comm: Communicator) -> None:
-    """Give the model the statistics that a round would pool now, of the ranks where they are finite; all must call it.
-
-    Where no rank's are, each keeps its own.
-    """
-    if not norms(model):
-        return
-    rider = RunningStatistics(model)
-    packed = rider.pack()
-    message = torch.cat([t.flatten() for t in packed])
-    if not bool(message.isfinite().all()):
-        message.zero_()
-    comm.allreduce(message, "evaluate").wait()
-    if message[0]:
+    """Give the model the statistics that a round would pool now; all must call it."""
+    if norms(model):
+        rider = RunningStatistics(model)
+        packed = rider.pack()
+        message = torch.cat([t.double().flatten() for t in packed])
+        comm.allreduce(message, "evaluate").wait()
         parts = torch.split(message, [t.numel() for t in packed])
         rider.unpack([part.view_as(t) for part, t in zip(parts, packed, strict=True)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from hpc_grawa import LocalSGD, ParameterVector
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.evaluate import recalibrate
+from hpc_grawa.riders import pool
 
 ALONE = SingleCommunicator()
 
@@ -228,3 +230,23 @@ def test_statistics_that_all_ranks_have_alike_survive_rounds_bit_for_bit(on_rank
     for buffers in ("average", "recalibrate"):
         for found in on_ranks(lambda comm, buffers=buffers: body(comm, buffers)):
             assert torch.equal(found[0], mean) and torch.equal(found[1], var)
+
+
+@pytest.mark.parametrize("all_broken", [False, True])
+def test_statistics_that_are_not_finite_do_not_count(on_ranks: Ranks, all_broken: bool) -> None:
+    """Of a rank whose parameters are; where none has finite ones, each keeps what it has. In rounds as in pooling."""
+
+    def body(comm: Communicator, together: Callable[[nn.Module, Any], None]) -> list[float]:
+        model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
+        run = LocalSGD(period=1, buffers="average").build(
+            comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1)
+        )
+        model[0].running_mean.fill_(comm.rank + 1.0)
+        if comm.rank > 0 or all_broken:
+            model[0].running_var.fill_(torch.inf)
+        together(model, run)
+        return [model[0].running_mean.item(), model[0].running_var.item()]
+
+    for together in (lambda model, run: run.after_step(), lambda model, run: pool(model, run.comm)):
+        for rank, found in enumerate(on_ranks(lambda comm, together=together: body(comm, together))):
+            assert found == ([rank + 1.0, math.inf] if all_broken else [1.0, 1.0])

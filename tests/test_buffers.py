@@ -74,6 +74,17 @@ def test_a_model_that_replaces_its_buffers_trains_the_same_however_often_it_is_e
     torch.testing.assert_close(trained(evaluations), trained(0), rtol=0, atol=0)
 
 
+def test_an_evaluation_may_lie_between_a_forward_pass_and_its_backward_pass() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model.register_buffer("scale", torch.full((2,), 3.0))
+    loss = (model(torch.randn(5, 3)).square() * model.scale).sum()
+    for _ in range(2):
+        with undisturbed(model):
+            model(torch.randn(5, 3))
+    loss.backward()
+    assert model[0].num_batches_tracked == 1
+
+
 class Sets(nn.Module):
     """Buffers of every kind that belong to the weights, or do not."""
 

@@ -176,3 +176,12 @@ def test_lengths_of_sequences_are_divided_by_before_the_mean() -> None:
     parts = [slice(0, 1), slice(1, 6)]
     sums = sum(losses.sums(loss, outputs[p], (labels[p], lengths[p]), len(lengths[p]), 6) for p in parts)
     assert float(sums[0] / sums[1]) == pytest.approx(float(loss(outputs, (labels, lengths))), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_sums_of_a_compiled_loss_are_seen() -> None:
+    x, loss = inputs(CLASSES), torch.compile(Wrapped(ignore_index=0), backend="eager")
+    expected = float(loss(x, CLASSES))
+    with torch.no_grad():
+        found = sum(losses.sums(loss, x[i : i + 5], CLASSES[i : i + 5], len(x[i : i + 5]), N) for i in range(0, N, 5))
+    assert float(found[0] / found[1]) == pytest.approx(expected, rel=1e-6)
