@@ -8,6 +8,8 @@ import shutil
 import sys
 from textwrap import fill
 
+from .launch import rank_facts
+
 #: Of what this package writes, in ASCII.
 _SPELLED = {
     "←": "<-",
@@ -70,8 +72,12 @@ def as_shown(text: str) -> str:
 
 
 def columns(most: int) -> int:
-    """The width of the terminal, ``most`` of a wider one and where there is none."""
-    return min(most, shutil.get_terminal_size().columns) if sys.stdout.isatty() else most
+    """The width of the terminal, ``most`` of a wider one and where there is none.
+
+    A launcher's ranks are on none: mpirun gives them one of its own, whatever it prints to itself.
+    """
+    terminal = sys.stdout.isatty() and rank_facts().launcher is None
+    return min(most, shutil.get_terminal_size().columns) if terminal else most
 
 
 def wrapped(line: str, most: int, first: str = "", others: str = "") -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import itertools
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import own
@@ -113,6 +118,27 @@ def test_what_a_screen_knows_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
         cli.spell_unknown_characters()
         print(text := "x̄ ± 2 ‖g‖₂ ä \udcff")
         assert screen.text == f"{shown}\n" == f"{as_shown(text)}\n"
+
+
+def on_terminal(width: int, **environment: str) -> list[str]:
+    """The lines that a command shows on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    words = [sys.executable, "-m", "hpc_grawa", "methods"]
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, env={**os.environ, **environment})
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # which is how a terminal says that nobody writes to it any more
+        while block := os.read(ours, 65536):
+            shown += block
+    os.close(ours)
+    assert child.wait() == 0
+    return shown.decode().splitlines()
+
+
+def test_lines_fit_the_terminal_but_not_one_that_a_launcher_has_made() -> None:
+    assert 40 < max(map(len, on_terminal(60))) <= 60
+    assert 80 < max(map(len, on_terminal(60, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"))) <= 120
 
 
 @pytest.mark.parametrize("name", ["läufe", "🎉", "l\udcff\udcfe", '"quoted": \\ {x}', "a\tb"], ids=ascii)
