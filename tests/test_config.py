@@ -61,7 +61,7 @@ IMPOSSIBLE = {
     "--optimizer Adam": ("optimizer is Adam", "AdamW, SGD", "import path"),
     "--schedule NoSuch": ("schedule is NoSuch", "Constant, Cosine, Linear, Step", "import path"),
     "--model NoSuch": ("model is NoSuch", "ResNet152, ResNet20, ResNet50, ResNet56, SmallCNN, ViTB16", "import path"),
-    "--data NoSuch": ("data is NoSuch", "CIFAR, Digits", "import path"),
+    "--data NoSuch": ("data is NoSuch", "CIFAR, Datasets, Digits", "import path"),
     "--metric NoSuch": ("metric is NoSuch", "Accuracy", "import path"),
     "--loss NoSuch": ("loss is NoSuch", "CrossEntropyLoss", "import path"),
     "--model no.such.Net": ("model is no.such.Net", "No module named 'no'"),

@@ -73,7 +73,7 @@ class Six(own.Numbers):
 def words(model: str, *more: str) -> list[str]:
     return [
         f"--model=test_lazy.{model}",
-        *["--data=test_lazy.Six", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05", "--budget.steps=4"],
+        *["--data=test_lazy.Six", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05", "--budget.steps=2"],
         *["--method=LGRAWA", "--method.period=2", "--log.tensorboard=false"],
         *more,
     ]
