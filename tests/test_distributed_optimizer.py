@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from contextlib import nullcontext
 from itertools import chain
@@ -336,6 +337,28 @@ def test_every_further_backward_pass_of_a_step_is_shared(on_ranks: Ranks, use: s
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_step_with_a_pass_that_is_not_finite_is_skipped_as_a_whole(on_ranks: Ranks) -> None:
+    """One rank's first of two losses is NaN in step 1: all ranks leave that step out, and make the next."""
+
+    def body(comm: Communicator, steps: tuple[int, ...]) -> Tensor:
+        model = linear()
+        optimizer = DistributedOptimizer(
+            optim.SGD(model.parameters(), 0.01, momentum=0.9), model, DataParallel(on_nonfinite="skip"), comm=comm
+        )
+        for step in steps:
+            optimizer.zero_grad()
+            for part in range(2):
+                inputs, targets = line(comm.rank, 2 * step + part)
+                poison = math.nan if (comm.rank, step, part) == (0, 1, 0) else 1.0
+                (poison * (model(inputs) - targets).square().mean()).backward()
+            optimizer.step()
+        return flat(model)
+
+    expected = on_ranks(lambda comm: body(comm, (0, 2)))
+    for ours, theirs in zip(on_ranks(lambda comm: body(comm, (0, 1, 2))), expected, strict=True):
+        assert torch.equal(ours, theirs) and ours.isfinite().all()
+
+
 def test_ranks_with_different_backward_passes_are_told() -> None:
     """Where rank 1 makes two for the first step, its second would be added to rank 0's of the second step."""
 
@@ -352,25 +375,29 @@ def test_ranks_with_different_backward_passes_are_told() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_pass_within_a_pass_is_a_part_of_it(on_ranks: Ranks, reentrant: bool) -> None:
-    """As checkpointed activations make it: gradients are shared once, where the whole backward pass ends."""
+@pytest.mark.parametrize("kept", ["middle", "all"])
+def test_a_pass_within_a_pass_is_a_part_of_it(on_ranks: Ranks, kept: str, reentrant: bool) -> None:
+    """As checkpointed activations make it: gradients are shared once, where the whole backward pass ends, or at the
+    step where all of the model is checkpointed."""
 
-    def body(comm: Communicator, kept: bool) -> tuple[list[Tensor], int]:
+    def body(comm: Communicator, kept: str) -> tuple[list[Tensor], int]:
         torch.manual_seed(0)
         first, middle, last = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
         model = nn.ModuleList([first, middle, last])
         optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, DataParallel(), comm=comm)
         before = comm.meter.calls["gradient"]
         for step in range(3):
-            x = first(line(comm.rank, step)[0].repeat(1, 2)[:, :4])
-            x = checkpoint(middle, x, use_reentrant=reentrant) if kept else middle(x)
+            x = line(comm.rank, step)[0].repeat(1, 2)[:, :4].requires_grad_()
+            for layer in model:
+                saves = kept == "all" or (kept == "middle" and layer is middle)
+                x = checkpoint(layer, x.tanh(), use_reentrant=reentrant) if saves else layer(x.tanh())
             optimizer.zero_grad()
-            last(x.tanh()).square().mean().backward()
+            x.square().mean().backward()
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()], comm.meter.calls["gradient"] - before
 
     for (ours, messages), (theirs, _) in zip(
-        on_ranks(lambda c: body(c, True)), on_ranks(lambda c: body(c, False)), strict=True
+        on_ranks(lambda c: body(c, kept)), on_ranks(lambda c: body(c, "none")), strict=True
     ):
         assert messages == 3
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
