@@ -247,7 +247,7 @@ class Checkpoints:
         named, there = self._latest(), list(self._names())
         if named is None or named in there or f"{named}{_REPLACED}" in there:
             return []
-        return [f"{self.folder / 'latest'} names no checkpoint: the newest that is whole is taken"]
+        return [f"{self.folder / 'latest'} names no checkpoint"]
 
     def _publish(self, unfinished: Path, manifest: dict[str, Any]) -> None:
         place = unfinished.with_name(unfinished.name.removesuffix(_PARTIAL))

@@ -125,9 +125,9 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
     parser.add_argument("--backend", default="auto", help="how ranks communicate")
     options = parser.parse_args(words)
     with named_errors(program, facts):
-        for file in ("config.yaml", "center.pt"):
-            if not (options.run / file).is_file():
-                raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {file}")
+        for name in ("config.yaml", "center.pt"):
+            if not (options.run / name).is_file():
+                raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {name}")
         file = options.run / "config.yaml"
         settings = parse_settings(read_text(file) or "", str(file))
         if missing := CLASS_SECTIONS.keys() - settings:

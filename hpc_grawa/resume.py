@@ -62,8 +62,8 @@ def check_kinds(folder: Path) -> None:
         if (folder / name).is_dir():
             raise ConfigError(f"{folder / name} is a folder: must be a file; remove it, or give another run.name")
     for name in _FOLDERS:
-        if (folder / name).exists() and not (folder / name).is_dir():
-            raise ConfigError(f"{folder / name} is a file: must be a folder; remove it, or give another run.name")
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is no folder: must be one; remove it, or give another run.name")
 
 
 class RunPlace:
@@ -237,7 +237,9 @@ class Lock:
         self._ended.set()
 
     def _is_ours(self) -> bool:
-        return self._file.read_bytes() == self._content.encode()
+        with suppress(FileNotFoundError):
+            return self._file.read_bytes() == self._content.encode()
+        return False
 
     def release(self) -> None:
         """Let others go on."""

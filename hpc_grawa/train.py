@@ -188,7 +188,7 @@ class Training:
         self.best = restored.state["best"][0], restored.state["best"][1]
         self.evaluations.next, self.saves.next = restored.state["next"]
         for wrong in restored.skipped:
-            self.log.say(f"resumed    not from the newest checkpoint: {wrong}")
+            self.log.say(f"damaged    {wrong}")
         self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training")
 
     def _evaluate(self) -> None:

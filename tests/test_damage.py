@@ -125,10 +125,10 @@ def folder_instead(file: Path) -> None:
     file.mkdir()
 
 
-def unreadable(file: Path) -> None:
+def unreadable(place: Path) -> None:
     """For whoever may read everything, too."""
-    file.unlink()
-    file.symlink_to(file)
+    gone(place)
+    place.symlink_to(place)
 
 
 def gone(place: Path) -> None:
@@ -154,9 +154,9 @@ FILES = {
     "checkpoints/latest": _FILE,
     "checkpoints/000000008/manifest.json": _JSON,
     "checkpoints/000000008/rank-0000.pt": _FILE,
-    "checkpoints/000000008": (file_instead, gone),
-    "checkpoints": (file_instead, gone),
-    "ranks": (file_instead, gone),
+    "checkpoints/000000008": (file_instead, unreadable, gone),
+    "checkpoints": (file_instead, unreadable, gone),
+    "ranks": (file_instead, unreadable, gone),
 }
 
 
