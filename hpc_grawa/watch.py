@@ -271,6 +271,9 @@ class Watch:
             write_atomically(folder / "ranks" / f"{self.rank:04d}.json", json.dumps({**sign, **said}) + "\n")
 
     def _give_up(self, purpose: str, whom: str) -> None:
+        waits = self._waits()
+        if waits is None or waits[1] != self._since:
+            return  # the message came while signs were read
         self._told = _GAVE_UP + (whom.removeprefix("not waiting: ") or "a rank that nobody knows")
         self._write(f"waited for {purpose}", self._waited)
         step = 0 if self._comm is None else self._comm.meter.said()["step"]

@@ -21,14 +21,14 @@ import own
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import launch
+from conftest import Ranks, launch
 from ilsvrc import archives, folders, jpeg, promising, real, script
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_grawa import cli
-from hpc_grawa.comm import Communicator, simulate
-from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance
+from hpc_grawa.comm import Communicator, Meter, simulate
+from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance, staging
 from hpc_grawa.data.base import AHEAD, CPU
 from hpc_grawa.data.imagenet import MEAN, STD, View
 from hpc_grawa.errors import ConfigError, Damaged
@@ -844,3 +844,20 @@ def test_no_run_folder_is_made_where_staging_fails(folder: Path, tmp_path: Path)
     status, said = launch(2, "-m", "hpc_grawa", *words.split(), seconds=100)
     assert status == 2 and f"error: data.stage is {tmp_path / 'file'}" in said and "Traceback" not in said
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_no_message_waits_for_as_long_as_a_copy_takes(on_ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_WORD_EVERY", 0.02)
+
+    def body(comm: Communicator) -> tuple[list[str], int]:
+        def work() -> str:
+            time.sleep(0.1 * (comm.rank == 0))
+            return f"rank {comm.rank}"
+
+        comm.meter = Meter()
+        told = staging._told_by_all(comm, work)
+        return told, comm.meter.calls["setup"]
+
+    for told, calls in on_ranks(body):
+        assert told == [f"rank {rank}" for rank in range(on_ranks.size)]
+        assert calls >= 2 * 3

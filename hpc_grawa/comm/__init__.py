@@ -129,19 +129,22 @@ def connect(
         size = torch.distributed.get_world_size()
         facts = replace(facts, rank=torch.distributed.get_rank(), size=size, local_size=size)
     watch = Watch(facts.rank, facts.size, comm_timeout, facts.local_size, facts.job or str(os.getppid()))
-    comm = _start(backend, facts)
-    if comm.size != facts.size and launched:
-        raise ConfigError(
-            f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher and "
-            f"MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun, or "
-            f"backend gloo"
-        )
+    try:
+        comm = _start(backend, facts)
+        if comm.size != facts.size and launched:
+            raise ConfigError(
+                f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher "
+                f"and MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun, "
+                f"or backend gloo"
+            )
+    except BaseException:
+        watch.close()  # the program may go on without
+        raise
     comm.watch = watch
     watch.attach(comm, comm_timeout)
-    told = [
-        message.decode().partition(" ") for message in comm.gather_bytes(f"{uuid4().hex} {host_identity()}".encode())
-    ]
-    watch.greet(token=told[0][0], local_size=[host for _, _, host in told].count(host_identity()))
+    host = host_identity()
+    told = [message.decode().partition(" ") for message in comm.gather_bytes(f"{uuid4().hex} {host}".encode())]
+    watch.greet(token=told[0][0], local_size=[there for _, _, there in told].count(host))
     # After what the backend has registered, so before: then it may wait for the others.
     atexit.register(watch.leave)
     return comm

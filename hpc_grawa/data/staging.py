@@ -86,12 +86,12 @@ def _told_by_all(comm: Communicator, work: Callable[[], str]) -> list[str]:
     Ranks that are not done yet say so every few seconds. Deadlock argument: all see the same words, and go on until
     none of them says so.
     """
-    found: list[str | Exception] = []
+    found: list[str | BaseException] = []
 
     def run() -> None:
         try:
             found.append(work())
-        except Exception as error:  # raised in the main thread
+        except BaseException as error:  # raised in the main thread
             found.append(error)
 
     thread = threading.Thread(target=run, name="hpc_grawa-stage", daemon=True)
@@ -101,7 +101,7 @@ def _told_by_all(comm: Communicator, work: Callable[[], str]) -> list[str]:
     while busy in words:
         thread.join(_WORD_EVERY)
         own = found[0] if found else busy.decode()
-        if isinstance(own, Exception):
+        if isinstance(own, BaseException):
             raise own
         words = comm.gather_bytes(own.encode(errors="backslashreplace"))
     return [word.decode() for word in words]
