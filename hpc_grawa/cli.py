@@ -221,6 +221,14 @@ def compare(words: list[str], facts: RankFacts) -> None:
             report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
 
 
+#: Of all methods.
+KNOW = (
+    "The learning rate is that of one rank and its batch; scaling it with the number of ranks belongs to DataParallel.",
+    "Evaluate and save the center (center.pt, run.center), not the model that a rank is left with.",
+    "A loop of your own ends with run.finish(), the last round; its checkpoints need run.state_dict() too.",
+)
+
+
 def methods(words: list[str], facts: RankFacts) -> None:
     """Say what each method does, and its settings."""
     from . import methods as package
@@ -234,6 +242,7 @@ def methods(words: list[str], facts: RankFacts) -> None:
         settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(method))
         texts = inspect.cleandoc(method.__doc__ or "").splitlines()[0], settings
         print(name, *(wrapped(text, 120, "    ", "    ") for text in texts), "", sep="\n")
+    print(*(wrapped(line, 120, "- ", "  ") for line in KNOW), sep="\n")
 
 
 def toy(words: list[str], facts: RankFacts) -> None:

@@ -105,9 +105,10 @@ class Watch:
         self._began = time.perf_counter()
         self._leaving: float | None = None
         self._since, self._waited = 0.0, 0.0
-        if job is not None:
+        if size > 1:  # one alone is waited for by nobody, and may outlive its shell
             self._first = first_process()
             self._launcher = parent_of(self._first)
+        if job is not None:
             mine, job = f"hpc_grawa-{os.getuid()}", re.sub(r"[^\w.@-]", "_", job)[:100]
             self._host = Path(tempfile.gettempdir()) / f"{mine}-{job}-{next(_numbers)}"
             with suppress(OSError):
