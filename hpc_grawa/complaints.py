@@ -42,7 +42,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
             notes.append(f"must be a class derived from {found[2]}")
         elif found := re.fullmatch(r"(?:- )?Expected an? (.+?)(?:\. Got value: (.*))?", line):
             value = found[2] or value
-            notes.append(_kind(found[1]))
+            notes.append(must_be(found[1]))
         elif found := re.fullmatch(r"Given value: (.*)", line):
             value = found[1]
         elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
@@ -65,7 +65,7 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
     return f"{key} is no setting: {hint}must be one of {', '.join(allowed)}"
 
 
-def _kind(kind: str) -> str:
+def must_be(kind: str) -> str:
     """``must be ...`` from the name of a type."""
     if found := re.fullmatch(r"typing\.Literal\[(.+)\]", kind):
         return "must be one of " + found[1].replace("'", "")

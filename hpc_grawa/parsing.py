@@ -9,11 +9,12 @@ import re
 import sys
 from argparse import Action
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
-from inspect import isabstract
+from inspect import isabstract, signature
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
@@ -21,7 +22,7 @@ from torch import nn
 
 from . import data, methods, metrics, models, optim, schedules
 from .comm import Backend
-from .complaints import one_line
+from .complaints import must_be, one_line
 from .config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .errors import ConfigError
 from .evaluate import Precision
@@ -144,6 +145,11 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
 
 def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str]) -> Config:
     model = parsed.model
+    for name, section in vars(parsed).items():
+        if name in CLASS_SECTIONS:
+            _refuse_nulls(name, find_class(name, section.class_path), section.get("init_args", {}))
+        elif name in GROUPS:
+            _refuse_nulls(name, GROUPS[name], section)
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
     rest = {key: value for key, value in vars(parsed).items() if key != "model"}
     built = instantiate(Namespace(**rest))  # type: ignore[no-untyped-call]
@@ -168,6 +174,21 @@ def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options
         text=text,
         _model=model,
     )
+
+
+def _refuse_nulls(section: str, found: Any, settings: Any) -> None:
+    """Raise ``ConfigError`` for a null that the setting's type has no room for: jsonargparse takes it everywhere."""
+    try:
+        # A dataclass may have fields of a class in another file, whose names only that file knows.
+        types = get_type_hints(found if is_dataclass(found) else found.__init__)
+        parameters = signature(found).parameters
+    except (NameError, TypeError, ValueError):  # annotations that only a type checker can read, classes written in C
+        return
+    for key, value in dict(settings).items():
+        if value is None and key in types and key in parameters and parameters[key].default is not None:
+            wanted = types[key]
+            if wanted not in (Any, object) and type(None) not in get_args(wanted):
+                raise ConfigError(f"{section}.{key} is null: {must_be(str(wanted))}")
 
 
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
