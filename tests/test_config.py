@@ -194,8 +194,8 @@ def test_every_recipe_says_its_goal_and_is_valid(tmp_path: Path) -> None:
     images, imagenet = cifar(tmp_path / "images", 10, train=1000), tmp_path / "imagenet"
     hundred = cifar(tmp_path / "hundred", 100, train=1000)
     imagenet.mkdir()
-    sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 0, "val": 0}}
-    (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000, "bytes": {}}))
+    sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}}
+    (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000, "bytes": {"train-00000.tar": 1, "val-00000.tar": 1}}))
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
         path = {"cifar10": images, "cifar100": hundred, "imagenet": imagenet}.get(name.split("_")[0])
