@@ -194,8 +194,11 @@ def test_every_recipe_says_its_goal_and_is_valid(tmp_path: Path) -> None:
     images, imagenet = cifar(tmp_path / "images", 10, train=1000), tmp_path / "imagenet"
     hundred = cifar(tmp_path / "hundred", 100, train=1000)
     imagenet.mkdir()
-    sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}}
-    (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000, "bytes": {"train-00000.tar": 1, "val-00000.tar": 1}}))
+    files = {f"{part}-00000.tar": 1 for part in ("train", "val")}
+    for name in files:
+        (imagenet / name).write_bytes(b" ")
+    sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}, "bytes": files}
+    (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000}))
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
         path = {"cifar10": images, "cifar100": hundred, "imagenet": imagenet}.get(name.split("_")[0])
