@@ -82,5 +82,11 @@ def columns(most: int) -> int:
 
 def wrapped(line: str, most: int, first: str = "", others: str = "") -> str:
     """A line as several that fit the screen, the first and the others behind indents."""
-    options = {"initial_indent": first, "subsequent_indent": others}
-    return fill(as_shown(line), columns(most), break_on_hyphens=False, break_long_words=False, **options)
+    return fill(
+        as_shown(line),
+        columns(most),
+        initial_indent=first,
+        subsequent_indent=others,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
