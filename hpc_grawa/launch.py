@@ -179,7 +179,7 @@ def interfaces() -> dict[str, tuple[str, str]]:
         for address in _address_of(name):
             megabits = ""
             with suppress(OSError):  # a virtual interface may know none
-                megabits = Path("/sys/class/net", name, "speed").read_text().strip()
+                megabits = Path("/sys/class/net", name, "speed").read_text(encoding="utf-8").strip()
             found[name] = (address, f"{int(megabits) / 1000:g} Gbit/s" if megabits.isdecimal() else "")
     return found
 
@@ -232,7 +232,7 @@ def first_port(facts: RankFacts, environment: Mapping[str, str] = os.environ) ->
 def host_identity() -> str:
     """The same for all processes of one host, and for no other host's: its name and what its kernel drew at start."""
     drawn = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {drawn.read_text().strip() if drawn.exists() else ''}"
+    return f"{socket.gethostname()} {drawn.read_text(encoding='utf-8').strip() if drawn.exists() else ''}"
 
 
 def own_addresses(environment: Mapping[str, str] = os.environ) -> list[str]:

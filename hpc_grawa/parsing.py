@@ -302,11 +302,7 @@ def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
 def _as_yaml(value: Any) -> str:
     """YAML in one line; JSON except for numbers that JSON does not have."""
     if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(f"{json.dumps(str(key), ensure_ascii=False)}: {_as_yaml(item)}" for key, item in value.items())
-            + "}"
-        )
+        return "{" + ", ".join(f"{_as_yaml(str(key))}: {_as_yaml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_as_yaml, value)) + "]"
     if isinstance(value, float) and not math.isfinite(value):

