@@ -50,7 +50,7 @@ def fit(
         The summary that ``summary.json`` holds.
 
     Raises:
-        ConfigError: model, data, loss and metric do not fit together (on rank 0 alone), or no folder can be made.
+        ConfigError: model, data, loss and metric do not fit together, or no folder can be made (on rank 0 alone).
         RanksDisagree: ranks do not have the same model, method, learning rate or period.
         NonFinite: training has diverged on all ranks.
     """
