@@ -25,6 +25,9 @@ from .trace import Trace
 from .watch import Watch
 from .worker import Worker
 
+#: Seconds that the others give rank 0 to open the run's folder, however short the limit for messages is.
+FOLDER = 120.0
+
 
 def fit(
     config: Config,
@@ -60,6 +63,8 @@ def fit(
         worker = Worker(config, comm)
         worker.splits = config.data.near(worker.splits, comm, config.run.seed, say if speaks else lambda _: None)
     comm.meter.said = worker.said
+    if comm.watch is not None:  # rank 0 may have to wait until the lock of a job that died counts as left
+        comm.watch.timeout = max(config.comm_timeout, FOLDER)
     folder = None if new_folder is None else new_folder()
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)

@@ -224,16 +224,18 @@ class Work:
                 self._result = self._wait()
                 return self._result
             meter.waits_for = self._purpose, start, self._ranks
-            if self._on_device:
-                events = cuda_event(), cuda_event()
-                events[0].record()
-                self._result = self._wait()
-                events[1].record()
-                meter.waited_on_device(self._purpose, self._began, start, events)
-            else:
-                self._result = self._wait()
-                meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
-            meter.waits_for = None
+            try:
+                if self._on_device:
+                    events = cuda_event(), cuda_event()
+                    events[0].record()
+                    self._result = self._wait()
+                    events[1].record()
+                    meter.waited_on_device(self._purpose, self._began, start, events)
+                else:
+                    self._result = self._wait()
+                    meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
+            finally:
+                meter.waits_for = None
         return self._result
 
 
