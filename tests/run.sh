@@ -23,22 +23,22 @@ launch() { # SECONDS COMMAND...
 pytest=(python -m pytest -p no:cacheprovider -q --color=no)
 ranks=("${pytest[@]}" -m ranks)
 
-launch 900 python -m pytest -q -m "not slow"
+launch 1800 python -m pytest -q -m "not slow"
 launch 120 python -m pytest -q --doctest-modules hpc_grawa # the examples in docstrings
 for size in 1 2 3 4; do
-    launch 300 mpirun -np "$size" "${ranks[@]}" --backend mpi
+    launch 900 mpirun -np "$size" "${ranks[@]}" --backend mpi
 done
 for size in 2 4; do
-    launch 300 mpirun -np "$size" "${ranks[@]}" --backend gloo
+    launch 900 mpirun -np "$size" "${ranks[@]}" --backend gloo
 done
 gpus=$(python -c 'import torch; print(min(4, torch.cuda.device_count()))')
 if [ "$gpus" -gt 0 ]; then
-    launch 300 mpirun -np "$gpus" "${ranks[@]}" --backend nccl -k cuda
+    launch 900 mpirun -np "$gpus" "${ranks[@]}" --backend nccl -k cuda
 fi
 launch 120 torchrun --standalone --nproc-per-node 2 --no-python "${ranks[@]}" --backend gloo -k smoke
 if command -v horovodrun >/dev/null; then
     for size in 2 4; do
-        launch 300 mpirun -np "$size" "${ranks[@]}" --backend horovod
+        launch 900 mpirun -np "$size" "${ranks[@]}" --backend horovod
     done
     launch 120 horovodrun --mpi -np 2 "${ranks[@]}" --backend horovod -k smoke
     launch 120 horovodrun --gloo -np 2 -H localhost:2 "${ranks[@]}" --backend horovod -k smoke
