@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,17 +17,35 @@ from .comm import Communicator
 def kept(model: nn.Module) -> Iterator[None]:
     """Within the block buffers may be changed, resized, replaced; afterwards the same tensors hold the same numbers."""
     held = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    with values_kept(model.buffers()):
+        try:
+            yield
+        finally:
+            for module, own in held:
+                module._buffers.clear()
+                module._buffers.update(own)
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block tensors may be changed and resized; afterwards they hold the same numbers, bit for bit."""
+    values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
     try:
         yield
     finally:
-        for module, own in held:
-            module._buffers.clear()
-            module._buffers.update(own)
-        for buffer, value in values:
-            if buffer.shape != value.shape:
-                buffer.resize_(value.shape)
-            buffer.data.copy_(value)  # .data: graphs that a caller keeps do not take it for a change
+        for t, value in values:
+            if t.shape != value.shape:
+                t.resize_(value.shape)
+            put(t, value)
+
+
+def put(own: Tensor, value: Tensor) -> None:
+    """Write a value of the same shape into a tensor, which graphs that a caller keeps do not take for a change."""
+    own = own.data
+    if own.layout == torch.strided:  # of an expanded tensor (stride 0) only one copy can be written
+        once = tuple(slice(1 if n > 1 and step == 0 else n) for n, step in zip(own.shape, own.stride(), strict=True))
+        own, value = own[once], value[once]
+    own.copy_(value)
 
 
 def share(model: nn.Module, comm: Communicator) -> None:
@@ -76,7 +94,7 @@ def _put(model: nn.Module, name: str, value: Tensor | None) -> None:
     held = model.get_submodule(path)._buffers
     own = held.get(name)
     if own is not None and value is not None and (own.shape, own.dtype) == (value.shape, value.dtype):
-        own.data.copy_(value)
+        put(own, value)
     else:
         held[name] = None if value is None else value.to(next(model.parameters()).device, copy=True)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import random_streams
+from .buffers import put
 
 
 def unfinished(model: nn.Module) -> str | None:
@@ -32,4 +33,4 @@ def completing(model: nn.Module) -> Iterator[None]:
         for name, buffer in model.named_buffers():
             own = kept.get(name)
             if own is not None and (own.shape, own.dtype) == (buffer.shape, buffer.dtype):
-                buffer.copy_(own)
+                put(buffer, own)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import random_streams
+from .buffers import values_kept
 from .eager import eagerly
 from .hooks import gradients_aside
 from .vector import ParameterVector
@@ -94,27 +95,20 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     and their sizes noted in attributes, and a model may draw from generators of its own.
     """
     before = [(d, dict(d)) for module in model.modules() for d in (module.__dict__, module._buffers)]
-    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
     generators = [x for _, then in before for x in then.values() if type(x) is torch.Generator]
     states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for now, then in before:
-            for name in set(now.keys()) - then.keys():
-                del now[name]
-            for name, value in then.items():
-                if name not in now or now[name] is not value:
-                    now[name] = value
-        for x, own in values:
-            if not _expanded(x):  # else nothing can have been written to it
-                x.data.copy_(own)  # .data: graphs that a caller keeps do not take it for a change
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def _expanded(x: Tensor) -> bool:
-    return x.layout == torch.strided and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+    with values_kept((*model.parameters(), *model.buffers())):
+        try:
+            yield
+        finally:
+            for now, then in before:
+                for name in set(now.keys()) - then.keys():
+                    del now[name]
+                for name, value in then.items():
+                    if name not in now or now[name] is not value:
+                        now[name] = value
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from .batchnorm import norms, spreads
-from .buffers import as_bytes, from_bytes
+from .buffers import as_bytes, from_bytes, put
 from .comm import Communicator
 from .errors import ConfigError
 from .vector import ParameterVector
@@ -188,10 +188,6 @@ class WeightBuffers(Rider):
 
     def unpack(self, sums: list[Tensor]) -> None:
         flags, *found = sums
-        pairs = [
-            (own.detach(), new if self._as_they_are(own.dtype) else from_bytes(new.byte(), own.dtype, own.shape))
-            for own, there, new in zip(self._own(), flags.tolist(), found, strict=True)
-            if own is not None and there
-        ]
-        if pairs:
-            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
+        for own, there, new in zip(self._own(), flags.tolist(), found, strict=True):
+            if own is not None and there:
+                put(own, new if self._as_they_are(own.dtype) else from_bytes(new.byte(), own.dtype, own.shape))

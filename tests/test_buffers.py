@@ -25,6 +25,8 @@ from hpc_grawa.parsing import parse
 from hpc_grawa.riders import WeightBuffers
 from hpc_grawa.worker import Worker
 
+JUDGE = Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=8)
+
 
 class Table(nn.Module):
     """Replaces a buffer, changes another in place, resizes a third, and fills one in that was not there."""
@@ -54,6 +56,40 @@ def test_after_an_evaluation_a_model_has_the_very_buffers_it_had() -> None:
     assert [model._buffers[name] is own for name, own in before[0].items()] == [True] * 4
     torch.testing.assert_close(model._buffers, before[1], rtol=0, atol=0)
     assert "table" not in model.state_dict()
+
+
+class Expanded(nn.Module):
+    """A buffer whose numbers share memory, so that torch writes to none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("scale", torch.rand(1, 2).expand(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) @ self.scale
+
+
+def test_an_expanded_buffer_is_given_to_all_ranks_and_kept(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> Tensor:
+        torch.manual_seed(comm.rank)
+        model = Expanded()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run = LocalSGD(period=2).build(comm, ParameterVector(model), optimizer)
+        examples = TensorExamples(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))
+        for step in range(3):
+            optimizer.zero_grad()
+            model(examples.inputs).square().sum().backward()
+            optimizer.step()
+            run.after_step()
+            JUDGE.judge(model, examples, comm if step == 1 else None)
+        run.finish()
+        return model.scale
+
+    scales = on_ranks(body)
+    torch.manual_seed(0)
+    start = Expanded().scale
+    assert all(scale.equal(start) and scale.stride() == start.stride() for scale in scales)
 
 
 @pytest.mark.parametrize("evaluations", [1, 3])
@@ -179,7 +215,6 @@ def spectral() -> nn.Module:
 
 
 EXAMPLES = TensorExamples(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)), torch.arange(50).remainder(2))
-JUDGE = Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=8)
 
 
 @pytest.mark.parametrize("buffers", ["recalibrate", "average", "local"])

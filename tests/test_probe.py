@@ -270,19 +270,21 @@ class Noise(nn.Module):
 
 
 class Table(nn.Module):
-    """A table that is made anew where it is too short, and how long it is; calls, counted."""
+    """A table that is made anew where it is too short, and how long it is; room that grows; calls, counted."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.length, self.calls = nn.Parameter(torch.ones(4)), 1, 0
         self.register_buffer("table", torch.zeros(1), persistent=False)
         self.register_buffer("ids", torch.arange(3).expand(4, 3), persistent=False)
+        self.register_buffer("room", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         if self.length < x.shape[1]:
             self.table, self.length = torch.linspace(0, 1, x.shape[1]), x.shape[1]
             self.register_buffer("other", 2 * self.table)
+        self.room.resize_(x.shape[1]).fill_(1)
         return x * self.weight * self.table[: x.shape[1]]
 
 

@@ -17,6 +17,7 @@ from ..aggregation import Aggregator
 from ..agreement import agree
 from ..averaging import Averager, WeightRule
 from ..batchnorm import norms
+from ..buffers import as_bytes, from_bytes, put
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
 from ..errors import ConfigError
@@ -268,11 +269,11 @@ def _said(facts: RunFacts) -> dict[str, Any]:
 
 def _take_over(comm: Communicator, tensors: list[Tensor]) -> None:
     """Make ``tensors``, of whatever dtypes, rank 0's: one message of bytes."""
-    pieces = [t.detach().contiguous().flatten().view(torch.uint8) for t in tensors]
+    pieces = [as_bytes(t) for t in tensors]
     if pieces:
         message = comm.broadcast(torch.cat(pieces), 0, "setup").wait()
         for t, piece in zip(tensors, torch.split(message, [len(p) for p in pieces]), strict=True):
-            t.detach().copy_(piece.clone().view(t.dtype).view(t.shape))
+            put(t, from_bytes(piece, t.dtype, t.shape))
 
 
 @dataclass(kw_only=True)
