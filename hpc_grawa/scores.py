@@ -171,10 +171,12 @@ class Roundoff:
 
     def __init__(self, vector: ParameterVector) -> None:
         largest = sorted(zip(vector.sizes, vector.names, strict=True), reverse=True)[:4]
-        self._notes = []
-        for name in sorted({"", *(name.rpartition(".")[0] for _, name in largest)}):
-            self._notes.append(Autocast(vector))
-            vector.model.get_submodule(name).register_forward_pre_hook(self._notes[-1])
+        watched = sorted({"", *(name.rpartition(".")[0] for _, name in largest)})
+        self._notes = [Autocast(vector) for _ in watched]
+        self._handles = [
+            vector.model.get_submodule(name).register_forward_pre_hook(note)
+            for name, note in zip(watched, self._notes, strict=True)
+        ]
 
     @property
     def eps(self) -> float:
@@ -185,6 +187,11 @@ class Roundoff:
         """The norms ``[L]``, with a minus sign where they are round-off."""
         known = torch.where(norms.isfinite(), norms, 0)
         return torch.where(norms <= 8 * self.eps * known.square().sum().sqrt(), -norms, norms)
+
+    def close(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """What modules ran in."""
@@ -212,6 +219,10 @@ class _GradientScore(Score):
 
     def _marked(self, scores: Tensor) -> Tensor:
         return scores if self._roundoff is None else self._roundoff.mark(scores)
+
+    def close(self) -> None:
+        if self._roundoff is not None:
+            self._roundoff.close()
 
     def state_dict(self) -> dict[str, Any]:
         roundoff = {} if self._roundoff is None else {"roundoff": self._roundoff.state_dict()}
@@ -299,6 +310,7 @@ class RunningGradientNorm(_GradientScore):
         self._passes = AfterBackward(self._parameters, self._measure)
 
     def close(self) -> None:
+        super().close()
         self._passes.close()
 
     def _measure(self) -> None:

@@ -237,7 +237,7 @@ def test_a_layer_is_unfrozen_in_a_second_phase(on_ranks: Ranks, name: str) -> No
         optimizer = phase(comm, model)
         assert torch.equal(flat(model[0]), before)
         hooks = [p._post_accumulate_grad_hooks for p in model.parameters()]
-        assert not any(hooks)
+        assert not any([*hooks, *(module._forward_pre_hooks for module in model.modules())])
         fresh = layers()
         fresh.load_state_dict(model.state_dict())
         for each, kept in ((model, optimizer), (fresh, None)):

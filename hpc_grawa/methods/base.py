@@ -108,7 +108,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Take all hooks off the parameters, so that another run may begin over the same model; sends nothing.
+        """Take all hooks off the model, so that another run may begin over the same model; sends nothing.
 
         ``center``, ``facts`` and ``state_dict`` stay; steps are refused from now on.
         """
