@@ -33,11 +33,12 @@ def words(tmp_path: Path, *more: str) -> tuple[str, ...]:
 
 
 @launched
-@pytest.mark.parametrize(("calls", "activity"), [(30, "evaluates"), (1, "computes")])
+@pytest.mark.parametrize(("calls", "activity"), [(31, "evaluates"), (30, "computes")])
 def test_a_rank_that_hangs_ends_the_job_and_is_named(calls: int, activity: str, tmp_path: Path) -> None:
+    """The model is tried out and evaluated before the first step; then an epoch is four steps and an evaluation."""
     hangs = ("--model=own.Hanging", f"--model.calls={calls}", "--budget.steps=100", "--comm-timeout=8")
     began = time.monotonic()
-    status, _, errors = launch(*words(tmp_path, *hangs), ranks=2)
+    status, _, errors = launch(*words(tmp_path, "--method=LocalSGD", *hangs), ranks=2)
     assert status != 0 and time.monotonic() - began < 90
     assert re.search(
         rf"rank 0 of 2 on {HOST} has waited \d+ s for (control|evaluate) \(comm_timeout is 8\): ending the job "
