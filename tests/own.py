@@ -205,16 +205,17 @@ def throw(error: BaseException) -> None:
 
 
 class Lost(Line):
-    """Is lost on the last rank in a step or in an evaluation, which is the first thing that a run does."""
+    """Is lost on the last rank in a step or in the first evaluation, before which it is tried out by one pass."""
 
     def __init__(self, fault: str = "stopped", evaluation: bool = False, calls: int = 5) -> None:
         super().__init__()
-        self.fault, self.evaluation, self.calls = fault, evaluation, calls
+        self.fault, self.evaluation, self.calls, self.evaluations = fault, evaluation, calls, -1
 
     def forward(self, x: Tensor) -> Tensor:
         facts = rank_facts()
         self.calls -= self.training
-        if facts.rank == facts.size - 1 and (not self.training if self.evaluation else self.calls < 0):
+        self.evaluations += not self.training
+        if facts.rank == facts.size - 1 and (self.evaluations > 0 if self.evaluation else self.calls < 0):
             FAULTS[self.fault]()
         return super().forward(x)
 
