@@ -74,10 +74,12 @@ def fit(
     place = os.fsdecode(comm.gather_bytes(told, "evaluate")[0])
     if place == "\0":
         return {"state": "finished"}
-    # Simulated ranks wait for one another as they should, and cannot be lost.
-    timeout = math.inf if comm.watch is None else config.comm_timeout
-    watch = comm.watch or Watch(comm.rank, comm.size, timeout)
-    watch.attach(comm, timeout)
+    if comm.watch is None:  # simulated ranks wait for one another as they should, and cannot be lost
+        watch = Watch(comm.rank, comm.size, math.inf)
+        watch.attach(comm)
+    else:
+        watch = comm.watch
+        watch.timeout = config.comm_timeout
     watch.begin(Path(place) if place else None)
     try:
         with failure_recorded(place, comm, worker.facts):

@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 BEAT = 5.0
 #: Seconds in which the processes of a job may start one after the other, however short the limit for messages is.
 START = 30.0
-
-
 #: How the last word of a rank begins that has waited too long for another.
 _GAVE_UP = "gave up waiting: "
 #: Of the watches of this process.
 _numbers = count()
 #: The last word of a rank whose process has ended.
 _LEFT = "has left"
+
+
+def not_begun() -> dict[str, Any]:
+    """What a rank says of itself that has made no step."""
+    return {"step": 0, "used": 0.0, "training": 0.0}
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,9 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="hpc_grawa-watch", daemon=True)
         self._thread.start()
 
-    def attach(self, comm: Communicator, timeout: float) -> None:
+    def attach(self, comm: Communicator) -> None:
         """From here on the waits of ``comm`` are watched."""
-        self._comm, self.timeout = comm, timeout
+        self._comm = comm
 
     def greet(self, token: str, local_size: int) -> None:
         """All ranks have started; from here on signs count that bear the same token."""
@@ -267,9 +270,11 @@ class Watch:
             return  # on a node that the scheduler has lost: another attempt speaks for this rank now
         sign: dict[str, Any] = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "activity": activity}
         sign |= {"seconds": seconds, "told": self._told, "job": self._token}
-        said = {"step": 0, "used": 0.0, "training": 0.0} if self._comm is None else self._comm.meter.said()
         with suppress(OSError):  # a full disk is no reason to end
-            write_atomically(folder / "ranks" / f"{self.rank:04d}.json", json.dumps({**sign, **said}) + "\n")
+            write_atomically(folder / "ranks" / f"{self.rank:04d}.json", json.dumps({**sign, **self._said()}) + "\n")
+
+    def _said(self) -> dict[str, Any]:
+        return not_begun() if self._comm is None else self._comm.meter.said()
 
     def _give_up(self, purpose: str, whom: str) -> None:
         waits = self._waits()
@@ -277,12 +282,11 @@ class Watch:
             return  # the message came while signs were read
         self._told = _GAVE_UP + (whom.removeprefix("not waiting: ") or "a rank that nobody knows")
         self._write(f"waited for {purpose}", self._waited)
-        step = 0 if self._comm is None else self._comm.meter.said()["step"]
         self._end(
             f"rank {self.rank} of {self.size} on {platform.node()} has waited {self._waited:.0f} s for "
             f"{purpose} (comm_timeout is {self.timeout:g}): ending the job on all ranks; "
             + (whom or "no rank is known not to wait")
-            + f"; itself at step {step}"
+            + f"; itself at step {self._said()['step']}"
         )
 
     def _end(self, line: str) -> None:

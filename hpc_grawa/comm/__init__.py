@@ -141,7 +141,7 @@ def connect(
         watch.close()  # the program may go on without
         raise
     comm.watch = watch
-    watch.attach(comm, comm_timeout)
+    watch.attach(comm)
     host = host_identity()
     told = [message.decode().partition(" ") for message in comm.gather_bytes(f"{uuid4().hex} {host}".encode())]
     watch.greet(token=told[0][0], local_size=[there for _, _, there in told].count(host))

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from torch import Tensor
 from ..errors import LostContact
 from ..launch import host_identity
 from ..trace import Kind, Trace
-
-if TYPE_CHECKING:
-    from ..watch import Watch
+from ..watch import Watch, not_begun
 
 Verb = Literal["allreduce", "allgather", "alltoall", "broadcast"]
 
@@ -43,11 +41,6 @@ def bytes_sent(verb: Verb | Literal["counter"], payload: int, world_size: int) -
         "broadcast": payload * others / world_size,
         "counter": 2 * payload * others / world_size,
     }[verb]
-
-
-def not_begun() -> dict[str, Any]:
-    """What a rank says of itself that has made no step."""
-    return {"step": 0, "used": 0.0, "training": 0.0}
 
 
 class Meter:
@@ -122,7 +115,7 @@ class Meter:
 
     @contextmanager
     def waiting(self, purpose: str, ranks: Sequence[int]) -> Iterator[None]:
-        """Within the block this rank stands still for others, in a call that is no message."""
+        """Within the block this rank stands still for others."""
         self.waits_for = purpose, time.perf_counter(), ranks
         try:
             yield
@@ -223,8 +216,7 @@ class Work:
             if meter is None:
                 self._result = self._wait()
                 return self._result
-            meter.waits_for = self._purpose, start, self._ranks
-            try:
+            with meter.waiting(self._purpose, self._ranks):
                 if self._on_device:
                     events = cuda_event(), cuda_event()
                     events[0].record()
@@ -234,8 +226,6 @@ class Work:
                 else:
                     self._result = self._wait()
                     meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
-            finally:
-                meter.waits_for = None
         return self._result
 
 
