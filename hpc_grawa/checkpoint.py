@@ -235,7 +235,7 @@ class Checkpoints:
     def _latest(self) -> str | None:
         """What ``latest`` says; None if there is none."""
         try:
-            return (self.folder / "latest").read_text(errors="replace").strip()
+            return (self.folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             return None
         except OSError:
@@ -251,7 +251,7 @@ class Checkpoints:
 
     def _publish(self, unfinished: Path, manifest: dict[str, Any]) -> None:
         place = unfinished.with_name(unfinished.name.removesuffix(_PARTIAL))
-        with (unfinished / "manifest.json").open("w") as file:
+        with (unfinished / "manifest.json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             _flush(file)
         _flush_folder(unfinished)
@@ -286,10 +286,11 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """What a checkpoint says about itself.
 
     Raises:
-        Damaged: it says nothing that can be read.
+        ConfigError: it is no JSON object.
+        Damaged: what it says of step or files cannot be.
     """
     file = place / "manifest.json"
-    found = parse_object(file.read_text(errors="replace"), str(file))
+    found = parse_object(file.read_text(encoding="utf-8", errors="replace"), str(file))
     step, files = found.get("step"), found.get("files")
     if type(step) is not int or step < 0:
         raise Damaged(f"{file} is damaged: its step is {step!r}")

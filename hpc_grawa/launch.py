@@ -132,7 +132,7 @@ def parent_of(process: int) -> int:
     if process == os.getpid():
         return os.getppid()
     try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except OSError:
         return 0
 

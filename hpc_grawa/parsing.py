@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from argparse import Action
@@ -17,7 +16,7 @@ from types import GenericAlias
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from torch import nn
 
 from . import data, methods, metrics, models, optim, schedules
@@ -27,6 +26,7 @@ from .config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .errors import ConfigError
 from .evaluate import Precision
 from .launch import Wanted
+from .reading import load_yaml
 from .screen import as_shown
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -236,29 +236,7 @@ def _read(name: str) -> dict[str, Any]:
     return settings
 
 
-#: Where bytes of a file's name that are no text, lone surrogates in Python, stand for YAML, which refuses them.
-_ASIDE = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
-_BACK = {aside: own for own, aside in _ASIDE.items()}
-_plain_yaml = get_loader("yaml")
-
-
-def load_yaml(text: str) -> Any:
-    """Read YAML as jsonargparse does, and in it the names of files as they are in this process's locale."""
-    text = re.sub(r"\\uDC([89A-F][0-9A-F])", lambda found: chr(0x10FF00 + int(found[1], 16)), text, flags=re.I)
-    return _in_this_locale(_plain_yaml(text.translate(_ASIDE)))
-
-
-def _in_this_locale(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_in_this_locale(key): _in_this_locale(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_in_this_locale(item) for item in value]
-    if isinstance(value, str):
-        return os.fsdecode(value.translate(_BACK).encode("utf-8", "surrogateescape"))
-    return value
-
-
-set_loader("yaml", load_yaml, (yaml.YAMLError,))
+set_loader("yaml", load_yaml, (yaml.YAMLError,))  # here, not for all who import the package
 
 
 def _load(text: str, what: str) -> Any:

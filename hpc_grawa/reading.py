@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,18 @@ from jsonargparse import get_loader
 from .errors import ConfigError
 
 
-def read_text(file: Path) -> str | None:
+def read_text(file: Path, errors: str = "strict") -> str | None:
     """What a file of a run's folder holds; None if there is none.
 
+    Args:
+        file: to be read.
+        errors: as ``open`` has it: what to do with bytes that are no text.
+
     Raises:
-        ConfigError: it is there, and is no text; names it.
+        ConfigError: it is there, and cannot be read, or is no text; names it.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors=errors)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -48,10 +54,32 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     return found
 
 
+#: Where bytes of a file's name that are no text, lone surrogates in Python, stand for YAML, which refuses them.
+_ASIDE = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
+_BACK = {aside: own for own, aside in _ASIDE.items()}
+_plain_yaml = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML as jsonargparse does, and in it the names of files as they are in this process's locale."""
+    text = re.sub(r"\\uDC([89A-F][0-9A-F])", lambda found: chr(0x10FF00 + int(found[1], 16)), text, flags=re.I)
+    return _in_this_locale(_plain_yaml(text.translate(_ASIDE)))
+
+
+def _in_this_locale(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_in_this_locale(key): _in_this_locale(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_this_locale(item) for item in value]
+    if isinstance(value, str):
+        return os.fsdecode(value.translate(_BACK).encode("utf-8", "surrogateescape"))
+    return value
+
+
 def parse_settings(text: str, where: str) -> dict[str, Any]:
     """The sections in YAML; ``ConfigError`` that names ``where`` they should be if there are none."""
     try:
-        found = get_loader("yaml")(text)
+        found = load_yaml(text)
     except Exception as error:  # what a loader raises is its own affair
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):

@@ -169,7 +169,7 @@ class Lock:
     def _taken(self, job: str, restarts: int) -> bool:
         """Try to get it; of several that wait for one job's end, one does."""
         try:
-            with self._file.open("x") as file:
+            with self._file.open("x", encoding="utf-8") as file:
                 file.write(self._content)
         except FileExistsError:
             if not self._await_death(job, restarts):

@@ -366,7 +366,7 @@ def _lives(process: int) -> bool:
 def _lock(folder: Path) -> str:
     """Who holds a run's folder."""
     with suppress(OSError):
-        return (folder / "lock.json").read_text(errors="replace")
+        return (folder / "lock.json").read_text(encoding="utf-8", errors="replace")
     return ""
 
 
@@ -379,7 +379,7 @@ def read_signs(folder: Path) -> list[Sign]:
     signs = []
     for file in sorted(place.glob("[0-9]*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            found = json.loads(file.read_text())
+            found = json.loads(file.read_bytes())
             sign = Sign(
                 rank=int(found["rank"]),
                 host=str(found["host"]),

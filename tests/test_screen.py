@@ -21,7 +21,8 @@ from conftest import launch
 from PIL import Image
 
 from hpc_grawa import cli
-from hpc_grawa.parsing import load_yaml, read_settings
+from hpc_grawa.parsing import read_settings
+from hpc_grawa.reading import load_yaml
 from hpc_grawa.report import read_run
 from hpc_grawa.screen import as_shown
 

@@ -97,7 +97,7 @@ class CIFAR(ImageData):
     def _facts(self) -> dict[str, Any]:
         """meta.json, once every array is seen to have the size that it states."""
         try:
-            facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_text())
+            facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_bytes())
             if facts["name"] not in PUBLISHED:
                 raise ValueError(f"it holds {facts['name']}")
             for part in ("train", "test"):

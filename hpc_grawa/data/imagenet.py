@@ -433,7 +433,7 @@ class ImageNet(ImageData):
     def _facts(self) -> dict[str, Any]:
         """meta.json, once every file is seen to have the size that it states."""
         try:
-            facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_text())
+            facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_bytes())
             sizes, classes = facts["bytes"], facts["classes"]
             if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
                 raise ValueError("the classes in meta.json are no names")

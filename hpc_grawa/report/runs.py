@@ -185,12 +185,7 @@ def last(path: Any) -> str:
 
 def _read_events(path: Path) -> dict[str, list[dict[str, Any]]]:
     events: dict[str, list[dict[str, Any]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return events
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    lines = (read_text(path, errors="replace") or "").split("\n")
     lines.pop()  # empty, or half-written by a run that was killed
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number},"
