@@ -98,7 +98,7 @@ def train(words: list[str], facts: RankFacts) -> None:
         if facts.rank == 0:
             with named_errors(program, facts):
                 for line in plan(config, size, min(size, options.ranks_per_host or here)).splitlines():
-                    print(wrapped(line, 10_000, others=" " * 18))
+                    print(wrapped(line, others=" " * 18))
         return
     with together(program, config, facts, first_line) as comm:
         from .train import fit

@@ -160,7 +160,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
 
     records = [read_run(run) for path in runs for run in _runs_in(path)]
     lines = rows(records, target=target)
-    print("\n" + markdown(lines, columns(10_000)))
+    print("\n" + markdown(lines, columns()))
     if csv is not None:
         write_csv(lines, csv)
         print(f"\ntable   {csv}")

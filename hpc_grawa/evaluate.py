@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import buffers, losses, random_streams
 from .batchnorm import Recalibration
 from .comm import Communicator
-from .data import Examples, Nest, in_advance, moved
+from .data import Examples, Nest, in_advance, nests
 from .eager import eagerly
 from .metrics import Metric
 from .probe import NoDropout
@@ -69,7 +69,7 @@ class Judge:
         with undisturbed(model, comm), eval_mode(model), torch.no_grad(), autocast(self.precision, device):
             batches = in_advance(examples, ((part, None) for part in parts), device)
             for part, (inputs, targets) in zip(parts, batches, strict=True):
-                inputs, targets = moved((inputs, targets), device)
+                inputs, targets = nests.moved((inputs, targets), device)
                 output = model(inputs)
                 loss = losses.sums(self.loss, output, targets, len(part), count)
                 sums.append(torch.cat((loss, self.metric.sums(output, targets).double())))
@@ -81,15 +81,21 @@ class Judge:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block all modules are in eval mode; afterwards each in its own again."""
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block all modules are in eval mode; afterwards each in its own again."""
+    with _modes_kept(model):
+        model.eval()
+        yield
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, precision: Precision = "fp32") -> None:
@@ -114,7 +120,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, p
     with training_mode(model), undisturbed(model), statistics.watching(), torch.no_grad(), autocast(precision, device):
         for inputs in batches:
             with NoDropout(), eagerly():
-                model(moved(inputs, device))
+                model(nests.moved(inputs, device))
     statistics.take_over(comm)
 
 
@@ -124,14 +130,10 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
     Otherwise ``model.train()`` says which. Afterwards each is in its own again.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
-    try:
+    with _modes_kept(model):
+        if not model.training:
+            model.train()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .launch import rank_facts
 from .reading import read_object
+from .screen import is_terminal
 
 #: Seconds between plain lines where the screen is not a terminal.
 LINE_EVERY = 5.0
@@ -148,8 +148,7 @@ class Log:
         self.folder, self.speaks = folder, speaks
         self._file: IO[str] | None = None if folder is None else _appended(folder / "metrics.jsonl")
         self._last_line = time.monotonic()
-        # mpirun gives ranks a pseudo-terminal of its own, whatever it prints to itself.
-        self._live = sys.stdout.isatty() and rank_facts().launcher is None
+        self._live = is_terminal()
         self._bar: Any = None
         self._events: Any = None
         if folder is not None and tensorboard:

@@ -10,6 +10,8 @@ from textwrap import fill
 
 from .launch import rank_facts
 
+#: Columns of a screen that does not wrap.
+ENDLESS = 10_000
 #: Of what this package writes, in ASCII.
 _SPELLED = {
     "←": "<-",
@@ -71,16 +73,17 @@ def as_shown(text: str) -> str:
     return text.encode(encoding, "hpc_grawa.spell").decode(encoding)
 
 
-def columns(most: int) -> int:
-    """The width of the terminal, ``most`` of a wider one and where there is none.
-
-    A launcher's ranks are on none: mpirun gives them one of its own, whatever it prints to itself.
-    """
-    terminal = sys.stdout.isatty() and rank_facts().launcher is None
-    return min(most, shutil.get_terminal_size().columns) if terminal else most
+def is_terminal() -> bool:
+    """Whether somebody looks on: not at a launcher's rank, to which mpirun gives a terminal that it makes itself."""
+    return sys.stdout.isatty() and rank_facts().launcher is None
 
 
-def wrapped(line: str, most: int, first: str = "", others: str = "") -> str:
+def columns(most: int = ENDLESS) -> int:
+    """The width of the terminal, ``most`` of a wider one and where there is none."""
+    return min(most, shutil.get_terminal_size().columns) if is_terminal() else most
+
+
+def wrapped(line: str, most: int = ENDLESS, first: str = "", others: str = "") -> str:
     """A line as several that fit the screen, the first and the others behind indents."""
     return fill(
         as_shown(line),

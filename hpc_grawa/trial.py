@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from . import losses
 from .comm import Communicator
 from .config import Config
-from .data import Nest, Splits, in_advance, kind, moved, parts
+from .data import Nest, Splits, in_advance
 from .data.base import CPU
-from .data.nests import same_shape
+from .data.nests import kind, moved, parts, same_shape
 from .errors import ConfigError
 from .evaluate import autocast, eval_mode
 from .lazy import completing, unfinished

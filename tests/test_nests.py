@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from hpc_grawa import simulate
-from hpc_grawa.data import Nest, Splits, TensorExamples, kind, moved, parts
-from hpc_grawa.data.nests import leaves, mapped
+from hpc_grawa.data import Nest, Splits, TensorExamples
+from hpc_grawa.data.nests import kind, leaves, mapped, moved, parts
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.parsing import parse
 from hpc_grawa.train import fit

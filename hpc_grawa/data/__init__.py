@@ -6,7 +6,7 @@ from .cifar import CIFAR
 from .datasets import Datasets
 from .digits import Digits
 from .imagenet import ImageNet
-from .nests import Nest, kind, moved, parts
+from .nests import Nest
 from .sharding import Sampler, Split, held_out, shard_size
 from .tensors import TensorExamples
 
@@ -28,8 +28,5 @@ __all__ = [
     "TensorExamples",
     "held_out",
     "in_advance",
-    "kind",
-    "moved",
-    "parts",
     "shard_size",
 ]

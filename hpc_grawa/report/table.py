@@ -13,7 +13,7 @@ from textwrap import fill
 
 from ..errors import ConfigError
 from ..log import human_bytes
-from ..screen import as_shown
+from ..screen import ENDLESS, as_shown
 from .runs import RunRecord, evaluated_part, group, setting
 
 
@@ -105,7 +105,7 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
     )
 
 
-def markdown(table: Table, width: float = math.inf) -> str:
+def markdown(table: Table, width: int = ENDLESS) -> str:
     """The table for people: a line that says what is compared, aligned Markdown, and a note on what the columns say.
 
     Where it is wider than ``width`` and that helps, experiments are its columns.
@@ -238,7 +238,7 @@ def _reached(row: Row) -> str:
     return text if row.reached in (0, row.runs) else f"{text} ({row.reached} of {row.runs})"
 
 
-def _notes(table: Table, width: float) -> list[str]:
+def _notes(table: Table, width: int) -> list[str]:
     """What the columns say."""
     metric, amount = table.metric, formatter(table.metric)
     entries = [
@@ -256,7 +256,7 @@ def _notes(table: Table, width: float) -> list[str]:
             f"to {amount(table.target)}: training seconds until an evaluation of the center on {table.part} data first "
             f"finds that or better{why}"
         )
-    return [fill(f"- {entry}.", int(min(width, 10_000)), subsequent_indent="  ") for entry in entries]
+    return [fill(f"- {entry}.", width, subsequent_indent="  ") for entry in entries]
 
 
 def _count(value: float) -> str:
