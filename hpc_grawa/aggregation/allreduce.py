@@ -49,8 +49,8 @@ class AllreduceAggregator(Aggregator):
     what no hook launched is flushed after backward. Where one pass reaches the parameters of several aggregators (two
     optimizers), only the latest built launches from hooks; the others launch everything in ``finish``, and before it
     what is left of later ones that the pass has reached. All ranks must make the same passes; a rank that makes none
-    takes part in the step's ``finish``. The place (step, and how often gradients were shared in it)
-    is summed with the flags, so that ranks that have lost step find out instead of adding what belongs to other steps.
+    takes part in the step's ``finish``. The place (step, and how often gradients were shared in it) is summed with the
+    flags, so that ranks that have lost step find out instead of adding what belongs to other steps.
 
     Gradients may be shared again before the step, after a further backward pass: what was shared is the same on all
     ranks, and the mean of m + g_j is m plus the mean of g_j.
