@@ -169,6 +169,15 @@ def test_how_a_script_is_written_makes_no_difference(on_ranks: Ranks, name: str,
     same_bits(on_ranks(lambda comm: run_script(comm, LINES[name], **options)), expected)
 
 
+def shared_branches(comm: Communicator, passes_per_step: int) -> tuple[nn.Module, Any]:
+    """A model some of whose tensors need not be reached, and its optimizer, with two tensors in a bucket."""
+    model = branches()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = optim.SGD(trained, 0.1, momentum=0.9, weight_decay=0.5)
+    method = DataParallel(bucket_mb=2 * TENSOR / MIB)
+    return model, DistributedOptimizer(plain, model, method, comm=comm, backward_passes_per_step=passes_per_step)
+
+
 @pytest.mark.parametrize("zeroing", ["to none", "to zero, after"])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("use", USES)
@@ -179,15 +188,7 @@ def test_whatever_ranks_use_every_step_is_that_of_the_mean_gradient(
     steps = 6
 
     def body(comm: Communicator) -> list[Tensor]:
-        model = branches()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = DistributedOptimizer(
-            optim.SGD(trained, 0.1, momentum=0.9, weight_decay=0.5),
-            model,
-            DataParallel(bucket_mb=2 * TENSOR / MIB),
-            comm=comm,
-            backward_passes_per_step=parts,
-        )
+        model, optimizer = shared_branches(comm, parts)
         states = []
         for step in range(steps):
             if "after" not in zeroing:
@@ -198,7 +199,7 @@ def test_whatever_ranks_use_every_step_is_that_of_the_mean_gradient(
             optimizer.step()
             if "after" in zeroing:
                 optimizer.zero_grad(set_to_none="none" in zeroing)
-            states.append(nn.utils.parameters_to_vector(trained).detach().clone())
+            states.append(nn.utils.parameters_to_vector(optimizer.run.vector.parameters).detach().clone())
         return states
 
     expected = expected_run(on_ranks.size, USES[use], steps, parts)
@@ -313,22 +314,14 @@ def test_every_further_backward_pass_of_a_step_is_shared(on_ranks: Ranks, use: s
     steps = 3
 
     def body(comm: Communicator) -> list[Tensor]:
-        model = branches()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = DistributedOptimizer(
-            optim.SGD(trained, 0.1, momentum=0.9, weight_decay=0.5),
-            model,
-            DataParallel(bucket_mb=2 * TENSOR / MIB),
-            comm=comm,
-            backward_passes_per_step=said,
-        )
+        model, optimizer = shared_branches(comm, said)
         states = []
         for step in range(steps):
             optimizer.zero_grad()
             for part in range(3):
                 branches_loss(model, comm.rank, step, part, USES[use](comm.rank, step, part)).backward()
             optimizer.step()
-            states.append(nn.utils.parameters_to_vector(trained).detach().clone())
+            states.append(nn.utils.parameters_to_vector(optimizer.run.vector.parameters).detach().clone())
         return states
 
     expected = expected_run(on_ranks.size, USES[use], steps, 3)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_hooks import Broken
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -474,15 +475,6 @@ def test_gradients_of_tensors_outside_the_model_stay_as_they_were() -> None:
 
 
 def test_hooks_and_gradients_are_back_where_a_probe_fails_in_its_backward_pass() -> None:
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            raise ZeroDivisionError
-
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     vector, fired = ParameterVector(model), []
     model[0].weight.register_hook(fired.append)
