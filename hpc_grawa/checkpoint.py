@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .comm import Communicator
-from .errors import ConfigError, Damaged
+from .errors import ConfigError, Damaged, in_a_line
 from .log import human_bytes, write_atomically
 from .reading import parse_object
 
@@ -391,7 +391,7 @@ def _read(path: Path, length: str, sha: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:  # what was written is not what this torch reads; it can raise anything
-        raise Damaged(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise Damaged(f"{path} cannot be read: {in_a_line(error)[:200]}") from None
     return state
 
 

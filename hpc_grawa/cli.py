@@ -18,7 +18,7 @@ import torch
 
 from .comm import Backend, Communicator, choose, connect
 from .config import CLASS_SECTIONS, Config
-from .errors import ConfigError, Damaged, NonFinite, RanksDisagree
+from .errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line
 from .launch import RankFacts, default_threads, local_device, rank_facts
 from .log import Log, say
 from .methods import Method
@@ -151,10 +151,11 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         file = options.run / "center.pt"
         try:
             center = torch.load(file, weights_only=True)
+            # Before load_state_dict, which refuses those that have changed their shape in training.
             buffers.load_state(model, {name: center[name] for name in buffers.state(model) if name in center})
             model.load_state_dict(center)
         except Exception as error:  # a damaged file can raise anything
-            why = " ".join(str(error).split())[:200] or type(error).__name__
+            why = in_a_line(error)[:200] or type(error).__name__
             raise ConfigError(f"{file} is damaged, or of another model: {why}") from None
         scores = judge.judge(model, splits.test, comm)
         if facts.rank == 0:

@@ -1,4 +1,4 @@
-"""The errors of this package, each named after what went wrong."""
+"""The errors of this package, each named after what went wrong, and what any error says in one line."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ class Unmatched(RuntimeError):
 
 class LostContact(RuntimeError):
     """A message can no longer arrive, as a rank is gone; says what the backend said."""
+
+
+def in_a_line(error: BaseException, named: bool = False) -> str:
+    r"""What an error says, on one line; ``named``: after the name of its type.
+
+    Example:
+        >>> in_a_line(ValueError("two\n  lines")), in_a_line(ValueError("two"), named=True)
+        ('two lines', 'ValueError: two')
+    """
+    return " ".join((f"{type(error).__name__}: {error}" if named else str(error)).split())

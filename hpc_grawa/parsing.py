@@ -23,7 +23,7 @@ from . import data, methods, metrics, models, optim, schedules
 from .comm import Backend
 from .complaints import must_be, one_line
 from .config import CLASS_SECTIONS, GROUPS, Config, instantiate
-from .errors import ConfigError
+from .errors import ConfigError, in_a_line
 from .evaluate import Precision
 from .launch import Wanted
 from .reading import load_yaml
@@ -243,7 +243,7 @@ def _load(text: str, what: str) -> Any:
     try:
         return load_yaml(text)
     except Exception as error:  # what a loader raises is its own affair
-        raise ConfigError(f"{what}: must be YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{what}: must be YAML ({in_a_line(error)})") from None
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

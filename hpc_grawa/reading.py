@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from .errors import ConfigError
+from .errors import ConfigError, in_a_line
 
 
 def read_text(file: Path, errors: str = "strict") -> str | None:
@@ -81,7 +81,7 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
     try:
         found = load_yaml(text)
     except Exception as error:  # what a loader raises is its own affair
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where} is not YAML: {in_a_line(error)}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{where} is {text[:40]!r}: must hold a run's settings")
     return found

@@ -1,4 +1,4 @@
-"""What a screen that does not know a character shows in its place."""
+"""What a screen can show: lines as wide as it is, and of characters that it lacks what stands in their place."""
 
 from __future__ import annotations
 

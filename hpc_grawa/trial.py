@@ -17,7 +17,7 @@ from .config import Config
 from .data import Nest, Splits, in_advance
 from .data.base import CPU
 from .data.nests import kind, moved, parts, same_shape
-from .errors import ConfigError
+from .errors import ConfigError, in_a_line
 from .evaluate import autocast, eval_mode
 from .lazy import completing, unfinished
 
@@ -124,7 +124,7 @@ def _named(what: str) -> Iterator[None]:
             warnings.filterwarnings("error", message="Using a target size")
             yield
     except Exception as error:  # what an own class raises is its own affair
-        message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        message = in_a_line(error, named=True).removesuffix(":")
         places = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
         place = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
         raise ConfigError(f"{what}; {message[:300]}{place}") from error

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from ..random_streams import seeded
 from .base import CPU, Data, Splits
 from .nests import Nest
 from .sharding import held_out
 from .workers import Workers, make_batch
 
-#: Gives all examples; whether it is the class itself or a function is the user's affair.
+#: Gives all examples: by the first form the parser takes a class and its settings, by the second any function.
 Maker = Callable[[], Dataset[Any]] | Callable[[], Any]
 
 
@@ -82,7 +82,7 @@ class Datasets(Data):
             iterable = isinstance(found, IterableDataset)
             count = 0 if iterable else len(found)
         except Exception as error:  # what an own class raises is its own affair
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            what = in_a_line(error, named=True)
             raise ConfigError(f"data.{name}: must make a data set that has a length; {what[:300]}") from error
         if iterable or not hasattr(found, "__getitem__"):
             raise ConfigError(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..comm import Communicator
-from ..errors import ConfigError, Damaged
+from ..errors import ConfigError, Damaged, in_a_line
 from ..launch import own_processors
 from .base import CPU, ImageData, Splits
 from .sharding import held_out
@@ -251,7 +251,7 @@ class PackedImages:
             return decoder()(content)
         except (RuntimeError, OSError, SyntaxError, ValueError) as error:
             where = f"{self.files.paths[shard]}, the image at {offset}"
-            raise Damaged(f"{where}, cannot be decoded ({' '.join(str(error).split())}): {_CHECK}") from None
+            raise Damaged(f"{where}, cannot be decoded ({in_a_line(error)}): {_CHECK}") from None
 
 
 def jpeg_size(content: bytes) -> tuple[int, int]:
@@ -401,7 +401,7 @@ class ImageNet(ImageData):
                     what = f"class {label}, {length} bytes at {offset} of file {shard}"
                     raise ValueError(f"{name}.npy says of image {wrong} what cannot be: {what}")
             except (OSError, EOFError, ValueError, AttributeError) as error:
-                raise self._wrong(" ".join(str(error).split())) from None
+                raise self._wrong(in_a_line(error)) from None
             return PackedImages(Files([folder / file for file in names]), rows, view, pool, self.channels_last)
 
         train, test = part("train"), part("val")
@@ -448,9 +448,7 @@ class ImageNet(ImageData):
                 if (found := (Path(self.path) / name).stat().st_size) != size:
                     raise ValueError(f"{name} has {found} bytes, not {size}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._wrong(
-                f"no {error} in meta.json" if isinstance(error, KeyError) else " ".join(str(error).split())
-            ) from None
+            raise self._wrong(f"no {error} in meta.json" if isinstance(error, KeyError) else in_a_line(error)) from None
         return facts
 
     def _wrong(self, reason: str) -> ConfigError:

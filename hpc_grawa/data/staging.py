@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 
 _SPARE = 64 * 2**20  # bytes that are to stay free
 _THREADS = 8
@@ -70,7 +70,7 @@ def staged(
             say(f"stage      {images} to {copies.folder}, {size / 1e9:.2f} GB to copy")
             copies.make(size, say)
         except (OSError, ValueError) as error:
-            return f"data.stage is {stage}: {' '.join(str(error).split())} (on {platform.node()})"
+            return f"data.stage is {stage}: {in_a_line(error)} (on {platform.node()})"
         return ""
 
     # One that fails on another node must be known to all; it is also what the other ranks of this node wait for.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from ..random_streams import seeded
 from .nests import Nest
 
@@ -63,7 +63,7 @@ class Workers:
         try:
             pickled = pickle.dumps(content, protocol=5)
         except Exception as error:  # what an own class raises is its own affair
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            what = in_a_line(error, named=True)
             raise ConfigError(
                 f"data.workers is {count}: must be 0, or data sets and collate such that other processes can unpickle "
                 f"(no lambda, no open file); {what[:300]}"

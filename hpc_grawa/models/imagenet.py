@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 
 
 class _Torchvision(nn.Module):
@@ -19,8 +19,7 @@ class _Torchvision(nn.Module):
             from torchvision import models
         except (ImportError, RuntimeError, OSError) as error:  # absent, or made for another torch
             raise ConfigError(
-                f"model is {cls.__name__}: needs torchvision ({' '.join(str(error).split())}); "
-                "pip install 'hpc-grawa[vision]'"
+                f"model is {cls.__name__}: needs torchvision ({in_a_line(error)}); pip install 'hpc-grawa[vision]'"
             ) from None
         return getattr(models, cls.architecture)(num_classes=num_classes)
 
