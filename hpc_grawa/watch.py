@@ -92,9 +92,18 @@ class Watch:
         timeout: longest wait for a message, in seconds; what this process itself was stopped for does not count.
         local_size: ranks on this host.
         job: names the folder that the ranks of this host share; None for none.
+        launched: by a launcher that lives as long as its job, and whose end this process is not to outlive.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, local_size: int = 1, job: str | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        timeout: float,
+        local_size: int = 1,
+        job: str | None = None,
+        launched: bool = False,
+    ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self._local_size = local_size
         self._comm: Communicator | None = None
@@ -108,7 +117,7 @@ class Watch:
         self._began = time.perf_counter()
         self._leaving: float | None = None
         self._since, self._waited = 0.0, 0.0
-        if size > 1:  # one alone is waited for by nobody, and may outlive its shell
+        if launched:
             self._first = first_process()
             self._launcher = parent_of(self._first)
         if job is not None:

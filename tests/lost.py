@@ -51,6 +51,8 @@ for step in range(12):
             run.after_step(torch.zeros(()))
         if fault == "sleeps":
             time.sleep(1000)
+        if fault == "pauses":
+            time.sleep(5)
         if fault == "forks" and os.fork() == 0:
             lost = False  # and goes on beside its parent
         if fault == "forks a child that exits":

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -148,6 +149,20 @@ def test_ranks_on_gloo_end_with_their_launcher(tmp_path: Path) -> None:
     until = time.monotonic() + 60
     while running(f"--run.dir={tmp_path}"):
         assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_ranks_started_by_hand_outlive_the_shell_that_started_them(tmp_path: Path) -> None:
+    rank = f"{sys.executable} {HERE / 'lost.py'} gloo LocalSGD pauses 8"
+    by_hand = "WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1"
+    shell = " ".join(f"RANK={m} LOCAL_RANK={m} {by_hand} nohup {rank} >> out 2>&1 &" for m in range(2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run(["sh", "-c", shell], cwd=tmp_path, env={**environment(), "MASTER_PORT": str(port)}, check=True)
+    until = time.monotonic() + 150
+    while (out := (tmp_path / "out").read_text()).count("is through") < 2:
+        assert time.monotonic() < until and "ending" not in out, out
         time.sleep(0.2)
 
 

@@ -475,16 +475,15 @@ def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
     file = tmp_path / "lock.json"
     held = json.dumps({"job": "job 5", "restarts": 0, "host": "far", "pid": 1})
     file.write_text(held)
-    began = time.monotonic()
     Lock(tmp_path, "job 5", 1).release()
-    assert time.monotonic() - began < 2 and not file.exists()
+    assert not capsys.readouterr().out and not file.exists()  # at once
     file.write_text(held)
     os.utime(file, (time.time() - 57,) * 2)
     began = time.monotonic()
     Lock(tmp_path, "job 6").release()
-    assert 1 < time.monotonic() - began < 10 and not file.exists()
+    assert 1 < time.monotonic() - began < 50 and not file.exists()
     assert re.fullmatch(
-        r"waiting    up to [23] s for job 5 on far \(process 1\), silent for 5[78] s\n", capsys.readouterr().out
+        r"waiting    up to [1-3] s for job 5 on far \(process 1\), silent for 5[789] s\n", capsys.readouterr().out
     )
 
 
@@ -503,9 +502,9 @@ def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: st
     assert loser.stderr is not None
     assert loser.stderr.readline() == f"{file} is {heir}'s now: {said}\n"
     if state is None:
-        assert loser.wait(10) == 2
+        assert loser.wait(60) == 2
     else:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while Path(f"/proc/{loser.pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
             assert time.monotonic() < end
             time.sleep(0.05)

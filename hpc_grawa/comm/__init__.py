@@ -128,7 +128,9 @@ def connect(
     if not launched and _own_group() is not None:
         size = torch.distributed.get_world_size()
         facts = replace(facts, rank=torch.distributed.get_rank(), size=size, local_size=size)
-    watch = Watch(facts.rank, facts.size, comm_timeout, facts.local_size, facts.job or str(os.getppid()))
+    # Ranks that were started by hand, without a job's name, may outlive the shell that started them; so may one alone.
+    lasting = bool(facts.job) and facts.size > 1
+    watch = Watch(facts.rank, facts.size, comm_timeout, facts.local_size, facts.job or str(os.getppid()), lasting)
     try:
         comm = _start(backend, facts)
         if comm.size != facts.size and launched:
