@@ -577,9 +577,12 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             assert part in printed.out
         assert "torch.ao" not in printed.out  # not every module that torch has
     cli.main(["methods"])
-    assert {line for line in capsys.readouterr().out.splitlines() if line and line[0] != " "} == {
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and line[0] != " "]
+    assert {line for line in lines if line[0] != "-"} == {
         *("DataParallel", "EASGD", "GRAWA", "LGRAWA", "LSGD", "LocalLGRAWA", "LocalMGRAWA", "LocalSGD", "MGRAWA")
     }
+    for what in ("learning rate", "center.pt", "run.finish()", "run.state_dict()"):  # to know of all of them
+        assert any(line[0] == "-" and what in line for line in lines)
     for words in ([], ["tran"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(words)
