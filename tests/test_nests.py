@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import UserDict, defaultdict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +44,28 @@ class Graph:
         return Graph(self.x.to(device))
 
 
+class Sealed(MutableMapping[str, Any]):
+    """Keeps its items in a dict that a shallow copy would share."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items_, self.note = items, "a note"
+
+    def __getitem__(self, name: str) -> Any:
+        return self.items_[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.items_[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.items_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
 def jagged(x: Tensor) -> Tensor:
     return torch.nested.as_nested_tensor(list(x), layout=torch.jagged)
 
@@ -53,6 +75,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Nest], Callable[[Nest], Tensor]]] = {
     "tensor": (lambda x: x, lambda nest: nest),
     "dict": (lambda x: {"x": x, "mask": torch.ones(len(x)), "scale": torch.ones(3)}, lambda nest: nest["x"]),
     "UserDict": (lambda x: UserDict(x=x), lambda nest: nest["x"]),
+    "own mapping": (lambda x: Sealed(x=x, mask=None), lambda nest: nest["x"]),
     "mapping": (lambda x: MappingProxyType({"x": x}), lambda nest: nest["x"]),
     "tuple": (lambda x: (x, None, "a note", 1.5), lambda nest: nest[0]),
     "namedtuple": (lambda x: Pair(x, torch.ones(len(x), 2)), lambda nest: nest.x),

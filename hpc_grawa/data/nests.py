@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -190,7 +191,10 @@ def _like(nest: Nest, children: list[Nest]) -> Nest:
         return new
     if not hasattr(nest, "__setitem__"):
         return named
-    new = copy.copy(nest)  # keeps what a constructor would ask for
+    if isinstance(nest, dict | UserDict) or hasattr(nest, "__copy__"):
+        new = copy.copy(nest)  # keeps what a constructor would ask for
+    else:  # a copy would share with it what it keeps its children in
+        new = copy.deepcopy(nest, {id(nest[name]): child for name, child in named.items()})
     for name, child in named.items():
         new[name] = child
     return new
