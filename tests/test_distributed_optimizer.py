@@ -273,7 +273,8 @@ def test_after_backward_the_mean_gradient_can_be_clipped(on_ranks: Ranks, calls:
         torch.testing.assert_close(states, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_may_be_replaced_before_the_step(on_ranks: Ranks) -> None:
+@pytest.mark.parametrize("what", ["the gradient", "its memory"])
+def test_gradients_may_be_replaced_before_the_step(on_ranks: Ranks, what: str) -> None:
     """Halved after the backward pass, they are half the mean; whether they were zeroed or not, nothing of it stays."""
 
     def body(comm: Communicator) -> list[Tensor]:
@@ -285,7 +286,10 @@ def test_gradients_may_be_replaced_before_the_step(on_ranks: Ranks) -> None:
             gradient(model, comm.rank, step)
             for p in model.parameters():
                 assert p.grad is not None
-                p.grad = p.grad / 2
+                if what == "its memory":
+                    p.grad.data = p.grad.data / 2
+                else:
+                    p.grad = p.grad / 2
             optimizer.step()
             states.append(flat(model))
         return states

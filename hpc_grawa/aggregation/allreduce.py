@@ -82,6 +82,7 @@ class AllreduceAggregator(Aggregator):
         self._flags, self._mean = self._message[:n], self._message[n + 1 :]
         self.grad = self._mean if vector.data.dtype == vector.exact_dtype else torch.zeros_like(vector.data)
         self._views = vector.views(self.grad)
+        self._homes = [view.data_ptr() for view in self._views]
         self._buckets = self._cut(bucket_bytes)
         self._numbers = comm.numbers("gradient", len(self._buckets))
         self._bucket_of = [0] * n
@@ -141,6 +142,8 @@ class AllreduceAggregator(Aggregator):
         self._fresh.clear()
         self._kept.clear()
         self._skips = False
+        for i in range(len(self._views)):
+            self._keep_home(i)
         self._attach([i for i, p in enumerate(self._vector.parameters) if p.grad is not self._views[i]])
 
     def start(self) -> None:
@@ -197,6 +200,8 @@ class AllreduceAggregator(Aggregator):
             if not self._armed:
                 self.start()
             self._armed = False
+            for i in range(len(self._views)):
+                self._keep_home(i)
             self._return_to_what_was_shared()
             self._absent = sorted(set(range(len(self._views))) - self._fresh)
             self._zero(self._absent)
@@ -231,8 +236,14 @@ class AllreduceAggregator(Aggregator):
                 if grad is not self._views[i]:
                     self._away.add(i)
 
+    def _keep_home(self, i: int) -> None:
+        """Make the view anew that somebody has given another memory (``p.grad.data = p.grad.data / 2``)."""
+        if self._views[i].data_ptr() != self._homes[i]:
+            self._views[i] = self._vector.views(self.grad)[i]
+
     def _ready(self, i: int, p: Tensor) -> None:
         self._fresh.add(i)
+        self._keep_home(i)
         if p.grad is not self._views[i]:
             self._away.add(i)
         if not self._armed and self._absent is None:
