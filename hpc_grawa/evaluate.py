@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import buffers, losses, random_streams
+from . import attributes, buffers, losses, random_streams
 from .batchnorm import Recalibration
 from .comm import Communicator
 from .data import Examples, Nest, in_advance, nests
@@ -138,11 +138,11 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[None]:
-    """Within the block buffers may change and random numbers be drawn; afterwards all are as before, bit for bit.
+    """Within the block buffers and attributes may change and random numbers be drawn; afterwards all are as before.
 
     With ``comm`` the model begins the block with one set of buffers on all ranks, see ``buffers.share``.
     """
-    with random_streams.kept(), buffers.kept(model):
+    with random_streams.kept(), attributes.kept(model), buffers.kept(model):
         if comm is not None:
             buffers.share(model, comm)
         yield

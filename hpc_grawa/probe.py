@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import random_streams
-from .buffers import values_kept
+from . import attributes, buffers, random_streams
 from .eager import eagerly
 from .hooks import gradients_aside
 from .vector import ParameterVector
@@ -94,21 +93,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     Forward passes change more than buffers: embeddings with ``max_norm`` renormalise parameters, tables are made anew
     and their sizes noted in attributes, and a model may draw from generators of its own.
     """
-    before = [(d, dict(d)) for module in model.modules() for d in (module.__dict__, module._buffers)]
-    generators = [x for _, then in before for x in then.values() if type(x) is torch.Generator]
-    states = [generator.get_state() for generator in generators]
-    with values_kept((*model.parameters(), *model.buffers())):
-        try:
-            yield
-        finally:
-            for now, then in before:
-                for name in set(now.keys()) - then.keys():
-                    del now[name]
-                for name, value in then.items():
-                    if name not in now or now[name] is not value:
-                        now[name] = value
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+    with buffers.values_kept(model.parameters()), buffers.kept(model), attributes.kept(model):
+        yield
 
 
 @contextmanager
