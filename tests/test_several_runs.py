@@ -285,6 +285,17 @@ def test_steps_after_the_end_are_refused() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", PHASES)
+def test_a_run_that_has_ended_leaves_no_hook(name: str) -> None:
+    model = linear()
+    optimizer: Any = optim.SGD(model.parameters(), 0.01)
+    probe = (lambda: model(torch.ones(1, model.in_features)).square().mean()) if name == "LGRAWA" else None
+    optimizer = DistributedOptimizer(optimizer, model, PHASES[name], probe=probe, comm=SingleCommunicator())
+    optimizer.run.close()
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+
+
 def test_a_second_run_that_shares_the_same_gradients_is_refused_until_the_first_has_ended() -> None:
     model = linear()
 
