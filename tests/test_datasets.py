@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -140,6 +141,24 @@ def test_an_evaluated_example_is_the_same_in_any_batch() -> None:
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
 def test_processes_make_the_batches_that_the_rank_would_make(start_method: str) -> None:
     assert_same(batches(datasets()), batches(datasets(workers=2, start_method=start_method)))
+
+
+def ragged(some: list[Any]) -> Any:
+    return [x for x, _ in some], torch.stack([y for _, y in some])
+
+
+def test_processes_may_make_batches_of_more_tensors_than_files_may_be_open() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        train = Datasets(train=Noisy, test=examples, collate=ragged, workers=1, batch_size=8).load().train
+        wanted = torch.arange(6 * 40).view(6, 40) % 64
+        for index, (inputs, _) in zip(wanted, list(in_advance(train, [(w, None) for w in wanted])), strict=True):
+            own_ones, _ = Datasets(train=Noisy, test=examples, collate=ragged, batch_size=8).load().train.batch(index)
+            assert all(map(torch.equal, inputs, own_ones))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
