@@ -175,6 +175,8 @@ class WeightBuffers(Rider):
         return [t if t is not None and (t.shape, t.dtype) == (s, d) else None for t, s, d in present]
 
     def _as_they_are(self, dtype: torch.dtype) -> bool:
+        if dtype.itemsize < 2:  # floating point of 8 bits is not promoted
+            return False
         return dtype.is_floating_point and torch.promote_types(dtype, self._exact) == self._exact
 
     def pack(self) -> list[Tensor]:

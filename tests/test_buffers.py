@@ -272,6 +272,24 @@ def test_ranks_that_share_the_work_judge_one_model(on_ranks: Ranks, broken: bool
         assert together == pytest.approx(results[first][1], rel=1e-6) and math.isfinite(together)
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_are_expanded_or_of_8_bits_are_those_of_one_rank(on_ranks: Ranks, persistent: bool) -> None:
+    def body(comm: Communicator) -> list[Tensor]:
+        model = nn.Linear(3, 1)
+        odd = {"mask": torch.full((1, 3), comm.rank + 1.0).expand(4, 3)}
+        odd["code"] = torch.full((3,), comm.rank + 1.0).to(torch.float8_e4m3fn)
+        for name, buffer in odd.items():
+            model.register_buffer(name, buffer, persistent=persistent)
+        run = LocalSGD(period=1).build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+        run.after_step()
+        run.finish()
+        with undisturbed(model, comm):
+            return [buffer.float().clone() for buffer in model.buffers()]
+
+    for mask, code in on_ranks(body):
+        assert torch.equal(mask, torch.ones(4, 3)) and torch.equal(code, torch.ones(3))
+
+
 @pytest.mark.parametrize("policy", ["recalibrate", "average", "local"])
 @pytest.mark.parametrize("method", ["LocalLGRAWA", "LocalSGD"])
 def test_a_named_model_has_one_set_of_buffers(method: str, policy: str) -> None:
