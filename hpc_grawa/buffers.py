@@ -42,7 +42,7 @@ def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
 def put(own: Tensor, value: Tensor) -> None:
     """Write a value of the same shape into a tensor, which graphs that a caller keeps do not take for a change."""
     own = own.data
-    if own.layout == torch.strided and not own.is_nested:  # of an expanded tensor (stride 0) only one copy can be written
+    if own.layout == torch.strided and not own.is_nested:  # of a tensor expanded by stride 0 one copy can be written
         once = tuple(slice(1 if n > 1 and step == 0 else n) for n, step in zip(own.shape, own.stride(), strict=True))
         own, value = own[once], value[once]
     own.copy_(value)
