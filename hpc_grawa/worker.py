@@ -143,7 +143,7 @@ class Worker:
 
     def _take_outside(self, state: dict[str, Any]) -> None:
         for p, saved in zip(self._frozen(), state["frozen"], strict=True):
-            p.detach().copy_(saved)
+            buffers.put(p, saved)
         buffers.load_state(self.model, state["buffers"])
 
     def _in_order(self) -> Iterator[tuple[Nest, Nest]]:
