@@ -68,7 +68,7 @@ def fit(
     folder = None if new_folder is None else new_folder()
     if folder is not None and not (folder / "config.yaml").exists():
         open_run(folder, config.text, comm.size, comm.backend)
-    # All ranks write their checkpoints into the folder that rank 0 has made or found; no name of one holds a zero byte.
+    # All ranks write their checkpoints into the folder that rank 0 has made or found. (No path holds a zero byte.)
     finished = new_folder is not None and folder is None
     told = b"\0" if finished else os.fsencode(folder.resolve()) if folder else b""
     place = os.fsdecode(comm.gather_bytes(told, "evaluate")[0])

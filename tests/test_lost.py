@@ -160,6 +160,7 @@ def test_ranks_started_by_hand_outlive_the_shell_that_started_them(tmp_path: Pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     subprocess.run(["sh", "-c", shell], cwd=tmp_path, env={**environment(), "MASTER_PORT": str(port)}, check=True)
+    (tmp_path / "out").touch()  # the shell may be gone before its first rank has opened it
     until = time.monotonic() + 150
     while (out := (tmp_path / "out").read_text()).count("is through") < 2:
         assert time.monotonic() < until and "ending" not in out, out
