@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,19 @@ from hpc_grawa.worker import Worker
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", "x mask")
+
+
+class Doubled(Pair):
+    """Makes its second item itself."""
+
+    def __new__(cls, x: Tensor) -> Doubled:
+        return super().__new__(cls, x, 2 * x)
+
+
+@dataclass
+class Partial:
+    x: Tensor
+    unset: Any = field(init=False)
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,8 @@ FORMS: dict[str, tuple[Callable[[Tensor], Nest], Callable[[Nest], Tensor]]] = {
     "mapping": (lambda x: MappingProxyType({"x": x}), lambda nest: nest["x"]),
     "tuple": (lambda x: (x, None, "a note", 1.5), lambda nest: nest[0]),
     "namedtuple": (lambda x: Pair(x, torch.ones(len(x), 2)), lambda nest: nest.x),
+    "namedtuple with a constructor": (lambda x: Doubled(x), lambda nest: nest.mask / 2),
+    "dataclass with a field unset": (lambda x: Partial(x), lambda nest: nest.x),
     "dataclass": (lambda x: Record({"deep": [[x]]}), lambda nest: nest.x["deep"][0][0]),
     "list of examples": (lambda x: list(x), lambda nest: torch.stack(nest)),
     "tuple of dicts": (lambda x: tuple({"x": row} for row in x), lambda nest: torch.stack([e["x"] for e in nest])),

@@ -159,7 +159,7 @@ def _keys(nest: Nest) -> list[Any] | None:
     if isinstance(nest, Mapping):
         return list(nest)
     if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
-        return [field.name for field in dataclasses.fields(nest)]
+        return [field.name for field in dataclasses.fields(nest) if hasattr(nest, field.name)]
     return list(nest._fields) if isinstance(nest, tuple) and hasattr(nest, "_fields") else None
 
 
@@ -180,7 +180,8 @@ def _like(nest: Nest, children: list[Nest]) -> Nest:
     if type(nest) in (list, tuple):
         return type(nest)(children)
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*children)
+        maker: Any = type(nest)
+        return maker._make(children)  # whatever its constructor asks for
     if isinstance(nest, list | tuple):
         return (list if isinstance(nest, list) else tuple)(children)
     named = dict(zip(_keys(nest) or (), children, strict=True))
