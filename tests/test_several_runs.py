@@ -270,6 +270,23 @@ def test_freezing_and_unfreezing_are_told_at_the_next_step(on_ranks: Ranks, name
     on_ranks(body)
 
 
+@pytest.mark.parametrize("where", ["in the model", "elsewhere"])
+@pytest.mark.parametrize("name", ["DataParallel", "LocalSGD", "LocalLGRAWA"])
+def test_a_layer_that_the_optimizer_is_given_later_is_told_at_the_next_step(name: str, where: str) -> None:
+    def body(comm: Communicator) -> None:
+        model, layer = layers(), nn.Linear(1, 1, dtype=torch.float64)
+        optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.01), model, PHASES[name], comm=comm)
+        train(model, optimizer, comm.rank, 1)
+        optimizer.add_param_group({"params": list(layer.parameters())})
+        if where == "in the model":
+            model.extra = layer
+        with pytest.raises(LostView, match=r"'extra\.weight' was added" if where == "in the model" else "was given"):
+            train(model, optimizer, comm.rank, 1)
+        optimizer.run.close()
+
+    simulate(2, body)
+
+
 def test_steps_after_the_end_are_refused() -> None:
     model = linear()
     vector = ParameterVector(model)

@@ -20,7 +20,7 @@ from ..batchnorm import norms
 from ..buffers import as_bytes, from_bytes, put
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
-from ..errors import ConfigError
+from ..errors import ConfigError, LostView
 from ..probe import Probe as Probe
 from ..riders import LocalMomentum, Rider, RunningStatistics, WeightBuffers
 from ..schedules import RunFacts, every
@@ -53,6 +53,7 @@ class Run:
         self.synchronizers: list[Synchronizer] = []
         #: Called by ``close``.
         self.on_close: list[Callable[[], None]] = []
+        self._held = self._count_held()
 
     @property
     def pooled(self) -> bool:
@@ -75,7 +76,7 @@ class Run:
             loss: of the step, a 0-d tensor; only methods that score by it need it.
 
         Raises:
-            LostView: a parameter was frozen or unfrozen since ``build``.
+            LostView: a parameter was frozen or unfrozen, or the optimizer was given one, since ``build``.
         """
         if self.closed:
             raise RuntimeError(
@@ -83,6 +84,8 @@ class Run:
                 "run over the same model to go on"
             )
         self.vector.check_trained()
+        if self._count_held() != self._held:
+            self._check_held()
         self.aggregator.stepped()
         if not self.pooled:
             self.facts.step += 1
@@ -93,6 +96,19 @@ class Run:
             synchronizer.round_if_due()
         if not self.pooled:
             self.control.after_step(self.synchronizers[-1].period if self.synchronizers else math.inf)
+
+    def _count_held(self) -> int:
+        return sum(len(group["params"]) for group in self.optimizer.param_groups)
+
+    def _check_held(self) -> None:
+        self.vector.check()
+        held = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if held != set(self.vector.parameters):
+            raise LostView(
+                "the optimizer was given parameters, or lost some, after the run was built (add_param_group), so ranks "
+                "would not share what it steps: finish() of this run on all ranks, then a new one over the model"
+            )
+        self._held = self._count_held()
 
     def finish(self) -> None:
         """End with a round at the last step, shortened if need be, and ``close``; all ranks must.
