@@ -73,7 +73,9 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
     parser = Parser(
         prog=program,
         description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
-        epilog="hpc-grawa train --dry_run [--world_size N] [--ranks_per_host N] only says what would happen.",
+        epilog="hpc-grawa train --dry_run [--world_size N] [--ranks_per_host N] only says what would happen. "
+        "--trace writes trace.json; --resume_world any resumes with another number of ranks, from the center; "
+        "--allow_change KEY (again for each key) resumes with a changed setting.",
         usage="%(prog)s [--config FILE_OR_RECIPE] [--dry_run] [--KEY VALUE ...]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
