@@ -167,22 +167,26 @@ class Slow(Line):
 
 
 class Failing(Line):
-    """Raises in its n-th forward pass on one rank of mpirun or srun; `rank` -1 for all of them."""
+    """Raises on one rank of mpirun or srun (`rank` -1: on all) after n passes of training: in training or evaluation.
 
-    def __init__(self, rank: int = 1, calls: int = 5) -> None:
+    What it counts in evaluations and probes is forgotten with them.
+    """
+
+    def __init__(self, rank: int = 1, calls: int = 5, evaluation: bool = False) -> None:
         super().__init__()
-        self.rank, self.calls = rank, calls
+        self.rank, self.calls, self.evaluation = rank, calls, evaluation
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls -= 1
+        due = self.calls <= 0 and self.training is not self.evaluation
+        self.calls -= self.training
         rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMIX_RANK", "0")
-        if self.calls < 0 and self.rank in (-1, int(rank)):
+        if due and self.rank in (-1, int(rank)):
             raise ZeroDivisionError("this model has failed on purpose")
         return super().forward(x)
 
 
 class Hanging(Failing):
-    """Stands still in its n-th forward pass on one rank."""
+    """Stands still where `Failing` raises."""
 
     def forward(self, x: Tensor) -> Tensor:
         try:

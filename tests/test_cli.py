@@ -133,7 +133,7 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(backend: str) 
         *("--budget.seconds=1000", "--method=DataParallel"),
         ranks=2,
     )
-    assert time.monotonic() - began < 60  # of which starting takes most
+    assert time.monotonic() - began < 150  # of which starting takes most; the limit for messages is 600
     assert status not in (0, 2)
     assert errors.count("rank 1 of 2 failed") == 1
     assert "ZeroDivisionError: this model has failed on purpose" in errors

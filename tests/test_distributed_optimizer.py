@@ -575,10 +575,12 @@ def test_pooled_rounds_come_between_the_steps_of_the_loop(on_ranks: Ranks) -> No
         return steps, made, optimizer.run.center.clone()
 
     results = on_ranks(body)
+    # A rank that is late finds no ticket before its first step: it makes the first rounds before it has a list of them.
+    rounds = max((made for _, made, _ in results), key=len)
     for _, made, center in results:
-        assert made == results[0][1] and torch.equal(center, results[0][2])
-    assert np.sum(results[0][1], axis=0).tolist() == [steps for steps, _, _ in results]
-    assert all(sum(made) <= 4 * on_ranks.size for made in results[0][1])
+        assert made == rounds[len(rounds) - len(made) :] and torch.equal(center, results[0][2])
+    assert np.sum(rounds, axis=0).tolist() == [steps for steps, _, _ in results]
+    assert all(sum(made) <= 4 * on_ranks.size for made in rounds)
 
 
 # ---------------------------------------------------------------------------------------------------------
