@@ -480,6 +480,13 @@ def test_a_missing_probe_is_a_named_error(method: Method) -> None:
         method.build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
 
 
+def test_a_loss_in_place_of_a_probe_is_a_named_error() -> None:
+    model = nn.Linear(2, 1)
+    loss: Any = model(torch.ones(1, 2)).sum()
+    with pytest.raises(ConfigError, match=r"probe is a Tensor: must be a function .*probe=loss, not probe=loss\(\)"):
+        LGRAWA().build(SingleCommunicator(), ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1), loss)
+
+
 @pytest.mark.parametrize("method", [LocalSGD(period=2), DataParallel()], ids=str)
 def test_a_lost_view_is_an_error_before_it_matters(on_ranks: Ranks, method: Method) -> None:
     """At the next round on all ranks, or where gradient sharing is asked for its center."""

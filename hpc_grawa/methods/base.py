@@ -225,11 +225,16 @@ class Method(ABC):
 
         Raises:
             ConfigError: the optimizer does not step the model's trainable parameters, or steps others, or is of a kind
-                that the method cannot train with.
+                that the method cannot train with; or the probe is no function.
             RanksDisagree: model, method or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
         self._check(optimizer, vector)
+        if probe is not None and not callable(probe):
+            raise ConfigError(
+                f"probe is a {type(probe).__name__}: must be a function that returns the loss of a fresh batch "
+                f"(probe=loss, not probe=loss())"
+            )
         agree(comm, self._description(vector))
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
