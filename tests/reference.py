@@ -84,8 +84,9 @@ def inverse(scores: Array, power: float = 1.0, noise: NDArray[np.bool_] | None =
     return weights
 
 
-def roundoff(scores: Array, eps: float = float(np.finfo(np.float64).eps)) -> NDArray[np.bool_]:
-    """Which layers' gradients are noise [W, K]: norms of at most 8 eps times that of the rank's whole gradient."""
+def roundoff(scores: Array) -> NDArray[np.bool_]:
+    """Which layers' gradients are noise [W, K]: norms of at most 8 eps (float64) times that of the whole gradient."""
+    eps = float(np.finfo(np.float64).eps)
     noise = np.zeros(scores.shape, dtype=bool)
     for m, row in enumerate(scores):
         whole = math.sqrt(sum(norm**2 for norm in row if math.isfinite(norm)))
