@@ -207,17 +207,18 @@ class Training:
 
     def _go_on(self, restored: Restored) -> None:
         """Go on where the last checkpoint was taken."""
-        worker = self.worker
-        if restored.world_size == worker.comm.size:
-            worker.load_state_dict(restored.state["worker"])
-            self.progress.load_state_dict(restored.state["progress"])
+        worker, size, state = self.worker, self.worker.comm.size, restored.state["worker"]
+        start = ""
+        if restored.world_size == size:
+            worker.load_state_dict(state)
         else:
-            worker.start_from(restored.state["worker"])
+            start = f"; {size} ranks after {restored.world_size}, all from {worker.start_from(state)}"
+        self.progress.load_state_dict(restored.state["progress"])
         self.best = restored.state["best"][0], restored.state["best"][1]
         self.evaluations.next, self.saves.next = restored.state["next"]
         for wrong in restored.skipped:
             self.log.say(f"damaged    {wrong}")
-        self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training")
+        self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training{start}")
 
     def _evaluate(self) -> None:
         worker = self.worker
