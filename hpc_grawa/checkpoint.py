@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -183,7 +184,7 @@ class Checkpoints:
         place = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         free, copies = shutil.disk_usage(place).free, self._keep + 1
         needed = bytes_per_rank * self._comm.size * copies
-        there = sum(file.lstat().st_size for name in self._names() for file in (self.folder / name).glob("*"))
+        there = sum(file.lstat().st_size for name in _names(self.folder) for file in (self.folder / name).glob("*"))
         if free + there < needed:
             raise ConfigError(
                 f"save.keep is {self._keep}: {copies} checkpoints of {self._comm.size} ranks need "
@@ -197,7 +198,7 @@ class Checkpoints:
         Raises:
             ConfigError: on all ranks: there are checkpoints, and none is whole.
         """
-        own = [list(self._names()), self._lost()] if self._comm.rank == 0 else []
+        own = [list(_names(self.folder)), self._lost()] if self._comm.rank == 0 else []
         names, skipped = json.loads(self._comm.gather_bytes(json.dumps(own).encode(), "evaluate")[0])
         damaged: list[str] = []
         for name in names:
@@ -221,30 +222,10 @@ class Checkpoints:
         state = _read(place / file, *files[file].split())
         found.append(Restored(manifest["step"], len(files), state, manifest, tuple(skipped)))
 
-    def _names(self) -> Iterator[str]:
-        """Newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""
-        if not self.folder.is_dir():
-            return
-        names = [p.name for p in self.folder.iterdir() if p.name.removesuffix(_REPLACED).isdigit()]
-        whole = sorted(names, key=lambda name: (name.removesuffix(_REPLACED), name.isdigit()), reverse=True)
-        named = self._latest()
-        if named in whole:
-            yield named
-        yield from (name for name in whole if name != named)
-
-    def _latest(self) -> str | None:
-        """What ``latest`` says; None if there is none."""
-        try:
-            return (self.folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError:
-            return None
-        except OSError:
-            return ""
-
     def _lost(self) -> list[str]:
         """What is wrong with ``latest``."""
         # The checkpoint that it names has another name while it is being replaced.
-        named, there = self._latest(), list(self._names())
+        named, there = _latest(self.folder), list(_names(self.folder))
         if named is None or named in there or f"{named}{_REPLACED}" in there:
             return []
         return [f"{self.folder / 'latest'} names no checkpoint"]
@@ -261,7 +242,7 @@ class Checkpoints:
         unfinished.rename(place)
         _flush_folder(self.folder)
         write_atomically(self.folder / "latest", place.name + "\n")
-        others = (p for p in self._names() if p != place.name and p.isdigit() and (self.folder / p).is_dir())
+        others = (p for p in _names(self.folder) if p != place.name and p.isdigit() and (self.folder / p).is_dir())
         kept = [place.name, *others][: self._keep]
         for old in self.folder.iterdir():
             if old.is_dir() and old.name not in kept:
@@ -299,6 +280,45 @@ def read_manifest(place: Path) -> dict[str, Any]:
     if not entries or not all(entries) or list(files) != [_file(m) for m in range(len(files))]:
         raise Damaged(f"{file} is damaged: its files are not a length and a SHA-256 for each rank")
     return found
+
+
+def saved_world(folder: Path) -> int | None:
+    """How many ranks saved the newest of the checkpoints in ``folder`` that says so; None if there is none."""
+    for name in _names(folder):
+        with suppress(OSError, ConfigError, Damaged):
+            return len(read_manifest(folder / name)["files"])
+    return None
+
+
+def check_world(size: int, saved: int, run: Path | str) -> None:
+    """Raise ``ConfigError`` unless ``size`` ranks are as many as saved the run in the folder ``run``."""
+    if size != saved:
+        raise ConfigError(
+            f"the launcher started {size} rank{'s' if size > 1 else ''}: must be {saved}, as when {run} was saved; or "
+            f"go on from its center with --resume-world any"
+        )
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Checkpoints, newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""
+    if not folder.is_dir():
+        return
+    names = [p.name for p in folder.iterdir() if p.name.removesuffix(_REPLACED).isdigit()]
+    whole = sorted(names, key=lambda name: (name.removesuffix(_REPLACED), name.isdigit()), reverse=True)
+    named = _latest(folder)
+    if named in whole:
+        yield named
+    yield from (name for name in whole if name != named)
+
+
+def _latest(folder: Path) -> str | None:
+    """What ``latest`` says; None if there is none."""
+    try:
+        return (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return ""
 
 
 def copied(state: Any, path: str = "", tensors: bool = True) -> Any:

@@ -90,7 +90,7 @@ def train(words: list[str], facts: RankFacts) -> None:
                 say(f"{program}: {place.path} is finished")
             return
         if not options.dry_run and facts.rank == 0:
-            place.check()
+            place.check(None if options.resume_world == "any" else size)
     set_threads(facts)
     if options.dry_run:
         from .plan import plan

@@ -151,6 +151,7 @@ class Log:
         self._live = is_terminal()
         self._bar: Any = None
         self._events: Any = None
+        self._wants_events = False
         if folder is not None and tensorboard:
             if find_spec("tensorboard") is None:
                 self.say("log        no events for TensorBoard, which is not installed: pip install 'hpc-grawa[log]'")
@@ -159,9 +160,7 @@ class Log:
                     f"log        no events for TensorBoard, which cannot write to {folder}: its bytes are no text here"
                 )
             else:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._events = SummaryWriter(folder, flush_secs=10)
+                self._wants_events = True
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to ``metrics.jsonl``, and its numbers to TensorBoard's curves over steps."""
@@ -180,10 +179,9 @@ class Log:
         return self._file.tell() if self._file is not None else 0
 
     def go_on(self, written: int, step: int) -> None:
-        """Forget what was recorded after a checkpoint of that step, which is recorded once more."""
-        if self.written == written:
-            return
-        if self._file is not None:
+        """Begin to write: forget what was recorded after a checkpoint of that step, which is recorded once more."""
+        again = self.written != written
+        if self._file is not None and again:
             if self.written < written:
                 self.say(
                     f"log        {self._file.name} is damaged: {self.written} bytes, not {written}; the rest is lost"
@@ -191,9 +189,10 @@ class Log:
                 written = Path(self._file.name).read_bytes().rfind(b"\n") + 1
             self._file.truncate(written)
             self._file.seek(0, os.SEEK_END)
-        if self._events is not None:
-            self._events.close()
-            self._events = type(self._events)(self.folder, flush_secs=10, purge_step=step + 1)
+        if self._wants_events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(self.folder, flush_secs=10, purge_step=step + 1 if again else None)
 
     def say(self, text: str) -> None:
         """Print a line."""

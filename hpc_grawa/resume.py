@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import check_world, saved_world
 from .config import Config
 from .errors import ConfigError
 from .launch import job_name, restarts
@@ -94,8 +95,15 @@ class RunPlace:
         """Whether a run to be resumed has come to its end."""
         return self._resumes and is_finished(self.path)
 
-    def check(self) -> None:
-        """Raise ``ConfigError`` if ``open`` could not work; makes nothing that stays."""
+    def check(self, world_size: int | None = None) -> None:
+        """Find out whether ``open`` could work, and whether the run could go on; makes nothing that stays.
+
+        Args:
+            world_size: of the ranks that are to go on with it; None where they may be any number.
+
+        Raises:
+            ConfigError: it could not.
+        """
         if not self._resumes:
             new_folder(self._config.run.dir, self._name, self._numbered).rmdir()
             return
@@ -103,6 +111,9 @@ class RunPlace:
             check_kinds(self.path)
             if self.path.is_dir():
                 check_unchanged(self.path, self._config.text, self._allowed)
+                saved = saved_world(self.path / "checkpoints")
+                if world_size is not None and saved is not None:
+                    check_world(world_size, saved, self.path)
             else:  # under another name: its own another job may be making at this moment
                 new_folder(self._config.run.dir, f".{self._name}.{os.getpid()}", numbered=True).rmdir()
         except OSError as error:
@@ -121,7 +132,6 @@ class RunPlace:
                 say(f"finished   {self.path}, by another job meanwhile")
                 return None
             self._say_how_it_ended()
-            (self.path / "summary.json").unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"run.name is {self._name}: its folder cannot be used ({error})") from None
         return self.path

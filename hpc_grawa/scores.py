@@ -40,6 +40,9 @@ class Score(ABC):
     def reset(self) -> None:  # noqa: B027 - a score may keep nothing
         """Forget everything: this rank has been healed from the center."""
 
+    def begin_after(self, rounds: int) -> None:  # noqa: B027 - a score may not count
+        """Go on with nothing in mind but how many rounds there were."""
+
     def state_dict(self) -> dict[str, Any]:
         """What it keeps between steps."""
         return {}
@@ -287,6 +290,9 @@ class GradientNorm(_GradientScore):
 
     def reset(self) -> None:
         self._momentum.reset()
+
+    def begin_after(self, rounds: int) -> None:
+        self._taken = rounds
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self._seed, "taken": self._taken}

@@ -234,13 +234,17 @@ class Synchronizer:
             self.pool.open(state["pooled"] - self._pooled, overdrawn=0)
             self._pooled = state["pooled"]
 
-    def restart(self) -> None:
-        """Begin a round anew where the facts are now."""
-        if self.pool is None:
-            self._begin(overdrawn=0)
-            return
-        before = self._pooled
-        self.pool.open(-before, overdrawn=0)
+    def restart(self, rounds: int, healed: int) -> None:
+        """Begin a round anew where the facts are now, right after it was built.
+
+        Args:
+            rounds: that there were before.
+            healed: ranks that were healed in them.
+        """
+        self.rounds, self.healed = rounds, healed
+        self.score.begin_after(rounds)
+        if self.pool is not None:
+            self.pool.open(-self._pooled, overdrawn=0)
         self._begin(overdrawn=0)
 
     def _begin(self, overdrawn: int) -> None:

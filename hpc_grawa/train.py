@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .budget import Cadence
-from .checkpoint import Checkpoints, Restored
+from .checkpoint import Checkpoints, Restored, check_world
 from .comm import Communicator, Meter
 from .config import Config
 from .ending import Ending, failure_recorded
-from .errors import ConfigError
 from .examiner import Examiner
 from .launch import signals_heeded
 from .log import Log, commit, open_run, say, versions, write_atomically
@@ -66,7 +65,8 @@ def fit(
     if comm.watch is not None:  # rank 0 may have to wait until the lock of a job that died counts as left
         comm.watch.timeout = max(config.comm_timeout, FOLDER)
     folder = None if new_folder is None else new_folder()
-    if folder is not None and not (folder / "config.yaml").exists():
+    anew = folder is not None and not (folder / "config.yaml").exists()
+    if folder is not None and anew:
         open_run(folder, config.text, comm.size, comm.backend)
     # All ranks write their checkpoints into the folder that rank 0 has made or found. (No path holds a zero byte.)
     finished = new_folder is not None and folder is None
@@ -74,16 +74,19 @@ def fit(
     place = os.fsdecode(comm.gather_bytes(told, "evaluate")[0])
     if place == "\0":
         return {"state": "finished"}
-    if comm.watch is None:  # simulated ranks wait for one another as they should, and cannot be lost
-        watch = Watch(comm.rank, comm.size, math.inf)
-        watch.attach(comm)
-    else:
-        watch = comm.watch
-        watch.timeout = config.comm_timeout
+    if comm.watch is not None:
+        comm.watch.timeout = config.comm_timeout
+    # A start that is refused leaves a run that was there as it was: it leaves word of itself in a new one only.
+    with failure_recorded(place if anew else "", comm, worker.facts):
+        training = Training(worker, folder, place, speaks)
+        restored = training.prepare(any_world)
+    # Simulated ranks wait for one another as they should, and cannot be lost.
+    watch = comm.watch or Watch(comm.rank, comm.size, math.inf)
+    watch.attach(comm)
     watch.begin(Path(place) if place else None)
     try:
         with failure_recorded(place, comm, worker.facts):
-            found = Training(worker, folder, place, speaks).run(trace, any_world)
+            found = training.run(restored, trace)
     except BaseException as error:
         watch.end(f"failed: {type(error).__name__}: {error}")
         raise
@@ -121,10 +124,20 @@ class Training:
         #: The best evaluation so far, the larger the better, and its step.
         self.best = (-math.inf, 0)
 
-    def run(self, trace: bool, any_world: bool) -> dict[str, Any]:
-        """Train to the end of the budget, or until told to end; all ranks must call it. Arguments as of ``fit``."""
+    def run(self, restored: Restored | None, trace: bool) -> dict[str, Any]:
+        """Train to the end of the budget, or until told to end; all ranks must call it.
+
+        Args:
+            restored: what ``prepare`` gave.
+            trace: as of ``fit``.
+        """
         worker, control, meter = self.worker, self.worker.run.control, self.worker.comm.meter
-        self._begin(trace, any_world)
+        meter.trace = Trace() if trace else None
+        worker.clock.restart()
+        if restored is None:
+            self._evaluate()
+        else:
+            self._go_on(restored)
         ending = Ending(control, self.log, self.folder)
         with signals_heeded(ending.heed):
             while worker.used < 1 and not control.stop:
@@ -158,13 +171,25 @@ class Training:
         self.log.say(farewell(summary, worker.config.metric.name, self.folder))
         return summary
 
-    def _begin(self, trace: bool, any_world: bool) -> None:
-        """Start, or go on where the last checkpoint was taken."""
-        worker, checkpoints, clock = self.worker, self.checkpoints, self.worker.clock
+    def prepare(self, any_world: bool) -> Restored | None:
+        """Read the last checkpoint, and find out what else would keep the run from going on; all ranks must call it.
+
+        Nothing in the folder has changed where an error is raised: what is wrong on any rank, rank 0 knows before it
+        writes, and the others do not write before it has.
+
+        Args:
+            any_world: as of ``fit``.
+
+        Returns:
+            The checkpoint to go on from, or None.
+
+        Raises:
+            ConfigError: the run cannot go on; on all ranks, or on rank 0 alone.
+        """
+        worker, checkpoints = self.worker, self.checkpoints
         restored = None if checkpoints is None else checkpoints.load()
-        # What a run wrote after its last checkpoint, or before its first one, it is to write again.
-        self.log.go_on(*((0, -1) if restored is None else (restored.state["written"], restored.step)))
-        greet(self.log, worker, anew=restored is None)
+        if restored is not None and not any_world:
+            check_world(worker.comm.size, restored.world_size, self.folder or self.place)
         if checkpoints is not None and worker.config.save.every < math.inf:
             width = worker.vector.data.element_size() * len(worker.vector)
             checkpoints.check(self._state())
@@ -172,31 +197,28 @@ class Training:
             # Parameters, centers, and as much as AdamW keeps.
             copies = 3 + len(worker.run.synchronizers)
             checkpoints.check_space(copies * width + sum(t.nbytes for _, t in worker.vector.outside))
+        if self.folder is not None:
+            (self.folder / "summary.json").unlink(missing_ok=True)
+        # What a run wrote after its last checkpoint, or before its first one, it is to write again.
+        self.log.go_on(*((0, -1) if restored is None else (restored.state["written"], restored.step)))
+        greet(self.log, worker, anew=restored is None)
         worker.comm.barrier()
-        worker.comm.meter.trace = Trace() if trace else None
-        clock.restart()
-        if restored is None:
-            self._evaluate()
-        else:
-            self._go_on(restored, any_world)
+        return restored
 
-    def _go_on(self, restored: Restored, any_world: bool) -> None:
-        worker = self.worker
-        if restored.world_size == worker.comm.size:
-            worker.load_state_dict(restored.state["worker"])
-            self.progress.load_state_dict(restored.state["progress"])
-        elif any_world:
-            worker.start_from(restored.state["worker"])
+    def _go_on(self, restored: Restored) -> None:
+        """Go on where the last checkpoint was taken."""
+        worker, size, state = self.worker, self.worker.comm.size, restored.state["worker"]
+        start = ""
+        if restored.world_size == size:
+            worker.load_state_dict(state)
         else:
-            raise ConfigError(
-                f"the launcher started {worker.comm.size} ranks: must be {restored.world_size}, as when {self.place} "
-                f"was saved; or go on from its center with --resume-world any"
-            )
+            start = f"; {size} ranks after {restored.world_size}, all from {worker.start_from(state)}"
+        self.progress.load_state_dict(restored.state["progress"])
         self.best = restored.state["best"][0], restored.state["best"][1]
         self.evaluations.next, self.saves.next = restored.state["next"]
         for wrong in restored.skipped:
             self.log.say(f"damaged    {wrong}")
-        self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training")
+        self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training{start}")
 
     def _evaluate(self) -> None:
         worker = self.worker

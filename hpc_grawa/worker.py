@@ -127,16 +127,24 @@ class Worker:
         self.run.load_state_dict(state["run"])
         random_streams.set_streams(random_streams.unpacked(state["random"]))
 
-    def start_from(self, state: dict[str, Any]) -> None:
-        """Go on from another world's center, which all ranks start from; the data are shared anew."""
-        centers = [s["averager"]["center"] for s in state["run"]["synchronizers"]]
-        center = centers[-1] if centers and centers[-1] is not None else state["parameters"]
-        self.vector.data.copy_(center)
+    def start_from(self, state: dict[str, Any]) -> str:
+        """Go on from another world's center, which all ranks start from; the data are shared anew.
+
+        Args:
+            state: of rank 0 there.
+
+        Returns:
+            What all ranks have started from, in words.
+        """
+        synchronizers = state["run"]["synchronizers"]
+        center = synchronizers[-1]["averager"]["center"] if synchronizers else state["parameters"]
+        self.vector.data.copy_(state["parameters"] if center is None else center)
         self._take_outside(state)
         self.local_steps = state["run"]["facts"]["step"]
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
-        self.run.start_from(state["run"]["facts"])
+        self.run.start_from(state["run"])
+        return "the center" if center is not None else "rank 0's parameters, as there was no round yet"
 
     def _frozen(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if not p.requires_grad]

@@ -47,6 +47,12 @@ def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run's folder but the lock, which whoever looks in takes over from the dead."""
+    files = [p for p in run.rglob("*") if p.is_file() and p.name != "lock.json"]
+    return {str(p.relative_to(run)): p.read_bytes() for p in files}
+
+
 @dataclass(kw_only=True)
 class Alone(Method):
     """Every rank by itself."""

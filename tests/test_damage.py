@@ -17,6 +17,7 @@ import numpy as np
 import own
 import pytest
 import torch
+from own import contents
 
 from hpc_grawa import cli, simulate
 from hpc_grawa.checkpoint import Checkpoints
@@ -270,6 +271,80 @@ def test_a_comparison_with_a_damaged_run_makes_it_again_or_one_line_names_it(
         again = name == "summary.json" and "(1 of 1) is in" not in output
         assert (status == 0 and again) or (status == 2 and told(errors, "compare", run)), (damage, errors)
         shutil.rmtree(tmp_path / "c/LGRAWA-0.2", ignore_errors=True)
+
+
+# Starts that are refused
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("refusal", ["no space", "no checkpoint is whole", "what cannot be saved", "records"])
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(
+    refusal: str,
+    killed: bool,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its end, its records and its signs, byte for byte; the next start goes on, and says how the run had ended."""
+    folder = damaged(runs["interrupted"], "summary.json", gone if killed else lambda file: None, tmp_path / "b")
+    words, more, told, good = ("train", *WORDS, f"--run.dir={folder.parent}"), [], refusal, contents(folder)
+    with monkeypatch.context() as patch:
+        if refusal == "no space":
+            usage = shutil.disk_usage(tmp_path)._replace(free=0)
+            patch.setattr("hpc_grawa.checkpoint.shutil.disk_usage", lambda place: usage)
+            more, told = ["--save.keep=99999", "--allow-change=save.keep"], "save.keep is 99999: 100000 "
+        elif refusal == "no checkpoint is whole":
+            for name in ("000000004", "000000008"):
+                binary(folder / "checkpoints" / name / "rank-0000.pt")
+            told = "no checkpoint in "
+        elif refusal == "what cannot be saved":
+            more, told = ["--optimizer=own.Marking", "--allow-change=optimizer"], "nothing can be saved: rank 0: "
+        else:
+            unreadable(folder / "metrics.jsonl")
+            told = f"{folder}/metrics.jsonl cannot be written"
+        before = contents(folder)
+        status, _, errors = called(capsys, *words, *more)
+    assert status == 2 and errors.startswith(f"hpc-grawa train: error: {told}"), errors
+    assert contents(folder) == before
+    for name, content in good.items():
+        if before.get(name) != content:
+            (folder / name).unlink()
+            (folder / name).write_bytes(content)
+    status, output, errors = called(capsys, *words)
+    assert (status, errors) == (0, "") and "resumed    at step 8" in output
+    ended = "ended by failed: Cut:  before its ranks had saved" if killed else "failed by Cut: "
+    assert f"before     {ended}" in output
+
+
+def test_another_number_of_ranks_is_refused_before_anything_is_said_or_changed(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the newest checkpoint that says how many saved it; a damaged one of others is passed over."""
+    monkeypatch.chdir(tmp_path)
+    words = ("train", *WORDS, "--run.dir=here")
+    config, folder = parse([*words[1:], "--budget.steps=9"]), tmp_path / "here/a"
+    folder.mkdir(parents=True)
+    simulate(2, lambda comm: fit(config, comm, None if comm.rank else lambda: folder, speaks=False))
+    text = json.dumps({"state": "preempted", "cause": "SIGTERM", "rank": 1, "steps": 9}) + "\n"
+    (folder / "summary.json").write_text(text)
+    before = contents(folder)
+    allowed = "--allow-change=budget"
+    assert called(capsys, *words, allowed) == (
+        2,
+        "",
+        "hpc-grawa train: error: the launcher started 1 rank: must be 2, as when here/a was saved; or go on from its "
+        "center with --resume-world any\n",
+    )
+    assert contents(folder) == before
+    status, output, _ = called(capsys, "status", "here/a")
+    assert status == 0 and output.startswith("here/a: preempted by SIGTERM (rank 1)\n")
+    newest = max(folder.glob("checkpoints/0*"))
+    without_keys(newest / "manifest.json")
+    assert called(capsys, *words, allowed)[:2] == (2, "")
+    shutil.copytree(runs["interrupted"] / "checkpoints/000000008", newest, dirs_exist_ok=True)
+    status, output, errors = called(capsys, *words, allowed)
+    assert status == 0 and "before     preempted by SIGTERM (rank 1)" in output, errors
 
 
 # A run that another process has finished

@@ -26,9 +26,11 @@ from hpc_grawa.checkpoint import Checkpoints
 from hpc_grawa.cli import TRY_AGAIN
 from hpc_grawa.comm import Communicator
 from hpc_grawa.config import Config
+from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.log import write_atomically
 from hpc_grawa.parsing import parse
+from hpc_grawa.probe import probe_gradient
 from hpc_grawa.resume import Lock
 from hpc_grawa.train import fit
 from hpc_grawa.worker import Worker
@@ -368,15 +370,18 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
     def body(comm: Communicator, any_world: bool = False) -> dict[str, Any]:
         return fit(made, comm, None if comm.rank else lambda: tmp_path, speaks=False, any_world=any_world)
 
+    before = own.contents(tmp_path)
     with pytest.raises(ConfigError, match=r"the launcher started 2 ranks: must be 3, as when .* --resume-world any"):
         simulate(2, body)
+    assert own.contents(tmp_path) == before
     (tmp_path / "ranks").mkdir(exist_ok=True)
     (tmp_path / "ranks/0002.json").write_text("{}")
     take, starts = Worker.start_from, {}
 
-    def start(worker: Worker, state: dict[str, Any]) -> None:
-        take(worker, state)
+    def start(worker: Worker, state: dict[str, Any]) -> str:
+        found = take(worker, state)
         starts[worker.comm.rank] = worker.vector.data.clone()
+        return found
 
     monkeypatch.setattr(Worker, "start_from", start)
     resumed = int((tmp_path / "checkpoints/latest").read_text())
@@ -391,6 +396,52 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
     assert [(event["step"], len(event["ranks"])) for event in rounds] == expected[resumed]
     assert summary["center_test_accuracy"] > 0.3
     assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["0000.json", "0001.json"]
+
+
+@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", "LSGD of groups"])
+def test_another_world_goes_on_counting(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounds and healed ranks add up over both worlds; no probe draws what one of the rounds before drew."""
+    made, take, probes = config(METHODS[name]), Worker.step, []
+
+    def cut(worker: Worker) -> Any:
+        if worker.facts.step >= 13:
+            raise Cut
+        if worker.comm.rank == 1 and worker.local_steps == 2:
+            worker.vector.data.fill_(torch.nan)
+        return take(worker)
+
+    def probed(vector: Any, probe: Any, batches: int, seed: Any) -> Any:
+        probes.append(seed[1:])
+        return probe_gradient(vector, probe, batches, seed)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "step", cut)
+        with pytest.raises(Cut):
+            run(made, tmp_path)
+    resumed = int((tmp_path / "checkpoints/latest").read_text())
+    state = torch.load(tmp_path / f"checkpoints/{resumed:09d}/rank-0000.pt", weights_only=True)["worker"]["run"]
+    before = sum(s["rounds"] for s in state["synchronizers"])
+    assert before >= 1 and state["synchronizers"][0]["healed"] == 1
+    monkeypatch.setattr("hpc_grawa.scores.probe_gradient", probed)
+    drawn, draw = [], Sampler.probe_indices
+    monkeypatch.setattr(Sampler, "probe_indices", lambda s, *args: drawn.append(args[0]) or draw(s, *args))
+    summary = simulate(2, lambda comm: fit(made, comm, None if comm.rank else lambda: tmp_path, any_world=True))[0]
+    assert re.search(
+        rf"^resumed    at step {resumed}, after .* s of training; 2 ranks after 3, all from the center$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    numbers = [record["round"] for record in records if record["event"] == "round"]
+    assert (summary["rounds"], summary["healed"]) == (len(numbers), 1) and summary["rounds"] > before
+    if "LGRAWA" in name:
+        assert numbers == list(range(1, len(numbers) + 1))
+        for rank in range(2):
+            own_rounds = [number for m, number in probes if m == rank]
+            assert own_rounds == list(range(before, before + len(own_rounds))) and len(numbers) - 1 in own_rounds
+        assert min(drawn) == before
 
 
 # ---------------------------------------------------------------------------------------------------------

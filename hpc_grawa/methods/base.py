@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, repeat
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -156,14 +157,20 @@ class Run:
             synchronizer.load_state_dict(own)
         self.control.resume()
 
-    def start_from(self, facts: dict[str, Any]) -> None:
-        """Go on at these facts with the parameters as they are, the same on all ranks, which is where centers start."""
-        for name, value in facts.items():
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Go on where another world's ``state_dict`` was taken, right after ``build``: with its facts and its counts.
+
+        The parameters stay as they are, the same on all ranks; centers start there.
+        """
+        for name, value in state["facts"].items():
             setattr(self.facts, name, value)
-        for synchronizer in self.synchronizers:
+        # The last averages over all ranks, before and now; a level below it may be new.
+        saved = [(s["rounds"], s["healed"]) for s in reversed(state["synchronizers"])]
+        counts = chain(saved, repeat((0, 0)))
+        for synchronizer, (rounds, healed) in zip(reversed(self.synchronizers), counts, strict=False):
             if synchronizer.averager.center is not None:
                 synchronizer.averager.center.copy_(self.vector.data)
-            synchronizer.restart()
+            synchronizer.restart(rounds, healed)
         self.control.resume()
 
     @property
