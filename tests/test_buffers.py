@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
 from hpc_grawa.averaging import Averager
 from hpc_grawa.batchnorm import norms
-from hpc_grawa.buffers import as_bytes
+from hpc_grawa.buffers import as_bytes, checksum
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.evaluate import Judge, recalibrate, undisturbed
@@ -119,6 +119,135 @@ def test_an_evaluation_may_lie_between_a_forward_pass_and_its_backward_pass() ->
             model(torch.randn(5, 3))
     loss.backward()
     assert model[0].num_batches_tracked == 1
+
+
+class Taught(nn.Module):
+    """Learns beside a mean teacher, which it changes from a step on, and a frozen backbone, which nobody does."""
+
+    def __init__(self, way: str = "in place", late: int = 0) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 7).requires_grad_(False)
+        self.norm, self.online = nn.BatchNorm1d(7), nn.Linear(7, 2)
+        self.teacher = copy.deepcopy(self.online).requires_grad_(False)
+        self.way, self.late, self.passes = way, late, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+            if self.passes > self.late:
+                self.teach()
+        z = self.norm(self.backbone(x))
+        y: Tensor = self.online(z) + self.teacher(z)
+        return y
+
+    @torch.no_grad()
+    def teach(self) -> None:
+        for old, new in zip(self.teacher.parameters(), self.online.parameters(), strict=True):
+            if self.way == "in place":
+                old.lerp_(new, 0.1)
+            elif self.way == "by data":
+                old.data.mul_(0.9).add_(0.1 * new.data)
+            else:
+                old.data = 0.9 * old.data + 0.1 * new.data
+
+
+class Pupil:
+    """One rank's run of such a model."""
+
+    def __init__(self, comm: Communicator, *model: Any) -> None:
+        torch.manual_seed(comm.rank)
+        self.comm, self.model = comm, Taught(*model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.run = LocalSGD(period=3).build(comm, ParameterVector(self.model), self.optimizer)
+        self.inputs = torch.Generator().manual_seed(comm.rank)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            x = torch.randn(4, 3, generator=self.inputs) + self.comm.rank
+            (self.model(x) - 1).square().mean().backward()
+            self.optimizer.step()
+            self.run.after_step()
+
+    def bits(self) -> list[Tensor]:
+        return [as_bytes(p).clone() for p in self.model.parameters()]
+
+
+@pytest.mark.parametrize("way", ["in place", "by data", "anew"])
+def test_a_mean_teacher_is_one_ranks_after_a_round_and_in_an_evaluation(on_ranks: Ranks, way: str) -> None:
+    """The center between rounds has one loss on all ranks, with the teacher of rank 0, and each keeps its own."""
+
+    def body(comm: Communicator) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]:
+        pupil = Pupil(comm, way)
+        pupil.train(3)
+        after = pupil.bits()
+        pupil.train(2)
+        before, losses = pupil.bits(), []
+        with undisturbed(pupil.model), pupil.run.vector.swapped(pupil.run.center):
+            recalibrate(pupil.model, [EXAMPLES.inputs], comm)
+            with undisturbed(pupil.model, comm):
+                held = pupil.bits()
+                losses.append(JUDGE.judge(pupil.model, EXAMPLES)["loss"])
+            losses.append(JUDGE.judge(pupil.model, EXAMPLES, comm)["loss"])
+        return after, before, pupil.bits(), held, losses
+
+    results = on_ranks(body)
+    for after, before, kept, held, losses in results:
+        assert all(map(torch.equal, after, results[0][0]))
+        assert all(map(torch.equal, held, results[0][3]))
+        assert all(map(torch.equal, held[-2:], results[0][1][-2:]))
+        assert all(map(torch.equal, kept, before))
+        assert losses[0] == results[0][4][0] and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    if on_ranks.size > 1:
+        assert not results[0][1][-2].equal(results[1][1][-2])
+
+
+def test_a_mean_teacher_rides_from_the_round_on_at_which_ranks_are_seen_to_differ(on_several_ranks: Ranks) -> None:
+    """Looked at in rounds 1, 2, 4, 8: it moves from round 3 on. A backbone never rides."""
+
+    def body(comm: Communicator) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        pupil, found = Pupil(comm, "in place", 6), []
+        for _ in range(5):
+            calls, payload = comm.meter.calls["center"], comm.meter.payload_bytes["center"]
+            pupil.train(3)
+            found.append((comm.meter.calls["center"] - calls, comm.meter.payload_bytes["center"] - payload))
+        return pupil.bits(), found
+
+    results = on_several_ranks(body)
+    trained, teacher, frozen = 4 * (14 + 16), 4 * (2 + 16), 8 * 4
+    for bits, found in results:
+        assert all(map(torch.equal, bits, results[0][0]))
+        looks = [(2, trained + frozen)] * 2, (2, trained + frozen + teacher)
+        assert found == [*looks[0], (1, trained), looks[1], (1, trained + teacher)]
+
+
+def test_a_run_goes_on_exactly_with_a_mean_teacher(on_several_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> bool:
+        whole, first, second = (Pupil(comm) for _ in range(3))
+        whole.train(10)
+        first.train(7)
+        second.model.load_state_dict(first.model.state_dict())
+        second.run.load_state_dict(first.run.state_dict())
+        second.inputs.set_state(first.inputs.get_state())
+        second.train(3)  # a round among them at which nobody looks
+        return all(map(torch.equal, whole.bits(), second.bits()))
+
+    assert on_several_ranks(body) == [True] * on_several_ranks.size
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4, 7), (2, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex128])
+def test_a_checksum_tells_tensors_apart_by_every_bit_and_place(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    t = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert checksum(t) == checksum(t.clone())
+    if t.dim() > 1:
+        assert checksum(t.transpose(0, 1)) == checksum(t.transpose(0, 1).contiguous())
+        assert checksum(t.flip(0)) != checksum(t) != checksum(t.flip(1))
+    for place in range(0, t.numel(), 7):
+        other = t.clone()
+        bits = other.view(-1)[place : place + 1].view(torch.uint8)
+        bits[0] ^= 1
+        assert checksum(other) != checksum(t)
 
 
 class Sets(nn.Module):

@@ -303,7 +303,9 @@ class AveragingMethod(Method):
             in the message), or as they are on one rank (``local``). Other buffers of ``state_dict`` belong to the
             weights (spectral norm's vectors, codebooks, moving averages): at a round all ranks take over those of the
             rank that weighs most, since a mean of such sets need not be one; constants, which need not travel, are
-            registered with ``persistent=False``.
+            registered with ``persistent=False``. So do frozen parameters that the model changes itself (momentum
+            encoders, mean teachers): once ranks are found to differ in one, looked at in rounds 1, 2, 4, 8, ..., it
+            rides too. Those that nobody changes cost nothing else.
         rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
             so that a round waits for at most one step of the slowest rank.
     """
