@@ -10,8 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .comm import Communicator
+from .errors import ConfigError
 
 
 @contextmanager
@@ -96,12 +98,38 @@ def checksum(t: Tensor) -> int:
     Others of the same shape have it, but for chance, only if they are the same bit for bit. It makes no copy.
     """
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(t.dtype.itemsize, torch.int64)
-    bits = t.detach().contiguous().flatten().view(whole)
+    bits = _in_a_row(t).view(whole)
     side = max(math.isqrt(len(bits)), 1)
     square, rest = torch.tensor_split(bits, [len(bits) // side * side])
     square = square.view(-1, side)
     sums = torch.cat((square.sum(0, dtype=whole), square.sum(1, dtype=whole), rest)).long()
     return int((sums * torch.arange(1, len(sums) + 1, device=sums.device) ** 3).sum())
+
+
+def check_kinds(model: nn.Module) -> None:
+    """Raise ``ConfigError`` if a parameter or buffer is of a kind that has no bytes to send, or cannot be written."""
+    for what, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, t in named:
+            if (found := None if is_lazy(t) else _odd(t)) is not None:
+                raise ConfigError(f"{what} '{name}' is {found[0]}, which ranks cannot share: {found[1]}")
+
+
+def _odd(t: Tensor) -> tuple[str, str] | None:
+    """What kind of tensor it is, if not a usual one, and what to do."""
+    parts = "register {} instead, and make it of them in forward()"
+    if t.is_nested:
+        return "a nested tensor", parts.format("its values() and offsets()")
+    if t.layout == torch.sparse_coo:
+        return "sparse (COO)", parts.format("its indices() and values()")
+    if t.layout != torch.strided:
+        return f"of layout {t.layout}", parts.format("the dense tensors that it is made of")
+    if t.is_quantized:
+        return f"quantized ({t.dtype})", parts.format("its int_repr(), scales and zero points")
+    if is_traceable_wrapper_subclass(t):
+        return f"a {type(t).__name__}", parts.format("the plain tensors that it is made of")
+    if t.is_inference():
+        return "a tensor of inference mode", "register a clone() of it, made outside of inference mode"
+    return None
 
 
 def state(model: nn.Module) -> dict[str, Tensor | None]:
@@ -132,7 +160,11 @@ def _put(model: nn.Module, name: str, value: Tensor | None) -> None:
 
 def as_bytes(t: Tensor) -> Tensor:
     """The bytes ``[n]`` of a tensor, uint8."""
-    return t.detach().contiguous().flatten().view(torch.uint8)
+    return _in_a_row(t).view(torch.uint8)
+
+
+def _in_a_row(t: Tensor) -> Tensor:
+    return t.detach().resolve_conj().resolve_neg().contiguous().flatten()
 
 
 def from_bytes(message: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:

@@ -143,8 +143,10 @@ def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[
     """Within the block buffers and attributes may change and random numbers be drawn; afterwards all are as before.
 
     With ``comm`` the model begins the block with one set of buffers and frozen parameters on all ranks, see
-    ``buffers.shared``.
+    ``buffers.shared``; ``ConfigError`` if one is of a kind that ranks cannot share.
     """
+    if comm is not None:
+        buffers.check_kinds(model)
     one_set = nullcontext() if comm is None else buffers.shared(model, comm)
     with random_streams.kept(), attributes.kept(model), buffers.kept(model), one_set:
         yield

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Ranks
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
 from hpc_grawa.averaging import Averager
@@ -18,6 +19,7 @@ from hpc_grawa.batchnorm import norms
 from hpc_grawa.buffers import as_bytes, checksum
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import TensorExamples
+from hpc_grawa.errors import ConfigError
 from hpc_grawa.evaluate import Judge, recalibrate, undisturbed
 from hpc_grawa.examiner import Examiner
 from hpc_grawa.metrics import Accuracy
@@ -417,6 +419,53 @@ def test_buffers_that_are_expanded_or_of_8_bits_are_those_of_one_rank(on_ranks: 
 
     for mask, code in on_ranks(body):
         assert torch.equal(mask, torch.ones(4, 3)) and torch.equal(code, torch.ones(3))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_conjugates_and_negatives_that_torch_writes_down_later_are_shared(on_ranks: Ranks, persistent: bool) -> None:
+    def body(comm: Communicator) -> list[list[Tensor]]:
+        model = nn.Linear(3, 1)
+        z = torch.full((3,), complex(comm.rank + 1, 2))
+        model.register_buffer("conjugate", z.conj(), persistent=persistent)
+        model.register_buffer("negative", z.clone().conj().imag, persistent=persistent)
+        assert model.conjugate.is_conj() and model.negative.is_neg()
+        run = LocalSGD(period=1).build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+        found = [[buffer.clone() for buffer in model.buffers()]]
+        model.conjugate += comm.rank
+        run.after_step()
+        with undisturbed(model, comm):
+            return [*found, [buffer.clone() for buffer in model.buffers()]]
+
+    for found in on_ranks(body):
+        for conjugate, negative in found:
+            assert conjugate.tolist() == [1 - 2j] * 3 and negative.tolist() == [-2.0] * 3
+
+
+ODD = {
+    "sparse (COO)": lambda: torch.eye(3).to_sparse(),
+    "of layout torch.sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "quantized (torch.qint8)": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "a TwoTensor": lambda: TwoTensor(torch.zeros(3), torch.zeros(3)),
+    "a tensor of inference mode": lambda: torch.inference_mode()(torch.zeros)(3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # some of these are a prototype, or deprecated
+@pytest.mark.parametrize("kind", ODD)
+def test_a_buffer_of_a_kind_that_cannot_be_shared_is_named_with_what_to_register(on_ranks: Ranks, kind: str) -> None:
+    def body(comm: Communicator) -> list[str]:
+        model = nn.Linear(3, 1)
+        model.register_buffer("graph", ODD[kind]())
+        with pytest.raises(ConfigError) as at_build:
+            LocalSGD().build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+        with pytest.raises(ConfigError) as at_evaluation, undisturbed(model, comm):
+            pass
+        return [str(at_build.value), str(at_evaluation.value)]
+
+    for said in on_ranks(body):
+        for line in said:
+            assert line.startswith(f"buffer 'graph' is {kind}, which ranks cannot share: register ")
 
 
 @pytest.mark.parametrize("policy", ["recalibrate", "average", "local"])

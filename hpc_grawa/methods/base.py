@@ -17,7 +17,7 @@ from ..aggregation import Aggregator
 from ..agreement import agree
 from ..averaging import Averager, WeightRule
 from ..batchnorm import norms
-from ..buffers import as_bytes, from_bytes, put
+from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
 from ..errors import ConfigError, LostView
@@ -225,7 +225,7 @@ class Method(ABC):
 
         Raises:
             ConfigError: the optimizer does not step the model's trainable parameters, or steps others, or is of a kind
-                that the method cannot train with.
+                that the method cannot train with; a parameter or buffer is of a kind that ranks cannot share.
             RanksDisagree: model, method or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
@@ -245,6 +245,7 @@ class Method(ABC):
 
     def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
         """Raise ``ConfigError`` unless the optimizer can train the vector by this method."""
+        check_kinds(vector.model)
         held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         missing = [name for name, p in zip(vector.names, vector.parameters, strict=True) if p not in held]
         if missing:
