@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import checksum
 from .comm import Communicator, Work
 from .errors import NonFinite
 from .riders import Rider
@@ -109,6 +110,21 @@ class Averager:
         self._message: Tensor | None = None
         self._work: Work | None = None
 
+    def agree(self, number: int) -> None:
+        """Decide before round ``number``, counted from 1, what rides in its message; all ranks must.
+
+        They look at rounds 1, 2, 4, 8, ..., which in the long run costs nothing. (Deadlock argument: number and names
+        of candidates are the same on all ranks, and so are the gathered checksums that they decide by.)
+        """
+        if self.comm.size == 1 or number & (number - 1):
+            return
+        own = {name: checksum(t) for rider in self.riders for name, t in rider.candidates().items()}
+        if own:
+            rows = self.comm.allgather(torch.tensor(list(own.values())), "center", self._number).wait()
+            apart = [name for name, differs in zip(own, (rows != rows[0]).any(0).tolist(), strict=True) if differs]
+            for rider in self.riders:
+                rider.take_on(apart)
+
     def start(self, x: Tensor, weights: Tensor, alive: Tensor) -> None:
         """Send this rank's share of the center.
 
@@ -129,8 +145,8 @@ class Averager:
         rank, size = self.comm.rank, len(self.vector)
         own = weights[rank].tolist()
         packed = [[t.detach() for t in rider.pack()] for rider in self.riders]
-        if self._message is None:
-            lengths = [t.numel() for tensors in packed for t in tensors]
+        lengths = [t.numel() for tensors in packed for t in tensors]
+        if self._message is None or len(self._message) != size + sum(lengths):
             self._message = torch.empty(size + sum(lengths), dtype=self.vector.exact_dtype, device=x.device)
             parts = iter(torch.split(self._message[size:], lengths) if lengths else ())
             self._seats = [[next(parts).view(t.shape) for t in tensors] for tensors in packed]
@@ -165,12 +181,14 @@ class Averager:
 
     def state_dict(self) -> dict[str, Any]:
         """What it keeps between rounds."""
-        return {"center": self.center}
+        return {"center": self.center, "riding": [name for rider in self.riders for name in rider.riding]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave, from whatever device."""
         center = state["center"]
         self.center = None if center is None else center.to(self.vector.data.device, copy=True)
+        for rider in self.riders:
+            rider.take_on(state["riding"])
 
     def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
         self.center = average

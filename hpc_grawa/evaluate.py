@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class Judge:
         Args:
             model: as it is; evaluated in eval mode, its modules' modes are restored.
             examples: each counts once.
-            comm: ranks share the work (all must call), with one model's buffers (``buffers.share``); None: this
+            comm: ranks share the work (all must call), with one model's buffers (``buffers.shared``); None: this
                 process does all of it.
             limit: only so many examples, evenly spaced.
 
@@ -117,9 +117,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, p
     if not statistics.norms:
         return
     device = next(model.parameters()).device
-    with training_mode(model), undisturbed(model), statistics.watching(), torch.no_grad(), autocast(precision, device):
+    # Passes in training mode change parameters too: a mean teacher's, those of embeddings with max_norm.
+    held = buffers.values_kept(model.parameters())
+    with training_mode(model), undisturbed(model), held, statistics.watching(), torch.no_grad():
         for inputs in batches:
-            with NoDropout(), eagerly():
+            with NoDropout(), eagerly(), autocast(precision, device):
                 model(nests.moved(inputs, device))
     statistics.take_over(comm)
 
@@ -140,11 +142,13 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[None]:
     """Within the block buffers and attributes may change and random numbers be drawn; afterwards all are as before.
 
-    With ``comm`` the model begins the block with one set of buffers on all ranks, see ``buffers.share``.
+    With ``comm`` the model begins the block with one set of buffers and frozen parameters on all ranks, see
+    ``buffers.shared``; ``ConfigError`` if one is of a kind that ranks cannot share.
     """
-    with random_streams.kept(), attributes.kept(model), buffers.kept(model):
-        if comm is not None:
-            buffers.share(model, comm)
+    if comm is not None:
+        buffers.check_kinds(model)
+    one_set = nullcontext() if comm is None else buffers.shared(model, comm)
+    with random_streams.kept(), attributes.kept(model), buffers.kept(model), one_set:
         yield
 
 

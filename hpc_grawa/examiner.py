@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import share
+from .buffers import shared
 from .data import Examples, in_advance
 from .evaluate import Judge, recalibrate, undisturbed, uniform_mean
 from .riders import pool
@@ -20,7 +20,7 @@ class Examiner:
     """Puts the evaluated models in place, one after the other, and judges them; training notices nothing of it.
 
     A model in place has one set of buffers on all ranks: running statistics as ``method.buffers`` says, all others (and
-    ``local`` statistics) as they are now on rank 0, or the first rank where none is NaN.
+    ``local`` statistics) and frozen parameters as they are now on rank 0, or the first rank where none is NaN.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -49,12 +49,12 @@ class Examiner:
         with undisturbed(self._model), self._worker.vector.swapped(parameters):
             if policy == "average":
                 pool(self._model, self._comm)
-            share(self._model, self._comm)
-            if policy == "recalibrate":
-                wanted = ((sampler.indices(b), None) for b in range(self._config.eval.bn_batches))
-                batches = (inputs for inputs, _ in in_advance(train, wanted, self._worker.device))
-                recalibrate(self._model, batches, self._comm, self._config.precision)
-            yield
+            with shared(self._model, self._comm):
+                if policy == "recalibrate":
+                    wanted = ((sampler.indices(b), None) for b in range(self._config.eval.bn_batches))
+                    batches = (inputs for inputs, _ in in_advance(train, wanted, self._worker.device))
+                    recalibrate(self._model, batches, self._comm, self._config.precision)
+                yield
 
     def judge(self, examples: Examples, limit: int | None = None) -> dict[str, float]:
         """Loss and metric of the model that is in place; all ranks share the work."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn, optim
 
 from .batchnorm import norms, spreads
-from .buffers import as_bytes, from_bytes, put
+from .buffers import as_bytes, from_bytes, frozen_parameters, put
 from .comm import Communicator
 from .errors import ConfigError
 from .vector import ParameterVector
@@ -16,6 +17,9 @@ from .vector import ParameterVector
 
 class Rider(ABC):
     """Tensors that travel with the parameters: each rank takes over a sum of all ranks' ones."""
+
+    #: The names of what was taken on.
+    riding: Sequence[str] = ()
 
     def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
         """What each rank's tensors are multiplied by in the sum, ``[W]``; here so that it is the uniform average.
@@ -26,9 +30,16 @@ class Rider(ABC):
         """
         return alive.double() / alive.sum()
 
+    def candidates(self) -> dict[str, Tensor]:
+        """This rank's tensors that ride only once ranks differ in them; the same names on every rank."""
+        return {}
+
+    def take_on(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Let those of its ``candidates`` that are named ride from now on."""
+
     @abstractmethod
     def pack(self) -> list[Tensor]:
-        """This rank's tensors, of the same number and shapes on every rank and in every round."""
+        """This rank's tensors, of the same number and shapes on every rank and, but for ``take_on``, in every round."""
 
     @abstractmethod
     def unpack(self, sums: list[Tensor]) -> None:
@@ -144,6 +155,7 @@ def pool(model: nn.Module, comm: Communicator) -> None:
 class WeightBuffers(Rider):
     """Buffers that belong to the weights: all that ``state_dict`` holds but running statistics of BatchNorm's kind.
 
+    And frozen parameters, once ranks differ in them: the model changes them itself (momentum encoders, mean teachers).
     Each rank takes over those of the rank that weighs most: they belong together as one rank has them (a spectral
     norm's two unit vectors, a code and how often it was used), which a mean need not. Integers ride as their bytes.
     A buffer whose shape has changed on either side since this was made stays each rank's own.
@@ -155,23 +167,34 @@ class WeightBuffers(Rider):
     def __init__(self, vector: ParameterVector) -> None:
         statistics = {id(m): ("running_mean", "running_var", "num_batches_tracked") for m in norms(vector.model)}
         self._exact, self._device = vector.exact_dtype, vector.data.device
-        self._held = [
-            (module, name, buffer.shape, buffer.dtype)
+        self._held: list[tuple[Mapping[str, Tensor | None], str, torch.Size, torch.dtype]] = [
+            (module._buffers, name, buffer.shape, buffer.dtype)
             for module in vector.model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
             if name not in module._non_persistent_buffers_set and name not in statistics.get(id(module), ())
         ]
+        self._model, self._frozen = vector.model, frozen_parameters(vector.model)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._held) + len(self._frozen)
+
+    def candidates(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self._frozen.items() if name not in self.riding}
+
+    def take_on(self, names: Sequence[str]) -> None:
+        taken = [name for name in names if name in self.candidates()]
+        for path in taken:
+            p, (owner, _, name) = self._frozen[path], path.rpartition(".")
+            self._held.append((self._model.get_submodule(owner)._parameters, name, p.shape, p.dtype))
+        self.riding = (*self.riding, *taken)
 
     def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
         return torch.zeros(len(weights)).index_fill_(0, weights.mean(1).argmax(), 1.0)
 
     def _own(self) -> list[Tensor | None]:
         """This rank's, None where it is no longer what it was."""
-        present = [(module._buffers.get(name), shape, dtype) for module, name, shape, dtype in self._held]
+        present = [(held.get(name), shape, dtype) for held, name, shape, dtype in self._held]
         return [t if t is not None and (t.shape, t.dtype) == (s, d) else None for t, s, d in present]
 
     def _as_they_are(self, dtype: torch.dtype) -> bool:

@@ -180,6 +180,7 @@ class Synchronizer:
                 raise
             self._begin(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
             return
+        self.averager.agree(self.rounds + 1)
         self.averager.start(x, weights, alive)
         if not finite:
             self._forget()  # before the averages arrive, which it takes over like every rank

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
+from .buffers import check_kinds
 from .comm import Communicator
 from .config import Config
 from .data import Nest, Splits, in_advance
@@ -71,6 +72,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             f"data is {_name(data)}: must load as many examples as it says it has, {data.train_size()} to train on and "
             f"{data.validation} for validation; found {found[0]} and {found[1]}"
         )
+    check_kinds(model)
     few = min(EXAMPLES, data.batch_size, count)
     with eval_mode(model), completing(model), torch.no_grad(), autocast(config.precision, device):
         # Evenly spaced, as the examples of a class may lie side by side.

@@ -11,13 +11,15 @@ import pytest
 import torch
 from conftest import Ranks
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
 from hpc_grawa.averaging import Averager
 from hpc_grawa.batchnorm import norms
-from hpc_grawa.buffers import as_bytes
+from hpc_grawa.buffers import as_bytes, checksum
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import TensorExamples
+from hpc_grawa.errors import ConfigError
 from hpc_grawa.evaluate import Judge, recalibrate, undisturbed
 from hpc_grawa.examiner import Examiner
 from hpc_grawa.metrics import Accuracy
@@ -119,6 +121,135 @@ def test_an_evaluation_may_lie_between_a_forward_pass_and_its_backward_pass() ->
             model(torch.randn(5, 3))
     loss.backward()
     assert model[0].num_batches_tracked == 1
+
+
+class Taught(nn.Module):
+    """Learns beside a mean teacher, which it changes from a step on, and a frozen backbone, which nobody does."""
+
+    def __init__(self, way: str = "in place", late: int = 0) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 7).requires_grad_(False)
+        self.norm, self.online = nn.BatchNorm1d(7), nn.Linear(7, 2)
+        self.teacher = copy.deepcopy(self.online).requires_grad_(False)
+        self.way, self.late, self.passes = way, late, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+            if self.passes > self.late:
+                self.teach()
+        z = self.norm(self.backbone(x))
+        y: Tensor = self.online(z) + self.teacher(z)
+        return y
+
+    @torch.no_grad()
+    def teach(self) -> None:
+        for old, new in zip(self.teacher.parameters(), self.online.parameters(), strict=True):
+            if self.way == "in place":
+                old.lerp_(new, 0.1)
+            elif self.way == "by data":
+                old.data.mul_(0.9).add_(0.1 * new.data)
+            else:
+                old.data = 0.9 * old.data + 0.1 * new.data
+
+
+class Pupil:
+    """One rank's run of such a model."""
+
+    def __init__(self, comm: Communicator, *model: Any) -> None:
+        torch.manual_seed(comm.rank)
+        self.comm, self.model = comm, Taught(*model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.run = LocalSGD(period=3).build(comm, ParameterVector(self.model), self.optimizer)
+        self.inputs = torch.Generator().manual_seed(comm.rank)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            x = torch.randn(4, 3, generator=self.inputs) + self.comm.rank
+            (self.model(x) - 1).square().mean().backward()
+            self.optimizer.step()
+            self.run.after_step()
+
+    def bits(self) -> list[Tensor]:
+        return [as_bytes(p).clone() for p in self.model.parameters()]
+
+
+@pytest.mark.parametrize("way", ["in place", "by data", "anew"])
+def test_a_mean_teacher_is_one_ranks_after_a_round_and_in_an_evaluation(on_ranks: Ranks, way: str) -> None:
+    """The center between rounds has one loss on all ranks, with the teacher of rank 0, and each keeps its own."""
+
+    def body(comm: Communicator) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]:
+        pupil = Pupil(comm, way)
+        pupil.train(3)
+        after = pupil.bits()
+        pupil.train(2)
+        before, losses = pupil.bits(), []
+        with undisturbed(pupil.model), pupil.run.vector.swapped(pupil.run.center):
+            recalibrate(pupil.model, [EXAMPLES.inputs], comm)
+            with undisturbed(pupil.model, comm):
+                held = pupil.bits()
+                losses.append(JUDGE.judge(pupil.model, EXAMPLES)["loss"])
+            losses.append(JUDGE.judge(pupil.model, EXAMPLES, comm)["loss"])
+        return after, before, pupil.bits(), held, losses
+
+    results = on_ranks(body)
+    for after, before, kept, held, losses in results:
+        assert all(map(torch.equal, after, results[0][0]))
+        assert all(map(torch.equal, held, results[0][3]))
+        assert all(map(torch.equal, held[-2:], results[0][1][-2:]))
+        assert all(map(torch.equal, kept, before))
+        assert losses[0] == results[0][4][0] and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    if on_ranks.size > 1:
+        assert not results[0][1][-2].equal(results[1][1][-2])
+
+
+def test_a_mean_teacher_rides_from_the_round_on_at_which_ranks_are_seen_to_differ(on_several_ranks: Ranks) -> None:
+    """Looked at in rounds 1, 2, 4, 8: it moves from round 3 on. A backbone never rides."""
+
+    def body(comm: Communicator) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        pupil, found = Pupil(comm, "in place", 6), []
+        for _ in range(5):
+            calls, payload = comm.meter.calls["center"], comm.meter.payload_bytes["center"]
+            pupil.train(3)
+            found.append((comm.meter.calls["center"] - calls, comm.meter.payload_bytes["center"] - payload))
+        return pupil.bits(), found
+
+    results = on_several_ranks(body)
+    trained, teacher, frozen = 4 * (14 + 16), 4 * (2 + 16), 8 * 4
+    for bits, found in results:
+        assert all(map(torch.equal, bits, results[0][0]))
+        looks = [(2, trained + frozen)] * 2, (2, trained + frozen + teacher)
+        assert found == [*looks[0], (1, trained), looks[1], (1, trained + teacher)]
+
+
+def test_a_run_goes_on_exactly_with_a_mean_teacher(on_several_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> bool:
+        whole, first, second = (Pupil(comm) for _ in range(3))
+        whole.train(10)
+        first.train(7)
+        second.model.load_state_dict(first.model.state_dict())
+        second.run.load_state_dict(first.run.state_dict())
+        second.inputs.set_state(first.inputs.get_state())
+        second.train(3)  # a round among them at which nobody looks
+        return all(map(torch.equal, whole.bits(), second.bits()))
+
+    assert on_several_ranks(body) == [True] * on_several_ranks.size
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4, 7), (2, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex128])
+def test_a_checksum_tells_tensors_apart_by_every_bit_and_place(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    t = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert checksum(t) == checksum(t.clone())
+    if t.dim() > 1:
+        assert checksum(t.transpose(0, 1)) == checksum(t.transpose(0, 1).contiguous())
+        assert checksum(t.flip(0)) != checksum(t) != checksum(t.flip(1))
+    for place in range(0, t.numel(), 7):
+        other = t.clone()
+        bits = other.view(-1)[place : place + 1].view(torch.uint8)
+        bits[0] ^= 1
+        assert checksum(other) != checksum(t)
 
 
 class Sets(nn.Module):
@@ -288,6 +419,53 @@ def test_buffers_that_are_expanded_or_of_8_bits_are_those_of_one_rank(on_ranks: 
 
     for mask, code in on_ranks(body):
         assert torch.equal(mask, torch.ones(4, 3)) and torch.equal(code, torch.ones(3))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_conjugates_and_negatives_that_torch_writes_down_later_are_shared(on_ranks: Ranks, persistent: bool) -> None:
+    def body(comm: Communicator) -> list[list[Tensor]]:
+        model = nn.Linear(3, 1)
+        z = torch.full((3,), complex(comm.rank + 1, 2))
+        model.register_buffer("conjugate", z.conj(), persistent=persistent)
+        model.register_buffer("negative", z.clone().conj().imag, persistent=persistent)
+        assert model.conjugate.is_conj() and model.negative.is_neg()
+        run = LocalSGD(period=1).build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+        found = [[buffer.clone() for buffer in model.buffers()]]
+        model.conjugate += comm.rank
+        run.after_step()
+        with undisturbed(model, comm):
+            return [*found, [buffer.clone() for buffer in model.buffers()]]
+
+    for found in on_ranks(body):
+        for conjugate, negative in found:
+            assert conjugate.tolist() == [1 - 2j] * 3 and negative.tolist() == [-2.0] * 3
+
+
+ODD = {
+    "sparse (COO)": lambda: torch.eye(3).to_sparse(),
+    "of layout torch.sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "quantized (torch.qint8)": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "a TwoTensor": lambda: TwoTensor(torch.zeros(3), torch.zeros(3)),
+    "a tensor of inference mode": lambda: torch.inference_mode()(torch.zeros)(3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # some of these are a prototype, or deprecated
+@pytest.mark.parametrize("kind", ODD)
+def test_a_buffer_of_a_kind_that_cannot_be_shared_is_named_with_what_to_register(on_ranks: Ranks, kind: str) -> None:
+    def body(comm: Communicator) -> list[str]:
+        model = nn.Linear(3, 1)
+        model.register_buffer("graph", ODD[kind]())
+        with pytest.raises(ConfigError) as at_build:
+            LocalSGD().build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1))
+        with pytest.raises(ConfigError) as at_evaluation, undisturbed(model, comm):
+            pass
+        return [str(at_build.value), str(at_evaluation.value)]
+
+    for said in on_ranks(body):
+        for line in said:
+            assert line.startswith(f"buffer 'graph' is {kind}, which ranks cannot share: register ")
 
 
 @pytest.mark.parametrize("policy", ["recalibrate", "average", "local"])

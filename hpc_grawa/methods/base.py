@@ -18,7 +18,7 @@ from ..aggregation import Aggregator
 from ..agreement import agree
 from ..averaging import Averager, WeightRule
 from ..batchnorm import norms
-from ..buffers import as_bytes, from_bytes, put
+from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
 from ..control import CONTROL_EVERY, Control
 from ..errors import ConfigError, LostView
@@ -232,7 +232,8 @@ class Method(ABC):
 
         Raises:
             ConfigError: the optimizer does not step the model's trainable parameters, or steps others, or is of a kind
-                that the method cannot train with; or the probe is no function.
+                that the method cannot train with; the probe is no function; or a parameter or buffer is of a kind that
+                ranks cannot share.
             RanksDisagree: model, method or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
@@ -257,6 +258,7 @@ class Method(ABC):
 
     def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
         """Raise ``ConfigError`` unless the optimizer can train the vector by this method."""
+        check_kinds(vector.model)
         held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         missing = [name for name, p in zip(vector.names, vector.parameters, strict=True) if p not in held]
         if missing:
@@ -315,7 +317,9 @@ class AveragingMethod(Method):
             in the message), or as they are on one rank (``local``). Other buffers of ``state_dict`` belong to the
             weights (spectral norm's vectors, codebooks, moving averages): at a round all ranks take over those of the
             rank that weighs most, since a mean of such sets need not be one; constants, which need not travel, are
-            registered with ``persistent=False``.
+            registered with ``persistent=False``. So do frozen parameters that the model changes itself (momentum
+            encoders, mean teachers): once ranks are found to differ in one, looked at in rounds 1, 2, 4, 8, ..., it
+            rides too. Those that nobody changes cost nothing else.
         rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
             so that a round waits for at most one step of the slowest rank.
     """
