@@ -294,8 +294,8 @@ def check_world(size: int, saved: int, run: Path | str) -> None:
     """Raise ``ConfigError`` unless ``size`` ranks are as many as saved the run in the folder ``run``."""
     if size != saved:
         raise ConfigError(
-            f"the launcher started {size} rank{'s' if size > 1 else ''}: must be {saved}, as when {run} was saved; or "
-            f"go on from its center with --resume-world any"
+            f"world size is {size}: must be {saved}, as when {run} was saved; or go on from its center with "
+            f"--resume-world any"
         )
 
 

@@ -333,7 +333,7 @@ def test_another_number_of_ranks_is_refused_before_anything_is_said_or_changed(
     assert called(capsys, *words, allowed) == (
         2,
         "",
-        "hpc-grawa train: error: the launcher started 1 rank: must be 2, as when here/a was saved; or go on from its "
+        "hpc-grawa train: error: world size is 1: must be 2, as when here/a was saved; or go on from its "
         "center with --resume-world any\n",
     )
     assert contents(folder) == before

@@ -371,7 +371,7 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
         return fit(made, comm, None if comm.rank else lambda: tmp_path, speaks=False, any_world=any_world)
 
     before = own.contents(tmp_path)
-    with pytest.raises(ConfigError, match=r"the launcher started 2 ranks: must be 3, as when .* --resume-world any"):
+    with pytest.raises(ConfigError, match=r"world size is 2: must be 3, as when .* --resume-world any"):
         simulate(2, body)
     assert own.contents(tmp_path) == before
     (tmp_path / "ranks").mkdir(exist_ok=True)
