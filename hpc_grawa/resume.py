@@ -211,11 +211,12 @@ class Lock:
                     return True
                 if holder != seen:  # the one before has released it, and another was quicker
                     seen, first, began = holder, self._touched(), time.monotonic()
-                if touched > first:
+                # One of whom nothing is known gives no signs: what is newer is the file of another, still empty too.
+                if holder and touched > first:
                     name = self._file.parent.name
                     raise ConfigError(
                         f"run.name is {name}: {whose} is at work in {self._file.parent}, its last sign of life "
-                        f"{age:.0f} s old; wait for its end, cancel it, or give another run.name"
+                        f"{max(age, 0):.0f} s old; wait for its end, cancel it, or give another run.name"
                     )
                 if not said and age > 2 * BEAT:
                     say(f"waiting    up to {DEAD - age:.0f} s for {whose}, silent for {age:.0f} s")

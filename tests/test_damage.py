@@ -405,6 +405,27 @@ def test_of_many_who_wait_for_a_lock_one_gets_it_at_a_time(tmp_path: Path) -> No
     assert most == [1, 1, 1, 1]
 
 
+def test_locks_of_two_found_empty_one_after_the_other_are_no_sign_of_life(tmp_path: Path) -> None:
+    """A lock is empty between being made and being written; whoever looks just then at two of them waits for the second."""
+    file = tmp_path / "lock.json"
+    file.touch()
+    os.utime(file, (time.time() - 5,) * 2)
+
+    def the_next_one() -> None:
+        time.sleep(0.5)
+        file.unlink()
+        file.touch()
+        time.sleep(1.2)  # the one who waits looks once a second
+        file.unlink()
+
+    other = threading.Thread(target=the_next_one)
+    other.start()
+    lock = Lock(tmp_path, "job 1")
+    other.join()
+    assert json.loads(file.read_text())["job"] == "job 1"
+    lock.release()
+
+
 @pytest.mark.parametrize("damage", [emptied, binary, list_instead, nested, unreadable])
 def test_a_lock_of_nobody_is_taken_over_and_one_damaged_later_ends_nobody(tmp_path: Path, damage: Damage) -> None:
     file = tmp_path / "lock.json"
