@@ -13,13 +13,14 @@ function of a communicator. What that returned on each rank comes back in order 
         assert on_ranks(body) == [on_ranks.size] * on_ranks.size
 
 In a launched job every rank runs every test in the same order over one communicator. Only rank 0 writes; a rank that
-fails writes its report and ends the job. A job that takes longer than HPC_GRAWA_TEST_SECONDS (240) writes the stack of
-every rank and ends. Property tests draw differently in every process, so they run on simulated ranks only.
+fails writes its report and ends the job. Property tests draw differently in every process, so they run on simulated
+ranks only.
+
+A test that hangs, here or on ranks, writes its stacks after faulthandler_timeout (setup.cfg) and ends its process.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import pickle
 import shutil
@@ -27,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,11 @@ T = TypeVar("T")
 WORLD_SIZES = (1, 2, 3, 4)
 BACKENDS = ("simulated", "mpi", "horovod", "gloo", "nccl", "single")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BIN = Path(sys.executable).parent
+MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
+launched = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun beside this Python, nor on PATH")
+#: Seconds that a program may take: for those that hang, not for slow machines.
+LIMIT = 300.0
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("same every time")
@@ -60,29 +66,37 @@ class Ranks:
         return [pickle.loads(result) for result in self._comm.gather_bytes(message)]
 
 
-def launch(ranks: int, *arguments: str, seconds: float, limit: int = 240) -> tuple[int, str]:
-    """Run `python *arguments` on so many ranks of MPI: its exit status, and what all ranks wrote."""
-    here = Path(sys.executable).with_name("mpirun")
-    mpirun = str(here) if here.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        pytest.skip("there is no mpirun")
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    crowded = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+def environment() -> dict[str, str]:
+    """Of a program that these tests start: ranks may outnumber cores, and be root's."""
     tests = Path(__file__).parent
-    ours = {
+    return {
+        **os.environ,
         "PYTHONPATH": f"{tests.parent}:{tests}",
         "OMP_NUM_THREADS": "1",
-        "HPC_GRAWA_TEST_SECONDS": str(limit),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    done = subprocess.run(
-        [mpirun, "-np", str(ranks), sys.executable, *arguments],
-        env={**os.environ, **as_root, **crowded, **ours},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-    )
-    return done.returncode, done.stdout
+
+
+def start(*words: str, ranks: int | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Run `python *words`, alone or on ranks of MPI."""
+    if ranks is not None and MPIRUN is None:
+        pytest.skip("there is no mpirun beside this Python, nor on PATH")
+    launcher = [] if ranks is None else [str(MPIRUN), "-np", str(ranks)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    return subprocess.Popen([*launcher, sys.executable, *words], text=True, **pipes)
+
+
+def launch(*words: str, ranks: int | None = None) -> tuple[int, str, str]:
+    """Exit status, output and errors of `python *words`."""
+    process = start(*words, ranks=ranks)
+    try:
+        output, errors = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
 
 
 class Job:
@@ -92,10 +106,6 @@ class Job:
         self.comm = comm
         # pytest replaces the descriptor 2 during tests; reports and stacks must get out.
         self._stderr = os.fdopen(os.dup(2), "w")
-        # The stack of each rank; the alarm, which no handler catches, ends the process a little later.
-        limit = int(os.environ.get("HPC_GRAWA_TEST_SECONDS", "240"))
-        faulthandler.dump_traceback_later(limit, file=self._stderr)
-        signal.alarm(limit + 3)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._end_if(report.failed, f"{report.nodeid} failed in its {report.when}", report)
@@ -118,8 +128,6 @@ class Job:
         self.comm.abort(1)
 
     def pytest_unconfigure(self) -> None:
-        signal.alarm(0)
-        faulthandler.cancel_dump_traceback_later()
         self.comm.close()
 
 
@@ -139,6 +147,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(job, "job")
     if job.comm.rank > 0:
         config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """pytest writes the stacks of a test that hangs; the alarm, which no handler catches, comes when all ranks have."""
+    limit = float(item.config.getini("faulthandler_timeout"))
+    signal.alarm(int(limit) + 3 if limit else 0)
+    result = yield
+    signal.alarm(0)
+    return result
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,7 +9,6 @@ import os
 import platform
 import pty
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -20,20 +19,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import conftest
 import own
 import pytest
 import torch
+from conftest import MPIRUN, environment, launched
 
 from hpc_grawa import cli, log, simulate
 from hpc_grawa.parsing import parse
 from hpc_grawa.train import fit
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
 HOROVOD = find_spec("horovod") is not None
 BACKENDS = ["mpi", pytest.param("horovod", marks=pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))]
-launched = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun beside this Python, nor on PATH")
 
 LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
 QUICK = (
@@ -51,31 +49,13 @@ def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-
-
 def start(*words: str, ranks: int | None = None, **options: Any) -> subprocess.Popen[str]:
-    launcher = [] if ranks is None else [str(MPIRUN), "-np", str(ranks)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
-    return subprocess.Popen([*launcher, sys.executable, "-m", "hpc_grawa", *words], text=True, **pipes)
+    return conftest.start("-m", "hpc_grawa", *words, ranks=ranks, **options)
 
 
-def launch(*words: str, ranks: int | None = None, limit: float = 100) -> tuple[int, str, str]:
+def launch(*words: str, ranks: int | None = None) -> tuple[int, str, str]:
     """Exit status, output and errors of the program."""
-    process = start(*words, ranks=ranks)
-    try:
-        output, errors = process.communicate(timeout=limit)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
+    return conftest.launch("-m", "hpc_grawa", *words, ranks=ranks)
 
 
 def ours(errors: str) -> list[str]:

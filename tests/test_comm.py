@@ -399,10 +399,10 @@ print("reached the end")
 def test_a_rank_that_raises_ends_the_job(backend: str, failing: tuple[int, ...]) -> None:
     if backend == "horovod":
         pytest.importorskip("horovod.torch")
-    status, output = launch(3, "-c", PROGRAM.format(backend=backend, failing=failing), seconds=60)
+    status, output, errors = launch("-c", PROGRAM.format(backend=backend, failing=failing), ranks=3)
     assert status != 0
-    assert "ZeroDivisionError: deliberate" in output
-    assert f"rank {failing[0]} of 3 failed" in output
+    assert "ZeroDivisionError: deliberate" in errors
+    assert f"rank {failing[0]} of 3 failed" in errors
     assert "reached the end" not in output
 
 
@@ -417,12 +417,12 @@ HARNESS = {
 def test_how_a_launched_test_ends_that(case: str, tmp_path: Path) -> None:
     (tmp_path / "test_case.py").write_text(HARNESS[case])
     arguments = ("-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "--rootdir", str(tmp_path))
-    limit = 4 if case == "hangs" else 50
-    status, output = launch(2, *arguments, "--backend", "mpi", str(tmp_path), seconds=60, limit=limit)
+    limit = ("-o", f"faulthandler_timeout={2 if case == 'hangs' else 0}")
+    status, output, errors = launch(*arguments, *limit, "--backend", "mpi", str(tmp_path), ranks=2)
     assert status != 0
     assert "passed" not in output
     if case == "hangs":
-        assert output.count("in test_case") == 2, output  # the stack of each rank
+        assert errors.count("in test_case") == 2, errors  # the stack of each rank
     else:
-        assert f"=== rank {int(case == 'fails')} of 2: test_case.py" in output, output
-        assert "ZeroDivisionError" in output
+        assert f"=== rank {int(case == 'fails')} of 2: test_case.py" in errors, errors
+        assert "ZeroDivisionError" in errors

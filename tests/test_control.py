@@ -263,7 +263,7 @@ print("reached the end")
 def test_a_job_of_ranks_that_disagree_ends_with_the_named_error(backend: str) -> None:
     if backend == "horovod":
         pytest.importorskip("horovod.torch")
-    status, output = launch(2, "-c", LOOP.format(backend=backend), seconds=60)
+    status, output, errors = launch("-c", LOOP.format(backend=backend), ranks=2)
     assert status != 0
-    assert "RanksDisagree: rank 1 has learning rate 0.2, rank 0 has 0.1" in output, output
+    assert "RanksDisagree: rank 1 has learning rate 0.2, rank 0 has 0.1" in errors, errors
     assert "reached the end" not in output

@@ -18,7 +18,8 @@ import numpy as np
 import own
 import pytest
 import torch
-from test_cli import HOROVOD, launch, launched, ours
+from conftest import launched
+from test_cli import HOROVOD, launch, ours
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
@@ -260,7 +261,7 @@ def test_processes_beside_ranks_that_communicate(
     centers = []
     for workers in (0, 1):
         settings = words(f"--data.start_method={start_method}", f"--data.workers={workers}", f"--backend={backend}")
-        status, _, errors = launch("train", *settings, f"--run.name={workers}", ranks=2, limit=600)
+        status, _, errors = launch("train", *settings, f"--run.name={workers}", ranks=2)
         assert (status, ours(errors)) == (0, []), errors
         centers.append(torch.load(tmp_path / "runs" / str(workers) / "center.pt", weights_only=True))
     assert all(torch.equal(tensor, centers[0][name]) for name, tensor in centers[1].items())

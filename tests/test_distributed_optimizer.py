@@ -853,8 +853,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "scripts").write_text(json.dumps(texts))
-    status, output = launch(2, str(folder / "program.py"), str(folder), seconds=200)
-    assert status == 0, output
+    status, _, errors = launch(str(folder / "program.py"), str(folder), ranks=2)
+    assert status == 0, errors
     first, second = (json.loads((folder / f"results {rank}").read_text()) for rank in range(2))
     return {name: [first[name], second[name]] for name in texts}
 

@@ -14,8 +14,8 @@ from typing import Any
 import own
 import pytest
 import torch
-from conftest import Ranks
-from test_cli import BIN, HOROVOD, LINE, MPIRUN, environment, launched, ours
+from conftest import BIN, MPIRUN, Ranks, environment, launched
+from test_cli import HOROVOD, LINE, ours
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect

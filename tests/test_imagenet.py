@@ -841,8 +841,8 @@ def test_no_run_folder_is_made_where_staging_fails(folder: Path, tmp_path: Path)
         f"train --model SmallCNN --model.in_channels 3 --data ImageNet --data.path {folder} --data.batch_size 8 "
         f"--data.stage {tmp_path / 'file'} --budget.steps 5 --run.dir {tmp_path / 'runs'}"
     )
-    status, said = launch(2, "-m", "hpc_grawa", *words.split(), seconds=100)
-    assert status == 2 and f"error: data.stage is {tmp_path / 'file'}" in said and "Traceback" not in said
+    status, _, errors = launch("-m", "hpc_grawa", *words.split(), ranks=2)
+    assert status == 2 and f"error: data.stage is {tmp_path / 'file'}" in errors and "Traceback" not in errors
     assert not list((tmp_path / "runs").glob("*"))
 
 

@@ -26,7 +26,7 @@ from hpc_grawa.install import horovod
 
 REPO = Path(__file__).parents[1]
 SITE_PACKAGES = Path(torch.__file__).parents[1]
-LEFT_OUT = ("hpc_grawa*", "__editable__*", "horovod*", ".throw-away-*", "include", "tests")
+LEFT_OUT = ("hpc_grawa*", "__editable__*", "horovod*", ".throw-away-*", "*.pyc.*", "include", "tests")
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import own
 import pytest
-from test_cli import HOROVOD, LINE, MPIRUN, environment, launch, launched, running, start
+from conftest import LIMIT, environment, launched
+from test_cli import HOROVOD, LINE, launch, running, start
 
 from hpc_grawa.report.status import describe
 from hpc_grawa.watch import BEAT, Watch
@@ -38,18 +40,15 @@ def train(backend: str, ranks: int, *words: str) -> tuple[int, str]:
     """Exit status and errors of a run named ``a`` with a limit of 8 s."""
     wanted(backend)
     where = (f"--backend={backend}", "--run.name=a", "--comm-timeout=8", "--budget.steps=30", "--method.period=4")
-    status, _, errors = launch("train", *LINE, *where, *words, ranks=ranks, limit=200)
+    status, _, errors = launch("train", *LINE, *where, *words, ranks=ranks)
     return status, errors
 
 
 def loop(backend: str, method: str, fault: str, ranks: int = 2) -> tuple[int, str]:
     """Exit status and output of ``lost.py``, a loop of a user's own."""
     wanted(backend)
-    words = [str(MPIRUN), "-np", str(ranks), sys.executable, str(HERE / "lost.py"), backend, method, fault, "8"]
-    done = subprocess.run(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150
-    )
-    return done.returncode, done.stdout
+    status, output, errors = conftest.launch(str(HERE / "lost.py"), backend, method, fault, "8", ranks=ranks)
+    return status, output + errors
 
 
 def summary(folder: Path) -> tuple[str, str, int]:
@@ -203,7 +202,7 @@ if __name__ == "__main__":
 def test_without_a_launcher_the_program_s_own_process_group_trains_together(tmp_path: Path) -> None:
     (tmp_path / "spawned.py").write_text(SPAWNED)
     words = [sys.executable, str(tmp_path / "spawned.py"), str(tmp_path / "store")]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=150)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (0, "trained together\n"), done.stderr
 
 

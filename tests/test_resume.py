@@ -18,8 +18,8 @@ from typing import Any
 import own
 import pytest
 import torch
-from conftest import DEVICES
-from test_cli import LINE, environment, launch, launched, running, start
+from conftest import DEVICES, environment, launched
+from test_cli import LINE, launch, running, start
 
 from hpc_grawa import simulate
 from hpc_grawa.checkpoint import Checkpoints

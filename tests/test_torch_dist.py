@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import launch
+from conftest import LIMIT, launch
 from torch.distributed import HashStore
 
 from hpc_grawa.comm import choose, connect, torch_dist
@@ -71,15 +71,15 @@ def test_a_missing_rank_0_is_a_named_error(port: int) -> None:
     ids=["one host", "MASTER_ADDR", "several hosts"],
 )
 def test_under_mpirun(change: str) -> None:
-    status, output = launch(3, "-c", PROGRAM.format(change=change), seconds=90)
-    assert status == 0, output
+    status, output, errors = launch("-c", PROGRAM.format(change=change), ranks=3)
+    assert status == 0, errors
     assert sorted(line for line in output.splitlines() if line.startswith("rank ")) == EXPECTED
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM.format(change=""))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "program.py"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == EXPECTED
 

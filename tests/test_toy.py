@@ -13,7 +13,8 @@ import own
 import pytest
 import reference as ref
 import torch
-from test_cli import launch, launched, ours
+from conftest import launched
+from test_cli import launch, ours
 from torch import Tensor
 
 from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, cli, simulate

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import own
 import pytest
-from test_cli import LINE, launch, launched, running, start
+from conftest import launched
+from test_cli import LINE, launch, running, start
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report.status import describe

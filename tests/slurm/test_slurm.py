@@ -190,7 +190,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def test_all_scripts_pass_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    others = [ROOT / name for name in ("slurm/site.sh.example", ".ci/run", "tests/run.sh", "tests/slurm/run.sh")]
+    others = [ROOT / "slurm/site.sh.example", ROOT / ".ci/run", *sorted((ROOT / "tests").rglob("*.sh"))]
     done = subprocess.run(["shellcheck", *SCRIPTS, *others], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
