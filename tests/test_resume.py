@@ -67,7 +67,7 @@ class Cut(Exception):
 def config(method: str, *words: str) -> Config:
     period = [] if "DataParallel" in method else ["--method.period=4"]
     often = ["--save.unit=steps", "--save.every=5", "--eval.unit=steps", "--eval.every=6", "--log.every=3"]
-    shape = ["--run.control_every=3", "--schedule=Cosine", "--budget.seconds=null", f"--budget.steps={STEPS}"]
+    shape = ["--eval.train_examples=50", "--eval.bn_batches=2", "--run.control_every=3", "--schedule=Cosine", "--budget.seconds=null", f"--budget.steps={STEPS}"]
     made = parse(
         ["--config=digits", f"--method={method.split()[0]}", *method.split()[1:], *period, *often, *shape, *words]
     )
