@@ -20,10 +20,10 @@ import pytest
 from conftest import launch
 from PIL import Image
 
-from hpc_grawa import cli
-from hpc_grawa.parsing import read_settings
-from hpc_grawa.reading import load_yaml
+from hpc_grawa.cli import main as cli
+from hpc_grawa.cli.parsing import read_settings
 from hpc_grawa.report import read_run
+from hpc_grawa.runs.reading import load_yaml
 from hpc_grawa.screen import as_shown
 
 DIGITS = ("--config=digits", "--budget.seconds=null", "--eval.train_examples=20")
