@@ -24,8 +24,7 @@ import own
 import pytest
 import torch
 
-from hpc_grawa import simulate
-from hpc_grawa.cli import main as cli
+from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.runs import log
 from hpc_grawa.training.loop import fit

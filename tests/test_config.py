@@ -14,8 +14,7 @@ import own
 import pytest
 import torch
 
-from hpc_grawa import EASGD, LGRAWA
-from hpc_grawa.cli import main as cli
+from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import RECIPES, parse, recipes
 from hpc_grawa.optim import SGD, AdamW
 from hpc_grawa.schedules import Cosine, Step

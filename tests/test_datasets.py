@@ -22,8 +22,7 @@ from test_cli import HOROVOD, launch, launched, ours
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from hpc_grawa import random_streams, simulate
-from hpc_grawa.cli import main as cli
+from hpc_grawa import cli, random_streams, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.data import Datasets, in_advance
 from hpc_grawa.errors import ConfigError

@@ -17,7 +17,7 @@ import torch
 from conftest import Ranks
 from test_cli import BIN, HOROVOD, LINE, MPIRUN, environment, launched, ours
 
-from hpc_grawa.cli import main as cli
+from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect
 from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, judge, verdict
 from hpc_grawa.doctor.examine import look_around, measure, try_folder

@@ -26,7 +26,7 @@ from ilsvrc import archives, folders, jpeg, promising, real, script
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpc_grawa.cli import main as cli
+from hpc_grawa import cli
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator, Meter, simulate
 from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance, staging

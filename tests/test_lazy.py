@@ -15,8 +15,7 @@ import torch
 from conftest import Ranks
 from torch import Tensor, nn
 
-from hpc_grawa import LocalSGD, ParameterVector, lazy, simulate
-from hpc_grawa.cli import main as cli
+from hpc_grawa import LocalSGD, ParameterVector, cli, lazy, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import Splits, TensorExamples

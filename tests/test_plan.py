@@ -7,8 +7,7 @@ import re
 import own
 import pytest
 
-from hpc_grawa import simulate
-from hpc_grawa.cli import main as cli
+from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.training.loop import fit
 

@@ -16,10 +16,9 @@ import torch
 from test_cli import launch, launched, ours
 from torch import Tensor
 
-from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, simulate
+from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, cli, simulate
 from hpc_grawa.averaging.averager import Averager, argmin
 from hpc_grawa.averaging.scores import SCORE_MOMENTUM, TrainingLoss
-from hpc_grawa.cli import main as cli
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod, Probe, Run

@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpc_grawa import simulate
-from hpc_grawa.cli import main as cli
+from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import NonFinite
