@@ -19,13 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..launch import first_process, parent_of
 from .log import write_atomically
-
-if TYPE_CHECKING:
-    from ..comm import Communicator
 
 #: Seconds between two signs of life.
 BEAT = 5.0
@@ -42,6 +39,14 @@ _LEFT = "has left"
 def not_begun() -> dict[str, Any]:
     """What a rank says of itself that has made no step."""
     return {"step": 0, "used": 0.0, "training": 0.0}
+
+
+class Ranks(Protocol):
+    """What a watch needs of a communicator: what it waits for, and a way to end all ranks."""
+
+    meter: Any
+
+    def abort(self, status: int = 1) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Watch:
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self._local_size = local_size
-        self._comm: Communicator | None = None
+        self._comm: Ranks | None = None
         self._host: Path | None = None
         self._run: Path | None = None
         self._holder = ""
@@ -137,7 +142,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="hpc_grawa-watch", daemon=True)
         self._thread.start()
 
-    def attach(self, comm: Communicator) -> None:
+    def attach(self, comm: Ranks) -> None:
         """From here on the waits of ``comm`` are watched."""
         self._comm = comm
 
