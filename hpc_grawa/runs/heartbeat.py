@@ -234,7 +234,8 @@ class Watch:
             return "the others to end", self._leaving, range(self.size)
         if self._comm is None:
             return ("the others to start", self._began, range(self.size)) if self.size > 1 else None
-        return self._comm.meter.waits_for
+        waits_for: tuple[str, float, Sequence[int]] | None = self._comm.meter.waits_for
+        return waits_for
 
     def _judge(self, purpose: str, ranks: Sequence[int]) -> None:
         """End the job if this wait can have no end, or has lasted for too long."""
