@@ -22,9 +22,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -224,6 +224,7 @@ class Own:
         start: of the ranks.
         control_every: as of ``build``.
         horovod: by ``DistributedOptimizer``.
+        worlds: numbers of simulated ranks.
     """
 
     method: Callable[[], Any]
@@ -237,6 +238,7 @@ class Own:
     start: str = "common"
     control_every: int = 2
     horovod: bool = False
+    worlds: tuple[int, ...] = (3,)
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -303,6 +305,8 @@ class Own:
                     run.after_step(losses[-1])
                 made += 1
                 stepped = True
+                if run.pooled and hasattr(comm, "elapse"):
+                    comm.elapse(1 / (comm.rank + 1))
             path.update(vector.data.view(torch.uint8).numpy().tobytes())
             if self.resume and made >= STEPS // 2 and not ended() and (not run.pooled or not stepped):
                 self.resume, stream = False, torch.get_rng_state()
@@ -364,15 +368,31 @@ class Trained:
     Attributes:
         words: of its command line.
         cut: whether it is cut off at step 9 and resumed from its checkpoint.
+        worlds: numbers of simulated ranks.
     """
 
     words: tuple[str, ...]
     cut: bool = False
-    seen: dict[str, Any] = field(default_factory=dict)
+    worlds: tuple[int, ...] = (3,)
 
-    SAME = ("steps", "rounds", "healed", "epochs", "bytes_sent", "payload_bytes", "consensus_distance", "best_step")
-    SCORED = ("local_test_loss", "center_train_loss", "center_test_loss", "mean_test_loss", "final_center_accuracy")
-    RECORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    SAME: ClassVar = (
+        "steps",
+        "rounds",
+        "healed",
+        "epochs",
+        "bytes_sent",
+        "payload_bytes",
+        "consensus_distance",
+        "best_step",
+    )
+    SCORED: ClassVar = (
+        "local_test_loss",
+        "center_train_loss",
+        "center_test_loss",
+        "mean_test_loss",
+        "final_center_accuracy",
+    )
+    RECORDS: ClassVar = (
         ("round", ("step", "round", "period", "lr", "weights", "leader", "healed")),
         ("train", ("step", "loss", "lr")),
         ("evaluate", ("step", "loss", "accuracy")),
@@ -424,8 +444,6 @@ def varied(name: str, **fields: Any) -> Callable[[], Any]:
     """A method with other settings."""
 
     def make() -> Any:
-        from dataclasses import replace
-
         return replace(METHODS[name](), **fields)
 
     return make
@@ -434,8 +452,8 @@ def varied(name: str, **fields: Any) -> Callable[[], Any]:
 def own_cases() -> dict[str, Own]:
     cases = {}
     for name, make in METHODS.items():
-        cases[f"{name}, float32"] = Own(make, resume=False)
-        cases[f"{name}, float64, resumed"] = Own(make, dtype="float64")
+        cases[f"{name}, float32"] = Own(make, resume=False, worlds=WORLDS)
+        cases[f"{name}, float64, resumed"] = Own(make, dtype="float64", worlds=WORLDS)
         cases[f"{name}, a rich model, resumed"] = Own(make, rich=True)
         cases[f"{name}, AdamW in parts, clipped"] = Own(make, adamw=True, parts=2, clip=0.5)
         cases[f"{name}, by DistributedOptimizer"] = Own(make, horovod=True, parts=2, resume=False)
@@ -446,7 +464,7 @@ def own_cases() -> dict[str, Own]:
         cases[f"{name}, a rank healed"] = Own(make, poison="parameters")
         if " of " not in name:
             cases[f"{name}, QSR"] = Own(varied(name, period=qsr(PERIOD, LR)))
-            cases[f"{name}, pooled"] = Own(varied(name, rounds="pooled"))
+            cases[f"{name}, pooled"] = Own(varied(name, rounds="pooled"), worlds=WORLDS)
             cases[f"{name}, pooled, float64, averaged"] = Own(
                 varied(name, rounds="pooled", local_momentum="average", buffers="average"), dtype="float64"
             )
@@ -479,8 +497,8 @@ def trained_cases() -> dict[str, Trained]:
             words += ("--method.ranks_per_group=2",) if groups == "groups" else ()
         elif method != "DataParallel":
             words += (f"--method.period={PERIOD}",)
-        cases[f"{name}, float32, cut and resumed"] = Trained(words, cut=True)
-        cases[f"{name}, float64"] = Trained((*words, *wide))
+        cases[f"{name}, float32, cut and resumed"] = Trained(words, cut=True, worlds=WORLDS)
+        cases[f"{name}, float64"] = Trained((*words, *wide), worlds=WORLDS)
         cases[f"{name}, AdamW, parts, cosine"] = Trained((*words, *adamw))
         if method != "DataParallel":
             cases[f"{name}, averaged, rich"] = Trained((*words, *averaged, "--model.rich=true"))
@@ -524,7 +542,7 @@ def collect(only: str) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as temporary:
         for number, (name, case) in enumerate(named.items()):
             if world is None:
-                for size in WORLDS:
+                for size in case.worlds:
                     torch.manual_seed(0)
                     folder = Path(temporary) / f"{number}-{size}"
                     folder.mkdir()
