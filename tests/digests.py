@@ -308,7 +308,7 @@ class Own:
                 if run.pooled and hasattr(comm, "elapse"):
                     comm.elapse(1 / (comm.rank + 1))
             path.update(vector.data.view(torch.uint8).numpy().tobytes())
-            if self.resume and made >= STEPS // 2 and not ended() and (not run.pooled or not stepped):
+            if self.resume and run.facts.step >= STEPS // 2 and not ended() and (not run.pooled or not stepped):
                 self.resume, stream = False, torch.get_rng_state()
                 states = copy.deepcopy((vector.model.state_dict(), optimizer.state_dict(), run.state_dict()))
                 run.close()
