@@ -25,9 +25,10 @@ import pytest
 import torch
 from conftest import MPIRUN, environment, launched
 
-from hpc_grawa import cli, log, simulate
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
+from hpc_grawa import cli, simulate
+from hpc_grawa.cli.parsing import parse
+from hpc_grawa.runs import log
+from hpc_grawa.training.loop import fit
 
 ROOT = Path(__file__).parents[1]
 HOROVOD = find_spec("horovod") is not None

@@ -19,7 +19,7 @@ from conftest import LIMIT, environment, launched
 from test_cli import HOROVOD, LINE, launch, running, start
 
 from hpc_grawa.report.status import describe
-from hpc_grawa.watch import BEAT, Watch
+from hpc_grawa.runs.heartbeat import BEAT, Watch
 
 HOST = platform.node()
 HERE = Path(__file__).parent
