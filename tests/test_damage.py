@@ -17,7 +17,6 @@ import numpy as np
 import own
 import pytest
 import torch
-from hpc_grawa.runs.lock import Lock
 from own import contents
 
 from hpc_grawa import cli, simulate
@@ -26,6 +25,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints
+from hpc_grawa.runs.lock import Lock
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.resume import RunPlace
 from hpc_grawa.training.worker import Worker

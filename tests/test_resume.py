@@ -19,7 +19,6 @@ import own
 import pytest
 import torch
 from conftest import DEVICES, environment, launched
-from hpc_grawa.runs.lock import Lock
 from test_cli import LINE, launch, running, start
 
 from hpc_grawa import simulate
@@ -30,6 +29,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints
+from hpc_grawa.runs.lock import Lock
 from hpc_grawa.runs.log import write_atomically
 from hpc_grawa.training.config import Config
 from hpc_grawa.training.loop import fit
