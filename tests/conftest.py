@@ -36,7 +36,9 @@ import hypothesis
 import pytest
 import torch
 
+from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Meter, connect, simulate
+from hpc_grawa.comm.single import SingleCommunicator
 
 T = TypeVar("T")
 WORLD_SIZES = (1, 2, 3, 4)
@@ -97,6 +99,23 @@ def launch(*words: str, ranks: int | None = None) -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, output, errors
+
+
+def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of the program, in this process."""
+
+    def end(_: object, status: int = 1) -> None:
+        raise SystemExit(status)
+
+    capsys.readouterr()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SingleCommunicator, "abort", end)  # else it would end the tests
+        try:
+            cli.main(words)
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    return (status, *capsys.readouterr())
 
 
 class Job:

@@ -23,7 +23,7 @@ import conftest
 import own
 import pytest
 import torch
-from conftest import MPIRUN, environment, launched
+from conftest import MPIRUN, called, environment, launched
 
 from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
@@ -32,7 +32,10 @@ from hpc_grawa.training.loop import fit
 
 ROOT = Path(__file__).parents[1]
 HOROVOD = find_spec("horovod") is not None
-BACKENDS = ["mpi", pytest.param("horovod", marks=pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))]
+BACKENDS = [
+    "mpi",
+    pytest.param("horovod", marks=(pytest.mark.slow, pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))),
+]
 
 LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
 QUICK = (
@@ -145,9 +148,11 @@ def test_a_model_that_does_not_fit_is_one_line_and_leaves_no_folder(backend: str
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_model_that_does_not_fit_alone_in_a_plan_and_in_a_comparison(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_alone_in_a_plan_and_in_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (["train", "--run.name=a"], ["train", "--dry_run"], ["compare", "--methods=EASGD", "--run.name=b"]):
-        status, _, errors = launch(*words, *LINE, "--budget.steps=1", "--model=character_model.Transformer")
+        status, _, errors = called(capsys, *words, *LINE, "--budget.steps=1", "--model=character_model.Transformer")
         assert (status, errors.count("\n")) == (2, 1)
         assert "error: model is Transformer: must take inputs [8, 1] (float32); " in errors
         assert re.search(r"\(character_model.py, line \d+\)$", errors)
@@ -171,6 +176,7 @@ CHARACTERS = (
 
 
 @launched
+@pytest.mark.slow
 def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its targets are as many as its inputs, its vocabulary is the data's, and its metric falls."""
     cadence = ("--eval.unit=steps", "--eval.every=8", "--run.name=text")

@@ -259,7 +259,7 @@ print("reached the end")
 """
 
 
-@pytest.mark.parametrize("backend", ["mpi", "horovod"])
+@pytest.mark.parametrize("backend", ["mpi", pytest.param("horovod", marks=pytest.mark.slow)])
 def test_a_job_of_ranks_that_disagree_ends_with_the_named_error(backend: str) -> None:
     if backend == "horovod":
         pytest.importorskip("horovod.torch")

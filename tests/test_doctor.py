@@ -245,7 +245,7 @@ def test_a_plain_process() -> None:
 
 
 @launched
-@pytest.mark.parametrize(("ranks", "backend"), [(2, "mpi"), (4, "auto")])
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "mpi"), pytest.param(4, "auto", marks=pytest.mark.slow)])
 def test_ranks_of_mpirun(ranks: int, backend: str) -> None:
     status, output, errors = run("doctor", "--backend", backend, "--folder", "some/runs", by=mpirun(ranks))
     assert status == 0, output + errors

@@ -107,6 +107,7 @@ def test_the_oldest_releases_are_kept(environment: Path, checkout: Path) -> None
     assert (environment / "bin/hpc-grawa").is_file()
 
 
+@pytest.mark.slow
 def test_the_torch_that_is_there_is_kept(environment: Path, checkout: Path) -> None:
     """The real thing: every package of this environment but ours."""
     site = site_packages(environment)

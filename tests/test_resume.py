@@ -18,7 +18,7 @@ from typing import Any
 import own
 import pytest
 import torch
-from conftest import DEVICES, environment, launched
+from conftest import DEVICES, called, environment, launched
 from test_cli import LINE, launch, running, start
 
 from hpc_grawa import simulate
@@ -490,18 +490,20 @@ def wait_for(latest: Path, _: str, step: int) -> None:
         time.sleep(0.02)
 
 
-def test_what_a_run_does_not_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_does_not_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Another configuration, unless it is allowed; another job at work; no name where none can be found again."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     words = (*WORDS, "--backend=single", f"--run.dir={tmp_path}")
     folder = tmp_path / "a"
 
     def refused(*more: str) -> str:
-        status, output, errors = launch(*words, *more)
+        status, output, errors = called(capsys, *words, *more)
         assert (status, output) == (2, "backend    single (no launcher, asked for), 1 rank\n"[: len(output)])
         return errors.removeprefix("hpc-grawa train: error: ").strip()
 
-    assert launch(*words, "--budget.steps=8")[0] == 0
+    assert called(capsys, *words, "--budget.steps=8")[0] == 0
     (folder / "summary.json").unlink()
     assert refused("--budget.steps=8", "--method.pull=0.7") == (
         f"method.pull is 0.7: must be 0.5, as it was when {folder} began; give the run another name, or allow this "
@@ -513,7 +515,9 @@ def test_what_a_run_does_not_go_on_with(tmp_path: Path, monkeypatch: pytest.Monk
         refused("--budget.steps=8"),
     )
     holder.release()
-    status, output, errors = launch(*words, "--budget.steps=12", "--allow-change", "budget", "--comm-timeout=500")
+    status, output, errors = called(
+        capsys, *words, "--budget.steps=12", "--allow-change", "budget", "--comm-timeout=500"
+    )
     assert status == 0 and "resumed    at step 7" in output, errors
     assert json.loads((folder / "summary.json").read_text())["steps"] == 12
     assert refused("--run.name=null", "--budget.steps=8") == (
@@ -566,13 +570,15 @@ def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: st
     assert file.read_text() == content
 
 
-def test_a_job_of_slurm_finds_its_run_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_slurm_finds_its_run_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     words = (*WORDS, "--backend=single", f"--run.dir={tmp_path}", "--run.name=null", "--budget.steps=8")
-    assert launch(*words)[0] == 0
+    assert called(capsys, *words)[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["LGRAWA-17_2"]
-    assert launch(*words)[1].endswith("LGRAWA-17_2 is finished\n")
+    assert called(capsys, *words)[1].endswith("LGRAWA-17_2 is finished\n")
 
 
 def told_to_end(job: Any, folder: Path, state: str, cause: str) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def test_a_missing_rank_0_is_a_named_error(port: int) -> None:
     "change",
     [
         "",
-        "os.environ['MASTER_ADDR'] = 'localhost'",
+        pytest.param("os.environ['MASTER_ADDR'] = 'localhost'", marks=pytest.mark.slow),
         # as if each rank were on a host of its own: MPI tells where rank 0 is
-        "facts = RankFacts('mpirun', facts.rank, facts.size, 0, 1, facts.job)",
+        pytest.param("facts = RankFacts('mpirun', facts.rank, facts.size, 0, 1, facts.job)", marks=pytest.mark.slow),
     ],
     ids=["one host", "MASTER_ADDR", "several hosts"],
 )
