@@ -12,7 +12,7 @@ import own
 import pytest
 import torch
 from conftest import launch
-from test_methods import ORDINARY
+from table import plain
 
 from hpc_grawa.comm import Communicator, connect
 from hpc_grawa.comm.base import Meter
@@ -53,7 +53,7 @@ def steps(made: Worker, count: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("extra", [[], ["--precision=bf16"], ["--optimizer=AdamW"], ["--optimizer.clip_norm=1"]])
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("name", plain("averages"))
 def test_no_local_step_stops_the_host(name: str, extra: list[str]) -> None:
     """After the first round, so that the pull to its center counts too; only a round may wait for the device."""
     made = worker(SingleCommunicator(), f"--method={name}", "--method.period=10", *extra)

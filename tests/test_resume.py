@@ -19,6 +19,7 @@ import own
 import pytest
 import torch
 from conftest import DEVICES
+from table import as_words, kinds, plain
 from test_cli import LINE, environment, launch, launched, running, start
 
 from hpc_grawa import simulate
@@ -37,21 +38,12 @@ from hpc_grawa.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
-    "GRAWA": "GRAWA",
-    "MGRAWA": "MGRAWA",
-    "LGRAWA": "LGRAWA",
+    **{name: " ".join(as_words(name)) for name in [*plain(), *kinds("levels")]},
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
-    "LocalMGRAWA": "LocalMGRAWA",
-    "LocalLGRAWA": "LocalLGRAWA",
-    "EASGD": "EASGD",
-    "LSGD": "LSGD",
-    "LSGD of groups": "LSGD --method.group_period=2 --method.ranks_per_group=2",
-    "LocalSGD": "LocalSGD",
-    "DataParallel": "DataParallel",
 }
 
 
