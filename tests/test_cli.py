@@ -9,32 +9,24 @@ import os
 import platform
 import pty
 import re
-import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import own
 import pytest
 import torch
+from launcher import HOROVOD, PROGRAM, ROOT, launch, launched, ours, start
 from table import is_, plain
 
 from hpc_grawa import cli, log, simulate
 from hpc_grawa.parsing import parse
 from hpc_grawa.train import fit
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
-HOROVOD = find_spec("horovod") is not None
 BACKENDS = ["mpi", pytest.param("horovod", marks=pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))]
-launched = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun beside this Python, nor on PATH")
 
 LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
 QUICK = (
@@ -50,38 +42,6 @@ QUICK = (
 def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own.plain_process(monkeypatch)
     monkeypatch.chdir(tmp_path)
-
-
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-
-
-def start(*words: str, ranks: int | None = None, **options: Any) -> subprocess.Popen[str]:
-    launcher = [] if ranks is None else [str(MPIRUN), "-np", str(ranks)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
-    return subprocess.Popen([*launcher, sys.executable, "-m", "hpc_grawa", *words], text=True, **pipes)
-
-
-def launch(*words: str, ranks: int | None = None, limit: float = 100) -> tuple[int, str, str]:
-    """Exit status, output and errors of the program."""
-    process = start(*words, ranks=ranks)
-    try:
-        output, errors = process.communicate(timeout=limit)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
-
-
-def ours(errors: str) -> list[str]:
-    """What the program wrote, without what the launcher adds."""
-    return [line for line in errors.splitlines() if line.startswith("hpc-grawa")]
 
 
 @launched
@@ -223,17 +183,11 @@ def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureF
 
 @launched
 def test_what_is_wrong_on_another_host_only_is_said_there() -> None:
-    command = (sys.executable, "-m", "hpc_grawa", "train", *LINE, "--data=own.ElsewhereMissing", "--budget.steps=9")
+    words = ("train", *LINE, "--data=own.ElsewhereMissing", "--budget.steps=9")
     there = ("env", "OMPI_COMM_WORLD_LOCAL_RANK=0", "OMPI_COMM_WORLD_LOCAL_SIZE=1")  # as on a second host
-    job = subprocess.run(
-        [str(MPIRUN), "-np", "1", *command, ":", "-np", "1", *there, *command],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert job.returncode == 2
-    assert ours(job.stderr) == [f"hpc-grawa train: error: on {platform.node()}: data.path is /there: must be a folder"]
+    job = launch(*words, ":", "-np", "1", *there, sys.executable, *PROGRAM, *words, ranks=1)
+    assert job.status == 2
+    assert ours(job.errors) == [f"hpc-grawa train: error: on {platform.node()}: data.path is /there: must be a folder"]
 
 
 @launched

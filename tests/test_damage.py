@@ -406,7 +406,7 @@ def test_of_many_who_wait_for_a_lock_one_gets_it_at_a_time(tmp_path: Path) -> No
 
 
 def test_locks_of_two_found_empty_one_after_the_other_are_no_sign_of_life(tmp_path: Path) -> None:
-    """A lock is empty between being made and being written; whoever looks just then at two of them waits for the second."""
+    """A lock is empty between being made and being written; who looks just then at two of them waits for the second."""
     file = tmp_path / "lock.json"
     file.touch()
     os.utime(file, (time.time() - 5,) * 2)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks, launch
+from conftest import Ranks
+from launcher import launch
 from table import METHODS, is_, kinds
 from test_data_parallel import MIB, TENSOR, USES, branches, expected_run
 from test_data_parallel import loss_of as branches_loss
@@ -845,8 +846,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "scripts").write_text(json.dumps(texts))
-    status, output = launch(2, str(folder / "program.py"), str(folder), seconds=200)
-    assert status == 0, output
+    done = launch(str(folder), program=(str(folder / "program.py"),), ranks=2, limit=200)
+    assert done.status == 0, done.said
     first, second = (json.loads((folder / f"results {rank}").read_text()) for rank in range(2))
     return {name: [first[name], second[name]] for name in texts}
 

@@ -19,8 +19,9 @@ import own
 import pytest
 import torch
 from conftest import DEVICES
+from launcher import environment, launch, launched, start
 from table import as_words, kinds, plain
-from test_cli import LINE, environment, launch, launched, running, start
+from test_cli import LINE, running
 
 from hpc_grawa import simulate
 from hpc_grawa.checkpoint import Checkpoints
@@ -38,7 +39,7 @@ from hpc_grawa.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
-    **{name: " ".join(as_words(name)) for name in [*plain(), *kinds("levels")]},
+    **{name: " ".join(as_words(name)).removeprefix("--method=") for name in [*plain(), *kinds("levels")]},
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
@@ -623,7 +624,7 @@ def test_a_term_at_the_limit_is_the_limit_s_and_a_file_may_hold_a_signal_s_name(
     ):
         records = folder / "metrics.jsonl"
         before = records.stat().st_size if records.exists() else 0
-        job = start(*words, ranks=1, env=environment() | {"HPC_GRAWA_ENDS": f"{at or 0:.0f}"})
+        job = start(*words, ranks=1, env=environment(HPC_GRAWA_ENDS=f"{at or 0:.0f}"))
         end = time.monotonic() + 60
         while not records.exists() or records.stat().st_size < before + 200:
             assert time.monotonic() < end

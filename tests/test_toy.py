@@ -14,8 +14,8 @@ import pytest
 import reference as ref
 import table
 import torch
+from launcher import launch, launched, ours
 from table import is_
-from test_cli import launch, launched, ours
 from torch import Tensor
 
 from hpc_grawa import EASGD, MGRAWA, Method, ParameterVector, cli, simulate
