@@ -112,7 +112,8 @@ def test_a_run_that_ends_with_a_round_has_no_second(on_ranks: Ranks) -> None:
 
 
 def test_rounds_say_what_happened(on_ranks: Ranks) -> None:
-    traces = on_ranks(lambda comm: run_method(comm, METHODS["LSGD"].ours, steps=STEPS, lr=decaying))
+    ours = METHODS[plain("leader")[0]].ours
+    traces = on_ranks(lambda comm: run_method(comm, ours, steps=STEPS, lr=decaying))
     for round_, first in zip(traces[-1].rounds, traces[0].rounds, strict=True):
         assert (round_.number, round_.step, round_.period) == (first.number, first.step, first.period)
         assert round_.leader == int(round_.weights.flatten().argmax()) and torch.equal(round_.weights, first.weights)
@@ -278,7 +279,8 @@ def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks, name: str,
         assert np.isfinite(trace.parameters[-1]).all() and all(np.isfinite(m).all() for m in trace.momenta)
 
 
-def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Ranks) -> None:
+@pytest.mark.parametrize("name", kinds("levels"))
+def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Ranks, name: str) -> None:
     """Rank 0 breaks before a round of groups; the last group breaks as a whole before one, and waits for all ranks."""
     world = on_several_ranks.size
     last_group = range((world - 1) // 2 * 2, world)
@@ -286,7 +288,7 @@ def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Rank
     def poison(rank: int, step: int) -> bool:
         return (rank == 0 and step == 1) or (rank in last_group and step == 9 and world > 2)
 
-    traces = follow(on_several_ranks, METHODS["LSGD of groups"], optimizer=nesterov, poison=poison)
+    traces = follow(on_several_ranks, METHODS[name], optimizer=nesterov, poison=poison)
     healed = [round_.healed for round_ in traces[0].rounds]
     assert healed == [(), (), tuple(last_group) if world > 2 else (), ()]
     for trace in traces:
@@ -453,8 +455,8 @@ def test_impossible_values_are_refused(make: Callable[[], Method], message: str)
 def test_what_a_method_needs_and_is_not_given_is_a_named_error(name: str) -> None:
     def begin(**given: Any) -> Run:
         model = nn.Linear(2, 1)
-        ours, optimizer = replace(METHODS[name].ours), torch.optim.SGD(model.parameters(), 0.1)
-        run = ours.build(SingleCommunicator(), ParameterVector(model), optimizer, **given)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = METHODS[name].ours.build(SingleCommunicator(), ParameterVector(model), optimizer, **given)
         gradient(run, optimizer, lambda x: model(x).mean(), (torch.ones(1, 2),), 1)
         return run
 
@@ -464,7 +466,7 @@ def test_what_a_method_needs_and_is_not_given_is_a_named_error(name: str) -> Non
             begin()
         given["probe"] = lambda: torch.zeros(())
     run = begin(**given)
-    assert type(METHODS[name].ours).needs_loss == is_(name, "loss")
+    assert METHODS[name].ours.needs_loss == is_(name, "loss")
     if is_(name, "loss"):
         with pytest.raises(ValueError, match=r"after_step\(loss\)"):
             run.after_step()

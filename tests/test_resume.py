@@ -120,7 +120,7 @@ def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LGRAWA", "LSGD of groups", "DataParallel"])
+@pytest.mark.parametrize("name", ["LGRAWA", "DataParallel", *kinds("levels")])
 def test_wherever_a_run_is_cut_off_it_equals_the_uninterrupted_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +391,7 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
     assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["0000.json", "0001.json"]
 
 
-@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", "LSGD of groups"])
+@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", *kinds("levels")])
 def test_another_world_goes_on_counting(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
