@@ -23,32 +23,21 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import hypothesis
 import pytest
 import torch
 
-from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Meter, connect, simulate
-from hpc_grawa.comm.single import SingleCommunicator
 
 T = TypeVar("T")
 WORLD_SIZES = (1, 2, 3, 4)
 BACKENDS = ("simulated", "mpi", "horovod", "gloo", "nccl", "single")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-BIN = Path(sys.executable).parent
-MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
-launched = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun beside this Python, nor on PATH")
-#: Seconds that a program may take: for those that hang, not for slow machines.
-LIMIT = 300.0
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("same every time")
@@ -66,56 +55,6 @@ class Ranks:
         self._comm.meter = Meter()
         message = pickle.dumps(body(self._comm))
         return [pickle.loads(result) for result in self._comm.gather_bytes(message)]
-
-
-def environment() -> dict[str, str]:
-    """Of a program that these tests start: ranks may outnumber cores, and be root's."""
-    tests = Path(__file__).parent
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{tests.parent}:{tests}",
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-
-
-def start(*words: str, ranks: int | None = None, **options: Any) -> subprocess.Popen[str]:
-    """Run `python *words`, alone or on ranks of MPI."""
-    if ranks is not None and MPIRUN is None:
-        pytest.skip("there is no mpirun beside this Python, nor on PATH")
-    launcher = [] if ranks is None else [str(MPIRUN), "-np", str(ranks)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
-    return subprocess.Popen([*launcher, sys.executable, *words], text=True, **pipes)
-
-
-def launch(*words: str, ranks: int | None = None) -> tuple[int, str, str]:
-    """Exit status, output and errors of `python *words`."""
-    process = start(*words, ranks=ranks)
-    try:
-        output, errors = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
-
-
-def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit status, output and errors of the program, in this process."""
-
-    def end(_: object, status: int = 1) -> None:
-        raise SystemExit(status)
-
-    capsys.readouterr()
-    status = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SingleCommunicator, "abort", end)  # else it would end the tests
-        try:
-            cli.main(words)
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-    return (status, *capsys.readouterr())
 
 
 class Job:

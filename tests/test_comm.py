@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import DEVICES, Ranks, launch
+from conftest import DEVICES, Ranks
+from launcher import launch
 from torch import Tensor
 
 from hpc_grawa.comm import Communicator, simulate
@@ -399,10 +400,11 @@ print("reached the end")
 def test_a_rank_that_raises_ends_the_job(backend: str, failing: tuple[int, ...]) -> None:
     if backend == "horovod":
         pytest.importorskip("horovod.torch")
-    status, output, errors = launch("-c", PROGRAM.format(backend=backend, failing=failing), ranks=2)
+    ended = launch(program=("-c", PROGRAM.format(backend=backend, failing=failing)), ranks=2)
+    status, output = ended.status, ended.said
     assert status != 0
-    assert "ZeroDivisionError: deliberate" in errors
-    assert f"rank {failing[0]} of 2 failed" in errors
+    assert "ZeroDivisionError: deliberate" in output
+    assert f"rank {failing[0]} of 2 failed" in output
     assert "reached the end" not in output
 
 
@@ -416,13 +418,14 @@ HARNESS = {
 @pytest.mark.parametrize("case", HARNESS)
 def test_how_a_launched_test_ends_that(case: str, tmp_path: Path) -> None:
     (tmp_path / "test_case.py").write_text(HARNESS[case])
-    arguments = ("-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "--rootdir", str(tmp_path))
+    pytest_ = ("-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-q", "--rootdir", str(tmp_path))
     limit = ("-o", f"faulthandler_timeout={2 if case == 'hangs' else 0}")
-    status, output, errors = launch(*arguments, *limit, "--backend", "mpi", str(tmp_path), ranks=2)
+    ended = launch(*limit, "--backend", "mpi", str(tmp_path), program=pytest_, ranks=2)
+    status, output = ended.status, ended.said
     assert status != 0
     assert "passed" not in output
     if case == "hangs":
-        assert errors.count("in test_case") == 2, errors  # the stack of each rank
+        assert output.count("in test_case") == 2, output  # the stack of each rank
     else:
-        assert f"=== rank {int(case == 'fails')} of 2: test_case.py" in errors, errors
-        assert "ZeroDivisionError" in errors
+        assert f"=== rank {int(case == 'fails')} of 2: test_case.py" in output, output
+        assert "ZeroDivisionError" in output

@@ -17,7 +17,7 @@ import numpy as np
 import own
 import pytest
 import torch
-from conftest import called
+from launcher import called
 from own import contents
 
 from hpc_grawa import cli, simulate
