@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from interleave import interleaved, table
 
-from hpc_grawa.checkpoint import Checkpoints
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import connect
 from hpc_grawa.data import Data, Splits, TensorExamples
 from hpc_grawa.launch import local_device
-from hpc_grawa.parsing import parse
-from hpc_grawa.worker import Worker
+from hpc_grawa.runs.checkpoint import Checkpoints
+from hpc_grawa.training.worker import Worker
 
 ON_GPU = local_device().type == "cuda"
 SIDE, BATCH, STEPS, REPEATS = (224, 64, 100, 1) if ON_GPU else (48, 4, 100, 2)

@@ -19,8 +19,8 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torchvision.models import resnet50
 
 import hpc_grawa
+from hpc_grawa.averaging.scores import Score
 from hpc_grawa.comm import connect
-from hpc_grawa.scores import Score
 
 REPEATS = 15
 

@@ -13,12 +13,12 @@ import os
 import torch
 from interleave import interleaved, table
 
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import connect
 from hpc_grawa.data import ArraySplit, Data, Splits
 from hpc_grawa.launch import local_device
 from hpc_grawa.models import ResNet20
-from hpc_grawa.parsing import parse
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.worker import Worker
 
 REPEATS, STEPS = 25, 4
 

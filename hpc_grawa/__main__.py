@@ -1,6 +1,6 @@
 """``python -m hpc_grawa`` is ``hpc-grawa``."""
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -15,10 +15,10 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor, nn
 
 from hpc_grawa import ParameterVector
-from hpc_grawa.averaging import Averager, argmin, inverse, pull
+from hpc_grawa.averaging.averager import Averager, argmin, inverse, pull
+from hpc_grawa.averaging.riders import LocalMomentum, RunningStatistics
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.errors import NonFinite
-from hpc_grawa.riders import LocalMomentum, RunningStatistics
 from hpc_grawa.vector import Layers
 
 RULES = {

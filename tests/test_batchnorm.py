@@ -14,10 +14,10 @@ from conftest import Ranks
 from torch import Tensor, nn
 
 from hpc_grawa import LocalSGD, ParameterVector
+from hpc_grawa.averaging.riders import pool
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.evaluate import recalibrate
-from hpc_grawa.riders import pool
+from hpc_grawa.training.evaluate import recalibrate
 
 ALONE = SingleCommunicator()
 

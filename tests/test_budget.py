@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import pytest
 
-from hpc_grawa.budget import Budget, Cadence, Clock
 from hpc_grawa.schedules import RunFacts
+from hpc_grawa.training.budget import Budget, Cadence, Clock
 
 
 def last_step(budget: Budget, steps_per_epoch: int, seconds_per_step: float = 0.5) -> int:

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
-from hpc_grawa.averaging import Averager
+from hpc_grawa.averaging.averager import Averager
+from hpc_grawa.averaging.riders import WeightBuffers
 from hpc_grawa.batchnorm import norms
 from hpc_grawa.buffers import as_bytes, checksum
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.evaluate import Judge, recalibrate, undisturbed
-from hpc_grawa.examiner import Examiner
 from hpc_grawa.metrics import Accuracy
-from hpc_grawa.parsing import parse
-from hpc_grawa.riders import WeightBuffers
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.evaluate import Judge, recalibrate, undisturbed
+from hpc_grawa.training.examiner import Examiner
+from hpc_grawa.training.worker import Worker
 
 JUDGE = Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=8)
 

@@ -24,9 +24,10 @@ import own
 import pytest
 import torch
 
-from hpc_grawa import cli, log, simulate
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
+from hpc_grawa import cli, simulate
+from hpc_grawa.cli.parsing import parse
+from hpc_grawa.runs import log
+from hpc_grawa.training.loop import fit
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

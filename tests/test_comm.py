@@ -14,7 +14,7 @@ from conftest import DEVICES, Ranks, launch
 from torch import Tensor
 
 from hpc_grawa.comm import Communicator, simulate
-from hpc_grawa.comm.base import Meter
+from hpc_grawa.comm.meter import Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.errors import Unmatched
 from hpc_grawa.launch import local_device

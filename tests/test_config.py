@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from hpc_grawa import EASGD, LGRAWA, cli
-from hpc_grawa.config import CLASS_SECTIONS, GROUPS, Config
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.optim import SGD, AdamW
-from hpc_grawa.parsing import parse
 from hpc_grawa.schedules import Cosine, Step
+from hpc_grawa.training.config import CLASS_SECTIONS, GROUPS, Config
 
 DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")
 OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}", path))

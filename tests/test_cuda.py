@@ -14,11 +14,11 @@ import torch
 from conftest import launch
 from test_methods import ORDINARY
 
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator, connect
-from hpc_grawa.comm.base import Meter
+from hpc_grawa.comm.meter import Meter
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.parsing import parse
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.worker import Worker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 WORDS = "--config=digits --data.batch_size=32 --budget.seconds=null --budget.steps=1000 --run.control_every=100"

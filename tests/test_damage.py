@@ -20,14 +20,15 @@ import torch
 from own import contents
 
 from hpc_grawa import cli, simulate
-from hpc_grawa.checkpoint import Checkpoints
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.parsing import parse
-from hpc_grawa.resume import Lock, RunPlace
-from hpc_grawa.train import fit
-from hpc_grawa.worker import Worker
+from hpc_grawa.runs.checkpoint import Checkpoints
+from hpc_grawa.runs.lock import Lock
+from hpc_grawa.training.loop import fit
+from hpc_grawa.training.resume import RunPlace
+from hpc_grawa.training.worker import Worker
 
 STEPS, CUT = 16, 14
 WORDS = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
@@ -292,7 +293,7 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(
     with monkeypatch.context() as patch:
         if refusal == "no space":
             usage = shutil.disk_usage(tmp_path)._replace(free=0)
-            patch.setattr("hpc_grawa.checkpoint.shutil.disk_usage", lambda place: usage)
+            patch.setattr("hpc_grawa.runs.checkpoint.shutil.disk_usage", lambda place: usage)
             more, told = ["--save.keep=99999", "--allow-change=save.keep"], "save.keep is 99999: 100000 "
         elif refusal == "no checkpoint is whole":
             for name in ("000000004", "000000008"):
@@ -406,7 +407,7 @@ def test_of_many_who_wait_for_a_lock_one_gets_it_at_a_time(tmp_path: Path) -> No
 
 
 def test_locks_of_two_found_empty_one_after_the_other_are_no_sign_of_life(tmp_path: Path) -> None:
-    """A lock is empty between being made and being written; whoever looks just then at two of them waits for the second."""
+    """A lock is empty between being made and being written: seen so twice, it may be two, one after the other."""
     file = tmp_path / "lock.json"
     file.touch()
     os.utime(file, (time.time() - 5,) * 2)
@@ -433,7 +434,7 @@ def test_a_lock_of_nobody_is_taken_over_and_one_damaged_later_ends_nobody(tmp_pa
     damage(file)
     os.utime(file, (time.time() + 1e6,) * 2 if damage is binary else (0, 0), follow_symlinks=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hpc_grawa.resume.DEAD", 1.0)  # of a time that lies in the future, too
+        patch.setattr("hpc_grawa.runs.lock.DEAD", 1.0)  # of a time that lies in the future, too
         lock = Lock(tmp_path, "job 1")
     assert json.loads(file.read_text())["job"] == "job 1"
     damage(file)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from hpc_grawa import cli, random_streams, simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.data import Datasets, in_advance
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
+from hpc_grawa.training.loop import fit
 
 
 class Noisy(Dataset[Any]):

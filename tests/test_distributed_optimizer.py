@@ -33,10 +33,10 @@ from hpc_grawa import (
     ParameterVector,
     simulate,
 )
+from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, RanksDisagree
-from hpc_grawa.synchronizer import Round
 
 STEPS = 14
 

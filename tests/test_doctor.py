@@ -19,8 +19,8 @@ from test_cli import BIN, HOROVOD, LINE, MPIRUN, environment, launched, ours
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect
-from hpc_grawa.diagnosis import Facts, Finding, Folder, Process, Speed, judge, verdict
-from hpc_grawa.doctor import look_around, measure, try_folder
+from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, judge, verdict
+from hpc_grawa.doctor.examine import look_around, measure, try_folder
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.launch import RankFacts, rank_facts
 

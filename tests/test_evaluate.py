@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from hpc_grawa import simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.config import Config
 from hpc_grawa.data import ArraySplit
-from hpc_grawa.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
-from hpc_grawa.examiner import Examiner
 from hpc_grawa.metrics import Accuracy
-from hpc_grawa.parsing import parse
+from hpc_grawa.training.config import Config
+from hpc_grawa.training.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
+from hpc_grawa.training.examiner import Examiner
+from hpc_grawa.training.worker import Worker
 from hpc_grawa.vector import ParameterVector
-from hpc_grawa.worker import Worker
 
 WORLDS = (1, 2, 3, 4)
 

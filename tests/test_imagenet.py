@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_grawa import cli
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator, Meter, simulate
 from hpc_grawa.data import Ahead, ImageNet, TensorExamples, imagenet, in_advance, staging
 from hpc_grawa.data.base import AHEAD, CPU
 from hpc_grawa.data.imagenet import MEAN, STD, View
 from hpc_grawa.errors import ConfigError, Damaged
-from hpc_grawa.evaluate import Judge
 from hpc_grawa.metrics import TopAccuracy
 from hpc_grawa.models import ResNet50, ResNet152, ViTB16
-from hpc_grawa.parsing import parse
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.evaluate import Judge
+from hpc_grawa.training.worker import Worker
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow decodes the images")
 torchvision = pytest.importorskip("torchvision", reason="torchvision decodes the images")
@@ -692,7 +692,9 @@ def test_staging_is_over_before_the_clock_starts(folder: Path, tmp_path: Path, m
         return honest(*arguments)
 
     monkeypatch.setattr(imagenet, "staged", slow)
-    monkeypatch.setattr("hpc_grawa.budget.time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late))
+    monkeypatch.setattr(
+        "hpc_grawa.training.budget.time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
+    )
     words = (
         f"train --model SmallCNN --model.in_channels 3 --data ImageNet --data.path {folder} --data.batch_size 8 "
         f"--data.crop 32 --data.resize 36 --data.stage {tmp_path / 'stage'} --budget.steps 2 --method.period 2 "

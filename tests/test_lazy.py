@@ -16,12 +16,12 @@ from conftest import Ranks
 from torch import Tensor, nn
 
 from hpc_grawa import LocalSGD, ParameterVector, cli, lazy, simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import Splits, TensorExamples
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.loop import fit
+from hpc_grawa.training.worker import Worker
 
 
 class Lazy(nn.Module):

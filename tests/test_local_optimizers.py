@@ -14,12 +14,12 @@ from torch import Tensor, nn, optim
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from hpc_grawa import DataParallel, DistributedOptimizer, LocalSGD, ParameterVector, simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.optim import SGD
-from hpc_grawa.parsing import parse
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.worker import Worker
 
 
 class Keeping(optim.SGD):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.log import Log, human_bytes, new_folder, open_run, write_atomically
+from hpc_grawa.runs.log import Log, human_bytes, new_folder, open_run, write_atomically
 
 
 def _race(directory: str, barrier: Any, results: Any) -> None:

@@ -12,10 +12,10 @@ from conftest import Ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpc_grawa import losses
 from hpc_grawa.data import TensorExamples
-from hpc_grawa.evaluate import Judge
 from hpc_grawa.metrics import Metric
+from hpc_grawa.training import losses
+from hpc_grawa.training.evaluate import Judge
 
 N, C = 23, 5
 GENERATOR = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ import pytest
 from test_cli import HOROVOD, LINE, MPIRUN, environment, launch, launched, running, start
 
 from hpc_grawa.report.status import describe
-from hpc_grawa.watch import BEAT, Watch
+from hpc_grawa.runs.heartbeat import BEAT, Watch
 
 HOST = platform.node()
 HERE = Path(__file__).parent

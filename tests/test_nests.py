@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from hpc_grawa import simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.data import Nest, Splits, TensorExamples
 from hpc_grawa.data.nests import kind, leaves, mapped, moved, parts
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.loop import fit
+from hpc_grawa.training.worker import Worker
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", "x mask")

@@ -8,8 +8,8 @@ import own
 import pytest
 
 from hpc_grawa import cli, simulate
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
+from hpc_grawa.cli.parsing import parse
+from hpc_grawa.training.loop import fit
 
 #: Two parameters, so that a control word and a ticket count as much as a center; 2 steps an epoch on 4 ranks.
 LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")

@@ -17,10 +17,10 @@ from torch import nn
 from worlds import batch, probe_batch, starts, twin
 
 from hpc_grawa import EASGD, LGRAWA, LSGD, LocalLGRAWA, LocalSGD, Method, ParameterVector, Run, simulate
+from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator, Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.schedules import RunFacts
-from hpc_grawa.synchronizer import Round
 
 
 class Trainer:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hpc_grawa import LGRAWA, ParameterVector, random_streams, simulate
+from hpc_grawa.averaging.probe import probe_gradient
+from hpc_grawa.averaging.scores import GradientNorm
 from hpc_grawa.comm import Communicator
-from hpc_grawa.probe import probe_gradient
-from hpc_grawa.scores import GradientNorm
 
 
 class Everything(nn.Module):

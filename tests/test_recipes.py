@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from test_config import cifar
 
-from hpc_grawa.compare import Comparison
-from hpc_grawa.config import Config
+from hpc_grawa.cli.compare import Comparison
+from hpc_grawa.cli.parsing import RECIPES, parse, recipes
 from hpc_grawa.data import Digits
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, LocalSGD
 from hpc_grawa.optim import SGD, AdamW
-from hpc_grawa.parsing import RECIPES, parse, recipes
+from hpc_grawa.training.config import Config
 
 #: What a setting's recipes said when there was one for each method.
 SAID = {

@@ -22,18 +22,18 @@ from conftest import DEVICES
 from test_cli import LINE, environment, launch, launched, running, start
 
 from hpc_grawa import simulate
-from hpc_grawa.checkpoint import Checkpoints
-from hpc_grawa.cli import TRY_AGAIN
+from hpc_grawa.averaging.probe import probe_gradient
+from hpc_grawa.cli.main import TRY_AGAIN
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.config import Config
 from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.log import write_atomically
-from hpc_grawa.parsing import parse
-from hpc_grawa.probe import probe_gradient
-from hpc_grawa.resume import Lock
-from hpc_grawa.train import fit
-from hpc_grawa.worker import Worker
+from hpc_grawa.runs.checkpoint import Checkpoints
+from hpc_grawa.runs.lock import Lock
+from hpc_grawa.runs.log import write_atomically
+from hpc_grawa.training.config import Config
+from hpc_grawa.training.loop import fit
+from hpc_grawa.training.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
@@ -341,7 +341,7 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
 
 def test_too_little_space_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr("hpc_grawa.checkpoint.shutil.disk_usage", lambda place: usage)
+    monkeypatch.setattr("hpc_grawa.runs.checkpoint.shutil.disk_usage", lambda place: usage)
     with pytest.raises(
         ConfigError, match=r"save.keep is 2: 3 checkpoints of 3 ranks need 2.23 MB, .* has 1 MB for them"
     ):
@@ -424,7 +424,7 @@ def test_another_world_goes_on_counting(
     state = torch.load(tmp_path / f"checkpoints/{resumed:09d}/rank-0000.pt", weights_only=True)["worker"]["run"]
     before = sum(s["rounds"] for s in state["synchronizers"])
     assert before >= 1 and state["synchronizers"][0]["healed"] == 1
-    monkeypatch.setattr("hpc_grawa.scores.probe_gradient", probed)
+    monkeypatch.setattr("hpc_grawa.averaging.scores.probe_gradient", probed)
     drawn, draw = [], Sampler.probe_indices
     monkeypatch.setattr(Sampler, "probe_indices", lambda s, *args: drawn.append(args[0]) or draw(s, *args))
     summary = simulate(2, lambda comm: fit(made, comm, None if comm.rank else lambda: tmp_path, any_world=True))[0]
@@ -542,7 +542,8 @@ def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
 def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: str | None, tmp_path: Path) -> None:
     """Ended by itself; or stopped, until SLURM ends it, where the same job goes on elsewhere."""
     code = (
-        "import sys, time, pathlib, hpc_grawa.resume as r; r.Lock(pathlib.Path(sys.argv[1]), 'job 5'); time.sleep(60)"
+        "import sys, time, pathlib; from hpc_grawa.runs.lock import Lock; "
+        "Lock(pathlib.Path(sys.argv[1]), 'job 5'); time.sleep(60)"
     )
     loser = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     file = tmp_path / "lock.json"

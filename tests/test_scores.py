@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from hpc_grawa import LGRAWA, LocalLGRAWA, Method, ParameterVector, simulate
+from hpc_grawa.averaging.scores import (
+    Equal,
+    GradientNorm,
+    Momentum,
+    Roundoff,
+    RunningGradientNorm,
+    TrainingLoss,
+    roundoff_bound,
+)
+from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator
 from hpc_grawa.models import ResNet20
-from hpc_grawa.scores import Equal, GradientNorm, Momentum, Roundoff, RunningGradientNorm, TrainingLoss, roundoff_bound
-from hpc_grawa.synchronizer import Round
 
 
 def score_of(reduction: Any, scales: list[float], momentum: float, layers: Any = "tensor") -> GradientNorm:

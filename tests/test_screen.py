@@ -21,10 +21,10 @@ from conftest import launch
 from PIL import Image
 
 from hpc_grawa import cli
-from hpc_grawa.parsing import read_settings
-from hpc_grawa.reading import load_yaml
+from hpc_grawa.cli.parsing import read_settings
 from hpc_grawa.report import read_run
-from hpc_grawa.screen import as_shown
+from hpc_grawa.runs.reading import load_yaml
+from hpc_grawa.screen import as_shown, spell_unknown_characters
 
 DIGITS = ("--config=digits", "--budget.seconds=null", "--eval.train_examples=20")
 TRAIN = ("train", *DIGITS, "--budget.steps=3", "--run.seed=5")
@@ -116,7 +116,7 @@ def test_what_a_screen_knows_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
         ("ascii", "x_mean +- 2 ||g||_2 \\xe4 \\udcff"),
     ):
         screen = Screen(monkeypatch, encoding)
-        cli.spell_unknown_characters()
+        spell_unknown_characters()
         print(text := "x̄ ± 2 ‖g‖₂ ä \udcff")
         assert screen.text == f"{shown}\n" == f"{as_shown(text)}\n"
 

@@ -16,7 +16,8 @@ from hpc_grawa.comm import choose, connect, torch_dist
 from hpc_grawa.comm.store import join, serve
 from hpc_grawa.comm.torch_dist import shared_interface
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, first_host, first_port, interface_of, way_to
+from hpc_grawa.launch import RankFacts
+from hpc_grawa.network import first_host, first_port, interface_of, way_to
 
 PROGRAM = """
 import os, torch

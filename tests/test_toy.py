@@ -17,11 +17,11 @@ from test_cli import launch, launched, ours
 from torch import Tensor
 
 from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, cli, simulate
-from hpc_grawa.averaging import Averager, argmin
+from hpc_grawa.averaging.averager import Averager, argmin
+from hpc_grawa.averaging.scores import SCORE_MOMENTUM, TrainingLoss
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod, Probe, Run
-from hpc_grawa.scores import SCORE_MOMENTUM, TrainingLoss
 from hpc_grawa.toy import Descent, Vincent, descend, draw, table, valley, vincent
 from hpc_grawa.toy.vincent import CORNERS
 

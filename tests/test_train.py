@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from hpc_grawa import cli, simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.config import Config
 from hpc_grawa.errors import NonFinite
-from hpc_grawa.evaluate import Judge
-from hpc_grawa.log import Log
-from hpc_grawa.parsing import parse
-from hpc_grawa.train import fit
-from hpc_grawa.worker import Worker
+from hpc_grawa.runs.log import Log
+from hpc_grawa.training.config import Config
+from hpc_grawa.training.evaluate import Judge
+from hpc_grawa.training.loop import fit
+from hpc_grawa.training.worker import Worker
 
 METHODS = ("GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
 PERIOD = 4
@@ -548,6 +548,6 @@ def test_events_for_tensorboard_hold_the_curves(tmp_path: Path) -> None:
 
 
 def test_without_tensorboard_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("hpc_grawa.log.find_spec", lambda name: None)
+    monkeypatch.setattr("hpc_grawa.runs.log.find_spec", lambda name: None)
     Log(tmp_path, speaks=True, tensorboard=True).close()
     assert "TensorBoard, which is not installed: pip install 'hpc-grawa[log]'" in capsys.readouterr().out

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hpc_grawa import simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.data import Splits
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.parsing import parse
-from hpc_grawa.trial import try_out
-from hpc_grawa.worker import Worker
+from hpc_grawa.training.preflight import try_out
+from hpc_grawa.training.worker import Worker
 
 WORDS = {
     "--model": "own.Line",

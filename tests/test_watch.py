@@ -16,7 +16,7 @@ from test_cli import LINE, launch, launched, running, start
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report.status import describe
-from hpc_grawa.watch import BEAT, read_signs
+from hpc_grawa.runs.heartbeat import BEAT, read_signs
 
 HOST = platform.node()
 

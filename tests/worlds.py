@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn, optim
 
 from hpc_grawa import Method, ParameterVector, Run
+from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator
 from hpc_grawa.launch import local_device
-from hpc_grawa.synchronizer import Round
 
 NET = ref.TwoLayer(d=3, h=4, o=3)  # 31 parameters: prime, so that no world divides it
 NET.layers["layer 2, layer 1"] = NET.layers["module"][::-1]

@@ -15,9 +15,11 @@ from uuid import uuid4
 import torch
 
 from ..errors import ConfigError
-from ..launch import RankFacts, host_identity, rank_facts
-from ..watch import Watch
-from .base import Communicator, Meter, Purpose, SharedCounter, Work
+from ..launch import RankFacts, rank_facts
+from ..network import host_identity
+from ..runs.heartbeat import Watch
+from .base import Communicator, SharedCounter, Work
+from .meter import Meter, Purpose
 from .simulated import simulate
 from .single import SingleCommunicator
 

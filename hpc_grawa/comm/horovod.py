@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..errors import LostContact
 from ..launch import local_device, rank_facts
-from .base import Communicator, Purpose, Verb, Work
+from .base import Communicator, Work
+from .meter import Purpose, Verb
+from .store import StoreCounter
 
 #: The same number in Open MPI, MPICH and what is made of them.
 _MPI_THREAD_MULTIPLE = 3
@@ -89,6 +91,9 @@ class HorovodCommunicator(Communicator):
             return received
 
         return Work(wait)
+
+    def _counter(self) -> StoreCounter:
+        return StoreCounter(self)
 
     def _split(self, parts: list[list[int]], own: int) -> HorovodCommunicator:
         # Every process must know every process set, in one order: they tell each other theirs.

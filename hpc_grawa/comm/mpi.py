@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Communicator, Purpose, Verb, Work
+from .base import Communicator, Work
+from .meter import Purpose, Verb
+from .store import StoreCounter
 
 
 class _Call:
@@ -132,6 +134,9 @@ class MPICommunicator(Communicator):
         result = torch.empty_like(x)
         self._comm.Alltoall(buffer(x), buffer(result))
         return result
+
+    def _counter(self) -> StoreCounter:
+        return StoreCounter(self)
 
     def _split(self, parts: list[list[int]], own: int) -> MPICommunicator:
         made: list[MPICommunicator] = []

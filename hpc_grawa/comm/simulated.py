@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import Unmatched
 from ..random_streams import set_streams, streams
-from .base import Communicator, Purpose, Verb, Work
+from .base import Communicator, Work
+from .meter import Purpose, Verb
 from .single import LocalCounter
 
 T = TypeVar("T")

@@ -6,7 +6,8 @@ import os
 
 from torch import Tensor
 
-from .base import Communicator, Purpose, Verb, Work
+from .base import Communicator, Work
+from .meter import Purpose, Verb
 
 
 class LocalCounter:

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ..launch import own_addresses
+from ..network import own_addresses
 from .base import Communicator
 
 #: Ports that rank 0 tries, one after the other.

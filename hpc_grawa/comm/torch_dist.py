@@ -15,18 +15,11 @@ from torch import Tensor
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from ..errors import ConfigError, LostContact
-from ..launch import (
-    RankFacts,
-    first_host,
-    first_port,
-    interface_of,
-    local_device,
-    own_name_is_reachable,
-    rank_facts,
-    way_to,
-)
-from .base import Communicator, Purpose, Verb, Work
-from .store import join, serve, shared_store
+from ..launch import RankFacts, local_device, rank_facts
+from ..network import first_host, first_port, interface_of, own_name_is_reachable, way_to
+from .base import Communicator, Work
+from .meter import Purpose, Verb
+from .store import StoreCounter, join, serve, shared_store
 
 #: A message waits as long as its slowest rank computes.
 _A_DAY = timedelta(days=1)
@@ -128,6 +121,9 @@ class TorchCommunicator(Communicator):
             return result
 
         return Work(wait)
+
+    def _counter(self) -> StoreCounter:
+        return StoreCounter(self)
 
     def _split(self, parts: list[list[int]], own: int) -> TorchCommunicator:
         ranks = [self.ranks[m] for m in parts[own]]

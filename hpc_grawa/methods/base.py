@@ -8,190 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, repeat
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, optim
 
-from ..aggregation import Aggregator
-from ..agreement import agree
-from ..averaging import Averager, WeightRule
+from ..averaging.agreement import agree
+from ..averaging.averager import Averager, WeightRule
+from ..averaging.control import CONTROL_EVERY, Control
+from ..averaging.probe import Probe as Probe
+from ..averaging.riders import LocalMomentum, Rider, RunningStatistics, WeightBuffers
+from ..averaging.scores import Score
+from ..averaging.synchronizer import Pool, Synchronizer
 from ..batchnorm import norms
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
-from ..control import CONTROL_EVERY, Control
-from ..errors import ConfigError, LostView
-from ..probe import Probe as Probe
-from ..riders import LocalMomentum, Rider, RunningStatistics, WeightBuffers
+from ..errors import ConfigError
 from ..schedules import RunFacts, every
-from ..scores import Score
-from ..synchronizer import Pool, Synchronizer
 from ..vector import ParameterVector
-
-
-class Run:
-    """A method at work on one rank: call ``after_step(loss)`` after every optimizer step, ``finish()`` at the end.
-
-    Attributes:
-        aggregator: shares gradients; the null one does nothing.
-        synchronizers: average parameters; none under pure gradient sharing. The last averages over all ranks.
-        control: decisions all ranks take alike.
-        facts: step, learning rate and the like, the same on all ranks.
-        common_start: whether all ranks began with the same parameters.
-        closed: whether it has ended.
-    """
-
-    common_start = True
-    closed = False
-
-    def __init__(
-        self, comm: Communicator, vector: ParameterVector, optimizer: optim.Optimizer, control: Control
-    ) -> None:
-        self.comm, self.vector, self.optimizer, self.control = comm, vector, optimizer, control
-        self.facts = control.facts
-        self.aggregator = Aggregator()
-        self.synchronizers: list[Synchronizer] = []
-        #: Called by ``close``.
-        self.on_close: list[Callable[[], None]] = []
-        self._held = self._count_held()
-
-    @property
-    def pooled(self) -> bool:
-        """Whether ranks make as many local steps as they can, see ``before_step``."""
-        return any(s.pool is not None for s in self.synchronizers)
-
-    def before_step(self) -> bool:
-        """Whether to make a local step now; always True in lockstep.
-
-        Under pooled rounds False says that a round was run instead. All ranks then have the same ``facts``, in which
-        only rounds count steps: what ranks do together (evaluate, end) they decide by these.
-        """
-        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
-        return all(s.before_step() for s in self.synchronizers)
-
-    def after_step(self, loss: Tensor | None = None) -> None:
-        """Count a local step; observe its loss, pull, and run a round if one is due.
-
-        Args:
-            loss: of the step, a 0-d tensor; only methods that score by it need it.
-
-        Raises:
-            LostView: a parameter was frozen or unfrozen, or the optimizer was given one, since ``build``.
-        """
-        if self.closed:
-            raise RuntimeError(
-                "a step after the run has ended (finish() or close()), which no other rank would hear of: build a new "
-                "run over the same model to go on"
-            )
-        self.vector.check_trained()
-        if self._count_held() != self._held:
-            self._check_held()
-        self.aggregator.stepped()
-        if not self.pooled:
-            self.facts.step += 1
-        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
-        for synchronizer in self.synchronizers:
-            synchronizer.observe(loss)
-        for synchronizer in self.synchronizers:
-            synchronizer.round_if_due()
-        if not self.pooled:
-            self.control.after_step(self.synchronizers[-1].period if self.synchronizers else math.inf)
-
-    def _count_held(self) -> int:
-        return sum(len(group["params"]) for group in self.optimizer.param_groups)
-
-    def _check_held(self) -> None:
-        self.vector.check()
-        held = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
-        if held != set(self.vector.parameters):
-            raise LostView(
-                "the optimizer was given parameters, or lost some, after the run was built (add_param_group), so ranks "
-                "would not share what it steps: finish() of this run on all ranks, then a new one over the model"
-            )
-        self._held = self._count_held()
-
-    def finish(self) -> None:
-        """End with a round at the last step, shortened if need be, and ``close``; all ranks must.
-
-        Under pooled rounds ranks may call it at different times: it returns when all have.
-        """
-        if self.closed:
-            return
-        self.aggregator.settle()
-        for synchronizer in self.synchronizers:
-            synchronizer.finish()
-        self.control.finish()
-        self.close()
-
-    def close(self) -> None:
-        """Take all hooks off the model, so that another run may begin over the same model; sends nothing.
-
-        ``center``, ``facts`` and ``state_dict`` stay; steps are refused from now on.
-        """
-        self.closed = True
-        self.aggregator.close()
-        for synchronizer in self.synchronizers:
-            synchronizer.score.close()
-        for stop in self.on_close:
-            stop()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that survives a step beside parameters, buffers and the optimizer's state; all ranks must call it.
-
-        A loop's checkpoint is of each rank its own ``(model.state_dict(), optimizer.state_dict(), run.state_dict())``,
-        and what its data and random streams need. Between steps; under pooled rounds right after a round.
-        """
-        self.aggregator.settle()
-        self.control.settle()
-        return {
-            "facts": {name: getattr(self.facts, name) for name in ("step", "seconds", "lr", "progress")},
-            "synchronizers": [s.state_dict() for s in self.synchronizers],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, right after ``build``."""
-        for name, value in state["facts"].items():
-            setattr(self.facts, name, value)
-        for synchronizer, own in zip(self.synchronizers, state["synchronizers"], strict=True):
-            synchronizer.load_state_dict(own)
-        self.control.resume()
-
-    def start_from(self, state: dict[str, Any]) -> None:
-        """Go on where another world's ``state_dict`` was taken, right after ``build``: with its facts and its counts.
-
-        The parameters stay as they are, the same on all ranks; centers start there.
-        """
-        for name, value in state["facts"].items():
-            setattr(self.facts, name, value)
-        # The last averages over all ranks, before and now; a level below it may be new.
-        saved = [(s["rounds"], s["healed"]) for s in reversed(state["synchronizers"])]
-        counts = chain(saved, repeat((0, 0)))
-        for synchronizer, (rounds, healed) in zip(reversed(self.synchronizers), counts, strict=False):
-            if synchronizer.averager.center is not None:
-                synchronizer.averager.center.copy_(self.vector.data)
-            synchronizer.restart(rounds, healed)
-        self.control.resume()
-
-    @property
-    def center(self) -> Tensor:
-        """The center ``[P]`` of the last round; where gradients are shared, the parameters, the same on all ranks.
-
-        It is the tensor that the next round (or step) overwrites: ``run.center.clone()`` keeps it.
-
-        Raises:
-            RuntimeError: there was no round yet, so that each rank has parameters of its own.
-        """
-        self.vector.check()
-        if not self.synchronizers:
-            return self.vector.data
-        center = self.synchronizers[-1].averager.center
-        if center is None:
-            raise RuntimeError(
-                "there is no center before the first round: make as many steps as the method's period, or call "
-                "run.finish(), which ends with a round"
-            )
-        return center
+from .run import Run
 
 
 @dataclass(kw_only=True)

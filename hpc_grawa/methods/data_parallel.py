@@ -7,7 +7,8 @@ from typing import Literal
 
 from ..aggregation import AllreduceAggregator
 from ..errors import ConfigError
-from .base import Method, Probe, Run
+from .base import Method, Probe
+from .run import Run
 
 
 @dataclass(kw_only=True)

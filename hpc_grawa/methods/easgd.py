@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..averaging import Averager, inverse, pull
-from ..scores import Equal
-from .base import AveragingMethod, Probe, Run, unit_interval
+from ..averaging.averager import Averager, inverse, pull
+from ..averaging.scores import Equal
+from .base import AveragingMethod, Probe, unit_interval
+from .run import Run
 
 
 class ElasticAverager(Averager):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from ..averaging import Averager, inverse
-from ..scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
+from ..averaging.averager import Averager, inverse
+from ..averaging.scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
 from ..vector import Layers, Partition
-from .base import AveragingMethod, Probe, Run, not_negative, unit_interval
+from .base import AveragingMethod, Probe, not_negative, unit_interval
+from .run import Run
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..averaging import Averager, inverse
-from ..scores import Equal
-from .base import AveragingMethod, Probe, Run
+from ..averaging.averager import Averager, inverse
+from ..averaging.scores import Equal
+from .base import AveragingMethod, Probe
+from .run import Run
 
 
 @dataclass(kw_only=True)

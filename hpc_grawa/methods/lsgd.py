@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..averaging import Averager, argmin
-from ..control import Control
+from ..averaging.averager import Averager, argmin
+from ..averaging.control import Control
+from ..averaging.scores import TrainingLoss
+from ..averaging.synchronizer import Synchronizer
 from ..schedules import every
-from ..scores import TrainingLoss
-from ..synchronizer import Synchronizer
-from .base import AveragingMethod, Probe, Run, unit_interval
+from .base import AveragingMethod, Probe, unit_interval
+from .run import Run
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
-from .runs import RunRecord, evaluated_part, group, setting
+from ..runs.record import RunRecord, evaluated_part, group, setting
 from .table import formatter
 
 if TYPE_CHECKING:

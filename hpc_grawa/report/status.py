@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..watch import Sign, ending_of, read_signs
-from .runs import RunRecord, read_run
+from ..runs.heartbeat import Sign, ending_of, read_signs
+from ..runs.record import RunRecord, read_run
 from .table import aligned
 
 

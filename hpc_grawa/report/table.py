@@ -12,9 +12,9 @@ from pathlib import Path
 from textwrap import fill
 
 from ..errors import ConfigError
-from ..log import human_bytes
+from ..runs.log import human_bytes
+from ..runs.record import RunRecord, evaluated_part, group, setting
 from ..screen import ENDLESS, as_shown
-from .runs import RunRecord, evaluated_part, group, setting
 
 
 @dataclass(frozen=True)

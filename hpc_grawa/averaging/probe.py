@@ -1,0 +1,153 @@
+"""The gradient of a fresh batch at a model's parameters, taken so that nothing of it remains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import attributes, buffers, random_streams
+from ..eager import eagerly
+from ..hooks import gradients_aside
+from ..vector import ParameterVector
+
+#: Returns the loss (0-d tensor) of a fresh batch, or yields losses of its parts, whose gradients add up.
+Probe = Callable[[], Tensor | Iterable[Tensor]]
+
+
+def probe_gradient(
+    vector: ParameterVector, probe: Probe, batches: int = 1, seed: Sequence[int] = (0,)
+) -> tuple[Tensor | None, ...]:
+    """The mean gradient of ``batches`` calls of ``probe()`` at the current parameters, leaving no trace.
+
+    Loss after loss is computed by the model itself and taken back at once, as in training, but without dropout and
+    gradient hooks, uncompiled, and with random streams of their own. Afterwards parameters, ``.grad``, buffers,
+    modules' attributes and random streams are what they were, bit for bit.
+
+    Args:
+        vector: the parameters.
+        probe: called ``batches`` times.
+        batches: how many.
+        seed: of the random streams.
+
+    Returns:
+        One gradient per parameter tensor, None where the losses do not depend on it.
+
+    Raises:
+        ValueError: a loss is no number, or depends on no parameter.
+    """
+    own = set(vector.parameters)
+    with (
+        random_streams.seeded(*seed),
+        _as_it_was(vector.model),
+        gradients_aside(vector.parameters),
+        eagerly(),
+        _no_cached_casts(),
+        NoDropout(),
+        torch.enable_grad(),
+    ):
+        for _ in range(batches):
+            losses = probe()
+            for loss in losses if isinstance(losses, Iterator | list | tuple) else (losses,):
+                _check(loss)
+                with gradients_aside(_leaves(loss) - own):
+                    torch.autograd.backward(loss, torch.full_like(loss, 1 / batches))
+        return tuple(p.grad for p in vector.parameters)
+
+
+def _check(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"probe() gave {found}: it must return the loss of a fresh batch, a tensor of one number")
+    if loss.grad_fn is None:
+        raise ValueError(
+            "probe() gave a loss that depends on no trainable parameter: compute it with gradients on (no "
+            "torch.no_grad(), no detach(), no item())"
+        )
+
+
+def _leaves(loss: Tensor) -> set[Tensor]:
+    """The tensors whose ``.grad`` a backward pass of ``loss`` adds to."""
+    found: set[Tensor] = set()
+    seen: set[Any] = {loss.grad_fn}
+    ahead: list[Any] = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node.name() == "torch::autograd::AccumulateGrad":
+            found.add(node.variable)
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        ahead.extend(new)
+    return found
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Within the block a model may change and replace what it holds; afterwards all is as before, bit for bit.
+
+    Forward passes change more than buffers: embeddings with ``max_norm`` renormalise parameters, tables are made anew
+    and their sizes noted in attributes, and a model may draw from generators of its own.
+    """
+    with buffers.values_kept(model.parameters()), buffers.kept(model), attributes.kept(model):
+        yield
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Autocast keeps casts of parameters, with their graphs; none passes the borders of the block."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _unchecked(function: Any) -> Any:
+    """A copy of a function of torch's that does not look for modes."""
+    checks = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
+    return FunctionType(function.__code__, {**function.__globals__, **checks}, argdefs=function.__defaults__)
+
+
+class NoDropout(TorchFunctionMode):
+    """Within the block no dropout is applied, by modules or functions, whatever mode they are in."""
+
+    #: What runs backward passes, and within them the forward passes that checkpointing computes again. A function that
+    #: a mode handles runs with the mode off; these must not.
+    _BACKWARD: ClassVar[dict[Any, Any]] = {
+        function: _unchecked(function) for function in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+    }
+    _DROPOUT = frozenset(
+        [
+            *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
+            *(nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout),
+            *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
+            *(torch.alpha_dropout, torch.alpha_dropout_),
+            *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
+        ]
+    )
+    #: Functions that apply dropout inside; a float among their positional arguments is its rate.
+    _WITH_DROPOUT = frozenset(
+        [
+            *(nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward),
+            *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+        ]
+    )
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self._BACKWARD:
+            with self:
+                return self._BACKWARD[function](*args, **kwargs)
+        if function in self._DROPOUT:
+            return args[0] if args else kwargs["input"]
+        if function in self._WITH_DROPOUT:
+            args = tuple(0.0 if isinstance(value, float) else value for value in args)
+            kwargs = {name: 0.0 if name == "dropout_p" else value for name, value in kwargs.items()}
+        return function(*args, **kwargs)

@@ -1,0 +1,218 @@
+"""What may ride in a round's flat message beside the parameters: momenta, running statistics, and other buffers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn, optim
+
+from ..batchnorm import norms, spreads
+from ..buffers import as_bytes, from_bytes, frozen_parameters, put
+from ..comm import Communicator
+from ..errors import ConfigError
+from ..vector import ParameterVector
+
+
+class Rider(ABC):
+    """Tensors that travel with the parameters: each rank takes over a sum of all ranks' ones."""
+
+    #: The names of what was taken on.
+    riding: Sequence[str] = ()
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        """What each rank's tensors are multiplied by in the sum, ``[W]``; here so that it is the uniform average.
+
+        Args:
+            weights: of the ranks' parameters, ``[W, K]``.
+            alive: ``[W]``, the ranks that are finite.
+        """
+        return alive.double() / alive.sum()
+
+    def candidates(self) -> dict[str, Tensor]:
+        """This rank's tensors that ride only once ranks differ in them; the same names on every rank."""
+        return {}
+
+    def take_on(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Let those of its ``candidates`` that are named ride from now on."""
+
+    @abstractmethod
+    def pack(self) -> list[Tensor]:
+        """This rank's tensors, of the same number and shapes on every rank and, but for ``take_on``, in every round."""
+
+    @abstractmethod
+    def unpack(self, sums: list[Tensor]) -> None:
+        """Take over the sums, in the order of ``pack``."""
+
+
+class LocalMomentum(Rider):
+    """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments).
+
+    Raises:
+        ConfigError: by ``pack``, where the state holds what is no number to average (8-bit codes).
+    """
+
+    def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
+        self._vector, self._optimizer = vector, optimizer
+        self._keys: tuple[str, ...] = ()
+
+    def _state(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        state = self._optimizer.state
+        if not self._keys:  # at the first round every rank has stepped
+            p = next((p for p in self._vector.parameters if state.get(p)), self._vector.parameters[0])
+            named = state.get(p, {}).items()
+            for key, value in named:
+                _refuse_codes(key, value)
+            self._keys = tuple(k for k, v in named if k != "step" and isinstance(v, Tensor) and v.shape == p.shape)
+        return [(p, state.get(p, {}).get(key)) for key in self._keys for p in self._vector.parameters]
+
+    def pack(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
+
+    def unpack(self, averages: list[Tensor]) -> None:
+        pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
+
+
+def _refuse_codes(key: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() <= 1:
+        return
+    kind = type(value).__name__ if type(value) not in (Tensor, nn.Parameter) else str(value.dtype)
+    if kind != str(value.dtype) or not value.is_floating_point():
+        raise ConfigError(
+            f"method.local_momentum is average: the optimizer's state '{key}' is of {kind}, codes and no numbers to "
+            f"average; must be keep or reset, or the optimizer one that keeps its state in floating point"
+        )
+
+
+#: Of the digits that numbers travel as: |digit| <= 2^13, so that sums over a thousand ranks are exact in fp32.
+_PLACES = tuple(2.0**exponent for exponent in range(70, -57, -14))
+
+
+def digits(x: Tensor) -> Tensor:
+    """Numbers ``[...]`` in float64 as digits ``[10, ...]`` to the base 2^14, of 2^70 (any size) down to 2^-56."""
+    found = []
+    for place in _PLACES:
+        digit = torch.round(x / place)
+        x = x - digit * place
+        found.append(digit)
+    return torch.stack(found)
+
+
+def number(digits: Tensor) -> Tensor:
+    """The numbers ``[...]`` that sums and differences of such digits stand for."""
+    return torch.stack([digit * place for digit, place in zip(digits, _PLACES, strict=True)]).sum(0)
+
+
+class RunningStatistics(Rider):
+    """BatchNorm's running mean and variance, pooled: mean of means, mean(var + mean²) - mean².
+
+    They ride as digits, whose sums are exact: in fp32 the squares of means far from zero leave no digit of a variance.
+    Those of ranks where all are finite count; where no rank's are, each keeps its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = norms(model)
+        self._sizes = [m.num_features for m in self._norms]
+        self._spreads = torch.tensor([spreads(m) for m in self._norms]).repeat_interleave(torch.tensor(self._sizes))
+
+    def _tensors(self) -> list[Tensor]:
+        held = [m.running_mean for m in self._norms] + [m.running_var for m in self._norms]
+        return [t for t in held if t is not None]
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        return alive.double()
+
+    def pack(self) -> list[Tensor]:
+        own = torch.cat(self._tensors()).double()
+        finite = own.isfinite().all()
+        mean, var = own.where(finite, 0).view(2, -1)
+        self._spreads = self._spreads.to(mean)
+        return [finite.reshape(1), digits(mean), digits(var) + digits(mean.square()) * self._spreads]
+
+    def unpack(self, sums: list[Tensor]) -> None:
+        count, means, seconds = (t.double() for t in sums)
+        mean = number(means) / count
+        var = (number(seconds - count * digits(mean.square()) * self._spreads) / count).clamp_(min=0)
+        own = self._tensors()
+        pooled = torch.cat((mean, var)).where(count > 0, torch.cat(own))
+        torch._foreach_copy_(own, torch.split(pooled, self._sizes * 2))
+
+
+def pool(model: nn.Module, comm: Communicator) -> None:
+    """Give the model the statistics that a round would pool now; all must call it."""
+    if norms(model):
+        rider = RunningStatistics(model)
+        packed = rider.pack()
+        message = torch.cat([t.double().flatten() for t in packed])
+        comm.allreduce(message, "evaluate").wait()
+        parts = torch.split(message, [t.numel() for t in packed])
+        rider.unpack([part.view_as(t) for part, t in zip(parts, packed, strict=True)])
+
+
+class WeightBuffers(Rider):
+    """Buffers that belong to the weights: all that ``state_dict`` holds but running statistics of BatchNorm's kind.
+
+    And frozen parameters, once ranks differ in them: the model changes them itself (momentum encoders, mean teachers).
+    Each rank takes over those of the rank that weighs most: they belong together as one rank has them (a spectral
+    norm's two unit vectors, a code and how often it was used), which a mean need not. Integers ride as their bytes.
+    A buffer whose shape has changed on either side since this was made stays each rank's own.
+
+    Args:
+        vector: whose model's buffers ride, beside its parameters in ``exact_dtype``.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        statistics = {id(m): ("running_mean", "running_var", "num_batches_tracked") for m in norms(vector.model)}
+        self._exact, self._device = vector.exact_dtype, vector.data.device
+        self._held: list[tuple[Mapping[str, Tensor | None], str, torch.Size, torch.dtype]] = [
+            (module._buffers, name, buffer.shape, buffer.dtype)
+            for module in vector.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+            if name not in module._non_persistent_buffers_set and name not in statistics.get(id(module), ())
+        ]
+        self._model, self._frozen = vector.model, frozen_parameters(vector.model)
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._frozen)
+
+    def candidates(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self._frozen.items() if name not in self.riding}
+
+    def take_on(self, names: Sequence[str]) -> None:
+        taken = [name for name in names if name in self.candidates()]
+        for path in taken:
+            p, (owner, _, name) = self._frozen[path], path.rpartition(".")
+            self._held.append((self._model.get_submodule(owner)._parameters, name, p.shape, p.dtype))
+        self.riding = (*self.riding, *taken)
+
+    def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
+        return torch.zeros(len(weights)).index_fill_(0, weights.mean(1).argmax(), 1.0)
+
+    def _own(self) -> list[Tensor | None]:
+        """This rank's, None where it is no longer what it was."""
+        present = [(held.get(name), shape, dtype) for held, name, shape, dtype in self._held]
+        return [t if t is not None and (t.shape, t.dtype) == (s, d) else None for t, s, d in present]
+
+    def _as_they_are(self, dtype: torch.dtype) -> bool:
+        if dtype.itemsize < 2:  # floating point of 8 bits is not promoted
+            return False
+        return dtype.is_floating_point and torch.promote_types(dtype, self._exact) == self._exact
+
+    def pack(self) -> list[Tensor]:
+        own = self._own()
+        flags = torch.tensor([t is not None for t in own], device=self._device)
+        tensors = [
+            torch.zeros(shape, dtype=dtype, device=self._device) if t is None else t
+            for t, (_, _, shape, dtype) in zip(own, self._held, strict=True)
+        ]
+        return [flags, *(t if self._as_they_are(t.dtype) else as_bytes(t) for t in tensors)]
+
+    def unpack(self, sums: list[Tensor]) -> None:
+        flags, *found = sums
+        for own, there, new in zip(self._own(), flags.tolist(), found, strict=True):
+            if own is not None and there:
+                put(own, new if self._as_they_are(own.dtype) else from_bytes(new.byte(), own.dtype, own.shape))

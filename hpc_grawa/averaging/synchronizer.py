@@ -1,0 +1,263 @@
+"""When ranks average: a round after every period of local steps, and the proximity pull between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from ..batchnorm import reset as reset_statistics
+from ..comm import SharedCounter
+from ..errors import NonFinite
+from ..schedules import Period
+from .averager import Averager, WeightRule, pull
+from .control import Control
+from .scores import Score
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened in one round; the same on every rank.
+
+    Attributes:
+        number: counted from 1.
+        step: local steps made, as ``RunFacts`` counts them.
+        period: H, the local steps of this round.
+        lr: learning rate of its last step.
+        ranks: those that took part.
+        weights: of these ranks, ``[W, K]``.
+        made: local steps of each of them in this round.
+        healed: those whose parameters were not finite and became the center.
+        slowest: the one that computed longest per local step.
+    """
+
+    number: int
+    step: int
+    period: int
+    lr: float
+    ranks: tuple[int, ...]
+    weights: Tensor
+    made: tuple[int, ...]
+    healed: tuple[int, ...]
+    slowest: int
+
+    @property
+    def leader(self) -> int:
+        """The rank with the largest mean weight."""
+        return self.ranks[int(self.weights.mean(1).argmax())]
+
+    @property
+    def effective_workers(self) -> float:
+        """1/Σβ², the mean over the K columns: W where all weigh the same, 1 where one rank has all the weight."""
+        return float((1 / self.weights.square().sum(0)).mean())
+
+
+class Pool:
+    """W·H tickets of a counter that all ranks share; a local step takes one, whoever makes it.
+
+    Each rank draws until it gets a ticket past the end, so a round takes one ticket more from every rank that enters it
+    so, and the next round's follow after these.
+
+    Args:
+        counter: of all ranks.
+        world_size: W.
+    """
+
+    def __init__(self, counter: SharedCounter, world_size: int) -> None:
+        self._counter, self._world_size, self._end = counter, world_size, 0
+
+    def open(self, period: float, overdrawn: int) -> None:
+        """Add W·H tickets, after ``overdrawn`` ones were drawn past the end."""
+        self._end += overdrawn + round(period) * self._world_size
+
+    def draw(self) -> bool:
+        """Whether there was a ticket left."""
+        return self._counter.add(1) <= self._end
+
+
+class Synchronizer:
+    """Runs rounds: scores → allgather → weights → center → pull, after each period of local steps.
+
+    Between rounds each local step adds the proximity pull x ← x + (μ/H)(c - x) to the last round's center c. In
+    lockstep each rank makes H steps; with a pool all ranks together make W·H, each as many as it can, and a round waits
+    for at most one step of the slowest.
+
+    Args:
+        averager: makes the center and pulls.
+        score: what a rank says about itself.
+        rule: scores ``[W, K]`` → weights ``[W, K]``.
+        period: local steps until the next round.
+        control: the control word, which rides on the round's allgather.
+        optimizer: reset on a rank that is healed.
+        prox: μ.
+        reset_momentum: clear the optimizer's state at every round.
+        pool: of tickets for local steps; None for lockstep.
+    """
+
+    def __init__(
+        self,
+        averager: Averager,
+        score: Score,
+        rule: WeightRule,
+        period: Period,
+        control: Control,
+        optimizer: optim.Optimizer,
+        prox: float = 0.0,
+        reset_momentum: bool = False,
+        pool: Pool | None = None,
+    ) -> None:
+        self.averager, self.score, self.rule = averager, score, rule
+        self.control, self.optimizer, self.prox, self.pool = control, optimizer, prox, pool
+        self._reset_momentum = reset_momentum
+        self._period = period
+        self._vector = averager.vector
+        #: This rank's local steps since the last round.
+        self.position = 0
+        self.rounds = 0
+        self.healed = 0
+        self.on_round: Callable[[Round], None] = lambda _: None
+        control.columns = max(control.columns, score.size)
+        self._ticket = False
+        self._over = False
+        #: Steps per rank in the pool: the period, or what is left of the run.
+        self._pooled: float = 0
+        self._begin(overdrawn=0)
+
+    def before_step(self) -> bool:
+        """Whether this rank is to make a local step; if the pool is used up, run the round instead."""
+        if self.pool is None or self._ticket:
+            return True
+        self._ticket = self.pool.draw()
+        if not self._ticket:
+            self.round()
+        return self._ticket
+
+    def observe(self, loss: Tensor | None) -> None:
+        """See a local step, and pull to the center."""
+        if self.pool is not None and not self._ticket:
+            raise RuntimeError("under pooled rounds make a local step only if before_step() returns True")
+        self._ticket = False
+        self.score.observe(loss)
+        self.position += 1
+        if self.prox and self.averager.center is not None:
+            pull(self._vector.data, self.averager.center, self.prox / self.period)
+
+    def round_if_due(self) -> None:
+        """Run a round if this rank has made its steps; a pool's end is seen by ``before_step``."""
+        if self.pool is None and self.position >= self.period:
+            self.round()
+
+    def round(self, leaving: bool = False) -> None:
+        """Run a round now; all ranks must.
+
+        Args:
+            leaving: this rank makes no further steps. (Deadlock argument: a rank that has left goes on taking part in
+                rounds until every rank has, which all see in the same gather.)
+        """
+        vector, x, control = self._vector, self._vector.data, self.control
+        vector.check()
+        # One pass, no allocation: a sum is finite only if every term is (overflow counts as diverged).
+        finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
+        with self.averager.comm.meter.span("compute", "score"):
+            scores = self.score.take()
+        period = self.position if self.pool is None else self._pooled
+        table = control.exchange(period, finite, scores, self.position, leaving)
+        staying = sum(not word.leaving for word in table.words)
+        self._over = not staying
+        if self._over and not sum(table.made):
+            return
+        if self.pool is not None:
+            control.facts.step += sum(table.made) // len(table.made)
+        alive = table.alive
+        try:
+            weights = torch.zeros_like(table.scores)
+            weights[alive] = self.rule(table.scores[alive]).to(weights)
+        except NonFinite:
+            if control.decides:
+                raise
+            self._begin(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
+            return
+        self.averager.agree(self.rounds + 1)
+        self.averager.start(x, weights, alive)
+        if not finite:
+            self._forget()  # before the averages arrive, which it takes over like every rank
+        self.averager.finish(x, healed=not finite)
+        if self._reset_momentum:
+            self.optimizer.state.clear()
+        ranks = self.averager.comm.ranks
+        healed = tuple(ranks[m] for m in (~alive).nonzero().flatten().tolist())
+        self.rounds += 1
+        self.healed += len(healed)
+        self.on_round(
+            Round(
+                number=self.rounds,
+                step=control.facts.step,
+                period=int(period),
+                lr=control.facts.lr,
+                ranks=ranks,
+                weights=weights,
+                made=table.made,
+                healed=healed,
+                slowest=ranks[table.slowest],
+            )
+        )
+        self._begin(staying)
+
+    def finish(self) -> None:
+        """End with a round: the last one, shortened to the steps made since the one before."""
+        if self.pool is None and self.position:
+            self.round()
+        while self.pool is not None and not self._over:
+            self.round(leaving=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps between steps; under pooled rounds to be asked for where no ticket is held, after a round."""
+        return {
+            "position": self.position,
+            "period": self.period,
+            "pooled": self._pooled,
+            "rounds": self.rounds,
+            "healed": self.healed,
+            "averager": self.averager.state_dict(),
+            "score": self.score.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, right after it was built."""
+        self.position, self.period = state["position"], state["period"]
+        self.rounds, self.healed = state["rounds"], state["healed"]
+        self.averager.load_state_dict(state["averager"])
+        self.score.load_state_dict(state["score"])
+        if self.pool is not None:
+            self.pool.open(state["pooled"] - self._pooled, overdrawn=0)
+            self._pooled = state["pooled"]
+
+    def restart(self, rounds: int, healed: int) -> None:
+        """Begin a round anew where the facts are now, right after it was built.
+
+        Args:
+            rounds: that there were before.
+            healed: ranks that were healed in them.
+        """
+        self.rounds, self.healed = rounds, healed
+        self.score.begin_after(rounds)
+        if self.pool is not None:
+            self.pool.open(-self._pooled, overdrawn=0)
+        self._begin(overdrawn=0)
+
+    def _begin(self, overdrawn: int) -> None:
+        self.position = 0
+        self.period = self._period(self.control.facts)
+        if self.pool is not None:
+            left = self.control.facts.steps_left
+            self._pooled = self.period if left is None else min(self.period, max(left, 1))
+            self.pool.open(self._pooled, overdrawn)
+
+    def _forget(self) -> None:
+        """Drop what a rank that is not finite remembers: it starts anew from the center."""
+        self.optimizer.state.clear()
+        self.score.reset()
+        reset_statistics(self._vector.model)

@@ -1,0 +1,5 @@
+"""The program hpc-grawa."""
+
+from .main import main
+
+__all__ = ["main"]

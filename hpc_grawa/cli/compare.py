@@ -1,0 +1,160 @@
+"""Several methods and seeds under one budget, one run after the other on the same ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from ..comm import Communicator
+from ..errors import ConfigError
+from ..runs.log import is_finished, new_folder
+from ..runs.reading import read_object, read_text
+from ..screen import columns
+from ..training.config import Config
+from .parsing import parse, read_settings, split_config
+
+
+@dataclass
+class Comparison:
+    """The runs of a comparison, in the order they are made: all methods of a seed, then the next seed.
+
+    Attributes:
+        folder: holds one run folder per method and seed.
+        configs: of the runs; ``run.name`` is the name of the run's folder.
+        target: value of the metric for the time to target, or None.
+    """
+
+    folder: Path
+    configs: list[Config]
+    target: float | None
+
+    @classmethod
+    def read(
+        cls,
+        methods: str | None,
+        seeds: str | None,
+        target: float | None,
+        words: Sequence[str],
+        program: str,
+        speaks: bool,
+    ) -> Comparison:
+        """Read the command line.
+
+        A recipe's ``compare`` section may hold ``methods`` (names, or for each name what stands in the recipe's
+        ``methods`` else), ``seeds`` and ``target``; the command line wins.
+
+        Raises:
+            ConfigError: no methods, or a value that cannot be.
+        """
+        files, options = split_config(words)
+        files_again = [f"--config={file}" for file in files]
+        settings = read_settings(files)
+        section = settings.get("compare", {})
+        if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
+            raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
+        if single := [word for word in options if re.match(r"--(method|run\.seed)(=|$)", word)]:
+            raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
+        names = methods.split(",") if methods else section.get("methods", [])
+        if not names:
+            raise ConfigError("methods is missing: give --methods LGRAWA,EASGD or a recipe with a compare section")
+        numbers = [str(n) for n in section.get("seeds", [settings.get("run", {}).get("seed", 0)])]
+        numbers = seeds.split(",") if seeds else numbers
+        if not all(number.isdigit() for number in numbers):
+            raise ConfigError(f"seeds is {','.join(numbers)}: must be whole numbers of 0 or more, separated by commas")
+        for what, values in (("methods", [_short(name) for name in names]), ("seeds", numbers)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{what} is {','.join(values)}: must not name one twice")
+
+        def run(name: str, *identity: str) -> Config:
+            return parse([*files_again, f"--method={name}", *options, *identity], program, speaks)
+
+        first = run(names[0]).run
+        folder = Path(first.dir) / (first.name or "comparison")
+        configs = [
+            run(name, f"--run.seed={seed}", f"--run.name={_short(name)}-{seed}", f"--run.dir={folder}")
+            for seed in map(int, numbers)
+            for name in names
+        ]
+        return cls(folder, configs, section.get("target") if target is None else target)
+
+    def check_folders(self, world_size: int) -> None:
+        """See that finished runs of this comparison were made by the same configuration and ranks.
+
+        Raises:
+            ConfigError: one was not (the message names the first line that differs), or no folder can be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.dir is {self.folder.parent}: cannot be used ({error.strerror})") from None
+        for config in self.configs:
+            run = self._finished(config)
+            if run is None:
+                continue
+            ranks = (read_object(run / "environment.json") or {}).get("world_size")
+            there = [*(read_text(run / "config.yaml") or "").splitlines(), f"{ranks} ranks"]
+            now = [*config.text.splitlines(), f"{world_size} ranks"]
+            if there != now:
+                old, new = next((a, b) for a, b in zip_longest(there, now, fillvalue="") if a != b)
+                raise ConfigError(
+                    f"run.name is {self.folder.name}: {run} was made with '{old.strip()}', now it is '{new.strip()}'; "
+                    f"must be another --run.name, or remove that folder"
+                )
+
+    def train(self, comm: Communicator) -> list[Path]:
+        """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
+        from ..training.loop import fit
+
+        done = [self._finished(config) for config in self.configs] if comm.rank == 0 else []
+        there = comm.gather_bytes(bytes(run is not None for run in done))[0]
+        for number, config in enumerate(self.configs):
+            title = f"{config.run.name} ({number + 1} of {len(self.configs)})"
+            if comm.rank == 0:
+                print(f"\n{title}" + (f" is in {done[number]} already" if there[number] else ""), flush=True)
+            if not there[number]:
+                # A run that was cut off keeps its folder; the next attempt gets a numbered one.
+                folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
+                if fit(config, comm, None if comm.rank else folder)["state"] != "finished":
+                    break
+        return [path for config in self.configs if (path := self._finished(config))] if comm.rank == 0 else []
+
+    def _finished(self, config: Config) -> Path | None:
+        name = str(config.run.name)
+        attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
+        return next((path for path in attempts if is_finished(path)), None)
+
+
+def _short(method: str) -> str:
+    return method.rpartition(".")[2]
+
+
+def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure: Path | None) -> None:
+    """Print one table of the runs; write it as CSV and draw the figure where asked, and say where they are.
+
+    Args:
+        runs: run folders, or folders of run folders.
+        target: value of the metric for the time to target, or None.
+        csv: where to write the numbers.
+        figure: where to draw.
+    """
+    from ..report import draw, markdown, read_run, rows, write_csv
+
+    records = [read_run(run) for path in runs for run in _runs_in(path)]
+    lines = rows(records, target=target)
+    print("\n" + markdown(lines, columns()))
+    if csv is not None:
+        write_csv(lines, csv)
+        print(f"\ntable   {csv}")
+    if figure is not None:
+        draw(records, figure, target=target)
+        print(f"figure  {figure}")
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The runs in a folder of runs; the folder itself otherwise."""
+    inner = sorted(log.parent for log in path.glob("*/metrics.jsonl"))
+    return inner if inner and not (path / "metrics.jsonl").is_file() else [path]

@@ -1,0 +1,396 @@
+"""From the command line and YAML files to a run's configuration, by jsonargparse."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from argparse import Action
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from importlib import import_module
+from inspect import isabstract, signature
+from pathlib import Path
+from types import GenericAlias
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
+from torch import nn
+
+from .. import data, methods, metrics, models, optim, schedules
+from ..comm import Backend
+from ..errors import ConfigError, in_a_line
+from ..launch import Wanted
+from ..runs.reading import load_yaml
+from ..screen import as_shown
+from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
+from ..training.evaluate import Precision
+from .messages import must_be, one_line
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser with errors of one line.
+
+    Ranks other than 0 end silently with status 0: an error on one of them would make mpirun kill rank 0 before it has
+    spoken.
+    """
+
+    #: Whether this rank prints; None for the parsers that jsonargparse makes of this class for nested keys.
+    speaks: bool | None = None
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line on the rank that speaks, exit status 2; silence and 0 on the others."""
+        if self.speaks is None:
+            super().error(message, ex)
+        if self.speaks:
+            line = str(ex) if isinstance(ex, ConfigError) else one_line(message, self.keys(), known_classes)
+            print(f"{self.prog}: error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if self.speaks else 0)
+
+    def keys(self) -> list[str]:
+        """All keys outside of classes, as ``budget.seconds``, and the sections that hold a class."""
+        keys = [action.dest for action in self._actions]
+        return [
+            key for key in keys if key not in ("help", "config", *GROUPS) and not re.search(r"\.help$|^print_", key)
+        ]
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, without all subclasses that a section's type has anywhere (torch has hundreds)."""
+
+    def _get_help_string(self, action: Action) -> str:
+        if action.dest in CLASS_SECTIONS:
+            return action.help or ""
+        return str(super()._get_help_string(action))  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser:
+    """The parser of a run's configuration."""
+    parser = Parser(
+        prog=program,
+        description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
+        epilog="hpc-grawa train --dry_run [--world_size N] [--ranks_per_host N] only says what would happen. "
+        "--trace writes trace.json; --resume_world any resumes with another number of ranks, from the center; "
+        "--allow_change KEY (again for each key) resumes with a changed setting.",
+        usage="%(prog)s [--config FILE_OR_RECIPE] [--dry_run] [--KEY VALUE ...]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.speaks = speaks
+    parser.add_argument("--config", action="config", help=f"A YAML file or a recipe ({', '.join(recipes())}).")
+    for name, (base, default) in CLASS_SECTIONS.items():
+        choice = f"{', '.join(known_classes(name))}, or the import path of a class of yours"
+        without = f" Default: {default.rpartition('.')[2]}." if default else ""
+        parser.add_argument(f"--{name}", type=base, required=True, help=f"{choice}.{without}")
+    for name, group in GROUPS.items():
+        parser.add_class_arguments(group, name)
+    parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
+    parser.add_argument("--backend", type=Backend, default="auto", help="How ranks communicate.")
+    parser.add_argument("--device", type=Wanted, default="auto", help="Where ranks compute; auto: on GPUs if any.")
+    parser.add_argument(
+        "--comm_timeout",
+        type=float,
+        default=600.0,
+        help="Longest wait for a message in seconds; then the job ends and says which ranks did not come.",
+    )
+    return parser
+
+
+def recipes() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bool = True) -> Config:
+    """Read command line and files; bad input ends the program with one line and status 2.
+
+    ``--print_config`` prints the configuration as a file that ``--config`` takes, and ends the program.
+
+    Args:
+        arguments: of the command line; ``--config`` takes a YAML file or a recipe's name, later options win. Naming
+            another class for a section forgets the settings of the class before.
+        program: for messages.
+        speaks: whether this rank prints them.
+    """
+    parser = make_parser(program, speaks)
+    if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
+        parser.parse_args(list(arguments))  # prints, and ends the program
+    try:
+        files, options = split_config(arguments)
+        printing = "--print_config" in options
+        chosen, options = _split_classes([word for word in options if word != "--print_config"])
+        settings = read_settings(files, chosen.get("method"))
+        settings.pop("compare", None)
+        for name, (_, default) in CLASS_SECTIONS.items():
+            if name in chosen:
+                _merge(settings, {name: chosen[name]})
+            elif name not in settings:
+                if default is None:
+                    raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
+                settings[name] = _class_section(name, default)
+        parsed = parser.parse_args([f"--config={_as_yaml(settings)}", *options])
+        parsed.pop("config", None)
+        config = _config(parser, parsed, settings, options)
+    except ConfigError as error:
+        parser.error(str(error), error)
+    if printing:
+        if speaks:
+            whole = as_shown(config.text) == config.text
+            print(config.text if whole else yaml.safe_dump(load_yaml(config.text), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str]) -> Config:
+    model = parsed.model
+    for name, section in vars(parsed).items():
+        if name in CLASS_SECTIONS:
+            _refuse_nulls(name, find_class(name, section.class_path), section.get("init_args", {}))
+        elif name in GROUPS:
+            _refuse_nulls(name, GROUPS[name], section)
+    # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
+    rest = {key: value for key, value in vars(parsed).items() if key != "model"}
+    built = instantiate(Namespace(**rest))  # type: ignore[no-untyped-call]
+    given = settings.get("model", {}).get("init_args") or {}
+    arguments = model.get("init_args", {})  # a model may take none
+    settled = {
+        key: value
+        for key, value in built.data.model_arguments().items()
+        if key in arguments
+        and key not in given
+        and not any(word.partition("=")[0] in (f"--model.{key}", f"--model.init_args.{key}") for word in options)
+    }
+    for key in settled:
+        del arguments[key]
+    text = parser.dump(parsed, skip_unset=False)  # without what the data settle, so that it fits other data too
+    for key, value in settled.items():
+        arguments[key] = value
+    return Config(
+        **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
+        **{name: built[name] for name in (*GROUPS, "precision", "backend", "device", "comm_timeout")},
+        model_name=_name(model.class_path),
+        text=text,
+        _model=model,
+    )
+
+
+def _refuse_nulls(section: str, found: Any, settings: Any) -> None:
+    """Raise ``ConfigError`` for a null that the setting's type has no room for: jsonargparse takes it everywhere."""
+    try:
+        # A dataclass may have fields of a class in another file, whose names only that file knows.
+        types = get_type_hints(found if is_dataclass(found) else found.__init__)
+        parameters = signature(found).parameters
+    except (NameError, TypeError, ValueError):  # annotations that only a type checker can read, classes written in C
+        return
+    for key, value in dict(settings).items():
+        if value is None and key in types and key in parameters and parameters[key].default is not None:
+            wanted = types[key]
+            if wanted not in (Any, object) and type(None) not in get_args(wanted):
+                raise ConfigError(f"{section}.{key} is null: {must_be(str(wanted))}")
+
+
+def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into what it gives to ``--config``, and its other options."""
+    files: list[str] = []
+    options: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"config is missing after --config: must be a file or one of {', '.join(recipes())}")
+            files.append(value)
+        elif word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        else:
+            options.append(word)
+    return files, options
+
+
+def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read YAML files and recipes; later ones win, and a section of another class replaces the one before.
+
+    What the ``methods`` of a file say of the method that runs wins over the rest of that file; what they say of the
+    others is left out.
+
+    Args:
+        files: YAML files, recipes, or a recipe and a method in one (``digits_easgd``).
+        method: the section that the command line gives; else the method is the last that a file names, or the default.
+
+    Raises:
+        ConfigError: a file or recipe does not exist, or does not hold sections.
+    """
+    read = [_read(name) for name in files]
+    named = [one["method"] for one in read if "method" in one] + ([method] if method else [])
+    chosen = named[-1] if named else _class_section("method", CLASS_SECTIONS["method"][1])
+    settings: dict[str, Any] = {}
+    for one in read:
+        own = one.pop("methods").get(chosen["class_path"])
+        _merge(settings, one)
+        if own:
+            _merge(settings, {"method": {"class_path": chosen["class_path"]}})
+            _merge(settings, _as_sections(own, settings))
+    return settings
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        recipe, _, method = name.rpartition("_")
+        called = {known.lower(): known for known in known_classes("method")}
+        if recipe in recipes() and method in called:
+            return {**_read(recipe), "method": _class_section("method", called[method])}
+        raise ConfigError(f"config is {name}: must be a file or one of the recipes {', '.join(recipes())}")
+    settings = _load(path.read_text(encoding="utf-8", errors="replace"), f"config is {name}")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"config is {name}: must hold sections (key: value), found {type(settings).__name__}")
+    settings = {key: _section(key, section, name) for key, section in settings.items()}
+    settings["methods"] = _methods(settings, name)
+    return settings
+
+
+def _methods(settings: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """What methods have of their own in a file, by import path; a comparison may say it where it names them."""
+    own, compared = settings.get("methods") or {}, settings.get("compare")
+    if isinstance(compared, dict) and isinstance(compared.get("methods"), dict) and isinstance(own, dict):
+        own = {**own, **compared["methods"]}
+        compared["methods"] = list(compared["methods"])
+    if not isinstance(own, dict) or not all(isinstance(lines or {}, dict) for lines in own.values()):
+        raise ConfigError(f"methods is {own} in {name}: must hold settings for methods (EASGD: {{method.period: 16}})")
+    for method in own:
+        find_class("method", str(method))
+    return {_import_path("method", str(method)): lines or {} for method, lines in own.items()}
+
+
+def _as_sections(lines: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested or dotted settings as sections; those of a class are for the class that ``settings`` have there."""
+    sections: dict[str, Any] = {}
+    for key, value in lines.items():
+        name, *inner = str(key).split(".")
+        for part in reversed(inner):
+            value = {part: value}
+        if name in CLASS_SECTIONS and isinstance(value, dict) and "class_path" not in value:
+            there = settings.get(name, {}).get("class_path", CLASS_SECTIONS[name][1])
+            if there is None:
+                raise ConfigError(f"{name} is missing before {key} in methods: must be named in that file")
+            value = {"class_path": there, "init_args": value}
+        _merge(sections, {name: _section(name, value, "methods")})
+    return sections
+
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))  # here, not for all who import the package
+
+
+def _load(text: str, what: str) -> Any:
+    try:
+        return load_yaml(text)
+    except Exception as error:  # what a loader raises is its own affair
+        raise ConfigError(f"{what}: must be YAML ({in_a_line(error)})") from None
+
+
+def _section(name: str, section: Any, where: str) -> Any:
+    """A section as a file may give it, with its class spelled out."""
+    if name in GROUPS and not isinstance(section, dict):
+        raise ConfigError(f"{name} is {section} in {where}: must hold settings (key: value)")
+    return _class_section(name, section) if name in CLASS_SECTIONS else section
+
+
+def _class_section(name: str, section: object) -> dict[str, Any]:
+    """``{"class_path": ..., "init_args": ...}``, whichever way a class was given."""
+    section = {"class_path": section} if isinstance(section, str) else section
+    keys = set(section) if isinstance(section, dict) else set()
+    if not isinstance(section, dict) or "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
+        raise ConfigError(
+            f"{name} is {section}: must be a class, or class_path: CLASS with init_args: {{its settings}}"
+        )
+    return {**section, "class_path": _import_path(name, str(section["class_path"]))}
+
+
+def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        old = settings.get(key)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            settings[key] = value
+        elif value.get("class_path") == old.get("class_path"):
+            _merge(old, value)
+        else:
+            settings[key] = value
+
+
+def _as_yaml(value: Any) -> str:
+    """YAML in one line; JSON except for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_as_yaml(str(key))}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_yaml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")
+    return json.dumps(value, default=str, ensure_ascii=False)  # YAML knows no pairs of surrogates
+
+
+def _split_classes(options: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Split options into the class that is chosen last for each section (``--method LGRAWA``), and the others."""
+    chosen: dict[str, Any] = {}
+    others: list[str] = []
+    words = iter(options)
+    for word in words:
+        key, given, value = word.partition("=")
+        section = key.removeprefix("--").removesuffix(".class_path")
+        if key.startswith("--") and section in CLASS_SECTIONS:
+            value = value if given else next(words, "")
+            chosen[section] = _load(value, f"{section} is {value}") if value.startswith("{") else value
+        else:
+            others.append(word)
+    return {name: _class_section(name, section) for name, section in chosen.items()}, others
+
+
+def _import_path(section: str, name: str) -> str:
+    """One import path for each class of this package and each loss of torch, whatever it was called by."""
+    known = known_classes(section)
+    root, dots, _ = name.partition(".")
+    return known.get(_name(name), name) if not dots or root in ("hpc_grawa", "torch") else name
+
+
+def _name(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
+
+
+def known_classes(section: str) -> dict[str, str]:
+    """The classes of a section that need no import path, and their import paths."""
+    sources = (methods, optim, schedules, models, data, nn.modules.loss, metrics)
+    source = dict(zip(CLASS_SECTIONS, sources, strict=True))[section]
+    base, _ = CLASS_SECTIONS[section]
+    return {
+        name: f"{source.__name__.removesuffix('.modules.loss')}.{name}"
+        for name, found in sorted(vars(source).items())
+        if is_class(found, base) and found.__module__.startswith(source.__name__)
+        if not isabstract(found) and not name.startswith("_")
+    }
+
+
+def find_class(section: str, name: str) -> type:
+    """The class of a section that ``name`` or import path means.
+
+    Raises:
+        ConfigError: there is none, it cannot be imported, or it is no class of that section.
+    """
+    base, _ = CLASS_SECTIONS[section]
+    module, _, attribute = _import_path(section, name).rpartition(".")
+    known = ", ".join(known_classes(section))
+    must = f"must be {known} or the import path of a class (package.module.Class)"
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{section} is {name}: {must}" + (f"; {error}" if module else "")) from None
+    if not is_class(found, base) or isabstract(found):
+        raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}, and not abstract")
+    return found  # type: ignore[no-any-return]
+
+
+def is_class(found: object, base: type) -> bool:
+    """Whether ``found`` is a class derived from ``base`` (a generic alias passes for a class on Python 3.10)."""
+    return isinstance(found, type) and not isinstance(found, GenericAlias) and issubclass(found, base)

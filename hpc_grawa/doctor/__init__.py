@@ -1,0 +1,1 @@
+"""Whether ranks can train here, and what is missing."""

@@ -1,0 +1,108 @@
+"""Network interfaces and addresses: how ranks on other hosts reach this one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+import struct
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from .launch import RankFacts
+
+_SIOCGIFADDR = 0x8915
+
+
+def interfaces_told(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that say which interface Gloo, NCCL, Horovod or Open MPI take, where they are set."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "OMPI_MCA_btl_tcp_if_include")
+    return {name: environment[name] for name in names if environment.get(name)}
+
+
+def interfaces() -> dict[str, tuple[str, str]]:
+    """The network interfaces that have an address: that, and their speed where Linux knows it."""
+    found = {}
+    for _, name in socket.if_nameindex():
+        for address in _address_of(name):
+            megabits = ""
+            with suppress(OSError):  # a virtual interface may know none
+                megabits = Path("/sys/class/net", name, "speed").read_text(encoding="utf-8").strip()
+            found[name] = (address, f"{int(megabits) / 1000:g} Gbit/s" if megabits.isdecimal() else "")
+    return found
+
+
+def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The host of rank 0, where variables say it: MASTER_ADDR, this host if the job has no other, the first of srun's.
+
+    Example:
+        >>> first_host(RankFacts("srun", size=9), {"SLURM_STEP_NODELIST": "gpu[007-009,012],cpu1"})
+        'gpu007'
+    """
+    if "MASTER_ADDR" in environment:
+        return environment["MASTER_ADDR"]
+    if facts.job and facts.local_size == facts.size:
+        return "127.0.0.1"
+    nodes = environment.get("SLURM_STEP_NODELIST") if facts.launcher == "srun" else None
+    if environment.get("SLURM_DISTRIBUTION", "").startswith("arbitrary"):
+        nodes = None  # in order of their names, whatever the ranks' order
+    return None if nodes is None else re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
+
+
+def first_port(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> int:
+    """Where rank 0 listens if nothing else does: MASTER_PORT, else from the job's name, below the ports of clients."""
+    if "MASTER_PORT" in environment:
+        return int(environment["MASTER_PORT"])
+    return 20_000 + zlib.crc32(facts.job.encode()) % 12_000
+
+
+def host_identity() -> str:
+    """The same for all processes of one host, and for no other host's: its name and what its kernel drew at start."""
+    drawn = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {drawn.read_text(encoding='utf-8').strip() if drawn.exists() else ''}"
+
+
+def own_addresses(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Where other hosts may reach this one: the interface that was chosen for Gloo or NCCL, its name, its addresses."""
+    found = []
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        name = environment.get(variable, "").lstrip("=^").split(",")[0]
+        if name and not environment[variable].startswith("^"):
+            found += _address_of(name)
+    host = socket.gethostname()
+    found.append(host)
+    with suppress(OSError):
+        found += [str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
+    found += way_to("192.0.2.1")  # asks for the address of the default route
+    return list(dict.fromkeys(found))
+
+
+def way_to(host: str) -> list[str]:
+    """The address from which this host's messages to another leave, if any do."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        return [str(probe.getsockname()[0])]
+    return []
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address."""
+    return next((name for _, name in socket.if_nameindex() if address in _address_of(name)), None)
+
+
+def own_name_is_reachable() -> bool:
+    """Whether this host's name stands for an address that others may reach; Debian's 127.0.1.1 is none."""
+    try:
+        return not socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        return False
+
+
+def _address_of(interface: str) -> list[str]:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return [socket.inet_ntoa(answer[20:24])]
+    return []

@@ -1,0 +1,267 @@
+"""A run's folder and its screen: written and printed by rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .reading import read_object
+from ..screen import is_terminal
+
+#: Seconds between plain lines where the screen is not a terminal.
+LINE_EVERY = 5.0
+
+
+def new_folder(directory: str, name: str, numbered: bool = False, may_exist: bool = False) -> Path:
+    """Make ``directory/name``, which must not exist: mkdir is atomic, so of two runs one gets it.
+
+    Args:
+        directory: made if need be.
+        name: of the folder.
+        numbered: where there is one already, make ``name.2``, ``name.3``, ... instead.
+        may_exist: where there is one already, give it.
+
+    Raises:
+        ConfigError: it exists, or cannot be made.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            folder = Path(directory) / (name if number == 1 else f"{name}.{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                if may_exist and folder.is_dir():
+                    break
+                if not numbered:
+                    raise ConfigError(
+                        f"run.name is {name}: {folder} exists and is never overwritten; must be a new one, or give "
+                        f"another run.dir"
+                    ) from None
+    except OSError as error:
+        raise ConfigError(f"run.dir is {directory}: no folder can be made there ({error.strerror})") from None
+    return folder
+
+
+def open_run(folder: Path, configuration: str, world_size: int, backend: str) -> None:
+    """Write what a run is into its new folder: ``config.yaml`` and ``environment.json``."""
+    write_atomically(folder / "config.yaml", configuration)
+    write_atomically(folder / "environment.json", json.dumps(environment(world_size, backend), indent=1) + "\n")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` has come to its end."""
+    try:
+        summary = read_object(folder / "summary.json")
+    except ConfigError:
+        return False  # what was saved before it is still there
+    return summary is not None and summary.get("state") == "finished"
+
+
+def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
+    """Write text, or tensors as torch does, under another name and rename it: readers see all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if isinstance(content, str):
+        temporary.write_text(content, encoding="utf-8")
+    else:
+        with temporary.open("wb") as file:  # torch opens no path whose bytes are no text
+            torch.save(content, file)
+    temporary.rename(path)
+
+
+def versions() -> dict[str, str]:
+    """Releases of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("hpc-grawa", "torch", "torchvision", "numpy", "mpi4py", "horovod"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the package's checkout, with ``+`` if it was changed; None outside one."""
+    here = Path(__file__).parents[1]
+    try:
+        head, changed = (
+            subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, errors="replace", check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "."])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def environment(world_size: int, backend: str) -> dict[str, Any]:
+    """Where a run took place."""
+    return {
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "backend": backend,
+        "versions": versions(),
+        "commit": commit(),
+        "launcher": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(("SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "OMP_NUM_", "HOROVOD_", "NCCL_"))
+        },
+    }
+
+
+def say(text: str) -> None:
+    """Print a line by one write: horovodrun puts its prefix before each, and an unbuffered print makes two."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Log:
+    """``metrics.jsonl``, TensorBoard's events and the screen. On ranks other than 0, and without a folder, nothing.
+
+    Args:
+        folder: the run's folder, or None.
+        speaks: whether this rank prints.
+        tensorboard: whether to write events for TensorBoard.
+    """
+
+    def __init__(self, folder: Path | None, speaks: bool, tensorboard: bool = False) -> None:
+        self.folder, self.speaks = folder, speaks
+        self._file: IO[str] | None = None if folder is None else _appended(folder / "metrics.jsonl")
+        self._last_line = time.monotonic()
+        self._live = is_terminal()
+        self._bar: Any = None
+        self._events: Any = None
+        self._wants_events = False
+        if folder is not None and tensorboard:
+            if find_spec("tensorboard") is None:
+                self.say("log        no events for TensorBoard, which is not installed: pip install 'hpc-grawa[log]'")
+            elif not is_text(str(folder)):
+                self.say(
+                    f"log        no events for TensorBoard, which cannot write to {folder}: its bytes are no text here"
+                )
+            else:
+                self._wants_events = True
+
+    def record(self, event: str, **values: Any) -> None:
+        """Add a line to ``metrics.jsonl``, and its numbers to TensorBoard's curves over steps."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+        if self._events is not None and "step" in values:
+            part = f"{values['part']}_" if "part" in values else ""
+            for key, value in values.items():
+                if isinstance(value, int | float) and key not in ("step", "epoch", "round"):
+                    self._events.add_scalar(f"{event}/{part}{key}", value, values["step"])
+
+    @property
+    def written(self) -> int:
+        """Bytes in ``metrics.jsonl``."""
+        return self._file.tell() if self._file is not None else 0
+
+    def go_on(self, written: int, step: int) -> None:
+        """Begin to write: forget what was recorded after a checkpoint of that step, which is recorded once more."""
+        again = self.written != written
+        if self._file is not None and again:
+            if self.written < written:
+                self.say(
+                    f"log        {self._file.name} is damaged: {self.written} bytes, not {written}; the rest is lost"
+                )
+                written = Path(self._file.name).read_bytes().rfind(b"\n") + 1
+            self._file.truncate(written)
+            self._file.seek(0, os.SEEK_END)
+        if self._wants_events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(self.folder, flush_secs=10, purge_step=step + 1 if again else None)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.speaks:
+            self._last_line = time.monotonic()
+            if self._bar is not None:
+                self._bar.clear()
+            say(text)
+
+    @property
+    def due(self) -> bool:
+        """Whether the screen wants a progress line now."""
+        return self.speaks and time.monotonic() - self._last_line >= (0.2 if self._live else LINE_EVERY)
+
+    def progress(self, share: float, text: str) -> None:
+        """Show progress: a bar on a terminal, a plain line elsewhere.
+
+        Args:
+            share: of the budget used, in [0, 1].
+            text: loss and the like.
+        """
+        if not self._live:
+            self.say(text)
+            return
+        if self._bar is None:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                self.say(text)
+                return
+            self._bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar:24}| {desc}", file=sys.stdout, leave=False)
+        self._last_line = time.monotonic()
+        self._bar.n = min(100, 100 * share)
+        self._bar.set_description_str(text)
+
+    def close(self) -> None:
+        """Close the bar and the file."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name holds no bytes that this locale cannot read."""
+    return not any("\udc80" <= character <= "\udcff" for character in name)
+
+
+def _appended(file: Path) -> IO[str]:
+    try:
+        return file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror})") from None
+
+
+def human_bytes(count: float) -> str:
+    """``12.3 MB``.
+
+    Example:
+        >>> human_bytes(12_345_678)
+        '12.3 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,293 @@
+"""Run folders, read back: what was set, what happened, what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .reading import parse_object, parse_settings, read_object, read_text
+
+#: What an ``evaluate`` event says besides the metric.
+_EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss"}
+#: Settings that tell repetitions of one experiment from each other, and where they are kept.
+_IDENTITY = {"run.name", "run.dir", "run.seed"}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder.
+
+    Attributes:
+        path: of the folder.
+        summary: ``summary.json``, or None while the run is unfinished.
+        events: those of ``metrics.jsonl`` by kind (``start``, ``train``, ``round``, ``evaluate``), in their order.
+        config: ``config.yaml``, flat: ``{"method": "hpc_grawa.methods.LGRAWA", "method.period": 32, ...}``.
+    """
+
+    path: Path
+    summary: dict[str, Any] | None
+    events: dict[str, list[dict[str, Any]]]
+    config: dict[str, Any]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The summary; of an unfinished run, as much of it as its events tell."""
+        summary = {"state": "finished", **self.summary} if self.summary is not None else {}
+        if summary.get("state") == "finished":
+            return summary
+        happened = [event for events in self.events.values() for event in events]
+        facts: dict[str, Any] = {"state": "unfinished", "name": self.path.name, "metric": self.metric}
+        facts.update((key, value) for key, value in self._started.items() if key not in ("event", "layers"))
+        facts["steps"] = max((event["step"] for event in happened if "step" in event), default=0)
+        facts["rounds"] = max((event["round"] for event in self.events.get("round", [])), default=0)
+        facts["training_seconds"] = max((event["seconds"] for event in happened if "seconds" in event), default=0.0)
+        if curve := self.curve("test"):
+            facts[f"center_test_{self.metric}"] = curve[-1][1]
+        if "run.seed" in self.config:
+            facts["seed"] = self.config["run.seed"]
+        return facts | summary
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return str(self.facts.get("method") or last(self.config.get("method")) or self.path.name)
+
+    @cached_property
+    def metric(self) -> str:
+        """The name of what the model is judged by."""
+        told = (self.summary or self._started).get("metric")
+        if told is None:
+            keys = (key for event in self.events.get("evaluate", []) for key in event if key not in _EVALUATION)
+            told = next(keys, "accuracy")
+        return str(told)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger values of the metric are better."""
+        told = (self.summary or self._started).get("higher_is_better")
+        return self.metric.endswith("accuracy") if told is None else bool(told)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that are weighted, from input to output."""
+        return [str(name) for name in self._started.get("layers") or []]
+
+    @property
+    def weights(self) -> list[list[list[float]]]:
+        """The weights of each round of all ranks, ``[R, W, K]``."""
+        rounds = [event["weights"] for event in self.events.get("round", []) if event.get("weights")]
+        shapes = [(len(weights), len(weights[0])) for weights in rounds]
+        return [weights for weights, shape in zip(rounds, shapes, strict=True) if shape == max(shapes)]
+
+    def curve(self, part: str) -> list[tuple[float, float]]:
+        """(training seconds, metric of the center on ``part``) at each evaluation."""
+        return [
+            (float(event["seconds"]), float(event[self.metric]))
+            for event in self.events.get("evaluate", [])
+            if event["part"] == part and event["model"] == "center" and event.get(self.metric) is not None
+        ]
+
+    def time_to(self, target: float, part: str) -> float | None:
+        """Training seconds at the first evaluation that meets the target, or None; nothing is interpolated."""
+        sign = 1 if self.higher_is_better else -1
+        return next((seconds for seconds, value in self.curve(part) if sign * value >= sign * target), None)
+
+    @property
+    def _started(self) -> dict[str, Any]:
+        return self.events.get("start", [{}])[0]
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read a run folder, finished or not.
+
+    Raises:
+        ConfigError: if ``path`` is no run folder or a file in it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no run folder: {'it is a file' if path.exists() else 'there is no such folder'}")
+    log, summary, config = path / "metrics.jsonl", path / "summary.json", path / "config.yaml"
+    if not (log.is_file() or summary.is_file()):
+        hint = f"; give the run folders in it: {path}/*" if any(path.glob("*/metrics.jsonl")) else ""
+        raise ConfigError(f"{path} is no run folder: it holds neither metrics.jsonl nor summary.json{hint}")
+    settings = read_text(config)
+    return RunRecord(
+        path=path,
+        summary=_read_summary(summary),
+        events=_read_events(log),
+        config={} if settings is None else flatten(parse_settings(settings, str(config))),
+    )
+
+
+def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs by experiment: those that differ only in seed and name, under a label that no other experiment has.
+
+    The label is the method; where experiments share a method, it names the settings in which they differ.
+
+    Raises:
+        ConfigError: if there are no runs, or they are judged by different metrics.
+    """
+    if not records:
+        raise ConfigError("there are no runs to report: give one or more run folders")
+    for record in records[1:]:
+        if record.metric != records[0].metric:
+            raise ConfigError(
+                f"{records[0].path} is judged by {records[0].metric}, {record.path} by {record.metric}: "
+                "runs that are reported together need one metric"
+            )
+    experiments: dict[str, list[RunRecord]] = {}
+    for record in records:
+        key = json.dumps([record.method, record.facts["state"], _settings(record)], sort_keys=True, default=str)
+        experiments.setdefault(key, []).append(record)
+    leaders = [members[0] for members in experiments.values()]
+    labels = [_label(leader, [other for other in leaders if other.method == leader.method]) for leader in leaders]
+    repeated = Counter(labels)
+    return {
+        label if repeated[label] == 1 else f"{label} {members[0].path}": members
+        for label, members in zip(labels, experiments.values(), strict=True)
+    }
+
+
+def evaluated_part(records: Iterable[RunRecord]) -> str:
+    """The part of the data that the runs evaluated most often on their way: ``test``, or ``validation``."""
+    counts = Counter(event["part"] for record in records for event in record.events.get("evaluate", []))
+    return max(sorted(counts), key=counts.__getitem__, default="test")  # test comes before validation
+
+
+def setting(records: Sequence[RunRecord]) -> str:
+    """What the runs have in common, for people: "SmallCNN on Digits, 4 ranks, 20 s of training time each"."""
+    worlds = sorted({record.facts["world_size"] for record in records if record.facts.get("world_size")})
+    parts = []
+    if (model := _common(records, "model")) and (data := _common(records, "data")):
+        parts.append(f"{last(model)} on {last(data)}")
+    if worlds:
+        parts.append(f"{' and '.join(map(str, worlds))} rank{'' if worlds == [1] else 's'}")
+    units = {"seconds": "s of training time", "epochs": "epochs", "steps": "steps"}
+    budgets = [{unit: record.config.get(f"budget.{unit}") for unit in units} for record in records]
+    limits = [f"{limit:,g} {units[unit]}" for unit, limit in budgets[0].items() if is_number(limit)]
+    if limits and all(budget == budgets[0] for budget in budgets):
+        parts.append(" or ".join(limits) + (" each" if len(records) > 1 else ""))
+    return ", ".join(parts)
+
+
+def last(path: Any) -> str:
+    """The class's name in an import path."""
+    return str(path or "").rpartition(".")[2]
+
+
+def _read_events(path: Path) -> dict[str, list[dict[str, Any]]]:
+    events: dict[str, list[dict[str, Any]]] = {}
+    lines = (read_text(path, errors="replace") or "").split("\n")
+    lines.pop()  # empty, or half-written by a run that was killed
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number},"
+        event = parse_object(line, where)
+        kind = str(event.get("event"))
+        for key, right in {"event": _is_word, **_EVENTS.get(kind, {})}.items():
+            _check(event, key, right, where)
+        for key in ("world_size", "slowest", *(event if kind == "evaluate" else ())):
+            if key not in _WORDS and event.get(key) is not None:
+                _check(event, key, is_number, where)
+        events.setdefault(kind, []).append(event)
+    return events
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    summary = read_object(path)
+    if summary is not None:
+        _check(summary, "state", _is_word, str(path))
+        for key in ("world_size", "seed"):
+            if summary.get(key) is not None:
+                _check(summary, key, is_number, str(path))
+    return summary
+
+
+def _check(found: dict[str, Any], key: str, right: Callable[[Any], bool], where: str) -> None:
+    """Raise ``ConfigError`` that names ``where`` it is unless ``found`` has a right value there."""
+    if not right(found.get(key)):
+        has = f"its {key} is {str(found[key])[:40]}" if key in found else f"it has no {key}"
+        raise ConfigError(f"{where} is damaged: {has}")
+
+
+def is_number(value: object) -> bool:
+    """Whether that is a number, perhaps NaN or infinite."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64)
+
+
+def _is_time(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_weights(value: Any) -> bool:
+    """Whether these are ``[W, K]`` numbers, or none at all."""
+    rows = value or []
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and 0 < len(row) == len(rows[0]) and all(map(is_number, row)) for row in rows
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or isinstance(value, list)
+
+
+_WORDS = ("event", "part", "model")
+#: What events must say, as reports rely on it.
+_EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "start": {"layers": _are_names},
+    "train": {"step": _is_time, "seconds": _is_time},
+    "evaluate": {"step": _is_time, "seconds": _is_time, "part": _is_word, "model": _is_word},
+    "round": {"step": _is_time, "round": _is_time, "seconds": _is_time, "weights": _are_weights},
+}
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """All that makes a run another experiment, not another seed."""
+    settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
+    return {**settings, "ranks": record.facts.get("world_size")}
+
+
+def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
+    state = _state(leader)
+    all_settings = [_settings(record) for record in same_method]
+    own = _settings(leader)
+    keys = dict.fromkeys(key for settings in all_settings for key in settings)
+    differing = [key for key in keys if len({str(settings.get(key)) for settings in all_settings}) > 1]
+    if len(differing) > 3:
+        return f"{leader.method} {leader.path.name}{state}"
+    return " ".join([leader.method, *(f"{last(key)}={_value(own.get(key))}" for key in differing)]) + state
+
+
+def _state(record: RunRecord) -> str:
+    """What a label must add about a run that did not end as it should: `` (unfinished)``, or nothing."""
+    return "" if record.facts["state"] == "finished" else f" ({record.facts['state']})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return last(value) if isinstance(value, str) and "/" not in value else str(value)
+
+
+def _common(records: Sequence[RunRecord], key: str) -> Any:
+    values = [record.config.get(key) for record in records]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a section that is a class is its import path, its arguments follow as if they were the section's."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else str(key)
+        flat.update(flatten(inner, name) if isinstance(inner, dict) else {name: inner})
+    return flat

@@ -1,0 +1,200 @@
+"""The configuration of a run: typed sections, checked before any communicator exists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+
+from ..averaging.control import CONTROL_EVERY
+from ..comm import Backend
+from ..data import Data, shard_size
+from ..errors import ConfigError
+from ..launch import Wanted
+from ..methods import Method
+from ..metrics import Metric
+from ..optim import LocalOptimizer
+from ..schedules import Schedule
+from .budget import Budget
+from .evaluate import BATCH, Precision
+
+#: Sections that hold one class each: their type, and the class where none is given.
+CLASS_SECTIONS: dict[str, tuple[type, str | None]] = {
+    "method": (Method, "LGRAWA"),
+    "optimizer": (LocalOptimizer, "SGD"),
+    "schedule": (Schedule, "Constant"),
+    "model": (nn.Module, None),
+    "data": (Data, None),
+    "loss": (nn.Module, "CrossEntropyLoss"),
+    "metric": (Metric, "Accuracy"),
+}
+
+
+@dataclass
+class Evaluation:
+    """When and how the center is evaluated; the clock stands still meanwhile.
+
+    Attributes:
+        every: evaluations are this far apart.
+        unit: of ``every``.
+        batch_size: examples per forward pass of an evaluation.
+        bn_batches: un-augmented training batches per rank from which BatchNorm statistics are recalibrated.
+        train_examples: training examples, evenly spaced, on which training loss and metric are measured at the end.
+    """
+
+    every: float = 1.0
+    unit: Literal["steps", "epochs", "seconds"] = "epochs"
+    batch_size: int = BATCH
+    bn_batches: int = 16
+    train_examples: int = 10_000
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible values."""
+        if not 0 < self.every < math.inf:
+            raise ConfigError(f"eval.every is {self.every}: must be positive and finite")
+        for name in ("batch_size", "bn_batches", "train_examples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"eval.{name} is {getattr(self, name)}: must be at least 1")
+
+
+@dataclass
+class Logging:
+    """What is written down.
+
+    Attributes:
+        every: steps between training records in metrics.jsonl.
+        tensorboard: write event files for TensorBoard beside it, where TensorBoard is installed.
+    """
+
+    every: int = 50
+    tensorboard: bool = True
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible values."""
+        if self.every < 1:
+            raise ConfigError(f"log.every is {self.every}: must be at least 1 step")
+
+
+@dataclass
+class Saving:
+    """When checkpoints are made; the clock stands still while the state is copied, then training goes on.
+
+    Attributes:
+        every: checkpoints are this far apart.
+        unit: of ``every``.
+        keep: how many are kept.
+    """
+
+    every: float = 600.0
+    unit: Literal["steps", "epochs", "seconds"] = "seconds"
+    keep: int = 2
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible values."""
+        if not self.every > 0:
+            raise ConfigError(f"save.every is {self.every}: must be positive, .inf for no checkpoints")
+        if self.keep < 1:
+            raise ConfigError(f"save.keep is {self.keep}: must be at least 1")
+
+
+@dataclass
+class Identity:
+    """Which run this is.
+
+    Attributes:
+        name: of the run's folder; null: method and time, or, to be resumed, method and SLURM job.
+        dir: the folder of runs.
+        seed: of all random draws.
+        start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own.
+        control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
+        resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
+    """
+
+    name: str | None = None
+    dir: str = "runs"
+    seed: int = 0
+    start: Literal["common", "independent"] = "common"
+    control_every: int = CONTROL_EVERY
+    resume: Literal["never", "auto"] = "never"
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible values."""
+        if self.name is not None and (not self.name or self.name != Path(self.name).name or self.name in (".", "..")):
+            raise ConfigError(f"run.name is {self.name}: must be the name of a folder, without a path (see run.dir)")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"run.seed is {self.seed}: must be 0 or more")
+        if self.control_every < 1:
+            raise ConfigError(f"run.control_every is {self.control_every}: must be at least 1 step")
+
+
+#: Sections with fixed keys.
+GROUPS: dict[str, type] = {"budget": Budget, "eval": Evaluation, "save": Saving, "log": Logging, "run": Identity}
+
+
+@dataclass
+class Config:
+    """A run's configuration, ready to use. ``build_model`` and ``text`` come from what was parsed."""
+
+    method: Method
+    optimizer: LocalOptimizer
+    schedule: Schedule
+    data: Data
+    loss: nn.Module
+    metric: Metric
+    budget: Budget
+    eval: Evaluation
+    save: Saving
+    log: Logging
+    run: Identity
+    precision: Precision
+    backend: Backend
+    device: Wanted
+    comm_timeout: float
+    model_name: str
+    text: str
+    _model: Namespace = field(repr=False)
+
+    def build_model(self) -> nn.Module:
+        """The model, initialised from torch's present random stream."""
+        model: nn.Module = instantiate(Namespace(model=self._model)).model  # type: ignore[no-untyped-call]
+        return model
+
+    def check(self, world_size: int) -> None:
+        """Find every impossible value, without communicating or loading data.
+
+        Raises:
+            ConfigError: one line that names key, value and what is allowed.
+        """
+        for name in GROUPS:
+            getattr(self, name).check()
+        if not self.comm_timeout > 0:
+            raise ConfigError(f"comm_timeout is {self.comm_timeout}: must be positive, .inf for no limit")
+        self.data.check(world_size)
+        batch, parts = self.data.batch_size, self.optimizer.accumulate
+        if batch % parts:
+            raise ConfigError(f"optimizer.accumulate is {parts}: must divide data.batch_size, which is {batch}")
+        size, data, method = self.data.train_size(), self.data, self.method
+        if method.probe_from == "shard":
+            size = shard_size(size, batch, world_size, data.split, data.fraction)
+        if method.probe_batches * batch > size:
+            raise ConfigError(
+                f"method.probe_batches is {method.probe_batches}: must be at most {size // batch}, the batches in the "
+                f"{size} examples that the probe draws from"
+            )
+
+
+def instantiate(parsed: Namespace) -> Namespace:
+    """Build the classes of a part of what was parsed."""
+    keep = ArgumentParser(exit_on_error=False)
+    for name, (base, _) in CLASS_SECTIONS.items():
+        if name in parsed:
+            keep.add_argument(f"--{name}", type=base)
+    for name, group in GROUPS.items():
+        if name in parsed:
+            keep.add_class_arguments(group, name)
+    built: Namespace = keep.instantiate(parsed)
+    return built

@@ -1,0 +1,111 @@
+"""How a run ends before its budget is used: told to, or failing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..averaging.control import Control
+from ..comm import Communicator
+from ..errors import LostContact
+from ..launch import limit_near
+from ..runs.log import Log, write_atomically
+from ..schedules import RunFacts
+from .worker import Worker
+
+#: Seconds between looks for a file ``STOP``.
+POLL_EVERY = 1.0
+
+#: How a run ended that was told to end, by what told it: SLURM sends USR2 ahead of the time limit.
+_STATES = {"SIGUSR2": "timed out", "SIGTERM": "preempted", "SIGINT": "interrupted", "STOP": "stopped"}
+
+
+class Ending:
+    """A run's early end: what is wished for on one rank, all do at the same step.
+
+    Args:
+        control: carries the wish to all ranks.
+        log: says so.
+        folder: of the run, on rank 0; a file ``STOP`` in it is a wish, for which a signal is to blame that it names.
+    """
+
+    def __init__(self, control: Control, log: Log, folder: Path | None) -> None:
+        self._control, self._log, self._folder = control, log, folder
+        self._polled = time.monotonic()
+        #: What ends the run, on the rank that noticed it.
+        self.cause: str | None = None
+        self._state = ""
+        self._told = False
+
+    def heed(self, cause: str) -> None:
+        """Have all ranks save and end with the next control word."""
+        if self.cause is None:
+            # SLURM sends TERM for the limit too, where nothing came ahead of it.
+            self._state = "timed out" if cause == "SIGTERM" and limit_near() else _STATES[cause]
+            self.cause = cause
+        self._control.wants_stop = True
+
+    def poll(self) -> None:
+        """Look for the file now and then, and say once what is going to happen."""
+        if self._folder is not None and time.monotonic() - self._polled > POLL_EVERY:
+            self._polled = time.monotonic()
+            if (self._folder / "STOP").exists():
+                held = (self._folder / "STOP").read_text(encoding="utf-8", errors="replace").strip()
+                self.heed(held if held in _STATES else "STOP")
+        if self.cause is not None and not self._told:
+            self._told = True
+            again = ", Ctrl-C again: now" if self.cause == "SIGINT" else ""
+            self._log.say(f"ending     {self.cause}: all ranks save at the next control word, then end{again}")
+
+    def summary(self, worker: Worker) -> dict[str, Any]:
+        """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it."""
+        own = f"{self.cause}:{self._state}" if self.cause else ""
+        causes = [found.decode() for found in worker.comm.gather_bytes(own.encode(), "evaluate")]
+        rank, (cause, _, state) = next((m, found.partition(":")) for m, found in enumerate(causes) if found)
+        facts = worker.facts
+        found = {
+            "state": state,
+            "cause": cause,
+            "rank": rank,
+            "name": self._folder.name if self._folder else None,
+            "method": type(worker.config.method).__name__,
+            "world_size": worker.comm.size,
+            "steps": facts.step,
+            "training_seconds": worker.clock.seconds,
+        }
+        if self._folder is not None:
+            (self._folder / "STOP").unlink(missing_ok=True)
+            write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
+        self._log.close()
+        self._log.say(
+            f"ended      {state} by {cause} (rank {rank}), saved at step {facts.step}; --run.resume auto goes on"
+        )
+        return found
+
+
+@contextmanager
+def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterator[None]:
+    """Within the block the first rank that fails leaves word of it in ``summary.json``; not one that lost another."""
+    try:
+        yield
+    except LostContact:
+        raise
+    except BaseException as error:
+        if place:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            found = {
+                "state": state,
+                "cause": f"{type(error).__name__}: {error}",
+                "rank": comm.rank,
+                "host": platform.node(),
+                "world_size": comm.size,
+                "steps": facts.step,
+            }
+            with suppress(OSError), (Path(place) / "summary.json").open("x", encoding="utf-8") as file:
+                file.write(json.dumps(found, indent=1) + "\n")
+        raise

@@ -1,0 +1,80 @@
+"""Which models of a run are evaluated: center, mean, and each rank's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..averaging.riders import pool
+from ..buffers import shared
+from ..data import Examples, in_advance
+from .evaluate import Judge, recalibrate, undisturbed, uniform_mean
+from .worker import Worker
+
+
+class Examiner:
+    """Puts the evaluated models in place, one after the other, and judges them; training notices nothing of it.
+
+    A model in place has one set of buffers on all ranks: running statistics as ``method.buffers`` says, all others (and
+    ``local`` statistics) and frozen parameters as they are now on rank 0, or the first rank where none is NaN.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self._config, self._comm = worker, worker.config, worker.comm
+        self._model = worker.model
+        self._judge = Judge(
+            self._config.loss, self._config.metric, self._config.precision, self._config.eval.batch_size
+        )
+
+    @contextmanager
+    def center(self) -> Iterator[None]:
+        """Within the block the model is the center; before the first round, the mean of all ranks."""
+        with self._in_place(self._center()):
+            yield
+
+    def _center(self) -> Tensor:
+        run = self._worker.run
+        if run.synchronizers and run.synchronizers[-1].averager.center is None:
+            return uniform_mean(self._comm, self._worker.vector)[0]
+        return run.center
+
+    @contextmanager
+    def _in_place(self, parameters: Tensor) -> Iterator[None]:
+        train, sampler = self._worker.splits.train, self._worker.sampler
+        policy = self._config.method.buffers
+        with undisturbed(self._model), self._worker.vector.swapped(parameters):
+            if policy == "average":
+                pool(self._model, self._comm)
+            with shared(self._model, self._comm):
+                if policy == "recalibrate":
+                    wanted = ((sampler.indices(b), None) for b in range(self._config.eval.bn_batches))
+                    batches = (inputs for inputs, _ in in_advance(train, wanted, self._worker.device))
+                    recalibrate(self._model, batches, self._comm, self._config.precision)
+                yield
+
+    def judge(self, examples: Examples, limit: int | None = None) -> dict[str, float]:
+        """Loss and metric of the model that is in place; all ranks share the work."""
+        return self._judge.judge(self._model, examples, self._comm, limit)
+
+    def everything(self) -> dict[str, Any]:
+        """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
+        splits = self._worker.splits
+        mean, consensus = uniform_mean(self._comm, self._worker.vector)
+        found: dict[str, Any] = {"consensus_distance": consensus}
+        for title, parameters in (("center", self._center()), ("mean", mean)):
+            with self._in_place(parameters):
+                test = self.judge(splits.test)
+                train = self.judge(splits.train, self._config.eval.train_examples)
+                if title == "center":
+                    state = self._model.state_dict()
+                    found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
+            for key in test:
+                found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
+        local = self._judge.judge(self._model, splits.test)
+        row = torch.tensor(list(local.values()), dtype=torch.float64)
+        table = self._comm.allgather(row, "evaluate").wait()
+        return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}

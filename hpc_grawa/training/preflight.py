@@ -1,0 +1,141 @@
+"""Whether model, data, loss and metric fit together, seen on a few examples before anything is made of them."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..buffers import check_kinds
+from ..comm import Communicator
+from ..data import Nest, Splits, in_advance
+from ..data.base import CPU
+from ..data.nests import kind, moved, parts, same_shape
+from ..errors import ConfigError, in_a_line
+from ..lazy import completing, unfinished
+from . import losses
+from .config import Config
+from .evaluate import autocast, eval_mode
+
+EXAMPLES = 32
+
+
+def new_model(config: Config, splits: Splits, comm: Communicator, device: torch.device) -> nn.Module:
+    """A new model on its device, tried out, and completed by that if it is lazy; all ranks must call it.
+
+    Args:
+        config: says model and loss.
+        splits: what ``config.data`` loaded.
+        comm: the ranks.
+        device: of this rank.
+
+    Raises:
+        ConfigError: as ``try_out`` does, on all ranks if it does on one.
+    """
+    model = config.build_model().to(device)
+    config.loss.to(device)
+    problem = ""
+    try:
+        try_out(config, model, splits, device)
+    except ConfigError as error:
+        problem = str(error)
+    # Whatever a rank found, it comes here, so that none waits for one that has given up.
+    problems = comm.gather_bytes(problem.encode())
+    rank = next((rank for rank, found in enumerate(problems) if found), None)
+    if rank is not None:
+        raise ConfigError(problems[rank].decode() + (f" (on rank {rank})" if rank else ""))
+    config.data.prepare_model(model)
+    return model
+
+
+def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.device = CPU) -> None:
+    """Pass a few training examples through model, loss and metric; nothing of it remains but a lazy model's shapes.
+
+    Args:
+        config: says the loss and the metric.
+        model: in training mode or not; its parameters, buffers and modes, and all random streams stay as they are.
+        splits: what ``config.data`` loaded.
+        device: of the model.
+
+    Raises:
+        ConfigError: one of them does not fit; the message names it, and what it was given.
+    """
+    data, count = config.data, len(splits.train)
+    found = count, 0 if splits.validation is None else len(splits.validation)
+    if found != (data.train_size(), data.validation):
+        raise ConfigError(
+            f"data is {_name(data)}: must load as many examples as it says it has, {data.train_size()} to train on and "
+            f"{data.validation} for validation; found {found[0]} and {found[1]}"
+        )
+    check_kinds(model)
+    few = min(EXAMPLES, data.batch_size, count)
+    with eval_mode(model), completing(model), torch.no_grad(), autocast(config.precision, device):
+        # Evenly spaced, as the examples of a class may lie side by side.
+        inputs, targets = _batch(config, splits, torch.arange(few) * count // few, device)
+        with _named(f"model is {config.model_name}: must take inputs {kind(inputs)}"):
+            output = model(inputs)
+        if (name := unfinished(model)) is not None:
+            raise ConfigError(
+                f"model is {config.model_name}: '{name}' must get its shape in the first forward pass, and has none "
+                f"after one (a lazy module that is not used in eval mode?)"
+            )
+        what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(data)} {kind(targets)}"
+        with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
+            loss = config.loss(output, targets)
+            if loss.numel() != 1:
+                raise ValueError(f"it made {kind(loss)}")
+            pair = losses.sums(config.loss, output, targets, few, few)
+            if pair.shape != (2,):
+                raise ValueError(f"its sums are {kind(pair)}, not [2]")
+        with _named(f"metric is {_name(config.metric)}: must take {what}"):
+            config.metric.values(config.metric.sums(output, targets).double().cpu())
+        if config.optimizer.accumulate > 1:
+            _try_to_cut(config, splits)
+
+
+def _batch(config: Config, splits: Splits, index: Tensor, device: torch.device = CPU) -> tuple[Nest, Nest]:
+    with _named(f"data is {_name(config.data)}: must give inputs and targets, tensors or tuples, lists, dicts of them"):
+        batch = next(in_advance(splits.train, [(index, None)], device))
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"a batch is {kind(batch)}")
+        inputs, targets = moved(tuple(batch), device)
+    return inputs, targets
+
+
+def _try_to_cut(config: Config, splits: Splits) -> None:
+    """Whether the first of a batch's parts is what a batch of its examples alone would be."""
+    length, count = config.data.batch_size, config.optimizer.accumulate
+    whole, alone = (_batch(config, splits, torch.arange(n)) for n in (length, length // count))
+    with _named(f"optimizer.accumulate is {count}: must be 1, as batches {kind(whole)} cannot be cut by examples"):
+        part = parts(whole, length, count)[0]
+        if not same_shape(part, alone, whole):
+            raise ValueError(f"of {length // count} examples alone it is {kind(alone)}, cut it is {kind(part)}")
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Within the block errors become one line: what is wrong, the error, and where in the user's files it arose."""
+    try:
+        with warnings.catch_warnings():
+            # Targets [B, 1] beside outputs [B] would be compared each with each.
+            warnings.filterwarnings("error", message="Using a target size")
+            yield
+    except Exception as error:  # what an own class raises is its own affair
+        message = in_a_line(error, named=True).removesuffix(":")
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+        place = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
+        raise ConfigError(f"{what}; {message[:300]}{place}") from error
+
+
+def _is_own(file: str) -> bool:
+    packages = Path(__file__).parents[1], Path(torch.__file__).parent
+    return not any(Path(file).is_relative_to(package) for package in packages)
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__

@@ -1,0 +1,228 @@
+"""One rank's share of a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import buffers, random_streams
+from ..comm import Communicator
+from ..data import Nest, in_advance, nests
+from ..errors import ConfigError
+from ..launch import local_device
+from ..methods.base import is_schedule_free
+from ..schedules import RunFacts
+from ..vector import ParameterVector
+from .budget import Clock
+from .config import Config
+from .evaluate import autocast
+from .preflight import new_model
+
+
+class Worker:
+    """One rank's share of a run: its data, model, optimizer and method, one local step at a time.
+
+    Args:
+        config: checked, the same on all ranks.
+        comm: the ranks; all must make a worker.
+
+    Raises:
+        ConfigError: model, data, loss and metric do not fit together; on all ranks.
+        RanksDisagree: ranks do not have the same model or method.
+    """
+
+    def __init__(self, config: Config, comm: Communicator) -> None:
+        self.config, self.comm = config, comm
+        self.device = local_device(wanted=config.device)
+        self.clock = Clock(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events and random streams are those of the current device
+        seed = config.run.seed
+        self.splits = config.data.load()
+        self.sampler = config.data.sampler(comm.rank, comm.size, seed)
+        # One stream for the common start, then one per rank (dropout, and starts that are to differ).
+        _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
+        self.model = new_model(config, self.splits, comm, self.device)
+        _seed_all(_own_seed(seed, comm.rank))
+        self.vector = ParameterVector(self.model)
+        self.optimizer = config.optimizer.build(self.vector.parameters)
+        if is_schedule_free(self.optimizer):
+            raise ConfigError(
+                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and "
+                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
+                f"under hpc_grawa.DataParallel, call its eval() before"
+            )
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
+        #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
+        self.local_steps = 0
+        self._batches = self._in_order()
+        self._probes, self._next_probe = self._probes_from(0), 0
+        self.facts = RunFacts(
+            lr=self._peaks[0],
+            peak_lr=self._peaks[0],
+            warmup_steps=config.schedule.warmup,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+        )
+        self.run = config.method.build(
+            comm,
+            self.vector,
+            self.optimizer,
+            self._probe,
+            facts=self.facts,
+            clock=lambda: self.clock.seconds,
+            control_every=config.run.control_every,
+            start=config.run.start,
+        )
+
+    def step(self) -> Tensor | None:
+        """One local step, and the round if one is due; returns its loss, a 0-d tensor.
+
+        Under pooled rounds it may be the round alone, without a step and a loss.
+        """
+        facts = self.facts
+        factor = float(self.config.schedule(facts))
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        loss: Tensor | None = None
+        if self.run.before_step():
+            with self.comm.meter.loading(self.device):
+                self._batch = nests.moved(next(self._batches), self.device)
+            with self.comm.meter.span("compute", "local step"):
+                loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
+            self.local_steps += 1
+            self.run.after_step(loss)
+        facts.progress = min(1.0, self.used)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that survives a step; all ranks must call it, between steps."""
+        return {
+            "parameters": self.vector.data,
+            "frozen": [p.detach() for p in self._frozen()],
+            "buffers": buffers.state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "run": self.run.state_dict(),
+            "local_steps": self.local_steps,
+            "seconds": self.clock.settled,
+            "meter": self.comm.meter.state_dict(),
+            "random": random_streams.packed(random_streams.streams()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken: the same model, method, data and ranks."""
+        self.vector.data.copy_(state["parameters"])
+        self._take_outside(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.local_steps = state["local_steps"]
+        self.clock.restart(state["seconds"])
+        self.comm.meter.load_state_dict(state["meter"])
+        self.run.load_state_dict(state["run"])
+        random_streams.set_streams(random_streams.unpacked(state["random"]))
+
+    def start_from(self, state: dict[str, Any]) -> str:
+        """Go on from another world's center, which all ranks start from; the data are shared anew.
+
+        Args:
+            state: of rank 0 there.
+
+        Returns:
+            What all ranks have started from, in words.
+        """
+        synchronizers = state["run"]["synchronizers"]
+        center = synchronizers[-1]["averager"]["center"] if synchronizers else state["parameters"]
+        self.vector.data.copy_(state["parameters"] if center is None else center)
+        self._take_outside(state)
+        self.local_steps = state["run"]["facts"]["step"]
+        self.clock.restart(state["seconds"])
+        self.comm.meter.load_state_dict(state["meter"])
+        self.run.start_from(state["run"])
+        return "the center" if center is not None else "rank 0's parameters, as there was no round yet"
+
+    def _frozen(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if not p.requires_grad]
+
+    def _take_outside(self, state: dict[str, Any]) -> None:
+        for p, saved in zip(self._frozen(), state["frozen"], strict=True):
+            buffers.put(p, saved)
+        buffers.load_state(self.model, state["buffers"])
+
+    def _in_order(self) -> Iterator[tuple[Nest, Nest]]:
+        """This rank's batches from that of the present step on; begins when the first is asked for."""
+        sampler = self.sampler
+        numbers = count(self.local_steps)
+        wanted = ((sampler.indices(n), sampler.generator(n)) for n in numbers)
+        yield from in_advance(self.splits.train, wanted, self.device)
+
+    def _probes_from(self, number: int) -> Iterator[tuple[Nest, Nest]]:
+        """This rank's probe batches from that of a number on, ``probe_batches`` of them for each round."""
+        method = self.config.method
+        source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
+        size = method.probe_batches
+        numbers = (divmod(n, size) for n in count(number))
+        wanted = (self.sampler.probe_indices(round_, size, source)[place] for round_, place in numbers)
+        yield from in_advance(self.splits.train, ((index, None) for index in wanted), self.device)
+
+    def said(self) -> dict[str, Any]:
+        """What a sign of life says of this rank; asked for by another thread."""
+        return {"step": self.facts.step, "used": min(1.0, self.used), "training": self.clock.seconds}
+
+    @property
+    def used(self) -> float:
+        """The share of the budget used, 1 or more at the end; the same on all ranks."""
+        return self.config.budget.used(self.facts, self.total_steps)
+
+    def _closure(self) -> Tensor:
+        aggregator, parts = self.run.aggregator, self.config.optimizer.accumulate
+        aggregator.zero_grad(self.optimizer)
+        total = torch.zeros((), device=self.vector.data.device)
+        for i, part in enumerate(self._parts(self._batch)):
+            if i == parts - 1:
+                aggregator.start()
+            loss = self._loss(part) / parts
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        aggregator.finish()
+        if self.config.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.vector.parameters, self.config.optimizer.clip_norm)
+        return total
+
+    def _probe(self) -> Iterator[Tensor]:
+        """The losses of the next probe batch, in the parts that a training batch is made in."""
+        batches = self.config.method.probe_batches
+        first = batches * sum(s.rounds for s in self.run.synchronizers)
+        if self._next_probe not in range(first, first + batches):  # resumed
+            self._next_probe = first
+            self._probes = self._probes_from(first)
+        self._next_probe += 1
+        with self.comm.meter.loading(self.device):
+            batch = nests.moved(next(self._probes), self.device)
+        for part in self._parts(batch):
+            yield self._loss(part) / self.config.optimizer.accumulate
+
+    def _parts(self, batch: tuple[Nest, Nest]) -> list[tuple[Nest, Nest]]:
+        """The equal parts, one after another, that the gradient of a batch is the mean of."""
+        return nests.parts(batch, self.sampler.batch_size, self.config.optimizer.accumulate)
+
+    def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
+        inputs, targets = batch
+        with autocast(self.config.precision, self.vector.data.device):
+            loss: Tensor = self.config.loss(self.model(inputs), targets)
+        return loss
+
+
+def _own_seed(seed: int, rank: int) -> int:
+    return (seed * 1_000_003 + rank + 1) % 2**63
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
