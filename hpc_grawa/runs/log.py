@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .reading import read_object
 from ..screen import is_terminal
+from .reading import read_object
 
 #: Seconds between plain lines where the screen is not a terminal.
 LINE_EVERY = 5.0
