@@ -213,7 +213,6 @@ def test_the_scheduler_takes_every_template(template: str, site: Site) -> None:
         ("srun", [], "cifar100", "LSGD", 8),
         ("srun", [], "imagenet", "MGRAWA", 12),
         ("mpirun", [], "cifar10", "LGRAWA", 4),
-        ("mpirun", [], "cifar100", "LSGD", 8),
         ("mpirun", [], "imagenet", "MGRAWA", 12),
     ],
 )
