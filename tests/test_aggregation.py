@@ -149,6 +149,7 @@ def test_messages_leave_in_one_order_whatever_order_gradients_come_in(on_ranks: 
         assert [e for e in events if "launch" in e] == [f"launch {number}" for number in (0, 1, 2, 6, 3, 4, 5)]
         for bucket in range(3):
             assert events.index(f"wait {bucket}") < events.index(f"launch {bucket + 3}")
+        assert events[-1] == "wait 6"
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -102,7 +102,7 @@ class Bucketed(Aggregator):
         self._armed = False
         self._steps = 0
         #: How often gradients were shared since the last step.
-        self._shares = 0
+        self._shared = 0
         self._skips = False
         #: First messages of buckets, and that of flags and place where they travel by themselves.
         self._works: list[Work] = []
@@ -173,13 +173,13 @@ class Bucketed(Aggregator):
         self._armed = True
 
     def stepped(self) -> None:
-        if not self._shares or self._fresh:
+        if not self._shared or self._fresh:
             raise RuntimeError(
                 "this step's gradients were not shared: in a loop of your own, call aggregator.zero_grad(optimizer), "
                 "aggregator.start(), loss.backward(), aggregator.finish() of run.aggregator, then optimizer.step()"
             )
         self._steps += 1
-        self._shares = 0
+        self._shared = 0
         self._skips = False
         self._kept.clear()
 
@@ -200,7 +200,7 @@ class Bucketed(Aggregator):
         # The same sums of the same bits on every rank, so all ranks decide alike.
         total = self.grad.sum(dtype=self._vector.exact_dtype)
         verdict = _Verdict(torch.stack((total, self._message[len(self._flags)]))), self._comm.size * self._place
-        self._shares += 1
+        self._shared += 1
         if self._on_nonfinite == "skip" and not _is_finite(*verdict):
             self._skips = True
             self._codec.reset()
@@ -260,7 +260,7 @@ class Bucketed(Aggregator):
     @property
     def _place(self) -> int:
         """Where this rank is: small, so that its sum over ranks is exact in fp32."""
-        return self._steps % 16 * 8 + self._shares % 8
+        return self._steps % 16 * 8 + self._shared % 8
 
     def _return_to_what_was_shared(self) -> None:
         """What was shared before in this step counts as a gradient, unless somebody has taken it away since."""

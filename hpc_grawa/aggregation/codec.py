@@ -59,7 +59,10 @@ class Codec(ABC):
 
     @abstractmethod
     def land(self, bucket: Bucket, work: Work) -> None:
-        """Make ``bucket.gradient`` what ranks step with, from what the last message brings."""
+        """Make ``bucket.gradient`` what ranks step with, from what the last message brings.
+
+        It must not be finite where a rank's gradient was not, so that all ranks see it.
+        """
 
     def reset(self) -> None:  # noqa: B027 - most keep nothing
         """Forget what was kept of gradients: one was not finite, and all ranks skip its step."""
