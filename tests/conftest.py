@@ -22,13 +22,9 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import hypothesis
@@ -58,31 +54,6 @@ class Ranks:
         self._comm.meter = Meter()
         message = pickle.dumps(body(self._comm))
         return [pickle.loads(result) for result in self._comm.gather_bytes(message)]
-
-
-def launch(ranks: int, *arguments: str, seconds: float, limit: int = 240) -> tuple[int, str]:
-    """Run `python *arguments` on so many ranks of MPI: its exit status, and what all ranks wrote."""
-    here = Path(sys.executable).with_name("mpirun")
-    mpirun = str(here) if here.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        pytest.skip("there is no mpirun")
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    crowded = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    tests = Path(__file__).parent
-    ours = {
-        "PYTHONPATH": f"{tests.parent}:{tests}",
-        "OMP_NUM_THREADS": "1",
-        "HPC_GRAWA_TEST_SECONDS": str(limit),
-    }
-    done = subprocess.run(
-        [mpirun, "-np", str(ranks), sys.executable, *arguments],
-        env={**os.environ, **as_root, **crowded, **ours},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-    )
-    return done.returncode, done.stdout
 
 
 class Job:

@@ -13,6 +13,7 @@ import numpy as np
 import own
 import pytest
 import torch
+from table import plain
 
 from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import parse
@@ -55,7 +56,7 @@ IMPOSSIBLE = {
     "stray": ("stray", "--key value"),
     "--method NoSuch": (
         "method is NoSuch",
-        "DataParallel, EASGD, GRAWA, LGRAWA, LSGD, LocalLGRAWA, LocalMGRAWA, LocalSGD, MGRAWA",
+        ", ".join(sorted(plain())),
         "import path",
     ),
     "--optimizer Adam": ("optimizer is Adam", "AdamW, SGD", "import path"),

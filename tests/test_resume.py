@@ -19,7 +19,9 @@ import own
 import pytest
 import torch
 from conftest import DEVICES
-from test_cli import LINE, environment, launch, launched, running, start
+from launcher import environment, launch, launched, start
+from table import as_words, kinds, plain
+from test_cli import LINE, running
 
 from hpc_grawa import simulate
 from hpc_grawa.averaging.probe import probe_gradient
@@ -37,21 +39,12 @@ from hpc_grawa.training.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
-    "GRAWA": "GRAWA",
-    "MGRAWA": "MGRAWA",
-    "LGRAWA": "LGRAWA",
+    **{name: " ".join(as_words(name)).removeprefix("--method=") for name in [*plain(), *kinds("levels")]},
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
-    "LocalMGRAWA": "LocalMGRAWA",
-    "LocalLGRAWA": "LocalLGRAWA",
-    "EASGD": "EASGD",
-    "LSGD": "LSGD",
-    "LSGD of groups": "LSGD --method.group_period=2 --method.ranks_per_group=2",
-    "LocalSGD": "LocalSGD",
-    "DataParallel": "DataParallel",
 }
 
 
@@ -127,7 +120,7 @@ def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LGRAWA", "LSGD of groups", "DataParallel"])
+@pytest.mark.parametrize("name", ["LGRAWA", "DataParallel", *kinds("levels")])
 def test_wherever_a_run_is_cut_off_it_equals_the_uninterrupted_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +391,7 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
     assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["0000.json", "0001.json"]
 
 
-@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", "LSGD of groups"])
+@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", *kinds("levels")])
 def test_another_world_goes_on_counting(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -632,7 +625,7 @@ def test_a_term_at_the_limit_is_the_limit_s_and_a_file_may_hold_a_signal_s_name(
     ):
         records = folder / "metrics.jsonl"
         before = records.stat().st_size if records.exists() else 0
-        job = start(*words, ranks=1, env=environment() | {"HPC_GRAWA_ENDS": f"{at or 0:.0f}"})
+        job = start(*words, ranks=1, env=environment(HPC_GRAWA_ENDS=f"{at or 0:.0f}"))
         end = time.monotonic() + 60
         while not records.exists() or records.stat().st_size < before + 200:
             assert time.monotonic() < end

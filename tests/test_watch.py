@@ -12,7 +12,8 @@ from pathlib import Path
 
 import own
 import pytest
-from test_cli import LINE, launch, launched, running, start
+from launcher import launch, launched, start
+from test_cli import LINE, running
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report.status import describe
