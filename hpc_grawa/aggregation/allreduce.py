@@ -155,8 +155,8 @@ class AllreduceAggregator(Aggregator):
     def stepped(self) -> None:
         if not self._shares or self._fresh:
             raise RuntimeError(
-                "this step's gradients were not shared: in a loop of your own, call aggregator.zero_grad(optimizer), "
-                "aggregator.start(), loss.backward(), aggregator.finish() of run.aggregator, then optimizer.step()"
+                "this step's gradients were not shared: in a loop of your own, closure = run.closure(loss), where "
+                "loss() returns the loss of the batch, and for each step optimizer.step(closure)"
             )
         self._steps += 1
         self._shares = 0

@@ -81,6 +81,7 @@ class Worker:
             control_every=config.run.control_every,
             start=config.run.start,
         )
+        self._closure = self.run.closure(self._part_loss, config.optimizer.clip_norm, config.optimizer.accumulate)
 
     def step(self) -> Tensor | None:
         """One local step, and the round if one is due; returns its loss, a 0-d tensor.
@@ -95,6 +96,7 @@ class Worker:
         if self.run.before_step():
             with self.comm.meter.loading(self.device):
                 self._batch = nests.moved(next(self._batches), self.device)
+                self._cut: list[tuple[Nest, Nest]] = []
             with self.comm.meter.span("compute", "local step"):
                 loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
             self.local_steps += 1
@@ -179,20 +181,11 @@ class Worker:
         """The share of the budget used, 1 or more at the end; the same on all ranks."""
         return self.config.budget.used(self.facts, self.total_steps)
 
-    def _closure(self) -> Tensor:
-        aggregator, parts = self.run.aggregator, self.config.optimizer.accumulate
-        aggregator.zero_grad(self.optimizer)
-        total = torch.zeros((), device=self.vector.data.device)
-        for i, part in enumerate(self._parts(self._batch)):
-            if i == parts - 1:
-                aggregator.start()
-            loss = self._loss(part) / parts
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
-        aggregator.finish()
-        if self.config.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.vector.parameters, self.config.optimizer.clip_norm)
-        return total
+    def _part_loss(self, part: tuple[int, int] = (0, 1)) -> Tensor:
+        """The loss of part (i, M) of the batch."""
+        if len(self._cut) != part[1]:
+            self._cut = self._parts(self._batch, part[1])
+        return self._loss(self._cut[part[0]])
 
     def _probe(self) -> Iterator[Tensor]:
         """The losses of the next probe batch, in the parts that a training batch is made in."""
@@ -204,12 +197,13 @@ class Worker:
         self._next_probe += 1
         with self.comm.meter.loading(self.device):
             batch = nests.moved(next(self._probes), self.device)
-        for part in self._parts(batch):
-            yield self._loss(part) / self.config.optimizer.accumulate
+        parts = self.config.optimizer.accumulate
+        for part in self._parts(batch, parts):
+            yield self._loss(part) / parts
 
-    def _parts(self, batch: tuple[Nest, Nest]) -> list[tuple[Nest, Nest]]:
+    def _parts(self, batch: tuple[Nest, Nest], count: int) -> list[tuple[Nest, Nest]]:
         """The equal parts, one after another, that the gradient of a batch is the mean of."""
-        return nests.parts(batch, self.sampler.batch_size, self.config.optimizer.accumulate)
+        return nests.parts(batch, self.sampler.batch_size, count)
 
     def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
         inputs, targets = batch
