@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import RECIPES, parse, recipes
 from hpc_grawa.optim import SGD, AdamW
 from hpc_grawa.schedules import Cosine, Step
-from hpc_grawa.training.config import CLASS_SECTIONS, GROUPS, Config
+from hpc_grawa.training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config
 
 DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")
 OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}", path))
@@ -87,6 +88,11 @@ IMPOSSIBLE = {
     "--optimizer.clip_norm 0": ("optimizer.clip_norm is 0", "positive, or null"),
     "--optimizer.accumulate 5": ("optimizer.accumulate is 5", "divide data.batch_size, which is 32"),
     "--optimizer.accumulate 0": ("optimizer.accumulate is 0", "at least 1"),
+    "--clip_norm 0": ("error: clip_norm is 0", "positive, or null"),
+    "--clip_norm .nan": ("error: clip_norm is nan", "positive, or null"),
+    "--accumulate 5": ("error: accumulate is 5", "divide data.batch_size, which is 32"),
+    "--accumulate 0": ("error: accumulate is 0", "at least 1"),
+    "--accumulate null": ("accumulate is None", "a whole number"),
     "--optimizer AdamW --optimizer.beta1 1": ("optimizer.beta1 is 1", "[0, 1)"),
     "--schedule.warmup -1": ("schedule.warmup is -1", "0 or more"),
     "--data.batch_size 719": ("data.batch_size is 719", "at most 718", "1437 examples, 2 ranks"),
@@ -286,10 +292,43 @@ def test_numbers_in_files_need_no_point(write: Callable[[str], str]) -> None:
     assert (config.optimizer, config.run.name) == (SGD(lr=1e-3, weight_decay=0.0), "2024-05-01")
 
 
+OLD = "optimizer: {class_path: SGD, init_args: {lr: 0.02, clip_norm: 2.0, accumulate: 4}}"
+
+
+@pytest.mark.parametrize("way", ["file", "command line", "files", "class in braces"])
+def test_settings_of_a_step_that_were_the_optimizers_are_understood(way: str, write: Callable[[str], str]) -> None:
+    words = {
+        "file": ["--config", write(OLD)],
+        "command line": ["--optimizer.lr=0.02", "--optimizer.clip_norm", "2", "--optimizer.init_args.accumulate=4"],
+        "files": [
+            "--config",
+            write("clip_norm: 3\naccumulate: 2"),
+            "--config",
+            write(OLD),
+            "--config=" + write("accumulate: 4"),
+        ],
+        "class in braces": ["--optimizer", "{class_path: SGD, init_args: {lr: 0.02, clip_norm: 2, accumulate: 4}}"],
+    }[way]
+    config = parse([*DIGITS, *words])
+    assert (config.clip_norm, config.accumulate) == (2.0, 4)
+    assert isinstance(config.optimizer, SGD) and config.optimizer.lr == 0.02
+    assert (config.text.count("clip_norm"), config.text.count("accumulate")) == (1, 1)
+
+
+@dataclass(kw_only=True)
+class OwnClipping(SGD):
+    clip_norm: float = 3.0
+
+
+def test_a_setting_that_an_own_optimizer_has_stays_its_own() -> None:
+    config = parse([*DIGITS, f"--optimizer={__name__}.OwnClipping", "--optimizer.clip_norm=5", "--clip_norm=7"])
+    assert (config.optimizer, config.clip_norm) == (OwnClipping(clip_norm=5.0), 7.0)
+
+
 def everything(config: Config) -> dict[str, Any]:
     parts = {
         name: getattr(config, name)
-        for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend", "device", "comm_timeout")
+        for name in (*CLASS_SECTIONS, *GROUPS, *OF_A_STEP, "precision", "backend", "device", "comm_timeout")
         if name != "model"
     }
     modules = {"model": config.build_model(), "loss": config.loss, "metric": type(config.metric)}

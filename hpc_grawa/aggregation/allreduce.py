@@ -213,7 +213,7 @@ class AllreduceAggregator(Aggregator):
         verdict, self._verdict = self._verdict, None
         if verdict is not None and not _is_finite(*verdict):
             raise NonFinite(
-                "the mean gradient of all ranks is not finite: lower the learning rate, clip (optimizer.clip_norm), or "
+                "the mean gradient of all ranks is not finite: lower the learning rate, clip (clip_norm), or "
                 "skip such steps (method.on_nonfinite: skip)"
             )
 

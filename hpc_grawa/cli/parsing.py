@@ -25,7 +25,7 @@ from ..errors import ConfigError, in_a_line
 from ..launch import Wanted
 from ..runs.reading import load_yaml
 from ..screen import as_shown
-from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
+from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config, instantiate
 from ..training.evaluate import Precision
 from .messages import must_be, one_line
 
@@ -88,6 +88,12 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
         parser.add_argument(f"--{name}", type=base, required=True, help=f"{choice}.{without}")
     for name, group in GROUPS.items():
         parser.add_class_arguments(group, name)
+    parser.add_argument(
+        "--clip_norm", type=float | None, default=None, help="Largest norm of the gradient, after sharing; null: any."
+    )
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="Equal parts the batch is computed in, to save memory."
+    )
     parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
     parser.add_argument("--backend", type=Backend, default="auto", help="How ranks communicate.")
     parser.add_argument("--device", type=Wanted, default="auto", help="Where ranks compute; auto: on GPUs if any.")
@@ -132,9 +138,11 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
                 if default is None:
                     raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
                 settings[name] = _class_section(name, default)
+        _move_to_step(settings)
+        options, called = _by_name_of_today(options, settings["optimizer"])
         parsed = parser.parse_args([f"--config={_as_yaml(settings)}", *options])
         parsed.pop("config", None)
-        config = _config(parser, parsed, settings, options)
+        config = _config(parser, parsed, settings, options, called)
     except ConfigError as error:
         parser.error(str(error), error)
     if printing:
@@ -145,7 +153,9 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
     return config
 
 
-def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str]) -> Config:
+def _config(
+    parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str], called: dict[str, str]
+) -> Config:
     model = parsed.model
     for name, section in vars(parsed).items():
         if name in CLASS_SECTIONS:
@@ -171,9 +181,10 @@ def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options
         arguments[key] = value
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
-        **{name: built[name] for name in (*GROUPS, "precision", "backend", "device", "comm_timeout")},
+        **{name: built[name] for name in (*GROUPS, *OF_A_STEP, "precision", "backend", "device", "comm_timeout")},
         model_name=_name(model.class_path),
         text=text,
+        called=called,
         _model=model,
     )
 
@@ -235,7 +246,38 @@ def _read(name: str) -> dict[str, Any]:
             settings[key] = _class_section(key, section)
         elif key in GROUPS and not isinstance(section, dict):
             raise ConfigError(f"{key} is {section} in {name}: must hold settings (key: value)")
+    _move_to_step(settings)
     return settings
+
+
+def _move_to_step(settings: dict[str, Any]) -> None:
+    """Take what belongs to the step out of the optimizer's settings, where it was, unless the optimizer knows it."""
+    given = settings.get("optimizer", {}).get("init_args") or {}
+    for name in OF_A_STEP:
+        if name in given and not _takes(settings["optimizer"], name):
+            settings[name] = given.pop(name)
+
+
+def _by_name_of_today(options: Sequence[str], optimizer: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The same for options; also returns what they called these settings."""
+    called: dict[str, str] = {}
+    words = []
+    for word in options:
+        key, given, value = word.partition("=")
+        name = key.removeprefix("--optimizer.").removeprefix("init_args.")
+        if key.startswith("--optimizer.") and name in OF_A_STEP and not _takes(optimizer, name):
+            called[name] = f"optimizer.{name}"
+            key = f"--{name}"
+        words.append(f"{key}{given}{value}")
+    return words, called
+
+
+def _takes(section: dict[str, Any], name: str) -> bool:
+    """Whether the optimizer has a setting of that name."""
+    try:
+        return name in signature(find_class("optimizer", section["class_path"])).parameters
+    except (ConfigError, TypeError, ValueError):
+        return False
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))  # here, not for all who import the package

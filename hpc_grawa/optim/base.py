@@ -19,20 +19,14 @@ class LocalOptimizer(ABC):
     Attributes:
         lr: peak learning rate; the schedule is a factor of it.
         weight_decay: on all parameters.
-        clip_norm: largest norm of the gradient, after sharing; null for none.
-        accumulate: equal parts the batch is computed in, to save memory.
     """
 
     lr: float = 0.1
     weight_decay: float = 0.0
-    clip_norm: float | None = None
-    accumulate: int = 1
 
     def __post_init__(self) -> None:
         self.require("lr", 0 <= self.lr < math.inf, "a number of 0 or more")
         self.require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of 0 or more")
-        self.require("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive, or null")
-        self.require("accumulate", self.accumulate >= 1, "at least 1 part")
 
     def require(self, name: str, condition: bool, allowed: str) -> None:
         """Raise a ``ConfigError`` that names the field unless the condition holds."""

@@ -81,7 +81,7 @@ class Worker:
             control_every=config.run.control_every,
             start=config.run.start,
         )
-        self._closure = self.run.closure(self._part_loss, config.optimizer.clip_norm, config.optimizer.accumulate)
+        self._closure = self.run.closure(self._part_loss, config.clip_norm, config.accumulate)
 
     def step(self) -> Tensor | None:
         """One local step, and the round if one is due; returns its loss, a 0-d tensor.
@@ -197,7 +197,7 @@ class Worker:
         self._next_probe += 1
         with self.comm.meter.loading(self.device):
             batch = nests.moved(next(self._probes), self.device)
-        parts = self.config.optimizer.accumulate
+        parts = self.config.accumulate
         for part in self._parts(batch, parts):
             yield self._loss(part) / parts
 
