@@ -43,6 +43,8 @@ METHODS = {
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
+    "LocalSGD, NAdam in groups, averaged": "LocalSGD --optimizer=torch.optim.NAdam --method.local_momentum=average "
+    '--optimizer.groups=[{"match":"ndim<2","lr_factor":2}]',
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
     "LocalMGRAWA": "LocalMGRAWA",

@@ -105,7 +105,7 @@ class Run:
             i, parts = part
             last, pieces = share and i == parts - 1, parts * accumulate
             if last and self._shared and type(self.aggregator) is not Aggregator:
-                raise ConfigError(ONCE)
+                raise ConfigError(f"optimizer is {type(self.optimizer).__name__}: {ONCE}")
             if i == 0:
                 self.aggregator.zero_grad(self.optimizer)
             total = torch.zeros((), device=self.vector.data.device)

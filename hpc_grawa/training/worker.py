@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import buffers, random_streams
+from .. import buffers, optim, random_streams
 from ..comm import Communicator
 from ..data import Nest, in_advance, nests
 from ..errors import ConfigError
@@ -51,26 +51,25 @@ class Worker:
         self.model = new_model(config, self.splits, comm, self.device)
         _seed_all(_own_seed(seed, comm.rank))
         self.vector = ParameterVector(self.model)
-        self.optimizer = config.optimizer.build(self.vector.parameters)
-        if is_schedule_free(self.optimizer):
-            raise ConfigError(
-                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and "
-                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
-                f"under hpc_grawa.DataParallel, call its eval() before"
-            )
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
-        #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
-        self.local_steps = 0
-        self._batches = self._in_order()
-        self._probes, self._next_probe = self._probes_from(0), 0
         self.facts = RunFacts(
-            lr=self._peaks[0],
-            peak_lr=self._peaks[0],
             warmup_steps=config.schedule.warmup,
             total_steps=self.total_steps,
             steps_per_epoch=self.sampler.steps_per_epoch,
         )
+        self.optimizer = optim.build(config.optimizer, self.vector, self.facts)
+        if is_schedule_free(self.optimizer):
+            raise ConfigError(
+                f"optimizer is {config.optimizer.label}: must not exchange the parameters by train() and "
+                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
+                f"under hpc_grawa.DataParallel, call its eval() before"
+            )
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.facts.lr = self.facts.peak_lr = self._peaks[0]
+        #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
+        self.local_steps = 0
+        self._batches = self._in_order()
+        self._probes, self._next_probe = self._probes_from(0), 0
         self.run = config.method.build(
             comm,
             self.vector,
