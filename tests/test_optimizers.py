@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from own import Plain, plain_process
 from torch import Tensor, nn, optim
 
-from hpc_grawa import ParameterVector, simulate
+from hpc_grawa import ParameterVector, cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
@@ -237,3 +238,28 @@ def test_a_local_optimizer_sees_names_parameters_and_progress() -> None:
     worker.step()
     assert seen == [worker.vector, worker.facts] and seen[1] is worker.run.facts
     assert (seen[1].total_steps, seen[1].step, seen[1].progress) == (STEPS, 1, pytest.approx(1 / STEPS))
+
+
+@pytest.mark.parametrize("words", [["--optimizer.help", "torch.optim.RAdam"], ["--optimizer=torch.optim.RAdam", "-h"]])
+def test_help_lists_the_settings_of_an_optimizer_by_import_path(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", *words])
+    printed = capsys.readouterr().out
+    for key in ("lr", "betas", "weight_decay", "groups"):
+        assert f"  --optimizer.{key} " in printed
+    assert "Tensor" not in printed and "init_args" not in printed and ("--budget.steps" in printed) == ("-h" in words)
+
+
+def test_naming_another_class_by_import_path_forgets_the_settings_of_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    settings = "{lr: 0.5, eps: 1e-3, groups: [{match: 'last.*', lr_factor: 2}]}"
+    file.write_text(f"optimizer: {{class_path: torch.optim.RAdam, init_args: {settings}}}")
+    kept = parse([*SHORT, f"--config={file}", "--optimizer=torch.optim.RAdam", "--optimizer.lr=0.25"]).optimizer
+    assert repr(kept).startswith("RAdam(lr=0.25, betas=(0.9, 0.999), eps=0.001,") and kept.groups is not None
+    for other in ("torch.optim.NAdam", "torch.optim.SGD", "SGD", "AdamW"):
+        found = parse([*SHORT, f"--config={file}", f"--optimizer={other}"]).optimizer
+        assert (found.label, found.groups) == (other.rpartition(".")[2], None) and found.lr < 0.5
+    torchs, ours = (parse([*SHORT, f"--optimizer={path}"]).optimizer for path in ("torch.optim.SGD", "SGD"))
+    assert type(ours) is SGD and type(torchs) is not SGD

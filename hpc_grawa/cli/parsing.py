@@ -68,8 +68,7 @@ class HelpFormatter(DefaultHelpFormatter):
     def _get_help_string(self, action: Action) -> str:
         if action.dest in CLASS_SECTIONS:
             return action.help or ""
-        text = str(super()._get_help_string(action))  # type: ignore[no-untyped-call, unused-ignore]
-        return re.sub(r"( \| Tensor|, known subclasses: .*)\b", "", text) if "| Tensor" in text else text
+        return str(super()._get_help_string(action))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def make_parser(
@@ -98,10 +97,8 @@ def make_parser(
         if name == "optimizer" and imported is not None:
             _add_imported(parser, imported)
             continue
-        torchs = ", of torch (torch.optim.RAdam)" if name == "optimizer" else ""
-        choice = (
-            f"{', '.join(known_classes(name))}, or the import path of a class{torchs}{' or' if torchs else ''} of yours"
-        )
+        whose = "yours, or of torch's (torch.optim.RAdam)" if name == "optimizer" else "yours"
+        choice = f"{', '.join(known_classes(name))}, or the import path of a class of {whose}"
         without = f" Default: {default.rpartition('.')[2]}." if default else ""
         parser.add_argument(f"--{name}", type=base, required=True, help=f"{choice}.{without}")
     for name, group in GROUPS.items():
@@ -206,7 +203,10 @@ def _help(parser: Parser, arguments: Sequence[str]) -> NoReturn:
             _add_imported(parser, imported)
         else:
             parser = make_parser(parser.prog, bool(parser.speaks), imported)
-        print(parser.format_help().replace("optimizer.init_args", "optimizer"), end="")
+        text = parser.format_help().replace("optimizer.init_args", "optimizer")
+        # torch's lr: float | Tensor
+        tensors = r"  --optimizer\.\w+\.help \[.*?exit\.\n|\s\|\s+Tensor\b|,\s+known\s+subclasses:[^)]*"
+        print(re.sub(tensors, "", text, flags=re.DOTALL), end="")
         raise SystemExit(0)
     parser.parse_args(list(arguments))
     raise SystemExit(0)
