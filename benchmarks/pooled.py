@@ -48,11 +48,10 @@ def speed(comm: Communicator, method: hpc_grawa.Method) -> float:
     run = method.build(comm, vector, optimizer, loss, facts=facts)
     made = 0
 
+    closure = run.closure(loss)
+
     def step() -> None:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        optimizer.step()
+        optimizer.step(closure)
 
     alone = time.perf_counter()
     for _ in range(PERIOD):

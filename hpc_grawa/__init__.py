@@ -8,12 +8,9 @@ Example:
     ...     batch = torch.ones(4, 2) * (comm.rank + 1)
     ...     loss = lambda: model(batch).square().mean()
     ...     run = hpc_grawa.LGRAWA(period=2).build(comm, hpc_grawa.ParameterVector(model), optimizer, probe=loss)
+    ...     closure = run.closure(loss)
     ...     for _ in range(4):
-    ...         optimizer.zero_grad()
-    ...         value = loss()
-    ...         value.backward()
-    ...         optimizer.step()
-    ...         run.after_step(value)
+    ...         run.after_step(optimizer.step(closure))
     ...     return run.synchronizers[0].rounds
     >>> hpc_grawa.simulate(2, train)
     [2, 2]

@@ -34,6 +34,19 @@ def reset(model: nn.Module) -> None:
             norm.reset_running_stats()
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """After the block running statistics are what they were, bit for bit; within it layers do as they always do."""
+    held = [t for m in norms(model) for t in (m.running_mean, m.running_var, m.num_batches_tracked) if t is not None]
+    before = [t.clone() for t in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for now, then in zip(held, before, strict=True):
+                now.copy_(then)
+
+
 class Recalibration:
     """Statistics over calls of all ranks: the mean of batch means, and mean(E[x²]) - mean².
 

@@ -14,6 +14,7 @@ from .comm import Communicator, connect
 from .errors import ConfigError
 from .hooks import AfterBackward
 from .methods import Method, Probe, Run
+from .methods.run import ONCE
 from .vector import ParameterVector
 
 #: What Horovod's DistributedOptimizer takes and this one does not: what to write instead.
@@ -230,10 +231,7 @@ class _Steps:
         def complete() -> Any:
             self._evaluations += 1
             if self.run.aggregator.shares and self._evaluations > 1:
-                raise RuntimeError(
-                    "an optimizer that evaluates its closure several times in a step decides by its own rank's loss, "
-                    "and ranks would part: take one that evaluates it once, or a method that averages"
-                )
+                raise RuntimeError(ONCE)
             loss = closure()
             self._complete(loss)
             return loss

@@ -8,7 +8,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -26,6 +25,7 @@ from hpc_grawa.methods.base import Probe
 from hpc_grawa.metrics import Metric
 from hpc_grawa.optim import LocalOptimizer
 from hpc_grawa.schedules import RunFacts, Schedule
+from hpc_grawa.vector import ParameterVector
 
 ALL = {
     "method": "own.Alone",
@@ -72,8 +72,8 @@ class Plain(LocalOptimizer):
     lr: float = 0.05
     note: str | None = "not null"
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        return optim.SGD(parameters, self.lr)
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        return optim.SGD(vector.parameters, self.lr)
 
 
 class Mode(Enum):
@@ -83,8 +83,8 @@ class Mode(Enum):
 class Marking(Plain):
     """Its optimizer keeps an enum, which a checkpoint could not give back."""
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        made = optim.SGD(parameters, self.lr)
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        made = optim.SGD(vector.parameters, self.lr)
         made.param_groups[0]["mode"] = Mode.FAST
         return made
 

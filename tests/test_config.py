@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.optim import SGD, AdamW
 from hpc_grawa.schedules import Cosine, Step
-from hpc_grawa.training.config import CLASS_SECTIONS, GROUPS, Config
+from hpc_grawa.training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config
 
 DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")
 OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}", path))
@@ -88,6 +89,31 @@ IMPOSSIBLE = {
     "--optimizer.clip_norm 0": ("optimizer.clip_norm is 0", "positive, or null"),
     "--optimizer.accumulate 5": ("optimizer.accumulate is 5", "divide data.batch_size, which is 32"),
     "--optimizer.accumulate 0": ("optimizer.accumulate is 0", "at least 1"),
+    "--clip_norm 0": ("error: clip_norm is 0", "positive, or null"),
+    "--clip_norm .nan": ("error: clip_norm is nan", "positive, or null"),
+    "--accumulate 5": ("error: accumulate is 5", "divide data.batch_size, which is 32"),
+    "--accumulate 0": ("error: accumulate is 0", "at least 1"),
+    "--accumulate null": ("accumulate is None", "a whole number"),
+    "--optimizer torch.optim.NoSuch": ("optimizer is torch.optim.NoSuch", "no attribute 'NoSuch'"),
+    "--optimizer torch.nn.Linear": ("optimizer is torch.nn.Linear", "LocalOptimizer or torch.optim.Optimizer"),
+    "--optimizer torch.optim.RAdam --optimizer.bates 1": (
+        "optimizer.bates is no setting",
+        "did you mean optimizer.betas",
+        "lr, betas, eps, weight_decay",
+    ),
+    "--optimizer torch.optim.RAdam --optimizer.params 1": (
+        "optimizer.params is no setting",
+        "must be one of lr, betas",
+    ),
+    "--optimizer torch.optim.RAdam --optimizer.lr much": ("optimizer.lr is much", "must be a number\n"),
+    "--optimizer torch.optim.RAdam --optimizer.lr -1": ("optimizer.lr is -1", "0 or more"),
+    "--optimizer torch.optim.RAdam --optimizer.lr null": ("optimizer.lr is None", "must be a number\n"),
+    "--optimizer torch.optim.RAdam --optimizer.betas [0,1]": ("optimizer is RAdam", "beta parameter at index 1"),
+    "--optimizer torch.optim.SparseAdam": ("optimizer is SparseAdam", "must take dense gradients"),
+    "--optimizer test_optimizers.Own": ("optimizer.lr is None", "must be a number of 0 or more"),
+    "--optimizer test_optimizers.Rateless": ("optimizer is Rateless", "must take lr"),
+    "--optimizer.groups 3": ("optimizer.groups is 3", "a list or null"),
+    "--optimizer.groups [{weight_decay:0}]": ("optimizer.groups is", "must have match"),
     "--optimizer AdamW --optimizer.beta1 1": ("optimizer.beta1 is 1", "[0, 1)"),
     "--schedule.warmup -1": ("schedule.warmup is -1", "0 or more"),
     "--data.batch_size 719": ("data.batch_size is 719", "at most 718", "1437 examples, 2 ranks"),
@@ -171,6 +197,8 @@ IMPOSSIBLE_FILES = {
     "method: 3": ("method is 3", "must be a class"),
     "method: NoSuch": ("method is NoSuch", "LGRAWA"),
     "just a sentence": ("config is", "sections (key: value)"),
+    "optimizer: {class_path: torch.optim.RAdam, init_args: {bates: 1}}": ("optimizer.bates is no setting", "betas"),
+    "optimizer: {class_path: torch.optim.RAdam, init_args: {eps: low}}": ("optimizer.eps is low", "must be a number"),
     "model: [3": ("config is", "must be YAML"),
 }
 
@@ -274,10 +302,43 @@ def test_numbers_in_files_need_no_point(write: Callable[[str], str]) -> None:
     assert (config.optimizer, config.run.name) == (SGD(lr=1e-3, weight_decay=0.0), "2024-05-01")
 
 
+OLD = "optimizer: {class_path: SGD, init_args: {lr: 0.02, clip_norm: 2.0, accumulate: 4}}"
+
+
+@pytest.mark.parametrize("way", ["file", "command line", "files", "class in braces"])
+def test_settings_of_a_step_that_were_the_optimizers_are_understood(way: str, write: Callable[[str], str]) -> None:
+    words = {
+        "file": ["--config", write(OLD)],
+        "command line": ["--optimizer.lr=0.02", "--optimizer.clip_norm", "2", "--optimizer.init_args.accumulate=4"],
+        "files": [
+            "--config",
+            write("clip_norm: 3\naccumulate: 2"),
+            "--config",
+            write(OLD),
+            "--config=" + write("accumulate: 4"),
+        ],
+        "class in braces": ["--optimizer", "{class_path: SGD, init_args: {lr: 0.02, clip_norm: 2, accumulate: 4}}"],
+    }[way]
+    config = parse([*DIGITS, *words])
+    assert (config.clip_norm, config.accumulate) == (2.0, 4)
+    assert isinstance(config.optimizer, SGD) and config.optimizer.lr == 0.02
+    assert (config.text.count("clip_norm"), config.text.count("accumulate")) == (1, 1)
+
+
+@dataclass(kw_only=True)
+class OwnClipping(SGD):
+    clip_norm: float = 3.0
+
+
+def test_a_setting_that_an_own_optimizer_has_stays_its_own() -> None:
+    config = parse([*DIGITS, f"--optimizer={__name__}.OwnClipping", "--optimizer.clip_norm=5", "--clip_norm=7"])
+    assert (config.optimizer, config.clip_norm) == (OwnClipping(clip_norm=5.0), 7.0)
+
+
 def everything(config: Config) -> dict[str, Any]:
     parts = {
         name: getattr(config, name)
-        for name in (*CLASS_SECTIONS, *GROUPS, "precision", "backend", "device", "comm_timeout")
+        for name in (*CLASS_SECTIONS, *GROUPS, *OF_A_STEP, "precision", "backend", "device", "comm_timeout")
         if name != "model"
     }
     modules = {"model": config.build_model(), "loss": config.loss, "metric": type(config.metric)}
@@ -291,6 +352,14 @@ def everything(config: Config) -> dict[str, Any]:
         (*DIGITS, "--method=MGRAWA", '--method.layers=[["features.*"], ["head.*"]]', "--method.local_momentum=reset"),
         (*DIGITS, "--schedule=Step", "--schedule.milestones=[1, 2.5]", "--schedule.unit=seconds", "--optimizer=AdamW"),
         (*DIGITS, "--model.width=4", "--model.num_classes=12", "--loss.label_smoothing=0.1", "--optimizer.clip_norm=2"),
+        (
+            *DIGITS,
+            "--optimizer=torch.optim.RAdam",
+            "--optimizer.lr=.01",
+            "--optimizer.betas=[.8, .9]",
+            '--optimizer.groups=[{match: "*.bias|ndim<2", weight_decay: 0}]',
+        ),
+        (*DIGITS, "--optimizer=test_optimizers.Own", "--optimizer.lr=1"),
         (*DIGITS, "--precision=bf16", "--backend=mpi", "--eval.every=2", "--eval.unit=steps", "--run.name=x"),
         (*DIGITS, "--device=cpu", "--comm_timeout=.inf"),
         (*OWN, "--budget.epochs=1.5", "--model.slope=.inf", "--schedule.warmup=3", "--optimizer.note=null"),

@@ -197,12 +197,10 @@ def test_sparse_gradients_are_shared_as_dense_ones(on_ranks: Ranks) -> None:
         vector = ParameterVector(model)
         optimizer = torch.optim.SGD(vector.parameters, 0.1)
         run = DataParallel().build(comm, vector, optimizer)
-        for step in range(3):
-            optimizer.zero_grad()
-            run.aggregator.start()
-            model(torch.tensor([comm.rank, step])).square().sum().backward()
-            run.aggregator.finish()
-            optimizer.step()
+        step = 0
+        closure: Any = run.closure(lambda: model(torch.tensor([comm.rank, step])).square().sum())
+        for step in range(3):  # noqa: B007
+            optimizer.step(closure)
             run.after_step()
         return vector.data.clone()
 
@@ -392,5 +390,5 @@ def test_a_step_whose_gradients_were_not_shared_is_an_error() -> None:
         run.after_step()
 
     step(shared=True)
-    with pytest.raises(RuntimeError, match=r"were not shared: .* aggregator\.start\(\)"):
+    with pytest.raises(RuntimeError, match=r"were not shared: .* run\.closure\(loss\)"):
         step(shared=False)

@@ -19,6 +19,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.optim import SGD
+from hpc_grawa.schedules import RunFacts
 from hpc_grawa.training.worker import Worker
 
 
@@ -133,13 +134,13 @@ def test_a_schedule_free_optimizer_is_refused_where_parameters_are_averaged() ->
 
 
 class ScheduleFree(SGD):
-    def build(self, parameters: Any) -> optim.Optimizer:
-        return ScheduleFreeSGD(parameters, self.lr)
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        return ScheduleFreeSGD(vector.parameters, self.lr)
 
 
 class Part(SGD):
-    def build(self, parameters: Any) -> optim.Optimizer:
-        return optim.SGD(list(parameters)[1:], self.lr)
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        return optim.SGD(vector.parameters[1:], self.lr)
 
 
 @pytest.mark.parametrize(

@@ -584,14 +584,10 @@ def test_no_allocation_of_size_p_after_the_first_round(name: str, buffers: Any, 
     inputs = torch.randn(3, 40)
     run = method.build(SingleCommunicator(), vector, optimizer, lambda: model(inputs).square().mean())
 
+    closure = run.closure(lambda: model(inputs).square().mean())
+
     def step() -> None:
-        run.aggregator.zero_grad(optimizer)
-        run.aggregator.start()
-        loss = model(inputs).square().mean()
-        loss.backward()
-        run.aggregator.finish()
-        optimizer.step()
-        run.after_step(loss.detach())
+        run.after_step(optimizer.step(closure))
 
     for _ in range(2):
         step()

@@ -43,6 +43,8 @@ METHODS = {
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
+    "LocalSGD, NAdam in groups, averaged": "LocalSGD --optimizer=torch.optim.NAdam --method.local_momentum=average "
+    '--optimizer.groups=[{"match":"ndim<2","lr_factor":2}]',
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
 }
@@ -502,6 +504,13 @@ def test_what_a_run_does_not_go_on_with(
         f"method.pull is 0.7: must be 0.5, as it was when {folder} began; give the run another name, or allow this "
         f"with --allow-change method.pull"
     )
+    file = folder / "config.yaml"
+    now = file.read_text()
+    assert now.count("\nclip_norm: null\naccumulate: 1\n") == 1
+    older = now.replace("\nclip_norm: null\naccumulate: 1\n", "\n")
+    file.write_text(older.replace("    nesterov:", "    clip_norm: 0.5\n    accumulate: 1\n    nesterov:"))
+    assert refused("--budget.steps=8").startswith("clip_norm is None: must be 0.5, as it was when ")
+    file.write_text(older.replace("    nesterov:", "    clip_norm: null\n    accumulate: 1\n    nesterov:"))
     holder = Lock(folder, "job 17_2")
     assert re.match(
         rf"run.name is a: job 17_2 on .* \(process {os.getpid()}\) is at work in {folder}, its last sign of life \d+ s",

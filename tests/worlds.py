@@ -12,7 +12,7 @@ import reference as ref
 import torch
 from torch import Tensor, nn, optim
 
-from hpc_grawa import Method, ParameterVector, Run
+from hpc_grawa import Method, ParameterVector
 from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator
 from hpc_grawa.launch import local_device
@@ -109,10 +109,18 @@ def run_method(
     run = method.build(comm, vector, sgd, probe, start="independent" if independent else "common", **build)
     for synchronizer in run.synchronizers[-1:]:  # of all ranks
         synchronizer.on_round = on_round
+    taken: tuple[Any, ...] = ()
+
+    def loss_of_part(part: tuple[int, int] = (0, 1)) -> Tensor:
+        i, count = part
+        pieces = [np.array_split(whole, count)[i] for whole in taken]
+        return loss_of(*pieces) * (len(pieces[0]) * count / len(taken[0]))  # parts may be of different length
+
+    closure = run.closure(loss_of_part, accumulate=parts)
     for step in range(steps):
         set_lr(step)
-        loss = gradient(run, sgd, loss_of, batch(comm.rank, step), parts)
-        sgd.step()
+        taken = batch(comm.rank, step)
+        loss = sgd.step(closure)
         if poison(comm.rank, step):
             vector.data[step % len(vector)] = math.nan  # one is enough
         run.after_step(loss)
@@ -123,21 +131,6 @@ def run_method(
     momenta = [t for p in vector.parameters for t in sgd.state[p].values() if t is not None]
     trace.momenta = [t.double().cpu().numpy().copy() for t in momenta]
     return trace
-
-
-def gradient(run: Run, optimizer: optim.Optimizer, loss_of: Any, batch: tuple[Any, ...], parts: int) -> Tensor:
-    """One shared gradient, as the training loop computes it: accumulated over parts, the last of which is shared."""
-    run.aggregator.zero_grad(optimizer)
-    total = torch.zeros((), device=run.vector.data.device)
-    pieces = [np.array_split(part, parts) for part in batch]
-    for i, piece in enumerate(zip(*pieces, strict=True)):
-        if i == parts - 1:
-            run.aggregator.start()
-        loss = loss_of(*piece) * (len(piece[0]) / len(batch[0]))
-        loss.backward()
-        total = total + loss.detach()
-    run.aggregator.finish()
-    return total
 
 
 def replay(method: ref.Method, world: int, steps: int, period: Any = 4, lr: Any = 0.1, **options: Any) -> ref.Replay:

@@ -175,8 +175,8 @@ class Bucketed(Aggregator):
     def stepped(self) -> None:
         if not self._shared or self._fresh:
             raise RuntimeError(
-                "this step's gradients were not shared: in a loop of your own, call aggregator.zero_grad(optimizer), "
-                "aggregator.start(), loss.backward(), aggregator.finish() of run.aggregator, then optimizer.step()"
+                "this step's gradients were not shared: in a loop of your own, closure = run.closure(loss), where "
+                "loss() returns the loss of the batch, and for each step optimizer.step(closure)"
             )
         self._steps += 1
         self._shared = 0
@@ -241,7 +241,7 @@ class Bucketed(Aggregator):
         verdict, self._verdict = self._verdict, None
         if verdict is not None and not _is_finite(*verdict):
             raise NonFinite(
-                "the mean gradient of all ranks is not finite: lower the learning rate, clip (optimizer.clip_norm), or "
+                "the mean gradient of all ranks is not finite: lower the learning rate, clip (clip_norm), or "
                 "skip such steps (method.on_nonfinite: skip)"
             )
 

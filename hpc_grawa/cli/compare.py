@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 from ..comm import Communicator
 from ..errors import ConfigError
 from ..runs.log import is_finished, new_folder
-from ..runs.reading import read_object, read_text
+from ..runs.reading import parse_settings, read_object, read_text
+from ..runs.record import flatten
 from ..screen import columns
-from ..training.config import Config
+from ..training.config import Config, renamed
 from .parsing import parse, read_settings, split_config
 
 
@@ -96,14 +96,21 @@ class Comparison:
             if run is None:
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
-            there = [*(read_text(run / "config.yaml") or "").splitlines(), f"{ranks} ranks"]
-            now = [*config.text.splitlines(), f"{world_size} ranks"]
-            if there != now:
-                old, new = next((a, b) for a, b in zip_longest(there, now, fillvalue="") if a != b)
-                raise ConfigError(
-                    f"run.name is {self.folder.name}: {run} was made with '{old.strip()}', now it is '{new.strip()}'; "
-                    f"must be another --run.name, or remove that folder"
-                )
+            texts = (read_text(run / "config.yaml") or "", ranks), (config.text, world_size)
+            there, now = (
+                renamed(flatten(parse_settings(text, str(run / "config.yaml")))) | {"ranks": size}
+                for text, size in texts
+            )
+            for key in dict.fromkeys([*now, *there]):
+                if there.get(key) != now.get(key):
+                    short = key.rpartition(".")[2]
+                    old, new = (
+                        f"{n.get(key)} ranks" if key == "ranks" else f"{short}: {n.get(key)}" for n in (there, now)
+                    )
+                    raise ConfigError(
+                        f"run.name is {self.folder.name}: {run} was made with '{old}', now it is '{new}'; must be "
+                        f"another --run.name, or remove that folder"
+                    )
 
     def train(self, comm: Communicator) -> list[Path]:
         """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""

@@ -20,6 +20,9 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
     path: list[str] = []
     owner = value = ""
     notes: list[str] = []
+    tensors = "<class 'torch.Tensor'>" in message  # torch's lr: float | Tensor
+    # The arguments of an optimizer of torch's.
+    message = message.replace("optimizer.init_args", "optimizer")
     for line in filter(None, map(str.strip, message.splitlines())):
         if found := re.fullmatch(r'Parser key "(.+)":', line):
             path.append(found[1])
@@ -33,13 +36,16 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
             return _unknown(found[2], keys) if found[1] else f"{found[2]} belongs to no option: options are --key value"
         elif found := re.fullmatch(r"the following arguments are required: (.+)", line):
             return f"{'.'.join([*path, found[1]])} is missing: {owner.rpartition('.')[2]} needs it"
+        elif tensors and re.search(r"import path|subclass of Tensor|Subclass types|^- an? (class|dict)", line):
+            continue
         elif found := re.fullmatch(r"Expected a dot import path string: (.+)", line):
             names = ", ".join(classes(path[0])) + " or " if len(path) == 1 else ""
             value = found[1]
             notes.append(f"must be {names}the import path of a class (package.module.Class)")
         elif found := re.fullmatch(r"Import path (.+) does not correspond to a subclass of (.+)", line):
             value = found[1]
-            notes.append(f"must be a class derived from {found[2]}")
+            torchs = " or torch.optim.Optimizer" if path == ["optimizer"] else ""
+            notes.append(f"must be a class derived from {found[2]}{torchs}")
         elif found := re.fullmatch(r"(?:- )?Expected an? (.+?)(?:\. Got value: (.*))?", line):
             value = found[2] or value
             notes.append(must_be(found[1]))

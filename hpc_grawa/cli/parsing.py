@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import isabstract, signature
+from itertools import pairwise
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from torch import nn
@@ -23,9 +25,11 @@ from .. import data, methods, metrics, models, optim, schedules
 from ..comm import Backend
 from ..errors import ConfigError, in_a_line
 from ..launch import Wanted
+from ..optim import LocalOptimizer
+from ..optim.imported import Imported
 from ..runs.reading import load_yaml
 from ..screen import as_shown
-from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
+from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config, instantiate
 from ..training.evaluate import Precision
 from .messages import must_be, one_line
 
@@ -53,10 +57,9 @@ class Parser(ArgumentParser):
 
     def keys(self) -> list[str]:
         """All keys outside of classes, as ``budget.seconds``, and the sections that hold a class."""
-        keys = [action.dest for action in self._actions]
-        return [
-            key for key in keys if key not in ("help", "config", *GROUPS) and not re.search(r"\.help$|^print_", key)
-        ]
+        keys = [action.dest.replace("optimizer.init_args.", "optimizer.") for action in self._actions]
+        others = r"\.(help|class_path|init_args)$|^print_"
+        return [key for key in keys if key not in ("help", "config", *GROUPS) and not re.search(others, key)]
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -68,8 +71,16 @@ class HelpFormatter(DefaultHelpFormatter):
         return str(super()._get_help_string(action))  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser:
-    """The parser of a run's configuration."""
+def make_parser(
+    program: str = "hpc-grawa train", speaks: bool = True, imported: type[torch.optim.Optimizer] | None = None
+) -> Parser:
+    """The parser of a run's configuration.
+
+    Args:
+        program: for messages.
+        speaks: whether this rank prints them.
+        imported: the class of the optimizer, where it is one of torch's kind.
+    """
     parser = Parser(
         prog=program,
         description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
@@ -83,11 +94,21 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
     parser.speaks = speaks
     parser.add_argument("--config", action="config", help=f"A YAML file or a recipe ({', '.join(recipes())}).")
     for name, (base, default) in CLASS_SECTIONS.items():
-        choice = f"{', '.join(known_classes(name))}, or the import path of a class of yours"
+        if name == "optimizer" and imported is not None:
+            _add_imported(parser, imported)
+            continue
+        whose = "yours, or of torch's (torch.optim.RAdam)" if name == "optimizer" else "yours"
+        choice = f"{', '.join(known_classes(name))}, or the import path of a class of {whose}"
         without = f" Default: {default.rpartition('.')[2]}." if default else ""
         parser.add_argument(f"--{name}", type=base, required=True, help=f"{choice}.{without}")
     for name, group in GROUPS.items():
         parser.add_class_arguments(group, name)
+    parser.add_argument(
+        "--clip_norm", type=float | None, default=None, help="Largest norm of the gradient, after sharing; null: any."
+    )
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="Equal parts the batch is computed in, to save memory."
+    )
     parser.add_argument("--precision", type=Precision, default="fp32", help="bf16 computes under autocast.")
     parser.add_argument("--backend", type=Backend, default="auto", help="How ranks communicate.")
     parser.add_argument("--device", type=Wanted, default="auto", help="Where ranks compute; auto: on GPUs if any.")
@@ -98,6 +119,27 @@ def make_parser(program: str = "hpc-grawa train", speaks: bool = True) -> Parser
         help="Longest wait for a message in seconds; then the job ends and says which ranks did not come.",
     )
     return parser
+
+
+def _add_imported(parser: Parser, found: type[torch.optim.Optimizer]) -> None:
+    """Give the optimizer's section the settings of a class of torch's kind: its arguments without the parameters."""
+    parser.add_argument("--optimizer.class_path", type=str, required=True, help="The class, an import path.")
+    parser.add_class_arguments(found, "optimizer.init_args", skip={1}, instantiate=False, fail_untyped=False)
+    parser.add_argument(
+        "--optimizer.init_args.groups",
+        type=get_type_hints(LocalOptimizer)["groups"],
+        default=None,
+        help="Parameters with settings of their own, as of LocalOptimizer.",
+    )
+
+
+def _imported(section: dict[str, Any]) -> type[torch.optim.Optimizer] | None:
+    """The class of the optimizer if it is one of torch's kind."""
+    try:
+        found = find_class("optimizer", section["class_path"])
+    except Exception:  # of a module that cannot be imported; the parser will say so
+        return None
+    return found if issubclass(found, torch.optim.Optimizer) else None
 
 
 def recipes() -> list[str]:
@@ -118,7 +160,7 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
     """
     parser = make_parser(program, speaks)
     if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
-        parser.parse_args(list(arguments))  # prints, and ends the program
+        _help(parser, arguments)  # prints, and ends the program
     try:
         files, options = split_config(arguments)
         printing = "--print_config" in options
@@ -132,9 +174,14 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
                 if default is None:
                     raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
                 settings[name] = _class_section(name, default)
+        _move_to_step(settings)
+        options, called = _by_name_of_today(options, settings["optimizer"])
+        if (imported := _imported(settings["optimizer"])) is not None:
+            parser = make_parser(program, speaks, imported)
+            options = [re.sub(r"^--optimizer\.(?!init_args\.)", "--optimizer.init_args.", word) for word in options]
         parsed = parser.parse_args([f"--config={_as_yaml(settings)}", *options])
         parsed.pop("config", None)
-        config = _config(parser, parsed, settings, options)
+        config = _config(parser, parsed, settings, options, called)
     except ConfigError as error:
         parser.error(str(error), error)
     if printing:
@@ -145,7 +192,29 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
     return config
 
 
-def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str]) -> Config:
+def _help(parser: Parser, arguments: Sequence[str]) -> NoReturn:
+    """Print what is asked for, and end the program."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    alone = "--optimizer.help" in words
+    name = dict(pairwise(words)).get("--optimizer.help" if alone else "--optimizer", "")
+    if (imported := _imported({"class_path": name})) is not None:
+        if alone:
+            parser = Parser(prog=parser.prog, usage="%(prog)s", add_help=False, formatter_class=HelpFormatter)
+            _add_imported(parser, imported)
+        else:
+            parser = make_parser(parser.prog, bool(parser.speaks), imported)
+        text = parser.format_help().replace("optimizer.init_args", "optimizer")
+        # torch's lr: float | Tensor
+        tensors = r"  --optimizer\.\w+\.help \[.*?exit\.\n|\s\|\s+Tensor\b|,\s+known\s+subclasses:[^)]*"
+        print(re.sub(tensors, "", text, flags=re.DOTALL), end="")
+        raise SystemExit(0)
+    parser.parse_args(list(arguments))
+    raise SystemExit(0)
+
+
+def _config(
+    parser: Parser, parsed: Namespace, settings: dict[str, Any], options: Sequence[str], called: dict[str, str]
+) -> Config:
     model = parsed.model
     for name, section in vars(parsed).items():
         if name in CLASS_SECTIONS:
@@ -154,7 +223,12 @@ def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options
             _refuse_nulls(name, GROUPS[name], section)
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
     rest = {key: value for key, value in vars(parsed).items() if key != "model"}
+    if (imported := _imported(parsed.optimizer)) is not None:
+        own = rest.pop("optimizer").init_args.as_dict()
     built = instantiate(Namespace(**rest))  # type: ignore[no-untyped-call]
+    if imported is not None:
+        groups = own.pop("groups", None)
+        built.optimizer = Imported(kind=imported, arguments=own, groups=groups)
     given = settings.get("model", {}).get("init_args") or {}
     arguments = model.get("init_args", {})  # a model may take none
     settled = {
@@ -171,9 +245,10 @@ def _config(parser: Parser, parsed: Namespace, settings: dict[str, Any], options
         arguments[key] = value
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
-        **{name: built[name] for name in (*GROUPS, "precision", "backend", "device", "comm_timeout")},
+        **{name: built[name] for name in (*GROUPS, *OF_A_STEP, "precision", "backend", "device", "comm_timeout")},
         model_name=_name(model.class_path),
         text=text,
+        called=called,
         _model=model,
     )
 
@@ -250,6 +325,7 @@ def _read(name: str) -> dict[str, Any]:
         raise ConfigError(f"config is {name}: must hold sections (key: value), found {type(settings).__name__}")
     settings = {key: _section(key, section, name) for key, section in settings.items()}
     settings["methods"] = _methods(settings, name)
+    _move_to_step(settings)
     return settings
 
 
@@ -279,7 +355,38 @@ def _as_sections(lines: dict[str, Any], settings: dict[str, Any]) -> dict[str, A
                 raise ConfigError(f"{name} is missing before {key} in methods: must be named in that file")
             value = {"class_path": there, "init_args": value}
         _merge(sections, {name: _section(name, value, "methods")})
+    _move_to_step(sections)
     return sections
+
+
+def _move_to_step(settings: dict[str, Any]) -> None:
+    """Take what belongs to the step out of the optimizer's settings, where it was, unless the optimizer knows it."""
+    given = settings.get("optimizer", {}).get("init_args") or {}
+    for name in OF_A_STEP:
+        if name in given and not _takes(settings["optimizer"], name):
+            settings[name] = given.pop(name)
+
+
+def _by_name_of_today(options: Sequence[str], optimizer: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The same for options; also returns what they called these settings."""
+    called: dict[str, str] = {}
+    words = []
+    for word in options:
+        key, given, value = word.partition("=")
+        name = key.removeprefix("--optimizer.").removeprefix("init_args.")
+        if key.startswith("--optimizer.") and name in OF_A_STEP and not _takes(optimizer, name):
+            called[name] = f"optimizer.{name}"
+            key = f"--{name}"
+        words.append(f"{key}{given}{value}")
+    return words, called
+
+
+def _takes(section: dict[str, Any], name: str) -> bool:
+    """Whether the optimizer has a setting of that name."""
+    try:
+        return name in signature(find_class("optimizer", section["class_path"])).parameters
+    except (ConfigError, TypeError, ValueError):
+        return False
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))  # here, not for all who import the package
@@ -350,9 +457,10 @@ def _split_classes(options: Sequence[str]) -> tuple[dict[str, dict[str, Any]], l
 
 def _import_path(section: str, name: str) -> str:
     """One import path for each class of this package and each loss of torch, whatever it was called by."""
-    known = known_classes(section)
+    known = known_classes(section).get(_name(name), name)
     root, dots, _ = name.partition(".")
-    return known.get(_name(name), name) if not dots or root in ("hpc_grawa", "torch") else name
+    same = root in ("hpc_grawa", "torch") and known.startswith(f"{root}.")
+    return known if not dots or same else name
 
 
 def _name(class_path: str) -> str:
@@ -386,7 +494,8 @@ def find_class(section: str, name: str) -> type:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{section} is {name}: {must}" + (f"; {error}" if module else "")) from None
-    if not is_class(found, base) or isabstract(found):
+    torchs = section == "optimizer" and is_class(found, torch.optim.Optimizer)
+    if not (torchs or is_class(found, base)) or isabstract(found):
         raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}, and not abstract")
     return found  # type: ignore[no-any-return]
 

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, optim
+import torch
+from torch import Tensor, nn, optim
 
 from ..aggregation import Aggregator
 from ..averaging.control import Control
 from ..averaging.probe import Probe as Probe
 from ..averaging.synchronizer import Synchronizer
+from ..batchnorm import frozen
 from ..comm import Communicator
-from ..errors import LostView
+from ..errors import ConfigError, LostView
 from ..vector import ParameterVector
+
+#: Why a closure is not evaluated twice where gradients are shared.
+ONCE = (
+    "an optimizer that evaluates its closure several times in a step decides by its own rank's loss, and ranks would "
+    "part: take one that evaluates it once, or a method that averages"
+)
+
+
+class Closure(Protocol):
+    """What an optimizer calls to get its gradient: ``closure(share=True, part=(0, 1), track=True) -> loss``."""
+
+    def __call__(self, share: bool = True, part: tuple[int, int] = (0, 1), track: bool = True) -> Tensor:
+        """Compute the gradient of a part of the batch; returns the part's share of the loss, see ``Run.closure``."""
 
 
 class Run:
@@ -43,6 +59,71 @@ class Run:
         #: Called by ``close``.
         self.on_close: list[Callable[[], None]] = []
         self._held = self._count_held()
+        self._shared = False
+
+    def closure(self, loss: Callable[..., Tensor], clip_norm: float | None = None, accumulate: int = 1) -> Closure:
+        """The way to a step's gradient, for ``optimizer.step(closure)``, or ``closure()`` before ``optimizer.step()``.
+
+        ``closure(share, part, track)`` forgets the last gradient before part 0, adds ∇loss_i / M of part i of M, and
+        returns loss_i / M, a 0-d tensor without a graph. In the backward pass that completes the last part, if it may
+        ``share``, gradients are shared where the method shares them; then they are clipped. Without ``track`` running
+        statistics of BatchNorm are afterwards what they were before.
+
+        Args:
+            loss: returns the mean loss of the batch; where it is computed in parts, ``loss((i, M))`` that of the i-th
+                of M equal parts.
+            clip_norm: largest norm of the gradient, after sharing; None for none.
+            accumulate: equal parts that the batch, or each of the parts asked for, is computed in, to save memory.
+
+        Raises:
+            ConfigError: an argument that cannot be; or, by the closure, gradients were shared in this step already.
+
+        Example:
+            >>> import hpc_grawa
+            >>> from hpc_grawa.comm.single import SingleCommunicator
+            >>> model, x = nn.Linear(2, 1, bias=False), torch.ones(1, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> vector = hpc_grawa.ParameterVector(model)
+            >>> run = hpc_grawa.DataParallel().build(SingleCommunicator(), vector, optimizer)
+            >>> closure = run.closure(lambda: model(x).mean(), clip_norm=0.5)
+            >>> loss = optimizer.step(closure)
+            >>> run.after_step(loss)
+            >>> round(float(model.weight.grad.norm()), 3)
+            0.5
+        """
+        if not callable(loss):
+            raise ConfigError(
+                f"loss is a {type(loss).__name__}: must be a function that returns the loss of the batch "
+                f"(run.closure(loss), not run.closure(loss()))"
+            )
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ConfigError(f"clip_norm is {clip_norm}: must be positive, or None")
+        if accumulate < 1:
+            raise ConfigError(f"accumulate is {accumulate}: must be at least 1 part")
+
+        def closure(share: bool = True, part: tuple[int, int] = (0, 1), track: bool = True) -> Tensor:
+            i, parts = part
+            last, pieces = share and i == parts - 1, parts * accumulate
+            if last and self._shared and type(self.aggregator) is not Aggregator:
+                raise ConfigError(f"optimizer is {type(self.optimizer).__name__}: {ONCE}")
+            if i == 0:
+                self.aggregator.zero_grad(self.optimizer)
+            total = torch.zeros((), device=self.vector.data.device)
+            with torch.enable_grad(), nullcontext() if track else frozen(self.vector.model):
+                for piece in range(i * accumulate, (i + 1) * accumulate):
+                    if last and piece == pieces - 1:
+                        self.aggregator.start()
+                    value = (loss() if pieces == 1 else loss((piece, pieces))) / pieces
+                    value.backward()  # type: ignore[no-untyped-call]
+                    total = total + value.detach()
+            if last:
+                self.aggregator.finish()
+                self._shared = True
+                if clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self.vector.parameters, clip_norm)
+            return total
+
+        return closure
 
     @property
     def pooled(self) -> bool:
@@ -76,6 +157,7 @@ class Run:
         if self._count_held() != self._held:
             self._check_held()
         self.aggregator.stepped()
+        self._shared = False
         if not self.pooled:
             self.facts.step += 1
         self.facts.lr = float(self.optimizer.param_groups[0]["lr"])

@@ -1,6 +1,6 @@
 """Local optimizers: how a rank steps."""
 
-from .base import LocalOptimizer
+from .base import LocalOptimizer, build
 from .builtin import SGD, AdamW
 
-__all__ = ["SGD", "AdamW", "LocalOptimizer"]
+__all__ = ["SGD", "AdamW", "LocalOptimizer", "build"]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from ..errors import ConfigError
+from ..schedules import RunFacts
+from ..vector import ParameterVector
+
+_COMPARE = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
 
 
 @dataclass(kw_only=True)
@@ -19,26 +26,108 @@ class LocalOptimizer(ABC):
     Attributes:
         lr: peak learning rate; the schedule is a factor of it.
         weight_decay: on all parameters.
-        clip_norm: largest norm of the gradient, after sharing; null for none.
-        accumulate: equal parts the batch is computed in, to save memory.
+        groups: parameters with settings of their own, ``[{match: "*.bias|ndim<2", lr_factor: 0.5, weight_decay: 0}]``.
+            ``match`` holds patterns of names, or ``ndim`` compared with a number of dimensions, with | between them; a
+            parameter belongs to the first group that it matches, or to none. ``lr_factor`` is of ``lr``; what else a
+            group may set is what the torch optimizer keeps for each of its ``param_groups``.
     """
 
     lr: float = 0.1
     weight_decay: float = 0.0
-    clip_norm: float | None = None
-    accumulate: int = 1
+    groups: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.require("lr", 0 <= self.lr < math.inf, "a number of 0 or more")
         self.require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of 0 or more")
-        self.require("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "positive, or null")
-        self.require("accumulate", self.accumulate >= 1, "at least 1 part")
+        for group in self.groups or []:
+            if not isinstance(group.get("match"), str):
+                raise ConfigError(f"optimizer.groups is {group}: must have match, patterns of parameters' names")
+            if not _is_number(factor := group.get("lr_factor", 1.0)) or factor < 0:
+                raise ConfigError(f"optimizer.groups.lr_factor is {factor}: must be a number of 0 or more")
+            if not _is_number(decay := group.get("weight_decay", 0.0)) or decay < 0:
+                raise ConfigError(f"optimizer.groups.weight_decay is {decay}: must be a number of 0 or more")
 
     def require(self, name: str, condition: bool, allowed: str) -> None:
         """Raise a ``ConfigError`` that names the field unless the condition holds."""
         if not condition:
             raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: must be {allowed}")
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
     @abstractmethod
-    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        """The optimizer of these parameters."""
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        """The optimizer of a model's parameters.
+
+        Args:
+            vector: the parameters; ``self.grouped(vector)`` is what a torch optimizer takes.
+            facts: of the run, as they will be at each step (``facts.progress``).
+        """
+
+    def grouped(self, vector: ParameterVector) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """The parameters as a torch optimizer takes them: those of no group first, then group by group.
+
+        Raises:
+            ConfigError: a pattern matches no parameter, or a group none that is not in one before it.
+        """
+        if not self.groups:
+            return vector.parameters
+        named = list(zip(vector.names, vector.parameters, strict=True))
+        left = dict(named)
+        made = []
+        for group in self.groups:
+            matched: set[str] = set()
+            for pattern in group["match"].split("|"):
+                found = {name for name, p in named if _matches(pattern.strip(), name, p)}
+                if not found:
+                    raise ConfigError(
+                        f"optimizer.groups.match is {group['match']}: '{pattern.strip()}' must match a parameter of "
+                        f"the model, which has {', '.join(vector.names[:4])}{', ...' if len(named) > 4 else ''}"
+                    )
+                matched |= found
+            own = [left.pop(name) for name in vector.names if name in matched and name in left]
+            if not own:
+                raise ConfigError(
+                    f"optimizer.groups.match is {group['match']}: must match a parameter that is in no group before it "
+                    f"(the first that matches wins)"
+                )
+            settings = {key: value for key, value in group.items() if key not in ("match", "lr_factor")}
+            made.append({"params": own, "lr": self.lr * group.get("lr_factor", 1.0), **settings})
+        # What is read as the run's learning rate is that of the first group.
+        return [{"params": list(left.values())}, *made] if left else made
+
+
+def build(settings: LocalOptimizer, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+    """The optimizer that the settings make, as a run can step it.
+
+    Raises:
+        ConfigError: it has no learning rate, or not the groups that it was given.
+    """
+    optimizer = settings.build(vector, facts)
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ConfigError(f"optimizer is {settings.label}: must have lr in its param_groups, which the schedule sets")
+    if settings.groups and len(optimizer.param_groups) < len(settings.groups):
+        raise ConfigError(
+            f"optimizer.groups is {settings.groups}: must be null, as {settings.label}.build does not give its "
+            f"optimizer self.grouped(vector)"
+        )
+    allowed = ["match", "lr_factor", *(key for key in optimizer.defaults if key != "lr")]
+    for group in settings.groups or []:
+        for key, value in group.items():
+            if key not in allowed:
+                raise ConfigError(f"optimizer.groups.{key} is no setting: must be one of {', '.join(allowed)}")
+            if _is_number(optimizer.defaults.get(key)) and not _is_number(value):
+                raise ConfigError(f"optimizer.groups.{key} is {value}: must be a number")
+    return optimizer
+
+
+def _matches(pattern: str, name: str, p: Tensor) -> bool:
+    if compared := re.fullmatch(r"ndim\s*(<=|>=|==|<|>)\s*(\d+)", pattern):
+        return bool(_COMPARE[compared[1]](p.dim(), int(compared[2])))
+    return fnmatchcase(name, pattern)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

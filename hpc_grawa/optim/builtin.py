@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn, optim
+from torch import optim
 
+from ..schedules import RunFacts
+from ..vector import ParameterVector
 from .base import LocalOptimizer
 
 
@@ -30,7 +31,8 @@ class SGD(LocalOptimizer):
         self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self.require("nesterov", not self.nesterov or self.momentum > 0, "false without momentum")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        parameters = self.grouped(vector)
         return optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
 
 
@@ -56,5 +58,5 @@ class AdamW(LocalOptimizer):
         self.require("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         self.require("eps", 0 < self.eps < math.inf, "positive")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        return optim.AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        return optim.AdamW(self.grouped(vector), self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)

@@ -109,13 +109,10 @@ def descend(
         optimizer = optim.SGD(model.parameters(), lr=lr)
         run = method.build(comm, vector, optimizer, probe=model, start="independent")
         own, center = vector.data.repeat(2, steps + 1, 1)
+        closure = run.closure(model)
         center[0] = _center(run)
         for step in range(1, steps + 1):
-            run.aggregator.zero_grad(optimizer)
-            run.aggregator.start()
-            loss = model()
-            loss.backward()
-            run.aggregator.finish()
+            loss = closure()
             optimizer.step()
             if not bool(vector.data.log().isfinite().all()):
                 raise ConfigError(

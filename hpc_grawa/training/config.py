@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
@@ -131,13 +131,29 @@ class Identity:
             raise ConfigError(f"run.control_every is {self.control_every}: must be at least 1 step")
 
 
+#: Settings of a step, which were the optimizer's: ``optimizer.clip_norm`` goes on being understood.
+OF_A_STEP = ("clip_norm", "accumulate")
+
+
+def renamed(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a saved configuration, each by its name of today."""
+    moved = {f"optimizer.{name}": name for name in OF_A_STEP if name not in flat}
+    return {moved.get(key, key): value for key, value in flat.items()}
+
+
 #: Sections with fixed keys.
 GROUPS: dict[str, type] = {"budget": Budget, "eval": Evaluation, "save": Saving, "log": Logging, "run": Identity}
 
 
 @dataclass
 class Config:
-    """A run's configuration, ready to use. ``build_model`` and ``text`` come from what was parsed."""
+    """A run's configuration, ready to use. ``build_model`` and ``text`` come from what was parsed.
+
+    Attributes:
+        clip_norm: largest norm of the gradient, after sharing; None for none.
+        accumulate: equal parts the batch is computed in, to save memory.
+        called: settings that the command line has given by another name than today's, and that name.
+    """
 
     method: Method
     optimizer: LocalOptimizer
@@ -150,18 +166,25 @@ class Config:
     save: Saving
     log: Logging
     run: Identity
+    clip_norm: float | None
+    accumulate: int
     precision: Precision
     backend: Backend
     device: Wanted
     comm_timeout: float
     model_name: str
     text: str
+    called: dict[str, str]
     _model: Namespace = field(repr=False)
 
     def build_model(self) -> nn.Module:
         """The model, initialised from torch's present random stream."""
         model: nn.Module = instantiate(Namespace(model=self._model)).model  # type: ignore[no-untyped-call]
         return model
+
+    def name(self, key: str) -> str:
+        """What messages call a setting: as it was given."""
+        return self.called.get(key, key)
 
     def check(self, world_size: int) -> None:
         """Find every impossible value, without communicating or loading data.
@@ -174,9 +197,13 @@ class Config:
         if not self.comm_timeout > 0:
             raise ConfigError(f"comm_timeout is {self.comm_timeout}: must be positive, .inf for no limit")
         self.data.check(world_size)
-        batch, parts = self.data.batch_size, self.optimizer.accumulate
+        batch, parts = self.data.batch_size, self.accumulate
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ConfigError(f"{self.name('clip_norm')} is {self.clip_norm:g}: must be positive, or null")
+        if parts < 1:
+            raise ConfigError(f"{self.name('accumulate')} is {parts}: must be at least 1 part")
         if batch % parts:
-            raise ConfigError(f"optimizer.accumulate is {parts}: must divide data.batch_size, which is {batch}")
+            raise ConfigError(f"{self.name('accumulate')} is {parts}: must divide data.batch_size, which is {batch}")
         size, data, method = self.data.train_size(), self.data, self.method
         if method.probe_from == "shard":
             size = shard_size(size, batch, world_size, data.split, data.fraction)

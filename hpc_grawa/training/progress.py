@@ -127,7 +127,10 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
         direct = worker.comm.carries(vector.data, "allreduce")
         by = f"{worker.comm.backend} reads its memory" if direct else "messages go by way of page-locked host memory"
         log.say(f"device     {worker.device}, {torch.cuda.get_device_name(worker.device)}; {by}")
-    log.say(f"optimizer  {config.optimizer}; {config.schedule}; {config.precision}, {torch.get_num_threads()} threads")
+    clipped = "" if config.clip_norm is None else f", clipped to norm {config.clip_norm:g}"
+    parts = "" if config.accumulate == 1 else f", in {config.accumulate} parts"
+    how = f"{config.precision}{parts}{clipped}, {torch.get_num_threads()} threads"
+    log.say(f"optimizer  {config.optimizer}; {config.schedule}; {how}")
 
 
 def farewell(summary: dict[str, Any], name: str, folder: Path | None) -> str:

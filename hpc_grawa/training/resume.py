@@ -15,7 +15,7 @@ from ..runs.lock import Lock
 from ..runs.log import is_finished, new_folder, say
 from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
-from .config import Config
+from .config import Config, renamed
 
 #: May differ when a run goes on: what says where and how fast, but not what.
 _FREE = ("run.resume", "run.dir", "comm_timeout", "data.stage", "data.workers", "data.start_method")
@@ -39,7 +39,8 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
     text = read_text(file)
     if text is None:
         return  # killed before it was written
-    then, now = (flatten(parse_settings(yaml, str(file))) for yaml in (text, configuration))
+    then, now = (renamed(flatten(parse_settings(yaml, str(file)))) for yaml in (text, configuration))
+    allowed = list(renamed(dict.fromkeys(allowed)))
     for key in dict.fromkeys([*then, *now]):
         if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*_FREE, *allowed)):
             was = then.get(key, f"left out (is {file} whole?)")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import buffers, random_streams
+from .. import buffers, optim, random_streams
 from ..comm import Communicator
 from ..data import Nest, in_advance, nests
 from ..errors import ConfigError
@@ -51,26 +51,25 @@ class Worker:
         self.model = new_model(config, self.splits, comm, self.device)
         _seed_all(_own_seed(seed, comm.rank))
         self.vector = ParameterVector(self.model)
-        self.optimizer = config.optimizer.build(self.vector.parameters)
-        if is_schedule_free(self.optimizer):
-            raise ConfigError(
-                f"optimizer is {type(config.optimizer).__name__}: must not exchange the parameters by train() and "
-                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
-                f"under hpc_grawa.DataParallel, call its eval() before"
-            )
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
-        #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
-        self.local_steps = 0
-        self._batches = self._in_order()
-        self._probes, self._next_probe = self._probes_from(0), 0
         self.facts = RunFacts(
-            lr=self._peaks[0],
-            peak_lr=self._peaks[0],
             warmup_steps=config.schedule.warmup,
             total_steps=self.total_steps,
             steps_per_epoch=self.sampler.steps_per_epoch,
         )
+        self.optimizer = optim.build(config.optimizer, self.vector, self.facts)
+        if is_schedule_free(self.optimizer):
+            raise ConfigError(
+                f"optimizer is {config.optimizer.label}: must not exchange the parameters by train() and "
+                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
+                f"under hpc_grawa.DataParallel, call its eval() before"
+            )
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.facts.lr = self.facts.peak_lr = self._peaks[0]
+        #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
+        self.local_steps = 0
+        self._batches = self._in_order()
+        self._probes, self._next_probe = self._probes_from(0), 0
         self.run = config.method.build(
             comm,
             self.vector,
@@ -81,6 +80,7 @@ class Worker:
             control_every=config.run.control_every,
             start=config.run.start,
         )
+        self._closure = self.run.closure(self._part_loss, config.clip_norm, config.accumulate)
 
     def step(self) -> Tensor | None:
         """One local step, and the round if one is due; returns its loss, a 0-d tensor.
@@ -95,6 +95,7 @@ class Worker:
         if self.run.before_step():
             with self.comm.meter.loading(self.device):
                 self._batch = nests.moved(next(self._batches), self.device)
+                self._cut: list[tuple[Nest, Nest]] = []
             with self.comm.meter.span("compute", "local step"):
                 loss = self.optimizer.step(self._closure)  # type: ignore[assignment, arg-type]
             self.local_steps += 1
@@ -179,20 +180,11 @@ class Worker:
         """The share of the budget used, 1 or more at the end; the same on all ranks."""
         return self.config.budget.used(self.facts, self.total_steps)
 
-    def _closure(self) -> Tensor:
-        aggregator, parts = self.run.aggregator, self.config.optimizer.accumulate
-        aggregator.zero_grad(self.optimizer)
-        total = torch.zeros((), device=self.vector.data.device)
-        for i, part in enumerate(self._parts(self._batch)):
-            if i == parts - 1:
-                aggregator.start()
-            loss = self._loss(part) / parts
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
-        aggregator.finish()
-        if self.config.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.vector.parameters, self.config.optimizer.clip_norm)
-        return total
+    def _part_loss(self, part: tuple[int, int] = (0, 1)) -> Tensor:
+        """The loss of part (i, M) of the batch."""
+        if len(self._cut) != part[1]:
+            self._cut = self._parts(self._batch, part[1])
+        return self._loss(self._cut[part[0]])
 
     def _probe(self) -> Iterator[Tensor]:
         """The losses of the next probe batch, in the parts that a training batch is made in."""
@@ -204,12 +196,13 @@ class Worker:
         self._next_probe += 1
         with self.comm.meter.loading(self.device):
             batch = nests.moved(next(self._probes), self.device)
-        for part in self._parts(batch):
-            yield self._loss(part) / self.config.optimizer.accumulate
+        parts = self.config.accumulate
+        for part in self._parts(batch, parts):
+            yield self._loss(part) / parts
 
-    def _parts(self, batch: tuple[Nest, Nest]) -> list[tuple[Nest, Nest]]:
+    def _parts(self, batch: tuple[Nest, Nest], count: int) -> list[tuple[Nest, Nest]]:
         """The equal parts, one after another, that the gradient of a batch is the mean of."""
-        return nests.parts(batch, self.sampler.batch_size, self.config.optimizer.accumulate)
+        return nests.parts(batch, self.sampler.batch_size, count)
 
     def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
         inputs, targets = batch

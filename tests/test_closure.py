@@ -1,0 +1,217 @@
+"""`Run.closure`: the one way to a step's gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from hpc_grawa import EASGD, LSGD, DataParallel, LocalLGRAWA, LocalSGD, Method, ParameterVector, Run, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.errors import ConfigError
+
+STEPS = 6
+METHODS: list[Method] = [DataParallel(), LocalSGD(period=2), EASGD(period=2), LSGD(period=2), LocalLGRAWA(period=2)]
+
+
+def network(norm: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6) if norm else nn.Tanh(), nn.Linear(6, 3))
+
+
+def examples(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * rank + step))
+    return x, x[:, :3].argmax(1)
+
+
+def built(comm: Communicator, method: Method, norm: bool = True) -> tuple[Run, optim.Optimizer]:
+    model = network(norm)
+    optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return method.build(comm, ParameterVector(model), optimizer), optimizer
+
+
+def loss_of(run: Run, step: Callable[[], int]) -> Callable[..., Tensor]:
+    def loss(part: tuple[int, int] = (0, 1)) -> Tensor:
+        inputs, targets = (t.chunk(part[1])[part[0]] for t in examples(run.comm.rank, step()))
+        return nn.functional.cross_entropy(run.vector.model(inputs), targets)
+
+    return loss
+
+
+def by_hand(
+    run: Run, optimizer: optim.Optimizer, loss: Callable[..., Tensor], clip: float | None, parts: int
+) -> Tensor:
+    """What the aggregator's four calls do."""
+    run.aggregator.zero_grad(optimizer)
+    total = torch.zeros(())
+    for i in range(parts):
+        if i == parts - 1:
+            run.aggregator.start()
+        value = loss((i, parts)) / parts
+        value.backward()
+        total = total + value.detach()
+    run.aggregator.finish()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(run.vector.parameters, clip)
+    optimizer.step()
+    return total
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(("clip", "parts"), [(None, 1), (0.05, 2)])
+def test_a_closure_does_what_the_four_calls_of_the_aggregator_do(
+    method: Method, clip: float | None, parts: int
+) -> None:
+    def body(comm: Communicator, way: str) -> list[Tensor]:
+        run, optimizer = built(comm, method)
+        step = 0
+        loss = loss_of(run, lambda: step)
+        closure: Any = run.closure(loss, clip, parts)
+        seen = []
+        for step in range(STEPS):  # noqa: B007
+            if way == "four calls":
+                value = by_hand(run, optimizer, loss, clip, parts)
+            elif way == "step(closure)":
+                value = optimizer.step(closure)  # type: ignore[assignment]
+            else:
+                value = closure()
+                optimizer.step()
+            run.after_step(value)
+            seen += [value, run.vector.data.clone()]
+        return [*seen, *run.vector.model.buffers()]
+
+    for world in (1, 2, 3, 4):
+        expected = simulate(world, lambda comm: body(comm, "four calls"))
+        for way in ("step(closure)", "closure()"):
+            for ours, theirs in zip(simulate(world, lambda comm, way=way: body(comm, way)), expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("asked", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parts_add_up_to_the_batch_and_only_the_last_is_shared(asked: int, accumulate: int) -> None:
+    """Each part that is asked for is computed in ``accumulate`` parts of its own."""
+
+    def body(comm: Communicator, asked: int, accumulate: int) -> tuple[Tensor, Tensor, list[int]]:
+        run, _ = built(comm, DataParallel(), norm=False)
+        closure = run.closure(loss_of(run, lambda: 0), accumulate=accumulate)
+        messages, total = [], torch.zeros(())
+        for i in range(asked):
+            total = total + closure(part=(i, asked))
+            messages.append(comm.meter.calls["gradient"])
+        return torch.cat([p.grad.flatten() for p in run.vector.parameters]), total, messages  # type: ignore[union-attr]
+
+    whole = simulate(2, lambda comm: body(comm, 1, 1))
+    for ours, theirs in zip(simulate(2, lambda comm: body(comm, asked, accumulate)), whole, strict=True):
+        torch.testing.assert_close(ours[:2], theirs[:2])
+        assert ours[2] == [0] * (asked - 1) + [1]
+
+
+def test_the_gradient_is_clipped_after_sharing_and_only_then() -> None:
+    def body(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+        run, _ = built(comm, DataParallel(), norm=False)
+        loss = loss_of(run, lambda: 0)
+        closure = run.closure(loss, clip_norm=1e-3)
+        closure(share=False)
+        own = torch.cat([p.grad.flatten() for p in run.vector.parameters])  # type: ignore[union-attr]
+        exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), run.vector.parameters)])
+        torch.testing.assert_close(own, exact)
+        assert comm.meter.calls["gradient"] == 0
+        closure(track=False)
+        return own, torch.cat([p.grad.flatten() for p in run.vector.parameters]), run.vector.data  # type: ignore[union-attr]
+
+    results = simulate(3, body)
+    mean = torch.stack([own for own, _, _ in results]).mean(0)
+    for _, clipped, _ in results:
+        torch.testing.assert_close(clipped, mean * 1e-3 / mean.norm(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=None), nn.InstanceNorm1d(6, track_running_stats=True)]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_without_track_running_statistics_stay_and_gradients_are_the_same(norm: nn.Module, training: bool) -> None:
+    model = nn.Sequential(nn.Unflatten(1, (6, 4)), copy.deepcopy(norm).train(training))
+    model[1].running_var.mul_(2)  # type: ignore[union-attr, operator]
+    model.append(nn.Flatten()).append(nn.Linear(24, 1))
+    optimizer = optim.SGD(model.parameters(), 0.1)
+    run = LocalSGD().build(SingleCommunicator(), ParameterVector(model), optimizer)
+    inputs = torch.randn(5, 24)
+    closure = run.closure(lambda: model(inputs).square().mean())
+    before = copy.deepcopy(dict(model.named_buffers()))
+    quiet = closure(track=False)
+    gradients = [p.grad.clone() for p in run.vector.parameters]  # type: ignore[union-attr]
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(quiet, closure())
+    assert all(torch.equal(p.grad, g) for p, g in zip(run.vector.parameters, gradients, strict=True))  # type: ignore[arg-type]
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert bool(changed) == training
+
+
+class TwoPasses(optim.SGD):
+    """Ascends by its own gradient, and steps with the shared one there, as SAM does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        closure(share=False)
+        parameters = self.param_groups[0]["params"]
+        there = [p.clone() for p in parameters]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            p.add_(p.grad, alpha=float(0.05 / norm))
+        loss = closure(track=False)
+        for p, before in zip(parameters, there, strict=True):
+            p.copy_(before)
+        super().step()
+        return loss
+
+
+def test_an_optimizer_of_two_passes_keeps_ranks_together_and_counts_statistics_once() -> None:
+    def body(comm: Communicator) -> tuple[Tensor, int, float]:
+        model = network()
+        optimizer = TwoPasses(model.parameters(), 0.1)
+        run = DataParallel().build(comm, ParameterVector(model), optimizer)
+        step = 0
+        closure: Any = run.closure(loss_of(run, lambda: step), accumulate=2)
+        for step in range(STEPS):  # noqa: B007
+            run.after_step(optimizer.step(closure))
+        return run.vector.data, int(model[1].num_batches_tracked), comm.meter.calls["gradient"]  # type: ignore[index]
+
+    for data, tracked, messages in (results := simulate(3, body)):
+        assert torch.equal(data, results[0][0]) and (tracked, messages) == (2 * STEPS, STEPS)
+
+
+def test_an_optimizer_that_evaluates_its_closure_again_is_refused_where_gradients_are_shared() -> None:
+    def body(comm: Communicator, method: Method) -> Tensor:
+        model = network(norm=False)
+        optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+        run = method.build(comm, ParameterVector(model), optimizer)
+        step = 0
+        closure: Any = run.closure(loss_of(run, lambda: step))
+        losses = []
+        for step in range(STEPS):  # noqa: B007
+            losses.append(optimizer.step(closure))
+            run.after_step(losses[-1])  # type: ignore[arg-type]
+        return torch.stack(losses)  # type: ignore[arg-type]
+
+    with pytest.raises(
+        ConfigError, match=r"several times in a step .* take one that evaluates it once, or a method that"
+    ):
+        simulate(2, lambda comm: body(comm, DataParallel()))
+    for losses in simulate(2, lambda comm: body(comm, LocalSGD(period=2))):
+        assert losses[-1] < losses[0]
+
+
+def test_what_a_closure_cannot_be_made_of() -> None:
+    run, _ = built(SingleCommunicator(), LocalSGD())
+    with pytest.raises(ConfigError, match=r"loss is a Tensor: must be a function"):
+        run.closure(torch.zeros(()))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="clip_norm is 0: must be positive, or None"):
+        run.closure(torch.zeros, clip_norm=0)
+    with pytest.raises(ConfigError, match="accumulate is 0: must be at least 1 part"):
+        run.closure(torch.zeros, accumulate=0)
