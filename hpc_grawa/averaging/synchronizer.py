@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, optim
 
 from ..batchnorm import reset as reset_statistics
 from ..comm import SharedCounter
-from ..errors import NonFinite
-from ..schedules import Period
+from ..errors import ConfigError, NonFinite
+from ..periods import Period
 from .averager import Averager, WeightRule, pull
 from .control import Control
 from .scores import Score
@@ -25,7 +26,7 @@ class Round:
     Attributes:
         number: counted from 1.
         step: local steps made, as ``RunFacts`` counts them.
-        period: H, the local steps of this round.
+        period: H, the local steps of this round; of all ranks on average, where only the end of the run ended it.
         lr: learning rate of its last step.
         ranks: those that took part.
         weights: of these ranks, ``[W, K]``.
@@ -67,11 +68,17 @@ class Pool:
     """
 
     def __init__(self, counter: SharedCounter, world_size: int) -> None:
-        self._counter, self._world_size, self._end = counter, world_size, 0
+        self._counter, self._world_size = counter, world_size
+        self._start: float = 0
+        self._end: float = 0
 
-    def open(self, period: float, overdrawn: int) -> None:
-        """Add W·H tickets, after ``overdrawn`` ones were drawn past the end."""
-        self._end += overdrawn + round(period) * self._world_size
+    def open(self, period: float) -> None:
+        """Have W·H tickets, whatever there were of this round; without end if H is infinite."""
+        self._end = self._start + (period if period == math.inf else round(period)) * self._world_size
+
+    def close(self, overdrawn: int) -> None:
+        """Let the next round's follow, after ``overdrawn`` ones were drawn past the end."""
+        self._start = self._end + overdrawn
 
     def draw(self) -> bool:
         """Whether there was a ticket left."""
@@ -89,7 +96,7 @@ class Synchronizer:
         averager: makes the center and pulls.
         score: what a rank says about itself.
         rule: scores ``[W, K]`` → weights ``[W, K]``.
-        period: local steps until the next round.
+        period: local steps of a round, asked at its first step.
         control: the control word, which rides on the round's allgather.
         optimizer: reset on a rank that is healed.
         prox: μ.
@@ -112,8 +119,11 @@ class Synchronizer:
         self.averager, self.score, self.rule = averager, score, rule
         self.control, self.optimizer, self.prox, self.pool = control, optimizer, prox, pool
         self._reset_momentum = reset_momentum
-        self._period = period
         self._vector = averager.vector
+        #: Asked at the first step of each round.
+        self.ask = period
+        #: H of the present round; before its first step, of the one before.
+        self.period: float = math.inf
         #: This rank's local steps since the last round.
         self.position = 0
         self.rounds = 0
@@ -122,14 +132,15 @@ class Synchronizer:
         control.columns = max(control.columns, score.size)
         self._ticket = False
         self._over = False
-        #: Steps per rank in the pool: the period, or what is left of the run.
+        #: Steps per rank in the pool, the period or what is left of the run; 0 where it is not open.
         self._pooled: float = 0
-        self._begin(overdrawn=0)
 
     def before_step(self) -> bool:
         """Whether this rank is to make a local step; if the pool is used up, run the round instead."""
         if self.pool is None or self._ticket:
             return True
+        if not self._pooled:
+            self._begin()
         self._ticket = self.pool.draw()
         if not self._ticket:
             self.round()
@@ -140,6 +151,8 @@ class Synchronizer:
         if self.pool is not None and not self._ticket:
             raise RuntimeError("under pooled rounds make a local step only if before_step() returns True")
         self._ticket = False
+        if self.pool is None and not self.position:
+            self._begin()
         self.score.observe(loss)
         self.position += 1
         if self.prox and self.averager.center is not None:
@@ -163,6 +176,8 @@ class Synchronizer:
         finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
         with self.averager.comm.meter.span("compute", "score"):
             scores = self.score.take()
+        if self.pool is not None and not self._pooled:
+            self._begin()
         period = self.position if self.pool is None else self._pooled
         table = control.exchange(period, finite, scores, self.position, leaving)
         staying = sum(not word.leaving for word in table.words)
@@ -178,7 +193,7 @@ class Synchronizer:
         except NonFinite:
             if control.decides:
                 raise
-            self._begin(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
+            self._end(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
             return
         self.averager.agree(self.rounds + 1)
         self.averager.start(x, weights, alive)
@@ -195,7 +210,7 @@ class Synchronizer:
             Round(
                 number=self.rounds,
                 step=control.facts.step,
-                period=int(period),
+                period=int(period) if period < math.inf else sum(table.made) // len(table.made),
                 lr=control.facts.lr,
                 ranks=ranks,
                 weights=weights,
@@ -204,7 +219,7 @@ class Synchronizer:
                 slowest=ranks[table.slowest],
             )
         )
-        self._begin(staying)
+        self._end(staying)
 
     def finish(self) -> None:
         """End with a round: the last one, shortened to the steps made since the one before."""
@@ -231,9 +246,11 @@ class Synchronizer:
         self.rounds, self.healed = state["rounds"], state["healed"]
         self.averager.load_state_dict(state["averager"])
         self.score.load_state_dict(state["score"])
-        if self.pool is not None:
-            self.pool.open(state["pooled"] - self._pooled, overdrawn=0)
+        if state["pooled"] and self.pool is not None:
             self._pooled = state["pooled"]
+            self.pool.open(self._pooled)
+        elif self._pooled:
+            self._begin()
 
     def restart(self, rounds: int, healed: int) -> None:
         """Begin a round anew where the facts are now, right after it was built.
@@ -244,17 +261,31 @@ class Synchronizer:
         """
         self.rounds, self.healed = rounds, healed
         self.score.begin_after(rounds)
-        if self.pool is not None:
-            self.pool.open(-self._pooled, overdrawn=0)
-        self._begin(overdrawn=0)
+        if self._pooled:
+            self._begin()
 
-    def _begin(self, overdrawn: int) -> None:
-        self.position = 0
-        self.period = self._period(self.control.facts)
+    def _begin(self) -> None:
+        """Decide how long the round is that begins, by the facts of its first step.
+
+        (Deadlock argument: step and learning rate are the same on all ranks, as every control word asserts.)
+        """
+        facts = self.control.facts
+        self.period = self.ask(facts)
+        if not self.period >= 1:
+            raise ConfigError(
+                f"method.period is {self.ask}, which gave {self.period} at step {facts.step}: must be at least 1 local "
+                f"step"
+            )
         if self.pool is not None:
-            left = self.control.facts.steps_left
+            left = facts.steps_left
             self._pooled = self.period if left is None else min(self.period, max(left, 1))
-            self.pool.open(self._pooled, overdrawn)
+            self.pool.open(self._pooled)
+
+    def _end(self, overdrawn: int) -> None:
+        self.position = 0
+        if self.pool is not None:
+            self._pooled = 0
+            self.pool.close(overdrawn)
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""

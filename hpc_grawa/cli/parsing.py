@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from torch import nn
 
-from .. import data, methods, metrics, models, optim, schedules
+from .. import data, methods, metrics, models, optim, periods, schedules
 from ..comm import Backend
 from ..errors import ConfigError, in_a_line
 from ..launch import Wanted
@@ -309,10 +309,13 @@ def _name(class_path: str) -> str:
 
 
 def known_classes(section: str) -> dict[str, str]:
-    """The classes of a section that need no import path, and their import paths."""
-    sources = (methods, optim, schedules, models, data, nn.modules.loss, metrics)
-    source = dict(zip(CLASS_SECTIONS, sources, strict=True))[section]
-    base, _ = CLASS_SECTIONS[section]
+    """The classes of a section, or of a method's ``period``, that need no import path, and their import paths."""
+    modules = (methods, optim, schedules, models, data, nn.modules.loss, metrics)
+    sources = {name: (module, base) for module, (name, (base, _)) in zip(modules, CLASS_SECTIONS.items(), strict=True)}
+    sources["period"] = periods, periods.Period
+    if section not in sources:
+        return {}
+    source, base = sources[section]
     return {
         name: f"{source.__name__.removesuffix('.modules.loss')}.{name}"
         for name, found in sorted(vars(source).items())

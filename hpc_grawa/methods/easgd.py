@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..averaging.averager import Averager, inverse, pull
 from ..averaging.scores import Equal
+from ..periods import Period
 from .base import AveragingMethod, Probe, unit_interval
 from .run import Run
 
@@ -47,7 +48,7 @@ class EASGD(AveragingMethod):
         pull: β, the center's step to the mean; each rank moves by β/W.
     """
 
-    period: int = 8
+    period: int | Period = 8
     pull: float = 0.43
 
     def __post_init__(self) -> None:

@@ -76,11 +76,11 @@ class Run:
         if self._count_held() != self._held:
             self._check_held()
         self.aggregator.stepped()
+        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
+        for synchronizer in self.synchronizers:  # a round's first step: its period is decided by the facts before it
+            synchronizer.observe(loss)
         if not self.pooled:
             self.facts.step += 1
-        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
-        for synchronizer in self.synchronizers:
-            synchronizer.observe(loss)
         for synchronizer in self.synchronizers:
             synchronizer.round_if_due()
         if not self.pooled:
