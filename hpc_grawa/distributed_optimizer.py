@@ -291,9 +291,8 @@ class _Steps:
     def _recenter(self) -> None:
         """Centers of the start are the parameters that are there now: since then a checkpoint may have been loaded."""
         for synchronizer in self.run.synchronizers:
-            center = synchronizer.averager.center
-            if center is not None and not synchronizer.rounds and not synchronizer.position:
-                center.copy_(self.run.vector.data)
+            if not synchronizer.rounds and not synchronizer.position:
+                synchronizer.averager.restart()
 
     def after(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the step."""

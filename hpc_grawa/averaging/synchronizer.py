@@ -14,8 +14,8 @@ from ..batchnorm import reset as reset_statistics
 from ..comm import SharedCounter
 from ..errors import ConfigError, NonFinite
 from ..periods import Period
-from .averager import Averager, WeightRule, pull
-from .control import Control
+from .averager import Averager, WeightRule
+from .control import Control, Table
 from .scores import Score
 
 
@@ -85,12 +85,22 @@ class Pool:
         return self._counter.add(1) <= self._end
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A round between its two halves."""
+
+    table: Table
+    weights: Tensor
+    period: float
+    staying: int
+
+
 class Synchronizer:
     """Runs rounds: scores → allgather → weights → center → pull, after each period of local steps.
 
     Between rounds each local step adds the proximity pull x ← x + (μ/H)(c - x) to the last round's center c. In
     lockstep each rank makes H steps; with a pool all ranks together make W·H, each as many as it can, and a round waits
-    for at most one step of the slowest.
+    for at most one step of the slowest. A round has two halves, ``open`` and ``close``, here one right after the other.
 
     Args:
         averager: makes the center and pulls.
@@ -132,6 +142,8 @@ class Synchronizer:
         control.columns = max(control.columns, score.size)
         self._ticket = False
         self._over = False
+        averager.keeps_center = prox > 0
+        self._opened: _Opened | None = None
         #: Steps per rank in the pool, the period or what is left of the run; 0 where it is not open.
         self._pooled: float = 0
 
@@ -155,8 +167,7 @@ class Synchronizer:
             self._begin()
         self.score.observe(loss)
         self.position += 1
-        if self.prox and self.averager.center is not None:
-            pull(self._vector.data, self.averager.center, self.prox / self.period)
+        self.averager.after_step(self.prox / self.period)
 
     def round_if_due(self) -> None:
         """Run a round if this rank has made its steps; a pool's end is seen by ``before_step``."""
@@ -164,22 +175,26 @@ class Synchronizer:
             self.round()
 
     def round(self, leaving: bool = False) -> None:
-        """Run a round now; all ranks must.
+        """Run a round now, both halves in a row; all ranks must."""
+        self.open(leaving)
+        self.close()
+
+    def open(self, leaving: bool = False) -> None:
+        """The first half: score, exchange, weights, start.
 
         Args:
             leaving: this rank makes no further steps. (Deadlock argument: a rank that has left goes on taking part in
                 rounds until every rank has, which all see in the same gather.)
         """
-        vector, x, control = self._vector, self._vector.data, self.control
+        vector, averager, control = self._vector, self.averager, self.control
         vector.check()
-        # One pass, no allocation: a sum is finite only if every term is (overflow counts as diverged).
-        finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
-        with self.averager.comm.meter.span("compute", "score"):
+        finite, intact = averager.finite, averager.intact
+        with averager.comm.meter.span("compute", "score"):
             scores = self.score.take()
         if self.pool is not None and not self._pooled:
             self._begin()
         period = self.position if self.pool is None else self._pooled
-        table = control.exchange(period, finite, scores, self.position, leaving)
+        table = control.exchange(period, float(finite) if intact else -1.0, scores, self.position, leaving)
         staying = sum(not word.leaving for word in table.words)
         self._over = not staying
         if self._over and not sum(table.made):
@@ -195,31 +210,42 @@ class Synchronizer:
                 raise
             self._end(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
             return
-        self.averager.agree(self.rounds + 1)
-        self.averager.start(x, weights, alive)
-        if not finite:
+        if any(word.finite < 0 for word in table.words):
+            averager.mend(int(alive.int().argmax()))
+        averager.agree(self.rounds + 1)
+        averager.start(averager.source, weights, alive)
+        self._opened = _Opened(table, weights, period, staying)
+
+    def close(self) -> None:
+        """The second half, if the first has sent something: finish, pull, report."""
+        if self._opened is None:
+            return
+        opened, self._opened = self._opened, None
+        averager, control, table = self.averager, self.control, opened.table
+        ranks, alive = averager.comm.ranks, table.alive
+        healed = tuple(ranks[m] for m in (~alive).nonzero().flatten().tolist())
+        here = bool(alive[averager.comm.rank])
+        if not here:
             self._forget()  # before the averages arrive, which it takes over like every rank
-        self.averager.finish(x, healed=not finite)
+        averager.finish(averager.source, healed=not here)
         if self._reset_momentum:
             self.optimizer.state.clear()
-        ranks = self.averager.comm.ranks
-        healed = tuple(ranks[m] for m in (~alive).nonzero().flatten().tolist())
         self.rounds += 1
         self.healed += len(healed)
         self.on_round(
             Round(
                 number=self.rounds,
                 step=control.facts.step,
-                period=int(period) if period < math.inf else sum(table.made) // len(table.made),
+                period=int(opened.period) if opened.period < math.inf else sum(table.made) // len(table.made),
                 lr=control.facts.lr,
                 ranks=ranks,
-                weights=weights,
+                weights=opened.weights,
                 made=table.made,
                 healed=healed,
                 slowest=ranks[table.slowest],
             )
         )
-        self._end(staying)
+        self._end(opened.staying)
 
     def finish(self) -> None:
         """End with a round: the last one, shortened to the steps made since the one before."""

@@ -23,18 +23,16 @@ class ElasticAverager(Averager):
     def __init__(self, run: Run, beta: float) -> None:
         super().__init__(run.comm, run.vector, beta / run.comm.size)
         self._beta = beta
-        self.center = run.vector.data.to(run.vector.exact_dtype, copy=True)
+        center = run.vector.data.to(run.vector.exact_dtype, copy=True)
         if not run.common_start:
-            self.center.div_(run.comm.size)
-            run.comm.allreduce(self.center, "setup").wait()
+            center.div_(run.comm.size)
+            run.comm.allreduce(center, "setup").wait()
+        self.center = self.kept["center"] = center
 
-    def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
-        assert self.center is not None
-        if not healed:
-            pull(x, self.center, self.pull)
-        self.center.lerp_(average, self._beta)
-        if healed:
-            x.copy_(self.center)
+    def _mix(self, x: Tensor, average: Tensor) -> None:
+        center = self.kept["center"]
+        pull(x, center, self.pull)
+        center.lerp_(average, self._beta)
 
 
 @dataclass(kw_only=True)

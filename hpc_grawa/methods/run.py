@@ -156,10 +156,14 @@ class Run:
         saved = [(s["rounds"], s["healed"]) for s in reversed(state["synchronizers"])]
         counts = chain(saved, repeat((0, 0)))
         for synchronizer, (rounds, healed) in zip(reversed(self.synchronizers), counts, strict=False):
-            if synchronizer.averager.center is not None:
-                synchronizer.averager.center.copy_(self.vector.data)
+            synchronizer.averager.restart()
             synchronizer.restart(rounds, healed)
         self.control.resume()
+
+    @property
+    def local(self) -> Tensor:
+        """The model ``[P]`` that this rank stands for: the parameters, unless the method trains others."""
+        return self.synchronizers[-1].averager.local if self.synchronizers else self.vector.data
 
     @property
     def center(self) -> Tensor:
