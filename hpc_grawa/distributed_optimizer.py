@@ -57,8 +57,8 @@ def DistributedOptimizer(
     through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared for
     nothing. Two optimizers for parts of one model take each an ``nn.ParameterList`` of its part as ``model``.
 
-    Under pooled rounds ``step()`` makes the rounds that are due before it returns; what ranks then do together they
-    decide by ``run.facts``.
+    Under pooled rounds ``step()`` makes the rounds that are due before it returns, and asks for the period of the next
+    with the learning rate that there is then; what ranks then do together they decide by ``run.facts``.
 
     Args:
         optimizer: steps all trainable parameters of the model, and no others.

@@ -367,6 +367,12 @@ def test_a_period_is_a_number_or_a_class(words: list[str], period: Any, tmp_path
         ),
         (["--method.period=QSR", "--method.period.alpha=x"], ("method.period.alpha is x: must be a number",)),
         (["--method.period=QSR", "--method.period.base=0"], ("method.period.base is 0: must be at least 1",)),
+        (["--method.period=null"], ("method.period is null: must be a whole number or a Period",)),
+        (
+            ["--method.period={class_path: QSR, init_args: {alpha: null}}"],
+            ("alpha is null: must be a number",),
+        ),
+        (["--method.period={alpha: 1}"], ("method.period is", "must be a whole number or a class (class_path: CLASS")),
         (["--method.period=SWAP"], ("method.period.switch is missing: SWAP needs it",)),
         (["--method.period.alpha=1"], ("method.period.alpha is", "must come with a class, --method.period")),
         (["--method=LSGD", "--method.period=QSR", "--method.group_period=2"], ("method.group_period is 2", "divide")),

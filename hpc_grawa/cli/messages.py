@@ -46,6 +46,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
             notes.append(f"must be a class derived from {found[2]}")
         elif re.fullmatch(r"Expected an instantiatable class, but (.+) is abstract", line):
             abstract = True
+            notes.append("must be a class (class_path: CLASS with init_args: {its settings})")
         elif found := re.fullmatch(r"Expected an? (.+?)(?:\. Got value: (.*))?", line):
             value, got = found[2] or value, bool(found[2])
             notes.append(must_be(found[1]))
@@ -78,6 +79,8 @@ def must_be(kind: str) -> str:
     """``must be ...`` from the name of a type."""
     if found := re.fullmatch(r"typing\.Literal\[(.+)\]", kind):
         return "must be one of " + found[1].replace("'", "")
+    if " | " in kind:
+        return " or ".join(must_be(f"<class '{part}'>") for part in kind.split(" | ")).replace(" or must be", " or")
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
     if found := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind):
         return "must be " + {"NoneType": "null", "dict": "key: value pairs", **names}.get(found[1], f"a {found[1]}")
