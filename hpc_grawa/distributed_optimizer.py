@@ -57,8 +57,8 @@ def DistributedOptimizer(
     through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared for
     nothing. Two optimizers for parts of one model take each an ``nn.ParameterList`` of its part as ``model``.
 
-    Under pooled rounds ``step()`` makes the rounds that are due before it returns; what ranks then do together they
-    decide by ``run.facts``.
+    Under pooled rounds ``step()`` makes the rounds that are due before it returns, and asks for the period of the next
+    with the learning rate that there is then; what ranks then do together they decide by ``run.facts``.
 
     Args:
         optimizer: steps all trainable parameters of the model, and no others.
@@ -287,9 +287,8 @@ class _Steps:
     def _recenter(self) -> None:
         """Centers of the start are the parameters that are there now: since then a checkpoint may have been loaded."""
         for synchronizer in self.run.synchronizers:
-            center = synchronizer.averager.center
-            if center is not None and not synchronizer.rounds and not synchronizer.position:
-                center.copy_(self.run.vector.data)
+            if not synchronizer.rounds and not synchronizer.position:
+                synchronizer.averager.restart()
 
     def after(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the step."""

@@ -1,10 +1,9 @@
-"""Learning rates and periods: functions of a few facts about the run."""
+"""Learning rates: functions of a few facts about the run."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -149,14 +148,3 @@ class Linear(Schedule):
 
     def factor(self, facts: RunFacts) -> float:
         return 1 - (1 - self.final) * facts.progress
-
-
-#: Local steps until the next round, decided when the last one is over; ``math.inf``: no further round but the last.
-Period = Callable[[RunFacts], float]
-
-
-def every(steps: int) -> Period:
-    """A round every ``steps`` local steps."""
-    if steps < 1:
-        raise ConfigError(f"method.period is {steps}: must be at least 1 local step")
-    return lambda facts: steps

@@ -54,9 +54,9 @@ except ImportError:
 
 def qsr(steps: int, lr: float) -> Any:
     """Under a constant learning rate so many steps; these themselves where periods are not classes yet."""
-    for place in (methods, schedules, hpc_grawa):
+    for place in (getattr(hpc_grawa, "periods", hpc_grawa), methods, schedules):
         if hasattr(place, "QSR"):
-            return place.QSR(2, lr * math.sqrt(steps + 0.25))
+            return place.QSR(steps, lr * math.sqrt(steps - 0.75))  # it does not grow: what is left does not shorten it
     return steps
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor, nn
 
-from hpc_grawa import ParameterVector
+from hpc_grawa import EASGD, LGRAWA, LSGD, LocalLGRAWA, LocalSGD, ParameterVector, Run
+from hpc_grawa.averaging import Equal
 from hpc_grawa.averaging.averager import Averager, argmin, inverse, pull
 from hpc_grawa.averaging.riders import LocalMomentum, RunningStatistics
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.errors import NonFinite
+from hpc_grawa.methods import AveragingMethod, Probe
+from hpc_grawa.periods import Period
 from hpc_grawa.vector import Layers
 
 RULES = {
@@ -156,17 +162,22 @@ def test_t4_a_pull_shortens_the_distance_to_the_center(x: Tensor, c: Tensor, amo
 def test_t4_both_ends_of_the_pull_are_exact(dtype: torch.dtype) -> None:
     x = torch.tensor([-0.0, 1.0, 3e38, -1e-30], dtype=dtype)
     c = torch.tensor([1.0, -0.0, -3e38, 0.1], dtype=torch.promote_types(dtype, torch.float32))
-    for amount, replace, expected in ((0.0, False, x.clone()), (1.0, False, c.to(dtype)), (0.0, True, c.to(dtype))):
+    for amount, expected in ((0.0, x.clone()), (1.0, c.to(dtype))):
         moved = x.clone()
-        pull(moved, c, amount, replace)
+        pull(moved, c, amount)
         integers = torch.int64 if dtype == torch.float64 else torch.int32 if dtype == torch.float32 else torch.int16
         assert torch.equal(moved.view(integers), expected.view(integers))  # -0 is not 0
 
 
 def test_t10_a_healed_vector_is_the_center_whatever_it_was() -> None:
-    x = torch.tensor([math.nan, math.inf, 1.0])
-    pull(x, torch.tensor([1.0, 2.0, 3.0]), 0.1, replace=True)
-    assert x.tolist() == [1, 2, 3]
+    def body(comm: Communicator) -> list[float]:
+        vector = vector_of(np.array([math.nan, math.inf, 1, 1, 1, 1]))
+        averager = Averager(comm, vector, 0.1)
+        averager.center = torch.arange(6.0, dtype=torch.float64)
+        averager.heal()
+        return vector.data.tolist()
+
+    assert simulate(1, body) == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_a_pull_of_half_precision_is_computed_in_fp32() -> None:
@@ -359,3 +370,237 @@ def test_momentum_rides_wherever_a_rank_has_it(kind: str) -> None:
                     torch.testing.assert_close(after[i][key], mean if i == 0 else mean * 2 / 3, rtol=1e-12, atol=0)
                 else:
                     assert key not in after[i]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What an averager owns.
+# ---------------------------------------------------------------------------------------------------------
+
+MEAN = torch.full((3, 1), 1 / 3, dtype=torch.float64)
+ALL = torch.ones(3, dtype=torch.bool)
+
+
+class Smoothed(Averager):
+    """Averages not the parameters y but a vector z that follows them, and stands for a third one, x."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.comm, run.vector, 0.5)
+        self.own = {name: run.vector.data.clone() for name in "zx"}
+
+    @property
+    def source(self) -> Tensor:
+        return self.own["z"]
+
+    @property
+    def local(self) -> Tensor:
+        return self.own["x"]
+
+    def after_step(self, prox: float) -> None:
+        self.source.lerp_(self.vector.data, 0.25)
+
+    def _mix(self, x: Tensor, average: Tensor) -> None:
+        super()._mix(x, average)
+        self.local.copy_(x)
+
+
+class Heavy(Averager):
+    """Moves a center that all ranks keep with momentum; they become the center."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.comm, run.vector, 1.0)
+        self.center = self.kept["center"] = run.vector.data.clone()
+        self.kept["u"] = torch.zeros_like(self.center)
+
+    def _mix(self, x: Tensor, average: Tensor) -> None:
+        center, u = self.kept["center"], self.kept["u"]
+        u.mul_(0.5).add_(center - average)
+        center.sub_(u)
+        pull(x, center, self.pull)
+
+
+@dataclass(kw_only=True)
+class Own(AveragingMethod):
+    kind: Any = Smoothed
+    period: int | Period = 2
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        self._synchronize(run, self.kind(run), Equal(), inverse)
+
+
+def own_run(comm: Communicator, method: AveragingMethod) -> Run:
+    vector = vector_of(np.arange(6.0))
+    return method.build(comm, vector, torch.optim.SGD(vector.parameters, 0.1, momentum=0.9))
+
+
+def steps(run: Run, count: int, poison: Callable[[int], None] = lambda step: None) -> list[tuple[int, ...]]:
+    """Each rank goes its own way; who was healed in each round."""
+    healed: list[tuple[int, ...]] = []
+    run.synchronizers[-1].on_round = lambda r: healed.append(r.healed)
+    for step in range(count):
+        for i, p in enumerate(run.vector.parameters):
+            p.grad = torch.full_like(p, math.sin(1.0 + i + step + run.comm.rank))
+        run.optimizer.step()
+        poison(step)
+        run.after_step()
+    return healed
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_center_lasts_until_the_next_one_is_there(keeps: bool) -> None:
+    """At the price of a second message, the two of which take turns."""
+
+    def body(comm: Communicator) -> set[int]:
+        vector = vector_of(np.full(6, float(comm.rank)))
+        averager = Averager(comm, vector, 0.0)
+        averager.keeps_center = keeps
+        where = set()
+        for n in range(1, 5):
+            center = averager.center
+            vector.data.fill_(n * comm.rank)
+            averager.start(vector.data, MEAN, ALL)
+            if center is not None and keeps:
+                assert (center == n - 1).all() and averager.center is center
+            averager.finish(vector.data)
+            assert averager.center is not None
+            torch.testing.assert_close(averager.center, torch.full_like(vector.data, n))
+            where.add(averager.center.data_ptr())
+        return where
+
+    assert [len(where) for where in simulate(3, body)] == [2 if keeps else 1] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "messages"),
+    [(LGRAWA(prox=0.1), 2), (LGRAWA(prox=0.0), 1), (LocalSGD(), 1), (EASGD(), 1), (LSGD(prox=0.1), 2)],
+    ids=["LGRAWA", "LGRAWA without proximity", "LocalSGD", "EASGD", "LSGD"],
+)
+def test_a_second_message_is_there_only_for_a_center_that_is_pulled_to(method: AveragingMethod, messages: int) -> None:
+    def body(comm: Communicator) -> int:
+        vector = vector_of(np.arange(6.0))
+        optimizer = torch.optim.SGD(vector.parameters, 0.1)
+        run = replace(method, period=1).build(comm, vector, optimizer, lambda: vector.parameters[0].sum())
+        for _ in range(4):
+            run.after_step(torch.zeros(()))
+        return len(run.synchronizers[0].averager._messages)
+
+    assert simulate(2, body) == [messages] * 2
+
+
+def test_a_round_in_two_halves_is_the_round() -> None:
+    """Between them steps may be made, which are pulled to the center that there was."""
+
+    def body(comm: Communicator) -> list[Tensor]:
+        found = []
+        for halves in (False, True):
+            run = own_run(comm, LocalLGRAWA(period=10, pull=0.5, prox=0.3))
+            (synchronizer,) = run.synchronizers
+            for _ in range(3):
+                steps(run, 2)
+                if halves:
+                    synchronizer.open()
+                    before = None if synchronizer.averager.center is None else synchronizer.averager.center.clone()
+                    if before is not None:
+                        x = run.vector.data.clone()
+                        synchronizer.averager.after_step(0.5)
+                        torch.testing.assert_close(run.vector.data, (x + before) / 2)
+                        run.vector.data.copy_(x)
+                    synchronizer.close()
+                    synchronizer.close()  # what is closed has no second half
+                else:
+                    synchronizer.round()
+            found.append(run.vector.data.clone())
+        return found
+
+    for whole, halves in simulate(3, body):
+        assert torch.equal(whole, halves)
+
+
+@pytest.mark.parametrize("spoilt", ["source", "local", "parameters"])
+def test_a_rank_is_healed_whichever_of_its_vectors_is_not_finite(spoilt: str) -> None:
+    def body(comm: Communicator) -> list[tuple[int, ...]]:
+        run = own_run(comm, Own())
+        averager = run.synchronizers[0].averager
+
+        def poison(step: int) -> None:
+            if step == 3 and comm.rank == 1:
+                {"source": averager.source, "local": averager.local, "parameters": run.vector.data}[spoilt][2] = (
+                    math.nan
+                )
+
+        healed = steps(run, 4, poison)
+        assert run.local is averager.local and averager.finite
+        if comm.rank == 1:
+            for x in (run.vector.data, averager.source, averager.local):
+                assert torch.equal(x, run.center)
+        return healed + steps(run, 2)
+
+    assert simulate(3, body) == [[(), (1,), ()]] * 3
+
+
+@pytest.mark.parametrize("method", [EASGD(period=2), Own(kind=Heavy)], ids=["EASGD", "a center with momentum"])
+@pytest.mark.parametrize("strange", [0, 2])
+def test_what_all_ranks_keep_is_sent_to_one_that_has_lost_it(method: AveragingMethod, strange: int) -> None:
+    def body(comm: Communicator) -> tuple[list[tuple[int, ...]], list[list[float]], int]:
+        run = own_run(comm, method)
+        averager = run.synchronizers[0].averager
+
+        def poison(step: int) -> None:
+            if step == 3 and comm.rank == strange:
+                for t in averager.kept.values():
+                    t[1] = math.nan
+
+        healed = steps(run, 8, poison)
+        assert averager.intact and averager.finite and run.local is run.vector.data
+        return healed, [t.tolist() for t in averager.kept.values()], comm.meter.calls["center"]
+
+    results = simulate(3, body)
+    assert results == results[:1] * 3
+    healed, kept, calls = results[0]
+    assert healed == [(), (strange,), (), ()] and calls == 4 + len(kept)
+
+
+def test_a_state_is_taken_over_in_place_and_a_restart_forgets_it() -> None:
+    def body(comm: Communicator) -> None:
+        run, other = (own_run(comm, Own(kind=Heavy)) for _ in range(2))
+        steps(run, 4)
+        state = copy.deepcopy(run.state_dict())
+        assert set(state["synchronizers"][0]["averager"]) == {"center", "riding", "u"}
+        averager = other.synchronizers[0].averager
+        held = averager.center
+        assert held is not None
+        other.load_state_dict(state)
+        assert averager.center is held and torch.equal(held, run.center)
+        assert torch.equal(averager.kept["u"], run.synchronizers[0].averager.kept["u"])
+        other.vector.data.copy_(run.vector.data)
+        for _ in range(2):
+            steps(run, 2)
+            steps(other, 2)
+        other.vector.data.fill_(2.0)
+        averager.restart()
+        assert averager.center is held and (held == 2).all() and not averager.kept["u"].any()
+
+    simulate(3, body)
+
+
+def test_vectors_of_a_rank_are_saved_and_begin_at_its_parameters() -> None:
+    def body(comm: Communicator) -> None:
+        run, other = (own_run(comm, Own()) for _ in range(2))
+        steps(run, 3)
+        states = copy.deepcopy((run.vector.data, run.state_dict(), run.optimizer.state_dict()))
+        other.vector.data.copy_(states[0])
+        other.load_state_dict(states[1])
+        other.optimizer.load_state_dict(states[2])
+        (one,), (two,) = ([s.averager for s in r.synchronizers] for r in (run, other))
+        for count in (0, 3):
+            for r in (run, other):
+                for step in range(count):
+                    for p in r.vector.parameters:
+                        p.grad = torch.full_like(p, math.sin(1.0 + step + comm.rank))
+                    r.optimizer.step()
+                    r.after_step()
+            assert torch.equal(one.source, two.source) and torch.equal(one.local, two.local)
+            assert not torch.equal(one.source, run.vector.data)
+        other.start_from(run.state_dict())
+        assert all(torch.equal(x, other.vector.data) for x in (two.source, two.local))
+
+    simulate(3, body)

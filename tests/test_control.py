@@ -14,6 +14,7 @@ from torch import nn
 from hpc_grawa import LGRAWA, DataParallel, LocalSGD, Method, ParameterVector, Run
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import RanksDisagree
+from hpc_grawa.periods import Constant
 
 
 def build(comm: Communicator, model: nn.Module, method: Method, lr: float = 0.1, **more: Any) -> Run:
@@ -129,11 +130,11 @@ def unequal_lr(run: Run) -> None:
 
 
 def unequal_period(run: Run) -> None:
-    run.synchronizers[0].period = 7  # the other ranks' word of control_every = 5 meets its round
+    run.synchronizers[0].ask = Constant(7)  # the other ranks' word of control_every = 5 meets its round
 
 
 def longer_period(run: Run) -> None:
-    run.synchronizers[0].period = 1000
+    run.synchronizers[0].ask = Constant(1000)
 
 
 def unequal_step(run: Run) -> None:

@@ -169,7 +169,7 @@ def test_the_mean_of_all_ranks_and_how_far_they_are_from_it(world: int) -> None:
         model = nn.Linear(5, 1).double()
         vector = ParameterVector(model)
         vector.data.copy_(torch.from_numpy(starts[comm.rank]))
-        return uniform_mean(comm, vector)
+        return uniform_mean(comm, vector.data)
 
     mean = starts.mean(0)
     distance = np.sqrt(((starts - mean) ** 2).sum(1).mean())

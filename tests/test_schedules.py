@@ -1,4 +1,4 @@
-"""Learning rates and periods, against their closed forms."""
+"""Learning rates, against their closed forms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.schedules import Constant, Cosine, Linear, RunFacts, Schedule, Step, every
+from hpc_grawa.schedules import Constant, Cosine, Linear, RunFacts, Schedule, Step
 
 TOTAL = 40
 SHARES = [step / TOTAL for step in range(TOTAL)]
@@ -98,9 +98,3 @@ def test_epochs_need_their_length() -> None:
 def test_impossible_values_are_named(make: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
-
-
-def test_a_constant_period() -> None:
-    assert [every(5)(RunFacts(step=t, lr=1 / (t + 1))) for t in range(20)] == [5] * 20
-    with pytest.raises(ConfigError, match=r"method\.period is 0: must be at least 1"):
-        every(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,8 +91,9 @@ def _finite(scores: Tensor) -> Tensor:
 class Averager:
     """Makes the center c = Σ_m β_m ⊙ x_m by one message and pulls every rank to it: x_m ← x_m + λ(c - x_m).
 
-    It averages whatever 1-D vector it is given. ``start`` sends, ``finish`` receives and pulls; a blocking round is
-    the two in a row. Where all weight is one rank's, its vector is broadcast instead of summed.
+    It averages whatever 1-D vector ``source`` is. ``start`` sends, ``finish`` receives and pulls; a blocking round is
+    the two in a row. Where all weight is one rank's, its vector is broadcast instead of summed. Another kind overrides
+    ``_mix``; what it has besides parameters and center is ``own`` or ``kept``, and may be its ``source`` or ``local``.
 
     Args:
         comm: the ranks that average.
@@ -104,11 +106,65 @@ class Averager:
         self.comm, self.vector, self.pull, self.layers = comm, vector, pull, layers
         #: What travels in the same message.
         self.riders: list[Rider] = []
-        #: The center ``[P]`` of the last round; None before the first. It is overwritten by the next ``start``.
+        #: The center ``[P]`` of the last round; None before the first.
         self.center: Tensor | None = None
+        #: Whether ``center`` stays what it is from ``start`` to ``finish``, which takes memory for a second message.
+        self.keeps_center = True
+        #: Vectors ``[P]`` of this rank beside its parameters, by name; they begin at these, and heal with them.
+        self.own: dict[str, Tensor] = {}
+        #: What lasts over rounds and is the same on all ranks, by name; a rank that has NaN there is given it anew.
+        self.kept: dict[str, Tensor] = {}
         self._number = comm.numbers("center").start
-        self._message: Tensor | None = None
+        #: The one under way or landed last, and the one before.
+        self._messages: list[_Message] = []
         self._work: Work | None = None
+
+    @property
+    def source(self) -> Tensor:
+        """This rank's vector ``[P]`` that is averaged."""
+        return self.vector.data
+
+    @property
+    def local(self) -> Tensor:
+        """The model ``[P]`` that this rank stands for."""
+        return self.vector.data
+
+    @property
+    def finite(self) -> bool:
+        """Whether this rank's vectors are."""
+        return all(map(self._is_finite, (self.vector.data, *self.own.values())))
+
+    @property
+    def intact(self) -> bool:
+        """Whether what is ``kept`` is finite here."""
+        return all(map(self._is_finite, self.kept.values()))
+
+    def _is_finite(self, x: Tensor) -> bool:
+        # One pass, no allocation: a sum is finite only if every term is (overflow counts as diverged).
+        return bool(x.sum(dtype=self.vector.exact_dtype).isfinite())
+
+    def mend(self, root: int) -> None:
+        """Give all ranks what is ``kept`` on rank ``root``; all ranks must."""
+        for t in self.kept.values():
+            self.comm.broadcast(t, root, "center", self._number).wait()
+
+    def heal(self) -> None:
+        """Make this rank's vectors, which were not finite, the center."""
+        assert self.center is not None
+        for x in (self.vector.data, *self.own.values()):
+            x.copy_(self.center)
+
+    def restart(self) -> None:
+        """Begin anew where the parameters are, the same on all ranks: so are vectors and center, all else kept is 0."""
+        for t in self.kept.values():
+            t.zero_()
+        for x in (*self.own.values(), *([] if self.center is None else [self.center])):
+            x.copy_(self.vector.data)
+
+    def after_step(self, prox: float) -> None:
+        """See a local step: x ← x + prox · (center - x)."""
+        if prox and self.center is not None:
+            pull(self.vector.data, self.center, prox)
 
     def agree(self, number: int) -> None:
         """Decide before round ``number``, counted from 1, what rides in its message; all ranks must.
@@ -136,31 +192,27 @@ class Averager:
         with self.comm.meter.span("pack", "center"):
             message, leader = self._pack(x, weights, alive)
         if leader is None:
-            self._work = self.comm.allreduce(message, "center", self._number)
+            self._work = self.comm.allreduce(message.flat, "center", self._number)
         else:
-            self._work = self.comm.broadcast(message, leader, "center", self._number)
+            self._work = self.comm.broadcast(message.flat, leader, "center", self._number)
 
-    def _pack(self, x: Tensor, weights: Tensor, alive: Tensor) -> tuple[Tensor, int | None]:
+    def _pack(self, x: Tensor, weights: Tensor, alive: Tensor) -> tuple[_Message, int | None]:
         """This rank's message, and the rank whose message the sum is, if it is one rank's alone."""
         rank, size = self.comm.rank, len(self.vector)
         own = weights[rank].tolist()
         packed = [[t.detach() for t in rider.pack()] for rider in self.riders]
-        lengths = [t.numel() for tensors in packed for t in tensors]
-        if self._message is None or len(self._message) != size + sum(lengths):
-            self._message = torch.empty(size + sum(lengths), dtype=self.vector.exact_dtype, device=x.device)
-            parts = iter(torch.split(self._message[size:], lengths) if lengths else ())
-            self._seats = [[next(parts).view(t.shape) for t in tensors] for tensors in packed]
+        message = self._free_message([[t.shape for t in tensors] for tensors in packed])
         shares = [rider.shares(weights, alive) for rider in self.riders]
         table = torch.column_stack((weights, *shares))
         leader = ((table == 1).all(1) & (table.count_nonzero(0) == 1).all()).nonzero().flatten().tolist()
         if leader and leader[0] != rank:
-            return self._message, leader[0]
-        share = self._message[:size]
+            return message, leader[0]
+        share = message.flat[:size]
         if any(own):
             self.vector.scale(x, own, self.layers, out=share)
         else:
             share.zero_()  # not 0·x: that is NaN where x is
-        for tensors, seats, amount in zip(packed, self._seats, (float(s[rank]) for s in shares), strict=True):
+        for tensors, seats, amount in zip(packed, message.seats, (float(s[rank]) for s in shares), strict=True):
             if not tensors:
                 continue
             if amount:
@@ -168,39 +220,70 @@ class Averager:
                 torch._foreach_mul_(seats, amount)
             else:
                 torch._foreach_zero_(seats)
-        return self._message, leader[0] if leader else None
+        return message, leader[0] if leader else None
+
+    def _free_message(self, riding: list[list[torch.Size]]) -> _Message:
+        """Room for the next message, which is where the center is only if that need not be kept."""
+        size = len(self.vector) + sum(shape.numel() for shapes in riding for shape in shapes)
+        last = self._messages[0] if self._messages else None
+        taken = last is not None and self.center is not None and last.flat.data_ptr() == self.center.data_ptr()
+        spare = self._messages[int(taken and self.keeps_center) :]
+        found = next((message for message in spare if len(message.flat) == size), None)
+        if found is None:
+            flat = torch.empty(size, dtype=self.vector.exact_dtype, device=self.vector.data.device)
+            parts = iter(torch.split(flat[len(self.vector) :], [s.numel() for shapes in riding for s in shapes]))
+            found = _Message(flat, [[next(parts).view(shape) for shape in shapes] for shapes in riding])
+        self._messages = [found, *([last] if last is not None and last is not found and taken else [])]
+        return found
 
     def finish(self, x: Tensor, healed: bool = False) -> None:
-        """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's ``x`` becomes the center."""
+        """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's vectors become the center."""
         assert self._work is not None, "finish() without start()"
         message = self._work.wait()
         self._work = None
-        for rider, seats in zip(self.riders, self._seats, strict=True):
+        for rider, seats in zip(self.riders, self._messages[0].seats, strict=True):
             rider.unpack(seats)
-        self._mix(x, message[: len(self.vector)], healed)
+        self._mix(x, message[: len(self.vector)])
+        if healed:
+            self.heal()
 
     def state_dict(self) -> dict[str, Any]:
         """What it keeps between rounds."""
-        return {"center": self.center, "riding": [name for rider in self.riders for name in rider.riding]}
+        riding = [name for rider in self.riders for name in rider.riding]
+        return {"center": self.center, "riding": riding, **self.own, **self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, from whatever device."""
+        """Take over what ``state_dict`` gave, from whatever device, in place: others may hold the center."""
         center = state["center"]
-        self.center = None if center is None else center.to(self.vector.data.device, copy=True)
+        if center is None or self.center is None:
+            self.center = None if center is None else center.to(self.vector.data.device, copy=True)
+        else:
+            self.center.copy_(center)
+        for name, t in {**self.own, **self.kept}.items():
+            t.copy_(state[name])
         for rider in self.riders:
             rider.take_on(state["riding"])
 
-    def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
+    def _mix(self, x: Tensor, average: Tensor) -> None:
+        """Move center and ``x`` ``[P]``, given the weighted average ``[P]``, which lasts until ``start``."""
         self.center = average
-        pull(x, average, self.pull, replace=healed)
+        pull(x, average, self.pull)
 
 
-def pull(x: Tensor, target: Tensor, amount: float, replace: bool = False) -> None:
-    """Move x in place: x ← x + amount · (target - x); with ``replace`` x ← target, whatever x was.
+@dataclass
+class _Message:
+    """What travels: ``flat`` holds the share of the center, then the riders' tensors, of which ``seats`` are views."""
+
+    flat: Tensor
+    seats: list[list[Tensor]]
+
+
+def pull(x: Tensor, target: Tensor, amount: float) -> None:
+    """Move x in place: x ← x + amount · (target - x).
 
     Exact at both ends: amount 0 leaves x bit for bit, amount 1 makes it the target.
     """
-    if replace or amount == 1:
+    if amount == 1:
         x.copy_(target)
     elif amount == 0:
         return

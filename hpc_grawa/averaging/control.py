@@ -29,7 +29,7 @@ class ControlWord:
         lr: learning rate of the last step.
         period: local steps of this round.
         step: local steps made, the same on all ranks.
-        finite: whether all parameters of this rank are finite.
+        finite: 1 if this rank is finite, 0 if not, -1 if what all ranks hold alike is not, and has to be sent to it.
         made: local steps that this rank made in this round.
         busy: seconds that it computed in it.
         leaving: whether this rank makes no further steps.
@@ -61,7 +61,7 @@ class Table:
 
     @property
     def alive(self) -> Tensor:
-        """``[W]``: whether each rank's parameters are finite."""
+        """``[W]``: whether each rank is finite."""
         return torch.tensor([word.finite == 1 for word in self.words])
 
     @property
@@ -120,12 +120,12 @@ class Control:
         self._busy_since = 0.0
         self._pending: Work | None = None
 
-    def exchange(self, period: float, finite: bool, scores: Tensor, made: int = 0, leaving: bool = False) -> Table:
+    def exchange(self, period: float, finite: float, scores: Tensor, made: int = 0, leaving: bool = False) -> Table:
         """One small allgather of control words and scores; waits.
 
         Args:
             period: local steps of this round, the same on all ranks.
-            finite: whether this rank's parameters are finite.
+            finite: as of ``ControlWord``.
             scores: ``[K]``, float64.
             made: local steps of this rank.
             leaving: whether this rank makes no further steps.
@@ -172,7 +172,7 @@ class Control:
             self._pending = None
 
     def _send(
-        self, period: float, finite: bool, scores: Tensor, made: int = 0, busy: float = 0.0, leaving: bool = False
+        self, period: float, finite: float, scores: Tensor, made: int = 0, busy: float = 0.0, leaving: bool = False
     ) -> Work:
         facts = self.facts
         self._last_sent = facts.step

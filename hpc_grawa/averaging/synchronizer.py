@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,10 @@ from torch import Tensor, optim
 
 from ..batchnorm import reset as reset_statistics
 from ..comm import SharedCounter
-from ..errors import NonFinite
-from ..schedules import Period
-from .averager import Averager, WeightRule, pull
-from .control import Control
+from ..errors import ConfigError, NonFinite
+from ..periods import Period
+from .averager import Averager, WeightRule
+from .control import Control, Table
 from .scores import Score
 
 
@@ -25,7 +26,7 @@ class Round:
     Attributes:
         number: counted from 1.
         step: local steps made, as ``RunFacts`` counts them.
-        period: H, the local steps of this round.
+        period: H, the local steps of this round; of all ranks on average, where only the end of the run ended it.
         lr: learning rate of its last step.
         ranks: those that took part.
         weights: of these ranks, ``[W, K]``.
@@ -67,15 +68,31 @@ class Pool:
     """
 
     def __init__(self, counter: SharedCounter, world_size: int) -> None:
-        self._counter, self._world_size, self._end = counter, world_size, 0
+        self._counter, self._world_size = counter, world_size
+        self._start: float = 0
+        self._end: float = 0
 
-    def open(self, period: float, overdrawn: int) -> None:
-        """Add W·H tickets, after ``overdrawn`` ones were drawn past the end."""
-        self._end += overdrawn + round(period) * self._world_size
+    def open(self, period: float) -> None:
+        """Have W·H tickets, whatever there were of this round; without end if H is infinite."""
+        self._end = self._start + (period if period == math.inf else round(period)) * self._world_size
+
+    def close(self, overdrawn: int) -> None:
+        """Let the next round's follow, after ``overdrawn`` ones were drawn past the end."""
+        self._start = self._end + overdrawn
 
     def draw(self) -> bool:
         """Whether there was a ticket left."""
         return self._counter.add(1) <= self._end
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A round between its two halves."""
+
+    table: Table
+    weights: Tensor
+    period: float
+    staying: int
 
 
 class Synchronizer:
@@ -83,13 +100,13 @@ class Synchronizer:
 
     Between rounds each local step adds the proximity pull x ← x + (μ/H)(c - x) to the last round's center c. In
     lockstep each rank makes H steps; with a pool all ranks together make W·H, each as many as it can, and a round waits
-    for at most one step of the slowest.
+    for at most one step of the slowest. A round has two halves, ``open`` and ``close``, here one right after the other.
 
     Args:
         averager: makes the center and pulls.
         score: what a rank says about itself.
         rule: scores ``[W, K]`` → weights ``[W, K]``.
-        period: local steps until the next round.
+        period: local steps of a round, asked at its first step.
         control: the control word, which rides on the round's allgather.
         optimizer: reset on a rank that is healed.
         prox: μ.
@@ -112,8 +129,11 @@ class Synchronizer:
         self.averager, self.score, self.rule = averager, score, rule
         self.control, self.optimizer, self.prox, self.pool = control, optimizer, prox, pool
         self._reset_momentum = reset_momentum
-        self._period = period
         self._vector = averager.vector
+        #: Asked at the first step of each round.
+        self.ask = period
+        #: H of the present round; before its first step, of the one before.
+        self.period: float = math.inf
         #: This rank's local steps since the last round.
         self.position = 0
         self.rounds = 0
@@ -122,14 +142,17 @@ class Synchronizer:
         control.columns = max(control.columns, score.size)
         self._ticket = False
         self._over = False
-        #: Steps per rank in the pool: the period, or what is left of the run.
+        averager.keeps_center = prox > 0
+        self._opened: _Opened | None = None
+        #: Steps per rank in the pool, the period or what is left of the run; 0 where it is not open.
         self._pooled: float = 0
-        self._begin(overdrawn=0)
 
     def before_step(self) -> bool:
         """Whether this rank is to make a local step; if the pool is used up, run the round instead."""
         if self.pool is None or self._ticket:
             return True
+        if not self._pooled:
+            self._begin()
         self._ticket = self.pool.draw()
         if not self._ticket:
             self.round()
@@ -140,10 +163,11 @@ class Synchronizer:
         if self.pool is not None and not self._ticket:
             raise RuntimeError("under pooled rounds make a local step only if before_step() returns True")
         self._ticket = False
+        if self.pool is None and not self.position:
+            self._begin()
         self.score.observe(loss)
         self.position += 1
-        if self.prox and self.averager.center is not None:
-            pull(self._vector.data, self.averager.center, self.prox / self.period)
+        self.averager.after_step(self.prox / self.period)
 
     def round_if_due(self) -> None:
         """Run a round if this rank has made its steps; a pool's end is seen by ``before_step``."""
@@ -151,20 +175,26 @@ class Synchronizer:
             self.round()
 
     def round(self, leaving: bool = False) -> None:
-        """Run a round now; all ranks must.
+        """Run a round now, both halves in a row; all ranks must."""
+        self.open(leaving)
+        self.close()
+
+    def open(self, leaving: bool = False) -> None:
+        """The first half: score, exchange, weights, start.
 
         Args:
             leaving: this rank makes no further steps. (Deadlock argument: a rank that has left goes on taking part in
                 rounds until every rank has, which all see in the same gather.)
         """
-        vector, x, control = self._vector, self._vector.data, self.control
+        vector, averager, control = self._vector, self.averager, self.control
         vector.check()
-        # One pass, no allocation: a sum is finite only if every term is (overflow counts as diverged).
-        finite = bool(x.sum(dtype=vector.exact_dtype).isfinite())
-        with self.averager.comm.meter.span("compute", "score"):
+        finite, intact = averager.finite, averager.intact
+        with averager.comm.meter.span("compute", "score"):
             scores = self.score.take()
+        if self.pool is not None and not self._pooled:
+            self._begin()
         period = self.position if self.pool is None else self._pooled
-        table = control.exchange(period, finite, scores, self.position, leaving)
+        table = control.exchange(period, float(finite) if intact else -1.0, scores, self.position, leaving)
         staying = sum(not word.leaving for word in table.words)
         self._over = not staying
         if self._over and not sum(table.made):
@@ -178,33 +208,44 @@ class Synchronizer:
         except NonFinite:
             if control.decides:
                 raise
-            self._begin(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
+            self._end(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
             return
-        self.averager.agree(self.rounds + 1)
-        self.averager.start(x, weights, alive)
-        if not finite:
+        if any(word.finite < 0 for word in table.words):
+            averager.mend(int(alive.int().argmax()))
+        averager.agree(self.rounds + 1)
+        averager.start(averager.source, weights, alive)
+        self._opened = _Opened(table, weights, period, staying)
+
+    def close(self) -> None:
+        """The second half, if the first has sent something: finish, pull, report."""
+        if self._opened is None:
+            return
+        opened, self._opened = self._opened, None
+        averager, control, table = self.averager, self.control, opened.table
+        ranks, alive = averager.comm.ranks, table.alive
+        healed = tuple(ranks[m] for m in (~alive).nonzero().flatten().tolist())
+        here = bool(alive[averager.comm.rank])
+        if not here:
             self._forget()  # before the averages arrive, which it takes over like every rank
-        self.averager.finish(x, healed=not finite)
+        averager.finish(averager.source, healed=not here)
         if self._reset_momentum:
             self.optimizer.state.clear()
-        ranks = self.averager.comm.ranks
-        healed = tuple(ranks[m] for m in (~alive).nonzero().flatten().tolist())
         self.rounds += 1
         self.healed += len(healed)
         self.on_round(
             Round(
                 number=self.rounds,
                 step=control.facts.step,
-                period=int(period),
+                period=int(opened.period) if opened.period < math.inf else sum(table.made) // len(table.made),
                 lr=control.facts.lr,
                 ranks=ranks,
-                weights=weights,
+                weights=opened.weights,
                 made=table.made,
                 healed=healed,
                 slowest=ranks[table.slowest],
             )
         )
-        self._begin(staying)
+        self._end(opened.staying)
 
     def finish(self) -> None:
         """End with a round: the last one, shortened to the steps made since the one before."""
@@ -231,9 +272,11 @@ class Synchronizer:
         self.rounds, self.healed = state["rounds"], state["healed"]
         self.averager.load_state_dict(state["averager"])
         self.score.load_state_dict(state["score"])
-        if self.pool is not None:
-            self.pool.open(state["pooled"] - self._pooled, overdrawn=0)
+        if state["pooled"] and self.pool is not None:
             self._pooled = state["pooled"]
+            self.pool.open(self._pooled)
+        elif self._pooled:
+            self._begin()
 
     def restart(self, rounds: int, healed: int) -> None:
         """Begin a round anew where the facts are now, right after it was built.
@@ -244,17 +287,31 @@ class Synchronizer:
         """
         self.rounds, self.healed = rounds, healed
         self.score.begin_after(rounds)
-        if self.pool is not None:
-            self.pool.open(-self._pooled, overdrawn=0)
-        self._begin(overdrawn=0)
+        if self._pooled:
+            self._begin()
 
-    def _begin(self, overdrawn: int) -> None:
-        self.position = 0
-        self.period = self._period(self.control.facts)
+    def _begin(self) -> None:
+        """Decide how long the round is that begins, by the facts of its first step.
+
+        (Deadlock argument: step and learning rate are the same on all ranks, as every control word asserts.)
+        """
+        facts = self.control.facts
+        self.period = self.ask(facts)
+        if not self.period >= 1:
+            raise ConfigError(
+                f"method.period is {self.ask}, which gave {self.period} at step {facts.step}: must be at least 1 local "
+                f"step"
+            )
         if self.pool is not None:
-            left = self.control.facts.steps_left
+            left = facts.steps_left
             self._pooled = self.period if left is None else min(self.period, max(left, 1))
-            self.pool.open(self._pooled, overdrawn)
+            self.pool.open(self._pooled)
+
+    def _end(self, overdrawn: int) -> None:
+        self.position = 0
+        if self.pool is not None:
+            self._pooled = 0
+            self.pool.close(overdrawn)
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""

@@ -15,44 +15,54 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
     Args:
         message: of jsonargparse.
         keys: all dotted keys outside of classes (``budget.seconds``), and the sections that hold a class (``method``).
-        classes: says which classes of a section need no import path.
+        classes: says which classes of a key need no import path.
     """
     path: list[str] = []
     owner = value = ""
+    got = abstract = False
     notes: list[str] = []
     tensors = "<class 'torch.Tensor'>" in message  # torch's lr: float | Tensor
     # The arguments of an optimizer of torch's.
     message = message.replace("optimizer.init_args", "optimizer")
-    for line in filter(None, map(str.strip, message.splitlines())):
+    for line in filter(None, (line.strip().removeprefix("- ") for line in message.splitlines())):
         if found := re.fullmatch(r'Parser key "(.+)":', line):
             path.append(found[1])
         elif found := re.fullmatch(r"Problem with given class_path '(.+)':", line):
             owner = value = found[1]
+            notes.clear()  # of a key that a class was given to, what else it may be
         elif found := re.fullmatch(r"Option '(.+)' is not accepted", line):
-            return _unknown(".".join([*path, found[1]]), [f"{path[0]}.{k}" for k in _fields(owner)] if path else keys)
+            fields = [".".join([*path, key]) for key in _fields(owner)]
+            return _unknown(".".join([*path, found[1]]), fields if path else keys)
         elif found := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", line):
             return _unknown(f"{found[1]}.{found[2]}", keys)
         elif found := re.match(r"unrecognized arguments: (--)?([^\s=]+)", line):
             return _unknown(found[2], keys) if found[1] else f"{found[2]} belongs to no option: options are --key value"
         elif found := re.fullmatch(r"the following arguments are required: (.+)", line):
             return f"{'.'.join([*path, found[1]])} is missing: {owner.rpartition('.')[2]} needs it"
-        elif tensors and re.search(r"import path|subclass of Tensor|Subclass types|^- an? (class|dict)", line):
+        elif tensors and re.search(r"import path|subclass of Tensor|Subclass types|^an? (class|dict)", line):
             continue
-        elif found := re.fullmatch(r"Expected a dot import path string: (.+)", line):
-            names = ", ".join(classes(path[0])) + " or " if len(path) == 1 else ""
+        elif found := re.fullmatch(r"(?:Expected a dot import path string|Unexpected import path format): (.+)", line):
+            names = "".join(f"{name}, " for name in classes(path[-1])).removesuffix(", ")
+            names = f"{names} or " if names else ""
             value = found[1]
             notes.append(f"must be {names}the import path of a class (package.module.Class)")
-        elif found := re.fullmatch(r"Import path (.+) does not correspond to a subclass of (.+)", line):
-            value = found[1]
+        elif found := re.fullmatch(r"Import path(?: (.+))? does not correspond to a subclass of (.+)", line):
+            value = found[1] or value
             torchs = " or torch.optim.Optimizer" if path == ["optimizer"] else ""
             notes.append(f"must be a class derived from {found[2]}{torchs}")
-        elif found := re.fullmatch(r"(?:- )?Expected an? (.+?)(?:\. Got value: (.*))?", line):
-            value = found[2] or value
+        elif re.fullmatch(r"Expected an instantiatable class, but (.+) is abstract", line):
+            abstract = True
+            notes.append("must be a class (class_path: CLASS with init_args: {its settings})")
+        elif found := re.fullmatch(r"Expected an? (.+?)(?:\. Got value: (.*))?", line):
+            value, got = found[2] or value, bool(found[2])
             notes.append(must_be(found[1]))
+        elif abstract and (found := re.fullmatch(r"Given value: NestedArg\(key='(.+)', val=(.*)\)", line)):
+            key = ".".join(path)
+            return f"{key}.{found[1]} is {found[2]}: must come with a class, --{key} {' or '.join(classes(path[-1]))}"
         elif found := re.fullmatch(r"Given value: (.*)", line):
-            value = found[1]
+            value = value if got else found[1]
         elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
-            notes.append(re.sub("^(- )?(Type .* expects a function or a callable class: )?", "", line))
+            notes.append(re.sub("^(Type .* expects a function or a callable class: )?", "", line))
     text = " or ".join(dict.fromkeys(notes)).replace(" or must be", " or")
     if (path, value) == (["precision"], "fp16"):
         text += " (fp16 needs loss scaling: each rank's scale would be another and enter the weights)"
@@ -63,7 +73,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
 
 def _unknown(key: str, keys: Sequence[str]) -> str:
     """A key that does not exist: the one that was meant, and its neighbours."""
-    section = key.partition(".")[0] + "."
+    section = (key.rpartition(".")[0] or key) + "."
     near = difflib.get_close_matches(key, keys, 1)
     neighbours = [k.removeprefix(section) for k in keys if k.startswith(section)]
     allowed = neighbours or list(dict.fromkeys(k.partition(".")[0] for k in keys))
@@ -75,6 +85,8 @@ def must_be(kind: str) -> str:
     """``must be ...`` from the name of a type."""
     if found := re.fullmatch(r"typing\.Literal\[(.+)\]", kind):
         return "must be one of " + found[1].replace("'", "")
+    if " | " in kind:
+        return " or ".join(must_be(f"<class '{part}'>") for part in kind.split(" | ")).replace(" or must be", " or")
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
     if found := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind):
         return "must be " + {"NoneType": "null", "dict": "key: value pairs", **names}.get(found[1], f"a {found[1]}")

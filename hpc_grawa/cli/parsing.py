@@ -21,12 +21,13 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from torch import nn
 
-from .. import data, methods, metrics, models, optim, schedules
+from .. import data, methods, metrics, models, optim, periods, schedules
 from ..comm import Backend
 from ..errors import ConfigError, in_a_line
 from ..launch import Wanted
 from ..optim import LocalOptimizer
 from ..optim.imported import Imported
+from ..periods import Period
 from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config, instantiate
@@ -261,11 +262,13 @@ def _refuse_nulls(section: str, found: Any, settings: Any) -> None:
         parameters = signature(found).parameters
     except (NameError, TypeError, ValueError):  # annotations that only a type checker can read, classes written in C
         return
-    for key, value in dict(settings).items():
+    for key, value in dict(vars(settings) if isinstance(settings, Namespace) else settings).items():
         if value is None and key in types and key in parameters and parameters[key].default is not None:
             wanted = types[key]
             if wanted not in (Any, object) and type(None) not in get_args(wanted):
                 raise ConfigError(f"{section}.{key} is null: {must_be(str(wanted))}")
+        elif key == "period" and isinstance(value, Namespace):
+            _refuse_nulls(f"{section}.{key}", find_class(key, value.class_path), value.get("init_args", {}))
 
 
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -468,10 +471,12 @@ def _name(class_path: str) -> str:
 
 
 def known_classes(section: str) -> dict[str, str]:
-    """The classes of a section that need no import path, and their import paths."""
-    sources = (methods, optim, schedules, models, data, nn.modules.loss, metrics)
-    source = dict(zip(CLASS_SECTIONS, sources, strict=True))[section]
-    base, _ = CLASS_SECTIONS[section]
+    """The classes of a section, or of a method's ``period``, that need no import path, and their import paths."""
+    if section not in (*CLASS_SECTIONS, "period"):
+        return {}
+    sources = (methods, optim, schedules, models, data, nn.modules.loss, metrics, periods)
+    source = dict(zip((*CLASS_SECTIONS, "period"), sources, strict=True))[section]
+    base = _base(section)
     return {
         name: f"{source.__name__.removesuffix('.modules.loss')}.{name}"
         for name, found in sorted(vars(source).items())
@@ -480,13 +485,17 @@ def known_classes(section: str) -> dict[str, str]:
     }
 
 
+def _base(section: str) -> type:
+    return Period if section == "period" else CLASS_SECTIONS[section][0]
+
+
 def find_class(section: str, name: str) -> type:
     """The class of a section that ``name`` or import path means.
 
     Raises:
         ConfigError: there is none, it cannot be imported, or it is no class of that section.
     """
-    base, _ = CLASS_SECTIONS[section]
+    base = _base(section)
     module, _, attribute = _import_path(section, name).rpartition(".")
     known = ", ".join(known_classes(section))
     must = f"must be {known} or the import path of a class (package.module.Class)"

@@ -24,7 +24,8 @@ from ..batchnorm import norms
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
 from ..errors import ConfigError
-from ..schedules import RunFacts, every
+from ..periods import Constant, Period
+from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .run import Run
 
@@ -146,7 +147,8 @@ class AveragingMethod(Method):
     """A method that averages parameters now and then.
 
     Attributes:
-        period: local steps between rounds, τ.
+        period: local steps between rounds, τ: a number, or a class of ``hpc_grawa.periods`` (``Constant``, ``QSR``,
+            ``Sqrt``, ``PostLocal``, ``SWAP``) or of one's own, that is asked at each round's first step.
         local_momentum: the optimizer's state at a round: ``keep``, ``reset`` or ``average`` (it rides in the message).
         buffers: BatchNorm statistics of evaluated models: ``recalibrate`` on training batches, ``average`` (they ride
             in the message), or as they are on one rank (``local``). Other buffers of ``state_dict`` belong to the
@@ -159,13 +161,16 @@ class AveragingMethod(Method):
             so that a round waits for at most one step of the slowest rank.
     """
 
-    period: int = 32
+    period: int | Period = 32
     local_momentum: Literal["keep", "reset", "average"] = "keep"
     buffers: Literal["recalibrate", "average", "local"] = "recalibrate"
     rounds: Literal["lockstep", "pooled"] = "lockstep"
 
     def __post_init__(self) -> None:
-        self._require("period", self.period >= 1, "at least 1 local step")
+        if isinstance(self.period, Period):
+            self.period.check()
+        else:
+            self._require("period", self.period >= 1, "at least 1 local step")
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
@@ -197,10 +202,16 @@ class AveragingMethod(Method):
 
     def _synchronize(self, run: Run, averager: Averager, score: Score, rule: WeightRule, prox: float = 0.0) -> None:
         averager.riders = self._riders(run)
+        period = self.period if isinstance(self.period, Period) else Constant(self.period)
+        if period.shares(run.facts):
+            raise ConfigError(
+                f"method.period is {period}: must not share gradients before its switch, which {type(self).__name__} "
+                f"cannot yet; give another, or switch: 0"
+            )
         reset = self.local_momentum == "reset"
         pool = Pool(run.comm.counter(), run.comm.size) if self.rounds == "pooled" else None
         run.synchronizers.append(
-            Synchronizer(averager, score, rule, every(self.period), run.control, run.optimizer, prox, reset, pool)
+            Synchronizer(averager, score, rule, period, run.control, run.optimizer, prox, reset, pool)
         )
 
 

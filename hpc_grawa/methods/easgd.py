@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..averaging.averager import Averager, inverse, pull
 from ..averaging.scores import Equal
+from ..periods import Period
 from .base import AveragingMethod, Probe, unit_interval
 from .run import Run
 
@@ -22,18 +23,16 @@ class ElasticAverager(Averager):
     def __init__(self, run: Run, beta: float) -> None:
         super().__init__(run.comm, run.vector, beta / run.comm.size)
         self._beta = beta
-        self.center = run.vector.data.to(run.vector.exact_dtype, copy=True)
+        center = run.vector.data.to(run.vector.exact_dtype, copy=True)
         if not run.common_start:
-            self.center.div_(run.comm.size)
-            run.comm.allreduce(self.center, "setup").wait()
+            center.div_(run.comm.size)
+            run.comm.allreduce(center, "setup").wait()
+        self.center = self.kept["center"] = center
 
-    def _mix(self, x: Tensor, average: Tensor, healed: bool) -> None:
-        assert self.center is not None
-        if not healed:
-            pull(x, self.center, self.pull)
-        self.center.lerp_(average, self._beta)
-        if healed:
-            x.copy_(self.center)
+    def _mix(self, x: Tensor, average: Tensor) -> None:
+        center = self.kept["center"]
+        pull(x, center, self.pull)
+        center.lerp_(average, self._beta)
 
 
 @dataclass(kw_only=True)
@@ -47,7 +46,7 @@ class EASGD(AveragingMethod):
         pull: β, the center's step to the mean; each rank moves by β/W.
     """
 
-    period: int = 8
+    period: int | Period = 8
     pull: float = 0.43
 
     def __post_init__(self) -> None:

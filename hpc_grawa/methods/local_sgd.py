@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
+from ..periods import Period
 from .base import AveragingMethod, Probe
 from .run import Run
 
@@ -21,7 +22,7 @@ class LocalSGD(AveragingMethod):
         period: local steps between rounds, H.
     """
 
-    period: int = 8
+    period: int | Period = 8
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
         self._synchronize(run, Averager(run.comm, run.vector, 1.0), Equal(), inverse)

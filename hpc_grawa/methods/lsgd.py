@@ -13,7 +13,7 @@ from ..averaging.averager import Averager, argmin
 from ..averaging.control import Control
 from ..averaging.scores import TrainingLoss
 from ..averaging.synchronizer import Synchronizer
-from ..schedules import every
+from ..periods import Constant, Period
 from .base import AveragingMethod, Probe, unit_interval
 from .run import Run
 
@@ -37,7 +37,7 @@ class LSGD(AveragingMethod):
 
     needs_loss: ClassVar[bool] = True
 
-    period: int = 8
+    period: int | Period = 8
     pull: float = 0.1
     prox: float = 0.1
     group_period: int | None = None
@@ -49,7 +49,7 @@ class LSGD(AveragingMethod):
         super().__post_init__()
         unit_interval(self, "pull", "prox", "group_pull", "group_prox")
         inner, ranks = self.group_period, self.ranks_per_group
-        divides = inner is None or (inner >= 1 and self.period % inner == 0)
+        divides = inner is None or (inner >= 1 and not isinstance(self.period, Period) and self.period % inner == 0)
         self._require("group_period", divides, f"null, or divide method.period, which is {self.period}")
         self._require("ranks_per_group", ranks is None or ranks >= 1, "null (hosts), or at least 1")
         self._require("ranks_per_group", ranks is None or inner is not None, "null without method.group_period")
@@ -66,5 +66,5 @@ class LSGD(AveragingMethod):
         control = Control(group, run.facts, run.control.clock, decides=False)
         averager = Averager(group, run.vector, self.group_pull)
         run.synchronizers.append(
-            Synchronizer(averager, TrainingLoss(), argmin, every(period), control, run.optimizer, self.group_prox)
+            Synchronizer(averager, TrainingLoss(), argmin, Constant(period), control, run.optimizer, self.group_prox)
         )

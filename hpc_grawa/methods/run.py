@@ -158,11 +158,11 @@ class Run:
             self._check_held()
         self.aggregator.stepped()
         self._shared = False
+        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
+        for synchronizer in self.synchronizers:  # a round's first step: its period is decided by the facts before it
+            synchronizer.observe(loss)
         if not self.pooled:
             self.facts.step += 1
-        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
-        for synchronizer in self.synchronizers:
-            synchronizer.observe(loss)
         for synchronizer in self.synchronizers:
             synchronizer.round_if_due()
         if not self.pooled:
@@ -242,10 +242,14 @@ class Run:
         saved = [(s["rounds"], s["healed"]) for s in reversed(state["synchronizers"])]
         counts = chain(saved, repeat((0, 0)))
         for synchronizer, (rounds, healed) in zip(reversed(self.synchronizers), counts, strict=False):
-            if synchronizer.averager.center is not None:
-                synchronizer.averager.center.copy_(self.vector.data)
+            synchronizer.averager.restart()
             synchronizer.restart(rounds, healed)
         self.control.resume()
+
+    @property
+    def local(self) -> Tensor:
+        """The model ``[P]`` that this rank stands for: the parameters, unless the method trains others."""
+        return self.synchronizers[-1].averager.local if self.synchronizers else self.vector.data
 
     @property
     def center(self) -> Tensor:

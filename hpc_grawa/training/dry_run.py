@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 import resource
 import time
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ..comm.base import TICKET, Communicator
 from ..comm.meter import bytes_sent
 from ..comm.mirror import MirrorCommunicator
+from ..periods import Constant, Period
 from ..runs.log import human_bytes
+from ..schedules import RunFacts
 from .config import Config
 from .worker import Worker
 
 STEPS = 5
+#: Of a run, at which something is shown.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass
@@ -24,15 +30,20 @@ class Level:
 
     Attributes:
         ranks: that take part in one.
-        period: local steps between them.
+        periods: local steps of each in turn; a single number, where it is the same for all.
         bytes: that a rank sends in one, with the tickets drawn for its steps.
         seconds: that one took.
     """
 
     ranks: int
-    period: float
+    periods: Sequence[float]
     bytes: float
     seconds: float
+
+    @property
+    def period(self) -> float:
+        """Their mean."""
+        return sum(self.periods) / len(self.periods)
 
 
 def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
@@ -43,30 +54,33 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     comm = MirrorCommunicator(world_size, ranks_per_host)
     worker = Worker(config, comm)
     synchronizers = worker.run.synchronizers
-    periods = [s.period for s in synchronizers]
-    tickets = [0 if s.pool is None else s.period + 1 for s in synchronizers]  # a rank's last one finds none left
+    asked, pooled = [s.ask for s in synchronizers], worker.run.pooled
     for s in synchronizers:
-        s.period, s.pool = math.inf, None  # steps and rounds are timed apart
+        s.ask, s.pool = Constant(math.inf), None  # steps and rounds are timed apart
     worker.step()
     start = time.perf_counter()
     for _ in range(STEPS):
         worker.step()
     seconds = (time.perf_counter() - start) / STEPS
     per_step = comm.meter.bytes_sent["gradient"] / (STEPS + 1)
+    # The steps that the budget comes to at the speed just measured.
+    steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / seconds)
     levels = []
-    for s, period, drawn in zip(synchronizers, periods, tickets, strict=True):
+    for s, ask in zip(synchronizers, asked, strict=True):
         before, start = _round_bytes(comm), time.perf_counter()
         s.round()
         took, sent = time.perf_counter() - start, _round_bytes(comm) - before
-        sent += drawn * bytes_sent("counter", TICKET.nbytes, world_size)
-        levels.append(Level(s.averager.comm.size, period, sent, took))
+        level = Level(s.averager.comm.size, _periods(ask, config, worker, max(1, round(steps)), seconds), sent, took)
+        if pooled:  # a rank's last ticket finds none left
+            level.bytes += (level.period + 1) * bytes_sent("counter", TICKET.nbytes, world_size)
+        levels.append(level)
     epoch = worker.sampler.steps_per_epoch
     sent = per_step * epoch + sum(epoch / level.period * level.bytes for level in levels)
     round_seconds = sum(epoch / level.period * level.seconds for level in levels)
     batch = config.data.batch_size
     limits = [f"{worker.total_steps:,} steps"] if worker.total_steps else []
     limits += [f"{config.budget.seconds:g} s"] if config.budget.seconds else []
-    # The steps that this comes to at the speed just measured.
+    # Likewise with rounds.
     per_step_seconds = seconds + round_seconds / epoch
     steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / per_step_seconds)
     parameters = worker.vector.data.numel() * worker.vector.data.element_size()
@@ -93,9 +107,18 @@ def _rounds(levels: Sequence[Level], epoch: int) -> str:
     if not levels:
         return "none"
     return "; ".join(
-        f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {level.period:g} local steps"
+        f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {_steps(level.periods)} local steps"
         for level in levels
     )
+
+
+def _steps(periods: Sequence[float]) -> str:
+    """Of one period the number; of several those at quarters of the run."""
+    if len(periods) == 1:
+        return f"{periods[0]:g}"
+    ends = list(accumulate(periods))
+    quarters = [periods[min(bisect(ends, share * ends[-1]), len(ends) - 1)] for share in SHARES]
+    return ", ".join(f"{steps:g} (at {share:.0%})" for steps, share in zip(quarters, SHARES, strict=True))
 
 
 def _sent(levels: Sequence[Level]) -> str:
@@ -110,11 +133,27 @@ def _round_bytes(comm: Communicator) -> float:
     return comm.meter.bytes_sent["center"] + comm.meter.bytes_sent["control"]
 
 
+def _periods(ask: Period, config: Config, worker: Worker, steps: int, seconds: float) -> list[float]:
+    """Of each round of a run of so many steps of so many seconds."""
+    if isinstance(ask, Constant) and ask.steps < math.inf:
+        return [ask.steps]
+    periods, step = [], 0.0
+    while step < steps:
+        periods.append(min(ask(_facts(config, worker, math.floor(step), steps, seconds)), steps - step))
+        step += periods[-1]
+    return periods
+
+
+def _facts(config: Config, worker: Worker, step: int, steps: int, seconds: float) -> RunFacts:
+    """Before a step of a run of so many steps of so many seconds."""
+    facts = replace(worker.facts, step=step, seconds=step * seconds, progress=step / steps)
+    return replace(facts, lr=config.optimizer.lr * config.schedule(facts))
+
+
 def _rates(config: Config, worker: Worker, steps: int, seconds: float) -> str:
     """The learning rate at the first of so many steps of so many seconds, at quarters, and at the last."""
     shown = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        step = math.floor(share * (steps - 1))
-        facts = replace(worker.facts, step=step, seconds=step * seconds, progress=step / steps)
-        shown.append(f"{config.optimizer.lr * config.schedule(facts):.3g} at {share:.0%}")
+    for share in SHARES:
+        facts = _facts(config, worker, math.floor(share * (steps - 1)), steps, seconds)
+        shown.append(f"{facts.lr:.3g} at {share:.0%}")
     return ", ".join(shown)

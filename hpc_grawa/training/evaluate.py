@@ -17,7 +17,6 @@ from ..comm import Communicator
 from ..data import Examples, Nest, in_advance, nests
 from ..eager import eagerly
 from ..metrics import Metric
-from ..vector import ParameterVector
 from . import losses
 
 Precision = Literal["fp32", "bf16"]
@@ -153,9 +152,9 @@ def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[
         yield
 
 
-def uniform_mean(comm: Communicator, vector: ParameterVector) -> tuple[Tensor, float]:
-    """The mean x̄ of all ranks' parameters ``[P]``, and the consensus distance sqrt(mean_m ‖x_m - x̄‖²)."""
-    mean = vector.data.to(vector.exact_dtype, copy=True).div_(comm.size)
+def uniform_mean(comm: Communicator, x: Tensor) -> tuple[Tensor, float]:
+    """The mean x̄ of all ranks' ``x`` ``[P]``, and the consensus distance sqrt(mean_m ‖x_m - x̄‖²)."""
+    mean = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).div_(comm.size)
     comm.allreduce(mean, "evaluate").wait()
-    squared = (vector.data - mean).double().square().sum().reshape(1) / comm.size
+    squared = (x - mean).double().square().sum().reshape(1) / comm.size
     return mean, float(comm.allreduce(squared, "evaluate").wait().sqrt())

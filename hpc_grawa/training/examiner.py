@@ -39,7 +39,7 @@ class Examiner:
     def _center(self) -> Tensor:
         run = self._worker.run
         if run.synchronizers and run.synchronizers[-1].averager.center is None:
-            return uniform_mean(self._comm, self._worker.vector)[0]
+            return uniform_mean(self._comm, run.local)[0]
         return run.center
 
     @contextmanager
@@ -63,7 +63,7 @@ class Examiner:
     def everything(self) -> dict[str, Any]:
         """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
         splits = self._worker.splits
-        mean, consensus = uniform_mean(self._comm, self._worker.vector)
+        mean, consensus = uniform_mean(self._comm, self._worker.run.local)
         found: dict[str, Any] = {"consensus_distance": consensus}
         for title, parameters in (("center", self._center()), ("mean", mean)):
             with self._in_place(parameters):
@@ -74,7 +74,8 @@ class Examiner:
                     found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
             for key in test:
                 found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
-        local = self._judge.judge(self._model, splits.test)
+        with self._worker.vector.swapped(self._worker.run.local):
+            local = self._judge.judge(self._model, splits.test)
         row = torch.tensor(list(local.values()), dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
         return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}

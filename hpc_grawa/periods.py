@@ -1,0 +1,172 @@
+"""How many local steps until the next round: a number, or a function of a few facts about the run."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ConfigError
+from .schedules import RunFacts
+
+
+@dataclass
+class Period(ABC):
+    """Asked at the first step of every round, with that step's learning rate, on all ranks alike."""
+
+    @abstractmethod
+    def __call__(self, facts: RunFacts) -> float:
+        """Local steps of the round that begins, at least 1; ``math.inf``: no further round but the run's last."""
+
+    def shares(self, facts: RunFacts) -> bool:
+        """Whether gradients are shared in the coming step, which then belongs to no round."""
+        return False
+
+    def check(self) -> None:  # noqa: B027 - there may be nothing to check
+        """Raise ``ConfigError`` for impossible values; a method does so where it is made."""
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(f"method.period.{name} is {getattr(self, name)}: must be {allowed}")
+
+
+@dataclass
+class Constant(Period):
+    """H steps, as is ``period: H``.
+
+    Attributes:
+        steps: H; ``.inf`` for one round at the end.
+    """
+
+    steps: int | float = 32
+
+    def check(self) -> None:
+        self._require("steps", self.steps >= 1, "at least 1 local step")
+
+    def __call__(self, facts: RunFacts) -> float:
+        return self.steps
+
+
+@dataclass
+class QSR(Period):
+    """Quadratic synchronization rule: H = max(base, ⌊(α/η)^power⌋), with the peak η during warm-up.
+
+    Growth ends at the steps that are left. A run needs to know its warm-up and its peak η; loops of one's own say them
+    to ``build(facts=RunFacts(warmup_steps=..., peak_lr=..., total_steps=...))``.
+
+    Attributes:
+        base: the smallest H.
+        alpha: α, of the unit of the learning rate; about .2 for SGD, .0175 for AdamW.
+        power: of the growth; 2 in the paper.
+
+    Source: Gu et al., A Quadratic Synchronization Rule for Distributed Deep Learning, ICLR 2024.
+    """
+
+    base: int = 4
+    alpha: float = 0.2
+    power: float = 2.0
+
+    def check(self) -> None:
+        self._require("base", self.base >= 1, "at least 1 local step")
+        self._require("alpha", 0 <= self.alpha < math.inf, "a number of 0 or more")
+        self._require("power", 0 < self.power < math.inf, "a positive number")
+
+    def __call__(self, facts: RunFacts) -> float:
+        lr = facts.peak_lr if facts.step < facts.warmup_steps else facts.lr
+        left = math.inf if facts.steps_left is None else facts.steps_left
+        return max(self.base, _floor(min(self._grown(lr), left)))
+
+    def _grown(self, lr: float) -> float:
+        if self.alpha == 0:
+            return 0
+        try:
+            return float((self.alpha / lr) ** self.power)
+        except (ZeroDivisionError, OverflowError):
+            return math.inf
+
+
+@dataclass
+class Sqrt(Period):
+    """H = max(1, ⌊c√t⌋), t the step at which the round begins.
+
+    Attributes:
+        c: the factor.
+    """
+
+    c: float = 0.1
+
+    def check(self) -> None:
+        self._require("c", 0 <= self.c < math.inf, "a number of 0 or more")
+
+    def __call__(self, facts: RunFacts) -> float:
+        return max(1, math.floor(self.c * math.sqrt(facts.step)))
+
+
+@dataclass
+class _Switching(Period):
+    """What changes once in a run.
+
+    Attributes:
+        switch: when, in ``unit``.
+        unit: ``steps`` or ``epochs``.
+    """
+
+    switch: float
+    unit: Literal["steps", "epochs"] = "steps"
+
+    def check(self) -> None:
+        self._require("switch", 0 <= self.switch < math.inf, "a number of 0 or more")
+
+    def _before(self, facts: RunFacts) -> bool:
+        return facts.elapsed(self.unit) < self.switch
+
+
+@dataclass
+class PostLocal(_Switching):
+    """Gradients are shared before the switch; after it there is a round every H steps.
+
+    Attributes:
+        steps: H.
+
+    Source: Lin et al., Don't Use Large Mini-Batches, Use Local SGD, ICLR 2020.
+    """
+
+    steps: int = 16
+
+    def check(self) -> None:
+        super().check()
+        self._require("steps", self.steps >= 1, "at least 1 local step")
+
+    def shares(self, facts: RunFacts) -> bool:
+        return self._before(facts)
+
+    def __call__(self, facts: RunFacts) -> float:
+        return self.steps
+
+
+@dataclass
+class SWAP(_Switching):
+    """Gradients are shared before the switch; after it ranks train alone, and are averaged once, at the end.
+
+    Attributes:
+        steps: H of rounds before the switch, in the modified form, which has them there instead of shared gradients.
+
+    Source: Gupta, Serrano and DeCoste, Stochastic Weight Averaging in Parallel, ICLR 2020.
+    """
+
+    steps: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        self._require("steps", self.steps is None or self.steps >= 1, "null, or at least 1 local step")
+
+    def shares(self, facts: RunFacts) -> bool:
+        return self.steps is None and self._before(facts)
+
+    def __call__(self, facts: RunFacts) -> float:
+        return self.steps if self.steps is not None and self._before(facts) else math.inf
+
+
+def _floor(steps: float) -> float:
+    return steps if steps == math.inf else math.floor(steps)
