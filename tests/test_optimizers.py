@@ -249,7 +249,8 @@ def test_help_lists_the_settings_of_an_optimizer_by_import_path(
     printed = capsys.readouterr().out
     for key in ("lr", "betas", "weight_decay", "groups"):
         assert f"  --optimizer.{key} " in printed
-    assert "Tensor" not in printed and "init_args" not in printed and ("--budget.steps" in printed) == ("-h" in words)
+    assert "torch.Tensor" not in printed and "init_args" not in printed
+    assert ("--budget.steps" in printed) == ("-h" in words)
 
 
 def test_naming_another_class_by_import_path_forgets_the_settings_of_the_one_before(tmp_path: Path) -> None:

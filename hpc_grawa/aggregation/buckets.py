@@ -287,7 +287,7 @@ class Bucketed(Aggregator):
             raise RuntimeError(
                 f"parameter '{self._vector.names[i]}' got a second gradient in the backward pass that shares "
                 f"gradients: call backward once on the sum of the losses, checkpoint activations with "
-                f"use_reentrant=False, or call run.aggregator.start() just before the last pass only"
+                f"use_reentrant=False, or make the passes parts (run.closure(loss, accumulate=M))"
             )
         self._arrived.add(i)
         self._awaited[self._bucket_of[i]] -= 1

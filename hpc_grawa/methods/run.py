@@ -104,7 +104,7 @@ class Run:
         def closure(share: bool = True, part: tuple[int, int] = (0, 1), track: bool = True) -> Tensor:
             i, parts = part
             last, pieces = share and i == parts - 1, parts * accumulate
-            if last and self._shared and type(self.aggregator) is not Aggregator:
+            if last and self._shared and self.aggregator.shares:
                 raise ConfigError(f"optimizer is {type(self.optimizer).__name__}: {ONCE}")
             if i == 0:
                 self.aggregator.zero_grad(self.optimizer)
