@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from .aggregation import Aggregator
 from .comm import Communicator, connect
 from .errors import ConfigError
 from .hooks import AfterBackward
@@ -153,11 +152,10 @@ class _Steps:
     def __init__(self, run: Run, method: Method, passes_per_step: int) -> None:
         self.run, self._method, self._passes_per_step = run, method, passes_per_step
         self._parameters = run.vector.parameters
-        self._shares = type(run.aggregator) is not Aggregator
         #: PyTorch's thread of a GPU ends a backward pass there.
         self._shares_in_backward = run.comm.waits_anywhere or not run.vector.data.is_cuda
         #: The aggregator's own gradients; where ``.grad`` is another tensor, backward or somebody else put it there.
-        self._own = [p.grad if self._shares else None for p in self._parameters]
+        self._own = [p.grad if run.aggregator.shares else None for p in self._parameters]
         self._skipping = False
         self._started = False
         run.on_close.append(AfterBackward(self._parameters, self._passed).close)
@@ -196,7 +194,7 @@ class _Steps:
 
     def synchronize(self) -> None:
         """Return when gradients are shared: every ``.grad`` is then the one that ``step()`` steps with."""
-        if self._shares and not self._synchronized:
+        if self.run.aggregator.shares and not self._synchronized:
             self.run.aggregator.finish()
             self._synchronized = True
 
@@ -231,7 +229,7 @@ class _Steps:
 
         def complete() -> Any:
             self._evaluations += 1
-            if self._shares and self._evaluations > 1:
+            if self.run.aggregator.shares and self._evaluations > 1:
                 raise RuntimeError(
                     "an optimizer that evaluates its closure several times in a step decides by its own rank's loss, "
                     "and ranks would part: take one that evaluates it once, or a method that averages"
@@ -254,7 +252,7 @@ class _Steps:
             )
         if self._loss is None and loss is not None:
             self._loss = torch.as_tensor(loss)
-        if self._shares:
+        if self.run.aggregator.shares:
             self._share()
         if not self._started:
             self._started = True

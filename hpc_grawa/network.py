@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import socket
-import struct
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .launch import RankFacts
+import psutil
 
-_SIOCGIFADDR = 0x8915
+from .launch import RankFacts
 
 
 def interfaces_told(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -24,15 +22,13 @@ def interfaces_told(environment: Mapping[str, str] = os.environ) -> dict[str, st
 
 
 def interfaces() -> dict[str, tuple[str, str]]:
-    """The network interfaces that have an address: that, and their speed where Linux knows it."""
-    found = {}
-    for _, name in socket.if_nameindex():
-        for address in _address_of(name):
-            megabits = ""
-            with suppress(OSError):  # a virtual interface may know none
-                megabits = Path("/sys/class/net", name, "speed").read_text(encoding="utf-8").strip()
-            found[name] = (address, f"{int(megabits) / 1000:g} Gbit/s" if megabits.isdecimal() else "")
-    return found
+    """The network interfaces that have an address: that, and their speed where the system knows it."""
+    megabits = {name: about.speed for name, about in psutil.net_if_stats().items()}
+    return {
+        name: (addresses[0], f"{megabits[name] / 1000:g} Gbit/s" if megabits.get(name) else "")
+        for name, addresses in _addresses().items()
+        if addresses
+    }
 
 
 def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -71,7 +67,7 @@ def own_addresses(environment: Mapping[str, str] = os.environ) -> list[str]:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         name = environment.get(variable, "").lstrip("=^").split(",")[0]
         if name and not environment[variable].startswith("^"):
-            found += _address_of(name)
+            found += _addresses().get(name, [])
     host = socket.gethostname()
     found.append(host)
     with suppress(OSError):
@@ -90,7 +86,7 @@ def way_to(host: str) -> list[str]:
 
 def interface_of(address: str) -> str | None:
     """The network interface that has this address."""
-    return next((name for _, name in socket.if_nameindex() if address in _address_of(name)), None)
+    return next((name for name, addresses in _addresses().items() if address in addresses), None)
 
 
 def own_name_is_reachable() -> bool:
@@ -101,8 +97,7 @@ def own_name_is_reachable() -> bool:
         return False
 
 
-def _address_of(interface: str) -> list[str]:
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        return [socket.inet_ntoa(answer[20:24])]
-    return []
+def _addresses() -> dict[str, list[str]]:
+    """The addresses of each network interface (IPv4)."""
+    found = psutil.net_if_addrs().items()
+    return {name: [entry.address for entry in entries if entry.family == socket.AF_INET] for name, entries in found}

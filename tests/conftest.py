@@ -13,22 +13,19 @@ function of a communicator. What that returned on each rank comes back in order 
         assert on_ranks(body) == [on_ranks.size] * on_ranks.size
 
 In a launched job every rank runs every test in the same order over one communicator. Only rank 0 writes; a rank that
-fails writes its report and ends the job. A job that takes longer than HPC_GRAWA_TEST_SECONDS (240) writes the stack of
-every rank and ends. Property tests draw differently in every process, so they run on simulated ranks only.
+fails writes its report and ends the job. Property tests draw differently in every process, so they run on simulated
+ranks only.
+
+A test that hangs, here or on ranks, writes its stacks after faulthandler_timeout (setup.cfg) and ends its process.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import pickle
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import hypothesis
@@ -60,31 +57,6 @@ class Ranks:
         return [pickle.loads(result) for result in self._comm.gather_bytes(message)]
 
 
-def launch(ranks: int, *arguments: str, seconds: float, limit: int = 240) -> tuple[int, str]:
-    """Run `python *arguments` on so many ranks of MPI: its exit status, and what all ranks wrote."""
-    here = Path(sys.executable).with_name("mpirun")
-    mpirun = str(here) if here.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        pytest.skip("there is no mpirun")
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    crowded = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    tests = Path(__file__).parent
-    ours = {
-        "PYTHONPATH": f"{tests.parent}:{tests}",
-        "OMP_NUM_THREADS": "1",
-        "HPC_GRAWA_TEST_SECONDS": str(limit),
-    }
-    done = subprocess.run(
-        [mpirun, "-np", str(ranks), sys.executable, *arguments],
-        env={**os.environ, **as_root, **crowded, **ours},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-    )
-    return done.returncode, done.stdout
-
-
 class Job:
     """This process as one rank of a launched job."""
 
@@ -92,10 +64,6 @@ class Job:
         self.comm = comm
         # pytest replaces the descriptor 2 during tests; reports and stacks must get out.
         self._stderr = os.fdopen(os.dup(2), "w")
-        # The stack of each rank; the alarm, which no handler catches, ends the process a little later.
-        limit = int(os.environ.get("HPC_GRAWA_TEST_SECONDS", "240"))
-        faulthandler.dump_traceback_later(limit, file=self._stderr)
-        signal.alarm(limit + 3)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._end_if(report.failed, f"{report.nodeid} failed in its {report.when}", report)
@@ -118,8 +86,6 @@ class Job:
         self.comm.abort(1)
 
     def pytest_unconfigure(self) -> None:
-        signal.alarm(0)
-        faulthandler.cancel_dump_traceback_later()
         self.comm.close()
 
 
@@ -139,6 +105,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(job, "job")
     if job.comm.rank > 0:
         config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """pytest writes the stacks of a test that hangs; the alarm, which no handler catches, comes when all ranks have."""
+    limit = float(item.config.getini("faulthandler_timeout"))
+    signal.alarm(int(limit) + 3 if limit else 0)
+    result = yield
+    signal.alarm(0)
+    return result
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,9 +12,8 @@ rate, c the center. A *round* has the family's one formula
 and a run is, with steps, ranks and rounds counted from 0:
 
     for step in 0..T-1:
-        every rank:  loss, g_m = gradient of its batch(rank, step) at x_m
-                     g_m <- share(g_1..g_W)                    (only DataParallel changes it)
-                     x_m <- optimizer(x_m, g_m, eta(step))
+        every rank:  x_m <- optimizer(x_m, gradient_at, eta(step)),  where gradient_at(x) is the gradient of its
+                     batch(rank, step) at x, or share(g_1..g_W) of what all ranks ask for together (DataParallel)
                      x_m <- x_m + (prox / H) (c_last - x_m)    (not before the first round)
                      x_m <- NaN where poison(rank, step)       (a broken machine, for the tests)
         if H steps have passed since the last round, or this was the last step:  round
@@ -22,14 +21,16 @@ and a run is, with steps, ranks and rounds counted from 0:
 H is the period, asked for at the start of every round. A last round cut short by the end of the run keeps
 the H it began with in prox / H.
 
-A new method is one more subclass of `Method`; the loop stays as it is.
+Averaged is x, or what else a method says. A new method is one more subclass of `Method`; the loop stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -166,12 +167,6 @@ class ScoreMomentum:
             self.t[rank] = 0
 
 
-def consensus_distance(x: Array) -> float:
-    """sqrt(mean_m |x_m - mean|^2) of x [W, P]."""
-    mean = x.mean(axis=0)
-    return math.sqrt(np.mean([np.sum((row - mean) ** 2) for row in x]))
-
-
 def bytes_sent(verb: str, payload: int, world_size: int) -> float:
     """Bytes that one of W ranks counts as sent for a payload of n bytes (for allgather: its own part).
 
@@ -276,14 +271,19 @@ class Vincent:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Local optimizers: one object per rank. `state` is all it remembers.
+# Local optimizers: one object per rank. `state` is all it remembers; `gradient_at` it may ask as often as it likes.
 # ---------------------------------------------------------------------------------------------------------
+
+
+class GradientAt(Protocol):
+    def __call__(self, x: Array, share: bool = True) -> Array:
+        """The gradient of the step's batch at x; with `share` the one that the method makes of all ranks'."""
 
 
 class Optimizer(Protocol):
     state: dict[str, Array]
 
-    def step(self, x: Array, gradient: Array, lr: float) -> Array: ...
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array: ...
 
 
 @dataclass
@@ -299,8 +299,8 @@ class SGD:
     weight_decay: float = 0.0
     state: dict[str, Array] = field(default_factory=dict)
 
-    def step(self, x: Array, gradient: Array, lr: float) -> Array:
-        g = gradient + self.weight_decay * x
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        g = gradient_at(x) + self.weight_decay * x
         if self.momentum == 0:
             return x - lr * g
         first = "momentum_buffer" not in self.state
@@ -360,8 +360,8 @@ class World:
     round_began: int = 0  # the step count at which the present round began
     period: int = 0  # the H of the present round
     lr: float = 0.0  # of the present step
-    losses: Array = field(default_factory=lambda: np.zeros(0))  # [W], mini-batch losses before the present step
-    gradients: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [W, P], before sharing
+    losses: Array = field(default_factory=lambda: np.zeros(0))  # [W], the first of each rank in the present step
+    gradients: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [W, P], the last of each rank, before sharing
     probe: Callable[[int, int], tuple[Any, ...]] | None = None
 
     @property
@@ -380,14 +380,19 @@ class Method:
 
     pull: float = 1.0
     prox: float = 0.0
+    shares: ClassVar[bool] = False
     has_rounds: ClassVar[bool] = True
 
     def start(self, world: World) -> None:
         """Called once, before the first step."""
 
     def share(self, world: World) -> Array | None:
-        """Gradients [W, P] as the optimizers get them; None: no rank steps."""
-        return world.gradients
+        """Where gradients are shared: [W, P] as the optimizers get them; None: no rank steps."""
+        raise NotImplementedError
+
+    def averaged(self, world: World) -> Array:
+        """[W, P]: what rounds average, and what a rank that is not finite there is healed in."""
+        return world.x
 
     def proximity(self, world: World) -> None:
         """The pull of every step to the last center, if there is one."""
@@ -424,6 +429,7 @@ class Method:
         """A healed rank: drops what the method remembers of it."""
 
 
+@dataclass
 class LocalSGD(Method):
     """c = mean of all x,  x_m <- c."""
 
@@ -604,6 +610,7 @@ class DataParallel(Method):
     """
 
     on_nonfinite: str = "error"
+    shares: ClassVar[bool] = True
     has_rounds: ClassVar[bool] = False
 
     def share(self, world: World) -> Array | None:
@@ -613,17 +620,6 @@ class DataParallel(Method):
                 return None
             raise FloatingPointError(f"the mean gradient is not finite at step {world.step}")
         return np.array([mean] * world.size)
-
-
-METHODS: dict[str, type[Method]] = {
-    "GRAWA": GRAWA,
-    "MGRAWA": MGRAWA,
-    "LGRAWA": LGRAWA,
-    "EASGD": EASGD,
-    "LSGD": LSGD,
-    "LocalSGD": LocalSGD,
-    "DataParallel": DataParallel,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -712,13 +708,7 @@ def replay(
             if world.period < 1:
                 raise ValueError(f"a period is at least 1, not {world.period}")
 
-        results = [problem.loss_and_grad(world.x[m], *batch(m, step)) for m in range(world.size)]
-        world.losses = np.array([loss for loss, _ in results])
-        world.gradients = np.array([gradient for _, gradient in results])
-        shared = method.share(world)
-        if shared is not None:
-            for m in range(world.size):
-                world.x[m] = world.optimizers[m].step(world.x[m], shared[m], world.lr)
+        _local_steps(method, world, [batch(m, step) for m in range(world.size)])
         method.proximity(world)
         for m in range(world.size):
             if poison is not None and poison(m, step):
@@ -736,14 +726,52 @@ def replay(
     return Replay(step_records, round_records, world.x.copy(), world.center)
 
 
-def _round(method: Method, world: World, local_momentum: str) -> Round:
-    """One round: scores, weights, center, pull, and the healing of ranks whose parameters are not all finite.
+class _Skipped(Exception):
+    """No rank steps."""
 
-    Such a rank has weight 0 in every column (the rule does not see it), gets x_m = c, and starts anew: optimizer
-    state and score momentum are reset.
+
+def _local_steps(method: Method, world: World, batches: list[tuple[Any, ...]]) -> None:
+    """Every rank's optimizer makes its step. Those that share gradients are threads, which ask for them together."""
+    world.losses, world.gradients = np.zeros(world.size), np.empty_like(world.x)
+    asked: set[int] = set()
+    meeting = threading.Barrier(world.size, timeout=60)
+
+    def step(m: int) -> Array:
+        def gradient_at(x: Array, share: bool = True) -> Array:
+            loss, gradient = world.problem.loss_and_grad(x, *batches[m])
+            if m not in asked:
+                world.losses[m] = loss
+            asked.add(m)
+            world.gradients[m] = gradient
+            if not (share and method.shares):
+                return gradient
+            meeting.wait()
+            shared = method.share(world)
+            meeting.wait()  # before anyone asks again
+            if shared is None:
+                raise _Skipped
+            return shared[m]
+
+        try:
+            return world.optimizers[m].step(world.x[m], gradient_at, world.lr)
+        except _Skipped:
+            return world.x[m]
+
+    if method.shares:
+        with ThreadPoolExecutor(world.size) as ranks:
+            world.x[:] = list(ranks.map(step, range(world.size)))
+    else:
+        world.x[:] = [step(m) for m in range(world.size)]
+
+
+def _round(method: Method, world: World, local_momentum: str) -> Round:
+    """One round: scores, weights, center, pull, and the healing of ranks where what is averaged is not all finite.
+
+    Such a rank has weight 0 in every column (the rule does not see it), takes over c, and starts anew: optimizer state
+    and score momentum are reset.
     """
-    before = world.x.copy()
-    broken = [m for m in range(world.size) if not np.all(np.isfinite(world.x[m]))]
+    before, averaged = world.x.copy(), method.averaged(world)
+    broken = [m for m in range(world.size) if not np.all(np.isfinite(averaged[m]))]
     finite = [m for m in range(world.size) if m not in broken]
 
     raw_scores = method.raw_scores(world)
@@ -751,13 +779,13 @@ def _round(method: Method, world: World, local_momentum: str) -> Round:
     scores[broken] = np.nan
     weights = np.zeros_like(scores)
     weights[finite] = method.weights(scores[finite])
-    average = weighted_center(world.x, weights, method.spans(world))
+    average = weighted_center(averaged, weights, method.spans(world))
     method.pull_ranks(world, average)
     assert world.center is not None
 
     _local_momentum(world, local_momentum, finite)
     for m in broken:
-        world.x[m] = world.center
+        averaged[m] = world.center
         world.optimizers[m].state.clear()
         method.forget(m)
     return Round(

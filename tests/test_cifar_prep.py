@@ -262,7 +262,9 @@ def test_refuses_a_truncated_archive(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not an archive" * 100, b"PK\x03\x04" + bytes(2000), gzip.compress(b"text" * 1000)]
+    "content",
+    [b"", b"not an archive" * 100, b"PK\x03\x04" + bytes(2000), gzip.compress(b"text" * 1000)],
+    ids=["empty", "text", "zip", "gzip"],
 )
 def test_refuses_what_is_no_archive(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = tmp_path / "cifar-10-python.tar.gz"

@@ -9,32 +9,28 @@ import os
 import platform
 import pty
 import re
-import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import own
 import pytest
 import torch
+from launcher import HOROVOD, PROGRAM, ROOT, called, launch, launched, ours, start
+from table import is_, plain
 
 from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.runs import log
 from hpc_grawa.training.loop import fit
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
-HOROVOD = find_spec("horovod") is not None
-BACKENDS = ["mpi", pytest.param("horovod", marks=pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))]
-launched = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun beside this Python, nor on PATH")
+BACKENDS = [
+    "mpi",
+    pytest.param("horovod", marks=(pytest.mark.slow, pytest.mark.skipif(not HOROVOD, reason="Horovod is not built"))),
+]
 
 LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
 QUICK = (
@@ -50,38 +46,6 @@ QUICK = (
 def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own.plain_process(monkeypatch)
     monkeypatch.chdir(tmp_path)
-
-
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-
-
-def start(*words: str, ranks: int | None = None, **options: Any) -> subprocess.Popen[str]:
-    launcher = [] if ranks is None else [str(MPIRUN), "-np", str(ranks)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
-    return subprocess.Popen([*launcher, sys.executable, "-m", "hpc_grawa", *words], text=True, **pipes)
-
-
-def launch(*words: str, ranks: int | None = None, limit: float = 100) -> tuple[int, str, str]:
-    """Exit status, output and errors of the program."""
-    process = start(*words, ranks=ranks)
-    try:
-        output, errors = process.communicate(timeout=limit)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
-
-
-def ours(errors: str) -> list[str]:
-    """What the program wrote, without what the launcher adds."""
-    return [line for line in errors.splitlines() if line.startswith("hpc-grawa")]
 
 
 @launched
@@ -165,9 +129,11 @@ def test_a_model_that_does_not_fit_is_one_line_and_leaves_no_folder(backend: str
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_model_that_does_not_fit_alone_in_a_plan_and_in_a_comparison(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_alone_in_a_plan_and_in_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (["train", "--run.name=a"], ["train", "--dry_run"], ["compare", "--methods=EASGD", "--run.name=b"]):
-        status, _, errors = launch(*words, *LINE, "--budget.steps=1", "--model=character_model.Transformer")
+        status, _, errors = called(capsys, *words, *LINE, "--budget.steps=1", "--model=character_model.Transformer")
         assert (status, errors.count("\n")) == (2, 1)
         assert "error: model is Transformer: must take inputs [8, 1] (float32); " in errors
         assert re.search(r"\(character_model.py, line \d+\)$", errors)
@@ -191,6 +157,7 @@ CHARACTERS = (
 
 
 @launched
+@pytest.mark.slow
 def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its targets are as many as its inputs, its vocabulary is the data's, and its metric falls."""
     cadence = ("--eval.unit=steps", "--eval.every=8", "--run.name=text")
@@ -223,17 +190,11 @@ def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureF
 
 @launched
 def test_what_is_wrong_on_another_host_only_is_said_there() -> None:
-    command = (sys.executable, "-m", "hpc_grawa", "train", *LINE, "--data=own.ElsewhereMissing", "--budget.steps=9")
+    words = ("train", *LINE, "--data=own.ElsewhereMissing", "--budget.steps=9")
     there = ("env", "OMPI_COMM_WORLD_LOCAL_RANK=0", "OMPI_COMM_WORLD_LOCAL_SIZE=1")  # as on a second host
-    job = subprocess.run(
-        [str(MPIRUN), "-np", "1", *command, ":", "-np", "1", *there, *command],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert job.returncode == 2
-    assert ours(job.stderr) == [f"hpc-grawa train: error: on {platform.node()}: data.path is /there: must be a folder"]
+    job = launch(*words, ":", "-np", "1", *there, sys.executable, *PROGRAM, *words, ranks=1)
+    assert job.status == 2
+    assert ours(job.errors) == [f"hpc-grawa train: error: on {platform.node()}: data.path is /there: must be a folder"]
 
 
 @launched
@@ -480,12 +441,12 @@ def test_a_dry_run_says_what_a_run_would_be(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("period", [1, 3, 6, 1000])
-@pytest.mark.parametrize("method", ["LSGD", "EASGD"])
+@pytest.mark.parametrize("method", [*plain("leader"), *plain("uniform")])
 def test_a_dry_run_counts_one_round_whatever_the_period(
     method: str, period: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.main(["train", *QUICK, f"--method={method}", f"--method.period={period}", "--dry_run", "--world_size=2"])
-    center = 4 * 15_418 * (1 if method == "EASGD" else 0.5)
+    center = 4 * 15_418 * (0.5 if is_(method, "leader") else 1)
     assert f"{(center + 8 * 11) / 1000:.3g} kB per round" in capsys.readouterr().out
 
 
@@ -579,9 +540,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "torch.ao" not in printed.out  # not every module that torch has
     cli.main(["methods"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line and line[0] != " "]
-    assert {line for line in lines if line[0] != "-"} == {
-        *("DataParallel", "EASGD", "GRAWA", "LGRAWA", "LSGD", "LocalLGRAWA", "LocalMGRAWA", "LocalSGD", "MGRAWA")
-    }
+    assert {line for line in lines if line[0] != "-"} == set(plain())
     for what in ("learning rate", "center.pt", "run.finish()", "run.state_dict()"):  # to know of all of them
         assert any(line[0] == "-" and what in line for line in lines)
     for words in ([], ["tran"]):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks, launch
+from conftest import Ranks
+from launcher import launch
 from torch import nn
 
 from hpc_grawa import LGRAWA, DataParallel, LocalSGD, Method, ParameterVector, Run
@@ -260,11 +261,11 @@ print("reached the end")
 """
 
 
-@pytest.mark.parametrize("backend", ["mpi", "horovod"])
+@pytest.mark.parametrize("backend", ["mpi", pytest.param("horovod", marks=pytest.mark.slow)])
 def test_a_job_of_ranks_that_disagree_ends_with_the_named_error(backend: str) -> None:
     if backend == "horovod":
         pytest.importorskip("horovod.torch")
-    status, output = launch(2, "-c", LOOP.format(backend=backend), seconds=60)
-    assert status != 0
-    assert "RanksDisagree: rank 1 has learning rate 0.2, rank 0 has 0.1" in output, output
-    assert "reached the end" not in output
+    done = launch(program=("-c", LOOP.format(backend=backend)), ranks=2)
+    assert done.status != 0
+    assert "RanksDisagree: rank 1 has learning rate 0.2, rank 0 has 0.1" in done.said, done.said
+    assert "reached the end" not in done.said

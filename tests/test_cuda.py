@@ -11,8 +11,8 @@ from pathlib import Path
 import own
 import pytest
 import torch
-from conftest import launch
-from test_methods import ORDINARY
+from launcher import launch
+from table import plain
 
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator, connect
@@ -53,7 +53,7 @@ def steps(made: Worker, count: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("extra", [[], ["--precision=bf16"], ["--optimizer=AdamW"], ["--optimizer.clip_norm=1"]])
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("name", plain("averages"))
 def test_no_local_step_stops_the_host(name: str, extra: list[str]) -> None:
     """After the first round, so that the pull to its center counts too; only a round may wait for the device."""
     made = worker(SingleCommunicator(), f"--method={name}", "--method.period=10", *extra)
@@ -113,9 +113,9 @@ def test_ranks_that_share_a_gpu_are_refused_under_nccl(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("from hpc_grawa.comm import connect\nconnect('nccl')\n")
     ranks = torch.cuda.device_count() + 1
-    status, said = launch(ranks, str(program), seconds=120)
-    assert status != 0
-    assert f"backend is nccl: ranks 0 and {ranks - 1} would share a GPU, which NCCL cannot" in said
+    done = launch(program=(str(program),), ranks=ranks)
+    assert done.status != 0
+    assert f"backend is nccl: ranks 0 and {ranks - 1} would share a GPU, which NCCL cannot" in done.said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -123,10 +123,10 @@ def test_ranks_that_share_a_gpu_are_refused_under_nccl(tmp_path: Path) -> None:
 def test_ranks_train_on_gpus_and_the_center_is_loaded_on_a_cpu(backend: str, precision: str, tmp_path: Path) -> None:
     """Two ranks, which share a GPU where there is one only."""
     words = f"{WORDS} --method=LGRAWA --method.period=8 --budget.steps=200 --precision={precision} --backend={backend}"
-    program = ["-m", "hpc_grawa", "train", *words.split(), f"--run.dir={tmp_path}", "--run.name=a", "--device=cuda"]
-    status, said = launch(2, *program, seconds=200)
-    assert status == 0, said
-    assert re.search(r"^device +cuda:0, ", said, re.M)
+    where = (f"--run.dir={tmp_path}", "--run.name=a", "--device=cuda")
+    done = launch("train", *words.split(), *where, ranks=2)
+    assert done.status == 0, done.said
+    assert re.search(r"^device +cuda:0, ", done.said, re.M)
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["center_test_accuracy"] > 0.8
     assert summary["gpu_memory"] > 0

@@ -17,12 +17,12 @@ import numpy as np
 import own
 import pytest
 import torch
+from launcher import called
 from own import contents
 
 from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints
 from hpc_grawa.runs.lock import Lock
@@ -39,22 +39,6 @@ WORDS += ("--eval.unit=steps", "--eval.every=4", "--run.name=a", "--run.resume=a
 @pytest.fixture(autouse=True)
 def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
     own.plain_process(monkeypatch)
-
-    def end(_: object, status: int = 1) -> None:
-        raise SystemExit(status)
-
-    monkeypatch.setattr(SingleCommunicator, "abort", end)  # else it would end the tests
-
-
-def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit status, output and errors of the program, in this process."""
-    capsys.readouterr()
-    try:
-        cli.main(words)
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    return (status, *capsys.readouterr())
 
 
 class Cut(Exception):

@@ -7,8 +7,6 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 import own
 import pytest
 import torch
-from test_cli import HOROVOD, launch, launched, ours
+from launcher import HOROVOD, launch, launched, ours, start
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
@@ -260,7 +258,7 @@ def test_processes_beside_ranks_that_communicate(
     centers = []
     for workers in (0, 1):
         settings = words(f"--data.start_method={start_method}", f"--data.workers={workers}", f"--backend={backend}")
-        status, _, errors = launch("train", *settings, f"--run.name={workers}", ranks=2, limit=600)
+        status, _, errors = launch("train", *settings, f"--run.name={workers}", ranks=2)
         assert (status, ours(errors)) == (0, []), errors
         centers.append(torch.load(tmp_path / "runs" / str(workers) / "center.pt", weights_only=True))
     assert all(torch.equal(tensor, centers[0][name]) for name, tensor in centers[1].items())
@@ -268,7 +266,6 @@ def test_processes_beside_ranks_that_communicate(
 
 def test_processes_do_not_outlive_a_rank_that_is_killed(tmp_path: Path) -> None:
     """Nor do they end before it, at the signals by which it is told to save."""
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
     code = (
         "import itertools, signal, torch, test_datasets as t\n"
         "from hpc_grawa.data import Datasets, in_advance\n"
@@ -278,7 +275,7 @@ def test_processes_do_not_outlive_a_rank_that_is_killed(tmp_path: Path) -> None:
         "    for _ in in_advance(train, ((torch.arange(8), None) for _ in itertools.count())): pass\n"
     )
     (tmp_path / "rank.py").write_text(code)
-    rank = subprocess.Popen([sys.executable, "rank.py"], cwd=tmp_path, env=environment, start_new_session=True)
+    rank = start(program=("rank.py",), cwd=tmp_path, start_new_session=True, stdout=None, stderr=None)
 
     def workers() -> list[int]:
         return [int(path.suffix[1:]) for path in tmp_path.glob("worker.*")]

@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks, launch
+from conftest import Ranks
+from launcher import launch
+from table import METHODS, is_, kinds
 from test_data_parallel import MIB, TENSOR, USES, branches, expected_run
 from test_data_parallel import loss_of as branches_loss
-from test_methods import METHODS
 from torch import Tensor, nn, optim
 from torch.utils.checkpoint import checkpoint
 from worlds import Trace, assert_follows, batch, nesterov, probe_batch, replay, run_method, starts, twin
 
 from hpc_grawa import (
-    EASGD,
     LGRAWA,
     LSGD,
     DataParallel,
     DistributedOptimizer,
-    LocalLGRAWA,
     LocalSGD,
     Method,
     ParameterVector,
@@ -113,12 +112,8 @@ def run_script(
     return trace
 
 
-LINES: dict[str, Method] = {
-    "DataParallel": DataParallel(bucket_mb=1e-4),
-    "LocalLGRAWA": LocalLGRAWA(period=4),
-    "LGRAWA": LGRAWA(period=4),
-    "LocalSGD": LocalSGD(period=4),
-}
+#: What a script can train by without a closure.
+LINES = {name: METHODS[name].ours for name in kinds() if not is_(name, "loss")}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -126,7 +121,7 @@ def test_smoke_a_script_follows_the_oracle(on_ranks: Ranks, name: str) -> None:
     traces = on_ranks(lambda comm: run_script(comm, LINES[name]))
     expected = replay(METHODS[name].oracle, on_ranks.size, STEPS, lr=decaying, optimizer=nesterov)
     assert_follows(traces, expected, 1e-12)
-    assert len(traces[0].rounds) == (0 if name == "DataParallel" else 4)
+    assert len(traces[0].rounds) == (4 if is_(name, "averages") else 0)
 
 
 @pytest.mark.parametrize("options", [{"parts": 3}, {"parts": 3, "none": False}], ids=["to none", "to zero"])
@@ -145,7 +140,7 @@ def same_bits(traces: list[Trace], others: list[Trace]) -> None:
         assert [r.step for r in trace.rounds] == [r.step for r in other.rounds]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", kinds())
 def test_steps_are_those_of_build_bit_for_bit(on_ranks: Ranks, name: str) -> None:
     method = METHODS[name].ours
 
@@ -400,7 +395,7 @@ def test_a_pass_within_a_pass_is_a_part_of_it(on_ranks: Ranks, kept: str, reentr
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("name", ["LocalLGRAWA", "LGRAWA", "LocalSGD"])
+@pytest.mark.parametrize("name", [name for name in LINES if is_(name, "averages")])
 def test_methods_that_average_clip_each_rank_s_own_gradient(on_ranks: Ranks, name: str) -> None:
     def body(comm: Communicator, script: bool) -> list[Tensor]:
         model = linear()
@@ -471,10 +466,8 @@ def test_a_step_that_only_creates_state_is_no_step(on_ranks: Ranks, name: str, m
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["EASGD", "DataParallel", "LGRAWA"])
+@pytest.mark.parametrize("name", LINES)
 def test_a_checkpoint_may_be_loaded_after_our_line(on_ranks: Ranks, name: str) -> None:
-    method = EASGD(period=4) if name == "EASGD" else LINES[name]
-
     def body(comm: Communicator, late: bool) -> list[Tensor]:
         model, saved = linear(), linear(7).state_dict()
         if not late:
@@ -482,7 +475,7 @@ def test_a_checkpoint_may_be_loaded_after_our_line(on_ranks: Ranks, name: str) -
         optimizer = DistributedOptimizer(
             optim.SGD(model.parameters(), 0.01),
             model,
-            method,
+            LINES[name],
             comm=comm,
             probe=lambda: model(line(comm.rank, 99)[0]).square().mean(),
         )
@@ -853,8 +846,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "scripts").write_text(json.dumps(texts))
-    status, output = launch(2, str(folder / "program.py"), str(folder), seconds=200)
-    assert status == 0, output
+    done = launch(str(folder), program=(str(folder / "program.py"),), ranks=2)
+    assert done.status == 0, done.said
     first, second = (json.loads((folder / f"results {rank}").read_text()) for rank in range(2))
     return {name: [first[name], second[name]] for name in texts}
 

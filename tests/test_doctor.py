@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +12,8 @@ import own
 import pytest
 import torch
 from conftest import Ranks
-from test_cli import BIN, HOROVOD, LINE, MPIRUN, environment, launched, ours
+from launcher import HOROVOD, Ended, environment, launch, launched, mpirun, ours, torchrun
+from test_cli import LINE
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect
@@ -216,16 +214,8 @@ def test_the_test_of_messages_ends_in_time_and_on_all_ranks_alike(on_several_ran
 # As it is used
 
 
-def run(*words: str, by: tuple[str, ...] = (), limit: float = 150, **variables: str) -> tuple[int, str, str]:
-    """Exit status, output and errors of ``hpc-grawa``, behind a launcher's words."""
-    command = [*by, sys.executable, "-m", "hpc_grawa", *words]
-    around = environment() | {"PATH": f"{BIN}:{os.environ['PATH']}"} | variables
-    done = subprocess.run(command, env=around, text=True, capture_output=True, timeout=limit, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
-def mpirun(ranks: int) -> tuple[str, ...]:
-    return (str(MPIRUN), "-np", str(ranks))
+def run(*words: str, by: tuple[str, ...] = (), **variables: str) -> Ended:
+    return launch(*words, by=by, env=environment(**variables))
 
 
 def sections(output: str) -> list[str]:
@@ -245,7 +235,7 @@ def test_a_plain_process() -> None:
 
 
 @launched
-@pytest.mark.parametrize(("ranks", "backend"), [(2, "mpi"), (4, "auto")])
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "mpi"), pytest.param(4, "auto", marks=pytest.mark.slow)])
 def test_ranks_of_mpirun(ranks: int, backend: str) -> None:
     status, output, errors = run("doctor", "--backend", backend, "--folder", "some/runs", by=mpirun(ranks))
     assert status == 0, output + errors
@@ -266,8 +256,7 @@ def test_ranks_of_horovodrun() -> None:
 
 
 def test_ranks_of_torchrun() -> None:
-    by = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
-    status, output, errors = run("doctor", by=by)
+    status, output, errors = run("doctor", by=torchrun(2))
     assert status == 0 and sections(output) == SECTIONS, output + errors
     assert re.search("backend (gloo|nccl) works here, on 2 ranks$", output)
 

@@ -10,6 +10,7 @@ import numpy as np
 import own
 import pytest
 import torch
+from table import as_words, kinds
 from torch import Tensor, nn
 
 from hpc_grawa import simulate
@@ -216,10 +217,10 @@ def state(worker: Worker) -> list[Any]:
     return kept
 
 
-@pytest.mark.parametrize("method", ["LGRAWA", "EASGD", "LSGD", "DataParallel"])
+@pytest.mark.parametrize("name", kinds())
 @pytest.mark.parametrize("world", [1, 3])
-def test_training_notices_nothing_of_an_evaluation(method: str, world: int) -> None:
-    config = configuration(f"--method={method}", *([] if method == "DataParallel" else ["--method.period=4"]))
+def test_training_notices_nothing_of_an_evaluation(name: str, world: int) -> None:
+    config = configuration(*as_words(name))
 
     def body(comm: Communicator, evaluating: bool) -> list[Any]:
         worker = Worker(config, comm)

@@ -21,8 +21,9 @@ import own
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Ranks, launch
+from conftest import Ranks
 from ilsvrc import archives, folders, jpeg, promising, real, script
+from launcher import launch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -843,8 +844,9 @@ def test_no_run_folder_is_made_where_staging_fails(folder: Path, tmp_path: Path)
         f"train --model SmallCNN --model.in_channels 3 --data ImageNet --data.path {folder} --data.batch_size 8 "
         f"--data.stage {tmp_path / 'file'} --budget.steps 5 --run.dir {tmp_path / 'runs'}"
     )
-    status, said = launch(2, "-m", "hpc_grawa", *words.split(), seconds=100)
-    assert status == 2 and f"error: data.stage is {tmp_path / 'file'}" in said and "Traceback" not in said
+    done = launch(*words.split(), ranks=2)
+    assert done.status == 2 and f"error: data.stage is {tmp_path / 'file'}" in done.said
+    assert "Traceback" not in done.said
     assert not list((tmp_path / "runs").glob("*"))
 
 

@@ -26,7 +26,7 @@ from hpc_grawa.install import horovod
 
 REPO = Path(__file__).parents[1]
 SITE_PACKAGES = Path(torch.__file__).parents[1]
-LEFT_OUT = ("hpc_grawa*", "__editable__*", "horovod*", ".throw-away-*", "include", "tests")
+LEFT_OUT = ("hpc_grawa*", "__editable__*", "horovod*", ".throw-away-*", "*.pyc.*", "include", "tests")
 
 
 @pytest.fixture
@@ -107,6 +107,7 @@ def test_the_oldest_releases_are_kept(environment: Path, checkout: Path) -> None
     assert (environment / "bin/hpc-grawa").is_file()
 
 
+@pytest.mark.slow
 def test_the_torch_that_is_there_is_kept(environment: Path, checkout: Path) -> None:
     """The real thing: every package of this environment but ours."""
     site = site_packages(environment)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import own
 import pytest
-from test_cli import HOROVOD, LINE, MPIRUN, environment, launch, launched, running, start
+from launcher import HOROVOD, environment, launch, launched, start
+from test_cli import LINE, running
 
 from hpc_grawa.report.status import describe
 from hpc_grawa.runs.heartbeat import BEAT, Watch
@@ -38,18 +39,15 @@ def train(backend: str, ranks: int, *words: str) -> tuple[int, str]:
     """Exit status and errors of a run named ``a`` with a limit of 8 s."""
     wanted(backend)
     where = (f"--backend={backend}", "--run.name=a", "--comm-timeout=8", "--budget.steps=30", "--method.period=4")
-    status, _, errors = launch("train", *LINE, *where, *words, ranks=ranks, limit=200)
+    status, _, errors = launch("train", *LINE, *where, *words, ranks=ranks)
     return status, errors
 
 
 def loop(backend: str, method: str, fault: str, ranks: int = 2) -> tuple[int, str]:
     """Exit status and output of ``lost.py``, a loop of a user's own."""
     wanted(backend)
-    words = [str(MPIRUN), "-np", str(ranks), sys.executable, str(HERE / "lost.py"), backend, method, fault, "8"]
-    done = subprocess.run(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150
-    )
-    return done.returncode, done.stdout
+    done = launch(backend, method, fault, "8", program=(str(HERE / "lost.py"),), ranks=ranks)
+    return done.status, done.said
 
 
 def summary(folder: Path) -> tuple[str, str, int]:
@@ -159,7 +157,7 @@ def test_ranks_started_by_hand_outlive_the_shell_that_started_them(tmp_path: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    subprocess.run(["sh", "-c", shell], cwd=tmp_path, env={**environment(), "MASTER_PORT": str(port)}, check=True)
+    subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environment(MASTER_PORT=str(port)), check=True)
     (tmp_path / "out").touch()  # the shell may be gone before its first rank has opened it
     until = time.monotonic() + 150
     while (out := (tmp_path / "out").read_text()).count("is through") < 2:
@@ -202,9 +200,8 @@ if __name__ == "__main__":
 
 def test_without_a_launcher_the_program_s_own_process_group_trains_together(tmp_path: Path) -> None:
     (tmp_path / "spawned.py").write_text(SPAWNED)
-    words = [sys.executable, str(tmp_path / "spawned.py"), str(tmp_path / "store")]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=150)
-    assert (done.returncode, done.stdout) == (0, "trained together\n"), done.stderr
+    done = launch(str(tmp_path / "store"), program=(str(tmp_path / "spawned.py"),))
+    assert (done.status, done.output) == (0, "trained together\n"), done.errors
 
 
 def test_a_sign_s_age_outweighs_its_words(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""The battery: every method, on every backend, follows the oracle; and the identities between methods.
-
-A new method is tested by one more row of `METHODS`.
-"""
+"""The battery: every method of `table`, on every backend, follows the oracle; and the identities between methods."""
 
 from __future__ import annotations
 
@@ -10,15 +7,16 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
 from conftest import DEVICES, Ranks
+from table import METHODS, PERIOD, Row, having, is_, kinds, paced, plain
 from torch import nn
-from worlds import NET, Trace, assert_follows, nesterov, plain, replay, run_method, twin
+from worlds import NET, Trace, assert_follows, gradient, nesterov, replay, run_method, twin
 
 from hpc_grawa import (
     EASGD,
@@ -28,10 +26,10 @@ from hpc_grawa import (
     MGRAWA,
     DataParallel,
     LocalLGRAWA,
-    LocalMGRAWA,
     LocalSGD,
     Method,
     ParameterVector,
+    Run,
     simulate,
 )
 from hpc_grawa.comm import Communicator
@@ -39,42 +37,9 @@ from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, LostView, NonFinite
 from hpc_grawa.methods import AveragingMethod
 
-PERIOD, STEPS = 4, 14  # rounds after 4, 8 and 12 steps, and a last one after 2 more
-
-
-class Row(NamedTuple):
-    ours: Method
-    oracle: ref.Method
-
-
-METHODS: dict[str, Row] = {
-    "GRAWA": Row(GRAWA(period=PERIOD), ref.GRAWA()),
-    "GRAWA, q 2, b 0": Row(
-        GRAWA(period=PERIOD, pull=0.7, prox=0.5, power=2.0, score_momentum=0.0),
-        ref.GRAWA(pull=0.7, prox=0.5, power=2.0, score_momentum=0.0),
-    ),
-    "MGRAWA": Row(MGRAWA(period=PERIOD, pull=0.3, prox=0.05), ref.MGRAWA(pull=0.3, prox=0.05)),
-    "MGRAWA of modules": Row(MGRAWA(period=PERIOD, layers="module"), ref.MGRAWA(layer="module")),
-    "LGRAWA": Row(LGRAWA(period=PERIOD), ref.LGRAWA()),
-    "LGRAWA of modules": Row(LGRAWA(period=PERIOD, layers="module", pull=0.7), ref.LGRAWA(layer="module", pull=0.7)),
-    "LGRAWA of groups": Row(LGRAWA(period=PERIOD, layers=[["2.*"], ["0.*"]]), ref.LGRAWA(layer="layer 2, layer 1")),
-    "EASGD": Row(EASGD(period=PERIOD), ref.EASGD()),
-    "LSGD": Row(LSGD(period=PERIOD, pull=0.2, prox=0.4), ref.LSGD(pull=0.2, prox=0.4)),
-    "LSGD of groups": Row(
-        LSGD(period=PERIOD, prox=0.4, group_period=2, ranks_per_group=2, group_pull=0.3, group_prox=0.2),
-        ref.LSGD(prox=0.4, group_period=2, group=2, group_pull=0.3, group_prox=0.2),
-    ),
-    "LocalMGRAWA": Row(LocalMGRAWA(period=PERIOD, pull=0.3), ref.LocalMGRAWA(pull=0.3)),
-    "LocalLGRAWA": Row(LocalLGRAWA(period=PERIOD), ref.LocalLGRAWA()),
-    "LocalLGRAWA of modules": Row(
-        LocalLGRAWA(period=PERIOD, layers="module", power=2.0, score_momentum=0.5),
-        ref.LocalLGRAWA(layer="module", power=2.0, score_momentum=0.5),
-    ),
-    "LocalSGD": Row(LocalSGD(period=PERIOD), ref.LocalSGD()),
-    "DataParallel": Row(DataParallel(bucket_mb=1e-4), ref.DataParallel()),
-}
-AVERAGING = [name for name, row in METHODS.items() if isinstance(row.ours, AveragingMethod)]
-ORDINARY = ["GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalMGRAWA", "LocalLGRAWA", "LocalSGD"]
+STEPS = 14  # rounds after 4, 8 and 12 steps, and a last one after 2 more
+#: One row of each weight rule.
+RULES = [plain(tag)[0] for tag in ("norms", "leader", "uniform")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -87,41 +52,48 @@ def follow(
 ) -> list[Trace]:
     """Run a row on every rank, compare with its oracle, and return what the ranks saw."""
     traces = on_ranks(lambda comm: run_method(comm, row.ours, steps=steps, dtype=dtype, **options))
-    if isinstance(row.ours, AveragingMethod):
+    averages = "averages" in row.tags
+    if averages:
         options["local_momentum"] = row.ours.local_momentum
     for ours in ("parts", "device"):
         options.pop(ours, None)
     expected = replay(row.oracle, on_ranks.size, steps, getattr(row.ours, "period", 1), **options)
-    assert len(expected.rounds) == (-(-steps // PERIOD) if isinstance(row.ours, AveragingMethod) else 0)
+    assert len(expected.rounds) == (-(-steps // PERIOD) if averages else 0)
     assert_follows(traces, expected, TOLERANCE[dtype])
     return traces
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("optimizer", [plain, nesterov])
 @pytest.mark.parametrize("name", METHODS)
-def test_follows_the_oracle(
-    on_ranks: Ranks, name: str, optimizer: Callable[[], ref.SGD], dtype: torch.dtype, device: str
-) -> None:
-    follow(on_ranks, METHODS[name], optimizer=optimizer, dtype=dtype, lr=decaying, device=device)
+def test_follows_the_oracle(on_ranks: Ranks, name: str, device: str) -> None:
+    follow(on_ranks, METHODS[name], optimizer=nesterov, lr=decaying, device=device)
 
 
-@pytest.mark.parametrize("name", ["LGRAWA", "DataParallel"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", kinds())
+def test_follows_the_oracle_in_single_precision(on_ranks: Ranks, name: str, device: str) -> None:
+    follow(on_ranks, METHODS[name], optimizer=nesterov, lr=decaying, device=device, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_follows_the_oracle_from_independent_starts_without_momentum(on_several_ranks: Ranks, name: str) -> None:
+    follow(on_several_ranks, METHODS[name], steps=6, independent=True)
+
+
+@pytest.mark.parametrize("name", [RULES[0], *kinds("shares")])
 def test_smoke(on_ranks: Ranks, name: str) -> None:
     follow(on_ranks, METHODS[name], optimizer=nesterov)
 
 
-@pytest.mark.parametrize("policy", ["reset", "average"])
-@pytest.mark.parametrize("name", ORDINARY)
-def test_local_momentum_at_a_round(on_ranks: Ranks, name: str, policy: Any) -> None:
+def with_momentum(name: str, policy: Any) -> Row:
     row = METHODS[name]
-    follow(on_ranks, Row(replace(row.ours, local_momentum=policy), row.oracle), optimizer=nesterov)
+    return row._replace(ours=replace(row.ours, local_momentum=policy))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_independent_starts(on_several_ranks: Ranks, name: str) -> None:
-    follow(on_several_ranks, METHODS[name], steps=6, independent=True)
+@pytest.mark.parametrize("policy", ["reset", "average"])
+@pytest.mark.parametrize("name", RULES)
+def test_local_momentum_at_a_round(on_ranks: Ranks, name: str, policy: Any) -> None:
+    follow(on_ranks, with_momentum(name, policy), optimizer=nesterov)
 
 
 @pytest.mark.parametrize("name", ["LGRAWA", "DataParallel"])
@@ -140,7 +112,8 @@ def test_a_run_that_ends_with_a_round_has_no_second(on_ranks: Ranks) -> None:
 
 
 def test_rounds_say_what_happened(on_ranks: Ranks) -> None:
-    traces = on_ranks(lambda comm: run_method(comm, METHODS["LSGD"].ours, steps=STEPS, lr=decaying))
+    ours = METHODS[plain("leader")[0]].ours
+    traces = on_ranks(lambda comm: run_method(comm, ours, steps=STEPS, lr=decaying))
     for round_, first in zip(traces[-1].rounds, traces[0].rounds, strict=True):
         assert (round_.number, round_.step, round_.period) == (first.number, first.step, first.period)
         assert round_.leader == int(round_.weights.flatten().argmax()) and torch.equal(round_.weights, first.weights)
@@ -203,20 +176,19 @@ def test_equal_scores_and_full_pull_are_local_sgd(on_ranks: Ranks) -> None:
 
 def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
     """λ = 0 and no proximity: bit for bit what a rank does without the others."""
-    for method in (GRAWA(period=PERIOD, pull=0.0, prox=0.0), LSGD(period=PERIOD, pull=0.0, prox=0.0)):
+    for name in plain("pulls"):
 
-        def body(comm: Communicator, method: Method = method) -> list[ref.Array]:
-            alone = replace(method, period=STEPS + 1)
-            return [np.array(run_method(comm, m, steps=STEPS).parameters) for m in (method, alone)]
+        def body(comm: Communicator, name: str = name) -> list[ref.Array]:
+            methods = [paced(name, period, pull=0.0, prox=0.0) for period in (PERIOD, STEPS + 1)]
+            return [np.array(run_method(comm, m, steps=STEPS).parameters) for m in methods]
 
         for together, apart in on_ranks(body):
             assert (together == apart).all()
 
 
-@pytest.mark.parametrize("name", ["GRAWA", "LGRAWA", "LSGD", "LocalSGD"])
+@pytest.mark.parametrize("name", [name for name in kinds("averages") if is_(name, "pulls") or is_(name, "equal")])
 def test_t4_full_pull_is_consensus(on_ranks: Ranks, name: str) -> None:
-    full = {} if name == "LocalSGD" else {"pull": 1.0}
-    method = replace(METHODS[name].ours, period=7, **full)
+    method = paced(name, 7, **({"pull": 1.0} if is_(name, "pulls") else {}))
     traces = on_ranks(lambda comm: run_method(comm, method, steps=STEPS))
     for trace in traces:
         for step in (7, 14):
@@ -226,11 +198,11 @@ def test_t4_full_pull_is_consensus(on_ranks: Ranks, name: str) -> None:
         assert not (traces[0].parameters[7] == traces[1].parameters[7]).all()
 
 
-@pytest.mark.parametrize("name", ["GRAWA", "MGRAWA", "LGRAWA", "LSGD", "LocalSGD"])
+@pytest.mark.parametrize("name", [name for name in having("averages") if not is_(name, "centered")])
 def test_t2_a_world_of_one_trains_as_if_alone(name: str) -> None:
     """Bit for bit, but for the proximity pull to a center that is its own past."""
     ours = METHODS[name].ours
-    method = replace(ours, prox=0.0) if hasattr(ours, "prox") else ours
+    method = replace(ours, **{prox: 0.0 for prox in ("prox", "group_prox") if hasattr(ours, prox)})
     alone = run_method(SingleCommunicator(), LocalSGD(period=STEPS + 1), steps=STEPS, optimizer=nesterov)
     for run in (lambda f: [f(SingleCommunicator())], lambda f: simulate(1, f)):
         [trace] = run(lambda comm: run_method(comm, method, steps=STEPS, optimizer=nesterov))
@@ -272,8 +244,9 @@ def test_t10_the_proximity_pull_moves_by_its_share_of_the_distance(on_ranks: Ran
             np.testing.assert_allclose(trace.parameters[step], x, rtol=1e-13, atol=1e-13)
 
 
-def test_gradient_sharing_keeps_all_ranks_bit_identical(on_ranks: Ranks) -> None:
-    ours = METHODS["DataParallel"].ours
+@pytest.mark.parametrize("name", kinds("shares"))
+def test_gradient_sharing_keeps_all_ranks_bit_identical(on_ranks: Ranks, name: str) -> None:
+    ours = METHODS[name].ours
     for dtype in TOLERANCE:
         traces = on_ranks(lambda comm, d=dtype: run_method(comm, ours, steps=STEPS, optimizer=nesterov, dtype=d))
         for trace in traces:
@@ -286,8 +259,13 @@ def test_gradient_sharing_keeps_all_ranks_bit_identical(on_ranks: Ranks) -> None
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["keep", "reset", "average"])
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *((name, "keep") for name in plain("averages")),
+        *((name, policy) for name in RULES for policy in ("reset", "average")),
+    ],
+)
 def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks, name: str, policy: Any) -> None:
     """Rank 0 breaks in the last step before a round, the last rank in the first step after one."""
     last = on_several_ranks.size - 1
@@ -295,15 +273,14 @@ def test_a_rank_that_is_not_finite_is_healed(on_several_ranks: Ranks, name: str,
     def poison(rank: int, step: int) -> bool:
         return (rank, step) in ((0, 3), (last, 8))
 
-    row = METHODS[name]
-    row = Row(replace(row.ours, local_momentum=policy), row.oracle)
-    traces = follow(on_several_ranks, row, optimizer=nesterov, poison=poison)
+    traces = follow(on_several_ranks, with_momentum(name, policy), optimizer=nesterov, poison=poison)
     assert [round_.healed for round_ in traces[0].rounds] == [(0,), (), (last,), ()]
     for trace in traces:
         assert np.isfinite(trace.parameters[-1]).all() and all(np.isfinite(m).all() for m in trace.momenta)
 
 
-def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Ranks) -> None:
+@pytest.mark.parametrize("name", kinds("levels"))
+def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Ranks, name: str) -> None:
     """Rank 0 breaks before a round of groups; the last group breaks as a whole before one, and waits for all ranks."""
     world = on_several_ranks.size
     last_group = range((world - 1) // 2 * 2, world)
@@ -311,7 +288,7 @@ def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Rank
     def poison(rank: int, step: int) -> bool:
         return (rank == 0 and step == 1) or (rank in last_group and step == 9 and world > 2)
 
-    traces = follow(on_several_ranks, METHODS["LSGD of groups"], optimizer=nesterov, poison=poison)
+    traces = follow(on_several_ranks, METHODS[name], optimizer=nesterov, poison=poison)
     healed = [round_.healed for round_ in traces[0].rounds]
     assert healed == [(), (), tuple(last_group) if world > 2 else (), ()]
     for trace in traces:
@@ -320,7 +297,7 @@ def test_a_rank_is_healed_by_its_group_and_a_group_by_all(on_several_ranks: Rank
 
 def test_groups_are_hosts_by_default(on_several_ranks: Ranks) -> None:
     """All ranks of a test are on one host: its leader is the leader of all, as if one group held them all."""
-    hosts = LSGD(period=4, group_period=2)
+    hosts = LSGD(period=PERIOD, group_period=2)
     same(on_several_ranks, replace(hosts, ranks_per_group=on_several_ranks.size), hosts, tolerance=0)
 
 
@@ -373,7 +350,7 @@ def test_a_layer_is_averaged_over_the_ranks_that_have_a_gradient_for_it(
         np.testing.assert_allclose(parameters, center, rtol=1e-14)
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("name", RULES)
 def test_if_no_rank_is_finite_all_say_so(on_ranks: Ranks, name: str) -> None:
     def body(comm: Communicator) -> str:
         with pytest.raises(NonFinite) as error:
@@ -416,7 +393,8 @@ def test_a_shared_gradient_that_is_not_finite_is_an_error_on_all_ranks(on_ranks:
 
 
 def test_a_shared_gradient_that_is_not_finite_can_be_skipped(on_ranks: Ranks) -> None:
-    row = Row(DataParallel(bucket_mb=1e-4, on_nonfinite="skip"), ref.DataParallel(on_nonfinite="skip"))
+    ours, oracle = DataParallel(bucket_mb=1e-4, on_nonfinite="skip"), ref.DataParallel(on_nonfinite="skip")
+    row = METHODS["DataParallel"]._replace(ours=ours, oracle=oracle)
     traces = follow(on_ranks, row, optimizer=nesterov, batch=with_nan)
     assert (traces[0].parameters[5] == traces[0].parameters[4]).all()
 
@@ -473,11 +451,27 @@ def test_impossible_values_are_refused(make: Callable[[], Method], message: str)
         make()
 
 
-@pytest.mark.parametrize("method", [GRAWA(), MGRAWA(), LGRAWA()], ids=str)
-def test_a_missing_probe_is_a_named_error(method: Method) -> None:
-    vector = ParameterVector(nn.Linear(2, 1))
-    with pytest.raises(ValueError, match=rf"{type(method).__name__} scores.*probe="):
-        method.build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
+@pytest.mark.parametrize("name", plain())
+def test_what_a_method_needs_and_is_not_given_is_a_named_error(name: str) -> None:
+    def begin(**given: Any) -> Run:
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = METHODS[name].ours.build(SingleCommunicator(), ParameterVector(model), optimizer, **given)
+        gradient(run, optimizer, lambda x: model(x).mean(), (torch.ones(1, 2),), 1)
+        return run
+
+    given: dict[str, Any] = {}
+    if is_(name, "probes"):
+        with pytest.raises(ValueError, match=rf"{name} scores.*probe="):
+            begin()
+        given["probe"] = lambda: torch.zeros(())
+    run = begin(**given)
+    assert METHODS[name].ours.needs_loss == is_(name, "loss")
+    if is_(name, "loss"):
+        with pytest.raises(ValueError, match=r"after_step\(loss\)"):
+            run.after_step()
+    else:
+        run.after_step()
 
 
 def test_a_loss_in_place_of_a_probe_is_a_named_error() -> None:
@@ -502,13 +496,6 @@ def test_a_lost_view_is_an_error_before_it_matters(on_ranks: Ranks, method: Meth
             run.after_step() if run.synchronizers else run.center
 
     on_ranks(body)
-
-
-def test_a_missing_loss_is_a_named_error() -> None:
-    vector = ParameterVector(nn.Linear(2, 1))
-    run = LSGD().build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
-    with pytest.raises(ValueError, match=r"after_step\(loss\)"):
-        run.after_step()
 
 
 def test_the_common_start_is_all_of_rank_0s_model(on_ranks: Ranks) -> None:
@@ -555,43 +542,40 @@ def test_half_precision_parameters_are_averaged_in_fp32(on_ranks: Ranks, method:
         assert isinstance(method, EASGD) or value == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", kinds())
 def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str) -> None:
-    """Payload of a round: 10 + K numbers, and P parameters. DataParallel: P + 4 + 1 at each step, one last word."""
+    """Payload of a round: 10 + K numbers, and P parameters. Gradients: P + 4 + 1 at each step, one last word."""
     world, ours = on_ranks.size, METHODS[name].ours
+    averages, levels = is_(name, "averages"), is_(name, "levels")
 
     def body(comm: Communicator) -> tuple[dict[str, int], dict[str, int], dict[str, float]]:
         run_method(comm, ours, steps=8)
         return dict(comm.meter.calls), dict(comm.meter.payload_bytes), dict(comm.meter.bytes_sent)
 
-    averaging = isinstance(ours, AveragingMethod)
-    of_layers = {"": 4, " of modules": 2, " of groups": 2}
-    found = [n for part, n in of_layers.items() if name in (f"LGRAWA{part}", f"LocalLGRAWA{part}")]
-    columns = sum(found) or averaging
-    big, verb = ("center", "allreduce") if averaging else ("gradient", "allreduce")
-    messages = 2 if averaging else 8
-    if name == "LSGD" or (world == 1 and averaging):
-        verb = "broadcast"
-    words = 2 if averaging else 1
-    if name == "LSGD of groups":  # two rounds within a group for each of all ranks
-        verb, messages, words = "broadcast", 6, 6
+    columns = (4 if is_(name, "layers") else 1) if averages else 0
+    big, rounds = ("center", 6 if levels else 2) if averages else ("gradient", 8)  # two of groups for each of all ranks
+    words = rounds if averages else 1
+    one_rank_s = averages and (is_(name, "leader") or world == 1)
     for calls, payload, sent in on_ranks(body):
         assert calls["control"] == words
         assert payload["control"] == words * 8 * (10 + columns)
-        assert calls[big] == messages if averaging else calls[big] > messages  # in buckets
-        assert payload[big] == messages * 8 * (31 if averaging else 31 + 4 + 1)
-        if name == "LSGD of groups":
+        assert calls[big] == rounds if averages else calls[big] > rounds  # in buckets
+        assert payload[big] == rounds * 8 * (31 if averages else 31 + 4 + 1)
+        if levels:  # among fewer ranks
             continue
-        assert sent[big] == pytest.approx(ref.bytes_sent(verb, payload[big], world))
+        assert sent[big] == pytest.approx(
+            ref.bytes_sent("broadcast" if one_rank_s else "allreduce", payload[big], world)
+        )
         assert sent["control"] == pytest.approx(ref.bytes_sent("allgather", payload["control"], world))
 
 
-@pytest.mark.parametrize("name", [*ORDINARY, "DataParallel"])
-@pytest.mark.parametrize("buffers", ["local", "average"])
+@pytest.mark.parametrize(
+    ("name", "buffers"), [*((name, "average") for name in plain()), *((name, "local") for name in RULES)]
+)
 def test_no_allocation_of_size_p_after_the_first_round(name: str, buffers: Any, tmp_path: Path) -> None:
     """No tensor as large as all parameters; a gradient or momentum of one layer may be made."""
     method = METHODS[name].ours
-    if isinstance(method, AveragingMethod):
+    if is_(name, "averages"):
         momentum = "average" if buffers == "average" else "keep"
         method = replace(method, period=2, buffers=buffers, local_momentum=momentum)
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(5)), nn.BatchNorm1d(40))

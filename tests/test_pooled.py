@@ -13,10 +13,11 @@ import pytest
 import reference as ref
 import torch
 from conftest import Ranks
+from table import kinds, paced
 from torch import nn
 from worlds import batch, probe_batch, starts, twin
 
-from hpc_grawa import EASGD, LGRAWA, LSGD, LocalLGRAWA, LocalSGD, Method, ParameterVector, Run, simulate
+from hpc_grawa import LGRAWA, LSGD, LocalLGRAWA, LocalSGD, Method, ParameterVector, Run, simulate
 from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator, Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
@@ -67,23 +68,14 @@ class Trainer:
         self.run.finish()
 
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "LGRAWA": LGRAWA,
-    "LocalLGRAWA": LocalLGRAWA,
-    "EASGD": EASGD,
-    "LSGD": LSGD,
-    "LocalSGD": LocalSGD,
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", kinds("pools"))
 def test_ranks_of_equal_speed_train_as_in_lockstep(name: str) -> None:
     """Simulated ranks take turns, so each makes τ steps a round: bit for bit the lockstep run, its last round too."""
 
     def body(comm: Communicator) -> list[Any]:
         results = []
         for rounds in ("pooled", "lockstep"):
-            trainer = Trainer(comm, METHODS[name](period=4, rounds=rounds), steps=14)
+            trainer = Trainer(comm, paced(name, 4, rounds=rounds), steps=14)
             trainer.train()
             results.append((trainer.vector.data.numpy().copy(), trainer.run.center.numpy().copy(), trainer.rounds))
         return results
@@ -96,13 +88,13 @@ def test_ranks_of_equal_speed_train_as_in_lockstep(name: str) -> None:
         ]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", kinds("pools"))
 def test_every_round_has_as_many_steps_as_specified(on_ranks: Ranks, name: str) -> None:
     """W·τ of all ranks together, the last round as many as are left; all ranks agree and end."""
     world, steps = on_ranks.size, 30
 
     def body(comm: Communicator) -> Trainer | tuple[Any, ...]:
-        trainer = Trainer(comm, METHODS[name](period=4, rounds="pooled"), steps)
+        trainer = Trainer(comm, paced(name, 4, rounds="pooled"), steps)
         trainer.train()
         run, rounds = trainer.run, trainer.rounds
         seen = [(r.number, r.step, r.period, r.made, r.weights.tolist(), r.slowest) for r in rounds]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launcher import BIN, ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BIN = Path(sys.executable).parent
 #: A tiny budget in place of the README's, so that what is tested is that the command works.
 SHORT = ["--budget.seconds", "1000", "--budget.steps", "3", "--eval.train_examples", "50", "--eval.bn_batches", "1"]
 
@@ -46,14 +44,8 @@ def launched() -> list[tuple[str, str, str]]:
 
 
 def start(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.run(
-        shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        shlex.split(command), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
 
 

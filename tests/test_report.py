@@ -371,7 +371,7 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str, suffix: str) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"\[demo\]"):
+    with pytest.raises(ConfigError, match=r"need Matplotlib, .*\[demo\]"):
         draw([read_run(make_run(tmp_path))], tmp_path / "figure.png")
 
 

@@ -19,7 +19,9 @@ import own
 import pytest
 import torch
 from conftest import DEVICES
-from test_cli import LINE, environment, launch, launched, running, start
+from launcher import called, environment, launch, launched, start
+from table import as_words, kinds, plain
+from test_cli import LINE, running
 
 from hpc_grawa import simulate
 from hpc_grawa.averaging.probe import probe_gradient
@@ -37,21 +39,12 @@ from hpc_grawa.training.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
-    "GRAWA": "GRAWA",
-    "MGRAWA": "MGRAWA",
-    "LGRAWA": "LGRAWA",
+    **{name: " ".join(as_words(name)).removeprefix("--method=") for name in [*plain(), *kinds("levels")]},
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
-    "LocalMGRAWA": "LocalMGRAWA",
-    "LocalLGRAWA": "LocalLGRAWA",
-    "EASGD": "EASGD",
-    "LSGD": "LSGD",
-    "LSGD of groups": "LSGD --method.group_period=2 --method.ranks_per_group=2",
-    "LocalSGD": "LocalSGD",
-    "DataParallel": "DataParallel",
 }
 
 
@@ -68,6 +61,7 @@ def config(method: str, *words: str) -> Config:
     period = [] if "DataParallel" in method else ["--method.period=4"]
     often = ["--save.unit=steps", "--save.every=5", "--eval.unit=steps", "--eval.every=6", "--log.every=3"]
     shape = ["--run.control_every=3", "--schedule=Cosine", "--budget.seconds=null", f"--budget.steps={STEPS}"]
+    shape += ["--eval.train_examples=50", "--eval.bn_batches=2"]
     made = parse(
         ["--config=digits", f"--method={method.split()[0]}", *method.split()[1:], *period, *often, *shape, *words]
     )
@@ -127,7 +121,7 @@ def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LGRAWA", "LSGD of groups", "DataParallel"])
+@pytest.mark.parametrize("name", ["LGRAWA", "DataParallel", *kinds("levels")])
 def test_wherever_a_run_is_cut_off_it_equals_the_uninterrupted_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +392,7 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
     assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["0000.json", "0001.json"]
 
 
-@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", "LSGD of groups"])
+@pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", *kinds("levels")])
 def test_another_world_goes_on_counting(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -489,18 +483,20 @@ def wait_for(latest: Path, _: str, step: int) -> None:
         time.sleep(0.02)
 
 
-def test_what_a_run_does_not_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_does_not_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Another configuration, unless it is allowed; another job at work; no name where none can be found again."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     words = (*WORDS, "--backend=single", f"--run.dir={tmp_path}")
     folder = tmp_path / "a"
 
     def refused(*more: str) -> str:
-        status, output, errors = launch(*words, *more)
+        status, output, errors = called(capsys, *words, *more)
         assert (status, output) == (2, "backend    single (no launcher, asked for), 1 rank\n"[: len(output)])
         return errors.removeprefix("hpc-grawa train: error: ").strip()
 
-    assert launch(*words, "--budget.steps=8")[0] == 0
+    assert called(capsys, *words, "--budget.steps=8")[0] == 0
     (folder / "summary.json").unlink()
     assert refused("--budget.steps=8", "--method.pull=0.7") == (
         f"method.pull is 0.7: must be 0.5, as it was when {folder} began; give the run another name, or allow this "
@@ -512,7 +508,9 @@ def test_what_a_run_does_not_go_on_with(tmp_path: Path, monkeypatch: pytest.Monk
         refused("--budget.steps=8"),
     )
     holder.release()
-    status, output, errors = launch(*words, "--budget.steps=12", "--allow-change", "budget", "--comm-timeout=500")
+    status, output, errors = called(
+        capsys, *words, "--budget.steps=12", "--allow-change", "budget", "--comm-timeout=500"
+    )
     assert status == 0 and "resumed    at step 7" in output, errors
     assert json.loads((folder / "summary.json").read_text())["steps"] == 12
     assert refused("--run.name=null", "--budget.steps=8") == (
@@ -565,13 +563,15 @@ def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: st
     assert file.read_text() == content
 
 
-def test_a_job_of_slurm_finds_its_run_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_slurm_finds_its_run_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     words = (*WORDS, "--backend=single", f"--run.dir={tmp_path}", "--run.name=null", "--budget.steps=8")
-    assert launch(*words)[0] == 0
+    assert called(capsys, *words)[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["LGRAWA-17_2"]
-    assert launch(*words)[1].endswith("LGRAWA-17_2 is finished\n")
+    assert called(capsys, *words)[1].endswith("LGRAWA-17_2 is finished\n")
 
 
 def told_to_end(job: Any, folder: Path, state: str, cause: str) -> dict[str, Any]:
@@ -632,7 +632,7 @@ def test_a_term_at_the_limit_is_the_limit_s_and_a_file_may_hold_a_signal_s_name(
     ):
         records = folder / "metrics.jsonl"
         before = records.stat().st_size if records.exists() else 0
-        job = start(*words, ranks=1, env=environment() | {"HPC_GRAWA_ENDS": f"{at or 0:.0f}"})
+        job = start(*words, ranks=1, env=environment(HPC_GRAWA_ENDS=f"{at or 0:.0f}"))
         end = time.monotonic() + 60
         while not records.exists() or records.stat().st_size < before + 200:
             assert time.monotonic() < end

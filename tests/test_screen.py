@@ -17,7 +17,7 @@ from pathlib import Path
 
 import own
 import pytest
-from conftest import launch
+from launcher import launch
 from PIL import Image
 
 from hpc_grawa import cli
@@ -231,7 +231,7 @@ def test_ranks_find_a_folder_that_their_locale_cannot_read(tmp_path: Path, monke
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
     words = [*TRAIN, *SAVE, "--backend", "mpi", "--run.dir", "läufe", "--run.name", "ü"]
-    status, output = launch(2, "-m", "hpc_grawa", *words, seconds=300)
-    assert status == 0, output
+    done = launch(*words, ranks=2)
+    assert done.status == 0, done.said
     assert {path.name for path in (tmp_path / "läufe/ü/ranks").glob("*.json")} == {"0000.json", "0001.json"}
     assert list((tmp_path / "läufe/ü/checkpoints").glob("*/*1*"))

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ranks
+from table import is_, kinds, paced
 from test_data_parallel import MIB, USES, branches, expected_run, launches_recorded
 from test_data_parallel import loss_of as branches_loss
 from test_distributed_optimizer import flat, gradient, line, linear
 from torch import Tensor, nn, optim
 
 from hpc_grawa import (
-    EASGD,
-    LGRAWA,
-    LSGD,
     DataParallel,
     DistributedOptimizer,
     LocalLGRAWA,
@@ -31,12 +29,7 @@ from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, LostView
 
 PHASES: dict[str, Method] = {
-    "DataParallel": DataParallel(),
-    "LGRAWA": LGRAWA(period=3),
-    "LocalLGRAWA": LocalLGRAWA(period=3),
-    "EASGD": EASGD(period=3),
-    "LSGD": LSGD(period=3),
-    "LocalSGD": LocalSGD(period=3),
+    **{name: paced(name, 3) for name in kinds()},
     "LocalSGD, pooled": LocalSGD(period=3, rounds="pooled"),
 }
 
@@ -306,8 +299,9 @@ def test_steps_after_the_end_are_refused() -> None:
 def test_a_run_that_has_ended_leaves_no_hook(name: str) -> None:
     model = linear()
     optimizer: Any = optim.SGD(model.parameters(), 0.01)
-    probe = (lambda: model(torch.ones(1, model.in_features)).square().mean()) if name == "LGRAWA" else None
-    optimizer = DistributedOptimizer(optimizer, model, PHASES[name], probe=probe, comm=SingleCommunicator())
+    optimizer = DistributedOptimizer(
+        optimizer, model, PHASES[name], probe=probe_of(model, 0), comm=SingleCommunicator()
+    )
     optimizer.run.close()
     assert not model._forward_pre_hooks and not model._forward_hooks
     assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
@@ -327,7 +321,7 @@ def test_a_second_run_that_shares_the_same_gradients_is_refused_until_the_first_
     begin()
 
 
-@pytest.mark.parametrize("name", ["LGRAWA", "LSGD", "LocalSGD"])
+@pytest.mark.parametrize("name", [name for name in kinds("averages") if not is_(name, "centered")])
 def test_before_the_first_round_there_is_no_center(name: str) -> None:
     def body(comm: Communicator) -> list[Tensor]:
         model = layers()

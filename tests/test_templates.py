@@ -13,8 +13,13 @@ from hpc_grawa.cli.parsing import recipes
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
 TEMPLATES = sorted(path.name for path in SLURM.glob("*.sh") if path.name not in ("common.sh", "chain.sh", "site.sh"))
-METHODS = ("lgrawa", "mgrawa", "easgd", "lsgd", "localsgd", "dataparallel")
-MODELS = {"cifar10": "resnet20", "cifar100": "resnet56", "imagenet": "resnet50"}
+METHODS = ("LGRAWA", "MGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
+#: Recipe, and how many nodes of four GPUs.
+SETTINGS = {
+    "cifar10.sh": ("cifar10_resnet20", 1),
+    "cifar100.sh": ("cifar100_resnet56", 2),
+    "imagenet.sh": ("imagenet_resnet50", 3),
+}
 #: Messages of SLURM and Open MPI.
 FOREIGN = (
     *("JobState=", "ExitCode=", "scontrol show", "sbatch: ", "srun: error", "srun: launch", "(Partition", "***"),
@@ -34,18 +39,17 @@ def test_a_template_is_a_header_and_one_line(template: str) -> None:
 
 
 def test_templates_name_recipes_that_are_there() -> None:
-    assert set(TEMPLATES) == {f"{m}_{d}.sh" for m in METHODS for d in MODELS} | {
-        "scaling.sh",
-        "seeds.sh",
-        "prepare_imagenet.sh",
-    }
-    for method in METHODS:
-        for data, model in MODELS.items():
-            recipe = f"{data}_{model}_{method}"
-            assert recipe in recipes() and f'common.sh" {recipe} "$@"' in (SLURM / f"{method}_{data}.sh").read_text()
-    assert 'common.sh" cifar10_resnet20_lgrawa ' in (SLURM / "scaling.sh").read_text()
+    assert set(TEMPLATES) == {*SETTINGS, "lgrawa_imagenet.sh", "scaling.sh", "seeds.sh", "prepare_imagenet.sh"}
+    for template, (recipe, nodes) in SETTINGS.items():
+        text = (SLURM / template).read_text()
+        assert recipe in recipes() and f'common.sh" {recipe} "$@"' in text and f"#SBATCH --nodes={nodes}\n" in text
+    # What the user named: the template of ImageNet, for this method.
+    named, imagenet = ((SLURM / f"{name}.sh").read_text() for name in ("lgrawa_imagenet", "imagenet"))
+    assert named.replace("=lgrawa_imagenet", "=imagenet").replace("_resnet50_lgrawa ", "_resnet50 ") == imagenet
+    assert 'common.sh" cifar10_resnet20 --budget.seconds 900 ' in (SLURM / "scaling.sh").read_text()
     seeds = (SLURM / "seeds.sh").read_text()
-    assert f"methods=({' '.join(METHODS)})" in seeds and 'common.sh" "cifar10_resnet20_${methods[i % 6]}"' in seeds
+    assert f"methods=({' '.join(METHODS)})" in seeds
+    assert 'common.sh" cifar10_resnet20 --method "${methods[i % 6]}" --run.seed "${seeds[i / 6]}"' in seeds
 
 
 def texts() -> str:

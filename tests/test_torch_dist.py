@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import launch
+from launcher import launch, torchrun
 from torch.distributed import HashStore
 
 from hpc_grawa.comm import choose, connect, torch_dist
@@ -65,24 +65,22 @@ def test_a_missing_rank_0_is_a_named_error(port: int) -> None:
     "change",
     [
         "",
-        "os.environ['MASTER_ADDR'] = 'localhost'",
+        pytest.param("os.environ['MASTER_ADDR'] = 'localhost'", marks=pytest.mark.slow),
         # as if each rank were on a host of its own: MPI tells where rank 0 is
-        "facts = RankFacts('mpirun', facts.rank, facts.size, 0, 1, facts.job)",
+        pytest.param("facts = RankFacts('mpirun', facts.rank, facts.size, 0, 1, facts.job)", marks=pytest.mark.slow),
     ],
     ids=["one host", "MASTER_ADDR", "several hosts"],
 )
 def test_under_mpirun(change: str) -> None:
-    status, output = launch(3, "-c", PROGRAM.format(change=change), seconds=90)
-    assert status == 0, output
-    assert sorted(line for line in output.splitlines() if line.startswith("rank ")) == EXPECTED
+    done = launch(program=("-c", PROGRAM.format(change=change)), ranks=3)
+    assert done.status == 0, done.said
+    assert sorted(line for line in done.output.splitlines() if line.startswith("rank ")) == EXPECTED
 
 
-def test_under_torchrun(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM.format(change=""))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "program.py"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == EXPECTED
+def test_under_torchrun() -> None:
+    done = launch(program=("-c", PROGRAM.format(change="")), by=torchrun(3))
+    assert done.status == 0, done.errors
+    assert sorted(done.output.splitlines()) == EXPECTED
 
 
 def test_a_host_whose_name_is_its_own_loopback_takes_the_interface_to_the_others(

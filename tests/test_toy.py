@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,32 @@ import numpy as np
 import own
 import pytest
 import reference as ref
+import table
 import torch
-from test_cli import launch, launched, ours
+from launcher import launch, launched, ours
+from table import is_
 from torch import Tensor
 
-from hpc_grawa import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalSGD, Method, ParameterVector, cli, simulate
+from hpc_grawa import EASGD, MGRAWA, Method, ParameterVector, cli, simulate
 from hpc_grawa.averaging.averager import Averager, argmin
 from hpc_grawa.averaging.scores import SCORE_MOMENTUM, TrainingLoss
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod, Probe, Run
-from hpc_grawa.toy import Descent, Vincent, descend, draw, table, valley, vincent
+from hpc_grawa.toy import Descent, Vincent, descend, draw, valley, vincent
+from hpc_grawa.toy import table as printed_table
 from hpc_grawa.toy.vincent import CORNERS
 
-GRADIENT: dict[str, Any] = {"period": 4, "pull": 0.5, "prox": 0.0, "score_momentum": 0.0}
-METHODS: dict[str, Method] = {
-    "GRAWA": GRAWA(**GRADIENT),
-    "MGRAWA": MGRAWA(**GRADIENT),
-    "LGRAWA": LGRAWA(**GRADIENT),
-    "EASGD": EASGD(period=4, pull=0.5),
-    "LSGD": LSGD(period=4, pull=0.5, prox=0.0),
-    "LocalSGD": LocalSGD(period=4),
-    "DataParallel": DataParallel(),
-}
+#: As far as a method has them.
+SETTINGS = {"pull": 0.5, "prox": 0.0, "power": 1.0, "score_momentum": 0.0}
+
+
+def with_settings(method: Any) -> Any:
+    names = {field.name for field in fields(method)}
+    return replace(method, **{name: value for name, value in SETTINGS.items() if name in names})
+
+
+METHODS: dict[str, Method] = {name: with_settings(table.METHODS[name].ours) for name in table.plain()}
 
 
 @dataclass(kw_only=True)
@@ -54,13 +57,6 @@ class Demanding(Follow):
 def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own.plain_process(monkeypatch)
     monkeypatch.chdir(tmp_path)
-
-
-def oracle(name: str) -> ref.Method:
-    if name in ("GRAWA", "MGRAWA", "LGRAWA"):
-        return ref.METHODS[name](pull=0.5, prox=0.0, power=1.0, score_momentum=0.0)  # type: ignore[call-arg]
-    settings: dict[str, Any] = {"EASGD": {"pull": 0.5}, "LSGD": {"pull": 0.5, "prox": 0.0}}
-    return ref.METHODS[name](**settings.get(name, {}))
 
 
 def test_the_function_and_its_valleys() -> None:
@@ -101,19 +97,19 @@ def test_the_start(name: str, weights: list[float]) -> None:
 def test_every_step_is_the_oracles(name: str) -> None:
     steps = 42  # so that the last round is a shortened one
     expected = ref.replay(
-        oracle(name), ref.Vincent(), np.array(CORNERS), lambda m, t: (), steps=steps, lr=1e-3, period=4,
-        probe=lambda m, r: (), independent=True,
+        with_settings(table.METHODS[name].oracle), ref.Vincent(), np.array(CORNERS), lambda m, t: (),
+        steps=steps, lr=1e-3, period=table.PERIOD, probe=lambda m, r: (), independent=True,
     )  # fmt: skip
     descent = descend(METHODS[name], steps=steps)
     ways = np.stack([np.array(CORNERS), *(step.parameters for step in expected.steps)], axis=1)
     np.testing.assert_allclose(descent.ranks, ways, rtol=1e-11)
-    if expected.center is None or name == "DataParallel":
+    if expected.center is None:
         assert descent.center.isnan().all()
         return
     for record in expected.rounds:
         np.testing.assert_allclose(descent.center[record.step], record.center, rtol=1e-11)
     before = descent.center[0]
-    assert before.tolist() == pytest.approx([5.125] * 2) if name == "EASGD" else before.isnan().all()
+    assert before.tolist() == pytest.approx([5.125] * 2) if is_(name, "centered") else before.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -134,10 +130,10 @@ def test_the_valley_a_method_ends_in(name: str, end: float, tolerance: float) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [GRAWA, MGRAWA, LGRAWA])
-def test_score_momentum_ends_in_the_same_valley(method: type[GRAWA]) -> None:
+@pytest.mark.parametrize("name", table.plain("norms", "probes"))
+def test_score_momentum_ends_in_the_same_valley(name: str) -> None:
     assert pytest.approx(0.4305, abs=5e-5) == SCORE_MOMENTUM
-    descent = descend(method(**(GRADIENT | {"score_momentum": SCORE_MOMENTUM})), steps=8000)
+    descent = descend(replace(METHODS[name], score_momentum=SCORE_MOMENTUM), steps=8000)  # type: ignore[call-arg]
     assert (descent.ranks[:, -1] - 7.706).abs().max() < 0.05
     assert (descent.center[-1] - 7.706).abs().max() < 0.05
 
@@ -156,7 +152,7 @@ def test_impossible_numbers(lr: float, steps: int) -> None:
 
 
 def test_the_command_with_every_kind_of_method(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel", "test_toy.Follow", "own.Alone"]
+    names = [*table.plain(), "test_toy.Follow", "own.Alone"]
     cli.main(["toy", "--methods", ",".join(names), "--steps=12", "--figure=a.png"])
     printed = capsys.readouterr()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.splitlines() if "rank" in line]
@@ -177,7 +173,7 @@ def test_settings_reach_the_methods_that_have_them(capsys: pytest.CaptureFixture
         "EASGD": EASGD(period=3, pull=0.2),
     }
     descents = {name: descend(method, 7, 0.002) for name, method in chosen.items()}
-    assert capsys.readouterr().out == f"{table(descents)}\n\nfigure  a.svg\n"
+    assert capsys.readouterr().out == f"{printed_table(descents)}\n\nfigure  a.svg\n"
     drawn = Path("a.svg").read_text()
     assert "lr 0.002, 7 steps" in drawn and "a round every 3" in drawn
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import own
 import pytest
+import table
 import torch
+from table import is_
 from torch import Tensor, nn
 
 from hpc_grawa import cli, simulate
@@ -26,8 +28,6 @@ from hpc_grawa.training.evaluate import Judge
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
 
-METHODS = ("GRAWA", "MGRAWA", "LGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
-PERIOD = 4
 P, LAYERS, CONTROL = 15_418, 11, 10  # SmallCNN's parameters and tensors; numbers in a control word
 
 
@@ -37,9 +37,8 @@ def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digits(*words: str, method: str = "LGRAWA", steps: int = 10) -> Config:
-    period = [] if method == "DataParallel" else [f"--method.period={PERIOD}"]
     budget = ["--budget.seconds=null", f"--budget.steps={steps}"]
-    config = parse(["--config=digits", f"--method={method}", *period, *budget, *words])
+    config = parse(["--config=digits", *table.as_words(method), *budget, *words])
     config.check(4)
     return config
 
@@ -60,7 +59,7 @@ def center(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=table.plain())
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Config, Path, dict[str, Any]]:
@@ -88,7 +87,7 @@ def test_the_summary_has_every_key(finished: tuple[Config, Path, dict[str, Any]]
     config, folder, summary = finished
     expected = {
         **{"method": type(config.method).__name__, "backend": "simulated", "world_size": 3, "seed": 36, "steps": 30},
-        **{"rounds": 0 if summary["method"] == "DataParallel" else 8, "epochs": 2.0, "healed": 0, "parameters": P},
+        **{"rounds": 8 if is_(summary["method"], "averages") else 0, "epochs": 2.0, "healed": 0, "parameters": P},
         **{"state": "finished", "name": folder.name, "metric": "accuracy", "higher_is_better": True},
     }
     assert {key: summary[key] for key in expected} == expected
@@ -110,7 +109,7 @@ def test_the_summary_has_every_key(finished: tuple[Config, Path, dict[str, Any]]
     assert summary["best_center_accuracy"] == max(curve.values()) == curve[summary["best_step"]]
     assert curve[30] == summary["center_test_accuracy"]
     assert summary["best_part"] == "test"
-    assert (summary["consensus_distance"] > 1e-3) == (summary["method"] not in ("DataParallel", "LocalSGD"))
+    assert (summary["consensus_distance"] > 1e-3) == (not is_(summary["method"], "equal"))
     assert summary["versions"].keys() >= {"python", "torch", "numpy", "hpc-grawa"}
     assert summary["commit"] is None or len(summary["commit"].rstrip("+")) == 40
 
@@ -118,13 +117,14 @@ def test_the_summary_has_every_key(finished: tuple[Config, Path, dict[str, Any]]
 def test_bytes_are_those_counted_by_hand(finished: tuple[Config, Path, dict[str, Any]]) -> None:
     """2n(W-1)/W for an allreduce, n(W-1) for an allgather, n(W-1)/W for a broadcast, of n bytes on each of W ranks."""
     _, _, summary = finished
-    scores = {"LGRAWA": LAYERS}.get(summary["method"], 1)
+    name = summary["method"]
+    scores = LAYERS if is_(name, "layers") else 1
     rounds, ranks = 8, 3
-    if summary["method"] == "DataParallel":  # one bucket with a flag per tensor and 1; words at steps 20 and 30
+    if not is_(name, "averages"):  # one bucket with a flag per tensor and 1; words at steps 20 and 30
         payload = [30 * 4 * (P + LAYERS + 1), 2 * 8 * CONTROL]
         sent = 2 * payload[0] * (ranks - 1) / ranks + payload[1] * (ranks - 1)
     else:
-        share = 1 if summary["method"] == "LSGD" else 2
+        share = 1 if is_(name, "leader") else 2
         payload = [rounds * 4 * P, rounds * 8 * (CONTROL + scores)]
         sent = share * payload[0] * (ranks - 1) / ranks + payload[1] * (ranks - 1)
     assert summary["payload_bytes"] == sum(payload)
@@ -133,8 +133,8 @@ def test_bytes_are_those_counted_by_hand(finished: tuple[Config, Path, dict[str,
 
 def test_rounds_are_written_with_weights_that_sum_to_1(finished: tuple[Config, Path, dict[str, Any]]) -> None:
     config, folder, summary = finished
-    rounds = events(folder, "round")
-    if summary["method"] == "DataParallel":
+    name, rounds = summary["method"], events(folder, "round")
+    if not is_(name, "averages"):
         assert rounds == []
         return
     assert [event["step"] for event in rounds] == [4, 8, 12, 16, 20, 24, 28, 30]  # the last is shortened
@@ -144,13 +144,13 @@ def test_rounds_are_written_with_weights_that_sum_to_1(finished: tuple[Config, P
     assert events(folder, "start")[0]["layers"] == names
     for event in rounds:
         weights = torch.tensor(event["weights"], dtype=torch.float64)
-        assert weights.shape == (3, LAYERS if summary["method"] == "LGRAWA" else 1)
+        assert weights.shape == (3, LAYERS if is_(name, "layers") else 1)
         torch.testing.assert_close(weights.sum(0), torch.ones(weights.shape[1], dtype=torch.float64), rtol=0, atol=2e-6)
         assert event["leader"] == int(weights.mean(1).argmax())
         assert (event["lr"], event["healed"]) == (0.1, [])
-        if summary["method"] in ("EASGD", "LocalSGD"):
+        if is_(name, "uniform"):
             assert weights.flatten().tolist() == [0.333333] * 3
-        elif summary["method"] == "LSGD":
+        elif is_(name, "leader"):
             assert sorted(weights.flatten().tolist()) == [0, 0, 1]
         else:
             assert len(set(weights.flatten().tolist())) > 1
@@ -259,7 +259,7 @@ class Perceptron(nn.Module):
 def test_a_probe_is_the_mean_of_its_batches_each_in_the_parts_of_a_training_batch() -> None:
     """No forward pass is larger than a part, and a worker that goes on draws the next batches."""
     parts = ("--optimizer.accumulate=4", "--method.probe_batches=3", "--method.score_momentum=0")
-    config = digits("--model=test_train.Perceptron", *parts, steps=3 * PERIOD)
+    config = digits("--model=test_train.Perceptron", *parts, steps=3 * table.PERIOD)
 
     def body(comm: Communicator) -> None:
         sizes: list[int] = []
@@ -288,13 +288,13 @@ def test_a_probe_is_the_mean_of_its_batches_each_in_the_parts_of_a_training_batc
 
         worker = watched()
         while worker.used < 1:
-            if worker.local_steps == 2 * PERIOD:
+            if worker.local_steps == 2 * table.PERIOD:
                 state = worker.state_dict()
                 worker = watched()
                 worker.load_state_dict(state)
             worker.step()
         assert rounds == 3
-        assert sizes == [8] * (4 * 3 * (PERIOD + 3))
+        assert sizes == [8] * (4 * 3 * (table.PERIOD + 3))
 
     simulate(2, body)
 
@@ -355,7 +355,7 @@ def test_a_budget_in_seconds_ends_on_all_ranks_at_the_same_step(method: str, tmp
     summaries = run(config, tmp_path / "a", world=3)
     assert len({summary["steps"] for summary in summaries}) == 1
     assert 0.5 <= summaries[0]["training_seconds"] < 5
-    assert summaries[0]["steps"] % (PERIOD if method == "LGRAWA" else 5) == 0
+    assert summaries[0]["steps"] % (table.PERIOD if is_(method, "averages") else 5) == 0
     assert summaries[0]["steps"] < 10_000
 
 
@@ -449,7 +449,7 @@ def test_training_that_diverges_everywhere_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_world_of_one_trains_with_every_method(tmp_path: Path) -> None:
-    for method in METHODS:
+    for method in table.plain():
         summary = run(digits("--eval.train_examples=50", method=method, steps=6), tmp_path / method, world=1)[0]
         assert (summary["bytes_sent"], summary["steps"], summary["consensus_distance"]) == (0, 6, 0)
 
@@ -491,7 +491,7 @@ def test_a_pooled_run_of_unequal_ranks_ends_on_all(limit: str, tmp_path: Path, m
     steps = summaries[0]["steps"]
     assert {s["steps"] for s in summaries} == {steps}
     assert sum(map(sum, made)) == 3 * steps
-    assert all(sum(counts) == 3 * PERIOD for counts in made[:-1])
+    assert all(sum(counts) == 3 * table.PERIOD for counts in made[:-1])
     assert sum(counts[0] for counts in made) < 0.6 * sum(counts[1] for counts in made)
     assert [e["step"] for e in events(tmp_path, "evaluate")][-1] == steps
 

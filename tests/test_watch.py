@@ -12,7 +12,8 @@ from pathlib import Path
 
 import own
 import pytest
-from test_cli import LINE, launch, launched, running, start
+from launcher import launch, launched, start
+from test_cli import LINE, running
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report.status import describe
@@ -33,7 +34,7 @@ def words(tmp_path: Path, *more: str) -> tuple[str, ...]:
 
 
 @launched
-@pytest.mark.parametrize("activity", ["evaluates", "computes"])
+@pytest.mark.parametrize("activity", [pytest.param("evaluates", marks=pytest.mark.slow), "computes"])
 def test_a_rank_that_hangs_ends_the_job_and_is_named(activity: str, tmp_path: Path) -> None:
     where = f"--model.evaluation={activity == 'evaluates'}"
     hangs = ("--model=own.Hanging", "--model.calls=20", where, "--budget.steps=100", "--comm-timeout=8")
@@ -57,7 +58,7 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(activity: str, tmp_path: Pa
 
 
 @launched
-@pytest.mark.parametrize("backend", ["mpi", "gloo"])
+@pytest.mark.parametrize("backend", ["mpi", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(backend: str, tmp_path: Path) -> None:
     job = start(*words(tmp_path, "--model=own.Slow", "--budget.steps=10000"), f"--backend={backend}", ranks=2)
     end = time.monotonic() + 120

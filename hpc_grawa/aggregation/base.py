@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import optim
 
 
@@ -10,7 +12,12 @@ class Aggregator:
 
     A step is ``zero_grad``, then for each part of the batch ``start`` → backward → ``finish``; only the last part's
     backward shares.
+
+    Attributes:
+        shares: whether ranks step with a gradient that they have in common.
     """
+
+    shares = False
 
     @property
     def given(self) -> bool:
@@ -28,10 +35,17 @@ class Aggregator:
         """Return when every ``.grad`` is the gradient to step with."""
 
     def close(self) -> None:
-        """Share no more: take hooks off the parameters."""
+        """Share no more: take hooks off the parameters; sends nothing."""
 
     def settle(self) -> None:
         """The run ends: raise what was still to be found out about the last step."""
 
     def stepped(self) -> None:
         """The optimizer has stepped; raises ``RuntimeError`` if it did so with gradients that were to be shared."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank keeps between steps, such as the part of its gradients that is still to be sent."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, right after it was built."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from ..comm import Communicator
 from ..errors import ConfigError
@@ -45,8 +44,8 @@ class Comparison:
     ) -> Comparison:
         """Read the command line.
 
-        A recipe's ``compare`` section may hold ``methods`` (names, or for each name its own settings), ``seeds`` and
-        ``target``; the command line wins.
+        A recipe's ``compare`` section may hold ``methods`` (names, or for each name what stands in the recipe's
+        ``methods`` else), ``seeds`` and ``target``; the command line wins.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -59,9 +58,7 @@ class Comparison:
             raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
         if single := [word for word in options if re.match(r"--(method|run\.seed)(=|$)", word)]:
             raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
-        theirs = section.get("methods", {})
-        theirs = theirs if isinstance(theirs, dict) else {name: {} for name in theirs}
-        names = methods.split(",") if methods else list(theirs)
+        names = methods.split(",") if methods else section.get("methods", [])
         if not names:
             raise ConfigError("methods is missing: give --methods LGRAWA,EASGD or a recipe with a compare section")
         numbers = [str(n) for n in section.get("seeds", [settings.get("run", {}).get("seed", 0)])]
@@ -73,8 +70,7 @@ class Comparison:
                 raise ConfigError(f"{what} is {','.join(values)}: must not name one twice")
 
         def run(name: str, *identity: str) -> Config:
-            own = _as_options(theirs.get(name) or {})
-            return parse([*files_again, f"--method={name}", *own, *options, *identity], program, speaks)
+            return parse([*files_again, f"--method={name}", *options, *identity], program, speaks)
 
         first = run(names[0]).run
         folder = Path(first.dir) / (first.name or "comparison")
@@ -134,17 +130,6 @@ class Comparison:
 
 def _short(method: str) -> str:
     return method.rpartition(".")[2]
-
-
-def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    """Nested or dotted settings as command-line options."""
-    options = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            options += _as_options(value, f"{prefix}{key}.")
-        else:
-            options.append(f"--{prefix}{key}={'null' if value is None else value}")
-    return options
 
 
 def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure: Path | None) -> None:

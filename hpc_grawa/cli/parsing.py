@@ -124,11 +124,11 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
         files, options = split_config(arguments)
         printing = "--print_config" in options
         chosen, options = _split_classes([word for word in options if word != "--print_config"])
-        settings = read_settings(files)
+        settings = read_settings(files, chosen.get("method"))
         settings.pop("compare", None)
         for name, (_, default) in CLASS_SECTIONS.items():
             if name in chosen:
-                _merge(settings, {name: _class_section(name, chosen[name])})
+                _merge(settings, {name: chosen[name]})
             elif name not in settings:
                 if default is None:
                     raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
@@ -214,31 +214,75 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, options
 
 
-def read_settings(files: Sequence[str]) -> dict[str, Any]:
+def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read YAML files and recipes; later ones win, and a section of another class replaces the one before.
+
+    What the ``methods`` of a file say of the method that runs wins over the rest of that file; what they say of the
+    others is left out.
+
+    Args:
+        files: YAML files, recipes, or a recipe and a method in one (``digits_easgd``).
+        method: the section that the command line gives; else the method is the last that a file names, or the default.
 
     Raises:
         ConfigError: a file or recipe does not exist, or does not hold sections.
     """
+    read = [_read(name) for name in files]
+    named = [one["method"] for one in read if "method" in one] + ([method] if method else [])
+    chosen = named[-1] if named else _class_section("method", CLASS_SECTIONS["method"][1])
     settings: dict[str, Any] = {}
-    for name in files:
-        _merge(settings, _read(name))
+    for one in read:
+        own = one.pop("methods").get(chosen["class_path"])
+        _merge(settings, one)
+        if own:
+            _merge(settings, {"method": {"class_path": chosen["class_path"]}})
+            _merge(settings, _as_sections(own, settings))
     return settings
 
 
 def _read(name: str) -> dict[str, Any]:
     path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
     if not path.is_file():
+        recipe, _, method = name.rpartition("_")
+        called = {known.lower(): known for known in known_classes("method")}
+        if recipe in recipes() and method in called:
+            return {**_read(recipe), "method": _class_section("method", called[method])}
         raise ConfigError(f"config is {name}: must be a file or one of the recipes {', '.join(recipes())}")
     settings = _load(path.read_text(encoding="utf-8", errors="replace"), f"config is {name}")
     if not isinstance(settings, dict):
         raise ConfigError(f"config is {name}: must hold sections (key: value), found {type(settings).__name__}")
-    for key, section in settings.items():
-        if key in CLASS_SECTIONS:
-            settings[key] = _class_section(key, section)
-        elif key in GROUPS and not isinstance(section, dict):
-            raise ConfigError(f"{key} is {section} in {name}: must hold settings (key: value)")
+    settings = {key: _section(key, section, name) for key, section in settings.items()}
+    settings["methods"] = _methods(settings, name)
     return settings
+
+
+def _methods(settings: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """What methods have of their own in a file, by import path; a comparison may say it where it names them."""
+    own, compared = settings.get("methods") or {}, settings.get("compare")
+    if isinstance(compared, dict) and isinstance(compared.get("methods"), dict) and isinstance(own, dict):
+        own = {**own, **compared["methods"]}
+        compared["methods"] = list(compared["methods"])
+    if not isinstance(own, dict) or not all(isinstance(lines or {}, dict) for lines in own.values()):
+        raise ConfigError(f"methods is {own} in {name}: must hold settings for methods (EASGD: {{method.period: 16}})")
+    for method in own:
+        find_class("method", str(method))
+    return {_import_path("method", str(method)): lines or {} for method, lines in own.items()}
+
+
+def _as_sections(lines: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested or dotted settings as sections; those of a class are for the class that ``settings`` have there."""
+    sections: dict[str, Any] = {}
+    for key, value in lines.items():
+        name, *inner = str(key).split(".")
+        for part in reversed(inner):
+            value = {part: value}
+        if name in CLASS_SECTIONS and isinstance(value, dict) and "class_path" not in value:
+            there = settings.get(name, {}).get("class_path", CLASS_SECTIONS[name][1])
+            if there is None:
+                raise ConfigError(f"{name} is missing before {key} in methods: must be named in that file")
+            value = {"class_path": there, "init_args": value}
+        _merge(sections, {name: _section(name, value, "methods")})
+    return sections
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))  # here, not for all who import the package
@@ -249,6 +293,13 @@ def _load(text: str, what: str) -> Any:
         return load_yaml(text)
     except Exception as error:  # what a loader raises is its own affair
         raise ConfigError(f"{what}: must be YAML ({in_a_line(error)})") from None
+
+
+def _section(name: str, section: Any, where: str) -> Any:
+    """A section as a file may give it, with its class spelled out."""
+    if name in GROUPS and not isinstance(section, dict):
+        raise ConfigError(f"{name} is {section} in {where}: must hold settings (key: value)")
+    return _class_section(name, section) if name in CLASS_SECTIONS else section
 
 
 def _class_section(name: str, section: object) -> dict[str, Any]:
@@ -284,7 +335,7 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)  # YAML knows no pairs of surrogates
 
 
-def _split_classes(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _split_classes(options: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Split options into the class that is chosen last for each section (``--method LGRAWA``), and the others."""
     chosen: dict[str, Any] = {}
     others: list[str] = []
@@ -297,7 +348,7 @@ def _split_classes(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             chosen[section] = _load(value, f"{section} is {value}") if value.startswith("{") else value
         else:
             others.append(word)
-    return chosen, others
+    return {name: _class_section(name, section) for name, section in chosen.items()}, others
 
 
 def _import_path(section: str, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..aggregation import AllreduceAggregator
+from ..aggregation import Bucketed, Mean
 from ..errors import ConfigError
 from .base import Method, Probe
 from .run import Run
@@ -28,4 +28,5 @@ class DataParallel(Method):
             raise ConfigError(f"method.bucket_mb is {self.bucket_mb}: must be a positive number of MiB")
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
-        run.aggregator = AllreduceAggregator(run.comm, run.vector, int(self.bucket_mb * 2**20), self.on_nonfinite)
+        bucket_bytes = int(self.bucket_mb * 2**20)
+        run.aggregator = Bucketed(run.comm, run.vector, Mean(), bucket_bytes, self.on_nonfinite)

@@ -134,6 +134,7 @@ class Run:
         self.control.settle()
         return {
             "facts": {name: getattr(self.facts, name) for name in ("step", "seconds", "lr", "progress")},
+            "aggregator": self.aggregator.state_dict(),
             "synchronizers": [s.state_dict() for s in self.synchronizers],
         }
 
@@ -141,6 +142,8 @@ class Run:
         """Take over what ``state_dict`` gave, right after ``build``."""
         for name, value in state["facts"].items():
             setattr(self.facts, name, value)
+        if "aggregator" in state:  # older states have none
+            self.aggregator.load_state_dict(state["aggregator"])
         for synchronizer, own in zip(self.synchronizers, state["synchronizers"], strict=True):
             synchronizer.load_state_dict(own)
         self.control.resume()
@@ -148,7 +151,8 @@ class Run:
     def start_from(self, state: dict[str, Any]) -> None:
         """Go on where another world's ``state_dict`` was taken, right after ``build``: with its facts and its counts.
 
-        The parameters stay as they are, the same on all ranks; centers start there.
+        The parameters stay as they are, the same on all ranks; centers start there. What ranks there had still to share
+        of their gradients was of each its own, and is dropped.
         """
         for name, value in state["facts"].items():
             setattr(self.facts, name, value)

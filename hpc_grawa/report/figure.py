@@ -88,8 +88,10 @@ def check_drawable(path: Path) -> None:
         raise ConfigError(f"the figure's name is {path}: must end in {', '.join(_SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
     except ImportError as error:
-        raise ConfigError("figures need Matplotlib, which is not installed: pip install 'hpc-grawa[demo]'") from error
+        missing = "Matplotlib" if error.name == "matplotlib" else "scikit-learn"
+        raise ConfigError(f"figures need {missing}, which is not installed: pip install 'hpc-grawa[demo]'") from error
     if not path.parent.is_dir():
         raise ConfigError(f"the figure {path} cannot be written: there is no folder {path.parent}")
 
@@ -301,19 +303,14 @@ def _name_ends(
 def _spread(positions: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
     """The nearest positions (least squares) that are at least ``gap`` apart and in [low, high]; given in order.
 
-    Without the gaps this is a regression onto increasing numbers: neighbours in the wrong order share their mean.
+    Without the gaps this is a regression onto increasing numbers.
     """
+    from sklearn.isotonic import isotonic_regression
+
     gap = min(gap, (high - low) / max(1, len(positions) - 1))
-    blocks: list[tuple[float, int]] = []
-    for index, position in enumerate(positions):
-        mean, count = position - index * gap, 1
-        while blocks and blocks[-1][0] > mean:
-            other, more = blocks.pop()
-            mean, count = (mean * count + other * more) / (count + more), count + more
-        blocks.append((mean, count))
-    flat = [mean for mean, count in blocks for _ in range(count)]
-    top = high - (len(positions) - 1) * gap
-    return [min(max(mean, low), top) + index * gap for index, mean in enumerate(flat)]
+    gaps = gap * np.arange(len(positions))
+    flat = isotonic_regression(np.asarray(positions) - gaps, y_min=low, y_max=high - (len(positions) - 1) * gap)
+    return [float(position) for position in flat + gaps]
 
 
 # Right: the weights

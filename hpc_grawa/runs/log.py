@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import count
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .reading import read_object
 from ..screen import is_terminal
+from .reading import read_object
 
 #: Seconds between plain lines where the screen is not a terminal.
 LINE_EVERY = 5.0
@@ -83,6 +84,7 @@ def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
     temporary.rename(path)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Releases of what a result depends on."""
     found = {"python": platform.python_version()}
@@ -94,6 +96,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache  # of what this process runs, whatever becomes of the checkout meanwhile
 def commit() -> str | None:
     """The commit of the package's checkout, with ``+`` if it was changed; None outside one."""
     here = Path(__file__).parents[1]

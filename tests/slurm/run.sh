@@ -16,4 +16,4 @@ if ! timeout 20 sinfo -h >/dev/null 2>&1; then
 fi
 mkdir -p runs
 # Not in /tmp, which the nodes of a cluster do not share.
-timeout 2400 python -m pytest -p no:cacheprovider --basetemp=runs/test-slurm -v tests/slurm
+bash tests/watch.sh python -m pytest -p no:cacheprovider --basetemp=runs/test-slurm -v tests/slurm

@@ -190,7 +190,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def test_all_scripts_pass_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    others = [ROOT / name for name in ("slurm/site.sh.example", ".ci/run", "tests/run.sh", "tests/slurm/run.sh")]
+    others = [ROOT / "slurm/site.sh.example", ROOT / ".ci/run", *sorted((ROOT / "tests").rglob("*.sh"))]
     done = subprocess.run(["shellcheck", *SCRIPTS, *others], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -206,28 +206,27 @@ def test_the_scheduler_takes_every_template(template: str, site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "words", "template", "size"),
+    ("launcher", "words", "template", "method", "size"),
     [
-        ("srun", [], "lgrawa_cifar10", 4),
-        ("srun", ["--nodes=2"], "easgd_cifar10", 8),
-        ("srun", [], "lsgd_cifar100", 8),
-        ("srun", [], "mgrawa_imagenet", 12),
-        ("mpirun", [], "lgrawa_cifar10", 4),
-        ("mpirun", [], "lsgd_cifar100", 8),
-        ("mpirun", [], "mgrawa_imagenet", 12),
+        ("srun", [], "cifar10", "LGRAWA", 4),
+        ("srun", ["--nodes=2"], "cifar10", "EASGD", 8),
+        ("srun", [], "cifar100", "LSGD", 8),
+        ("srun", [], "imagenet", "MGRAWA", 12),
+        ("mpirun", [], "cifar10", "LGRAWA", 4),
+        ("mpirun", [], "imagenet", "MGRAWA", 12),
     ],
 )
-def test_a_template_of_each_size_runs(launcher: str, words: list[str], template: str, size: int, site: Site) -> None:
+def test_a_template_of_each_size_runs(
+    launcher: str, words: list[str], template: str, method: str, size: int, site: Site
+) -> None:
     """Options behind the script win; every rank has the node's GPUs; the interface is the one of site.sh."""
     (site.folder / "slurm/site.sh").write_text(f"LAUNCHER={launcher}\nNET_IF=eth0\nRUNS='my runs'\n$UNSET\n")
-    job = site.submit(*words, f"slurm/{template}.sh", *DIGITS, *BUDGET, "--budget.steps=20")
+    named = [] if method == "LGRAWA" else [f"--method={method}"]
+    job = site.submit(*words, f"slurm/{template}.sh", *named, *DIGITS, *BUDGET, "--budget.steps=20")
     site.wait(job, "COMPLETED")
     summary = json.loads((site.folder / "my runs" / f"{template}-{job}" / "summary.json").read_text())
     assert (summary["state"], summary["world_size"], summary["steps"]) == ("finished", size, 20)
-    assert (
-        summary["method"]
-        in {"lgrawa": "LGRAWA", "lsgd": "LSGD", "mgrawa": "MGRAWA", "easgd": "EASGD"}[template.partition("_")[0]]
-    )
+    assert summary["method"] == method
     assert f"(started by {launcher}, asked for), {size} ranks" in site.logs()
 
 
@@ -266,7 +265,7 @@ def test_what_the_templates_set_reaches_every_rank(site: Site) -> None:
     own = ("--config=digits", "--model=own.Telling", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2")
     words = ("--method=LGRAWA", "--method.period=2", *BUDGET, "--budget.steps=4", "--backend=mpi")
     limits = ("--export=NONE", "--nodes=2", "--cpus-per-task=3")
-    job = site.submit(*limits, "slurm/lgrawa_cifar10.sh", *own, *words, "--eval.bn_batches=1")
+    job = site.submit(*limits, "slurm/cifar10.sh", *own, *words, "--eval.bn_batches=1")
     site.wait(job, "COMPLETED")
     found = [json.loads(file.read_text()) for file in sorted(site.folder.glob("environment.*"))]
     assert len(found) == 8
@@ -286,7 +285,7 @@ def test_a_script_that_forgets_the_launcher_does_not_train(site: Site) -> None:
     assert "backend is auto in a SLURM job of 4 tasks, but no launcher started this process" in site.logs()
 
 
-LONG = ("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=360", "--method.period=8")
+LONG = ("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=360", "--method.period=8")
 
 
 @pytest.fixture(scope="session")
@@ -294,7 +293,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The center of a run of ``LONG``."""
     made = Site(tmp_path_factory.mktemp("whole") / "a site")
     job = made.completed(*LONG)
-    return made.center(f"lgrawa_cifar10-{job}")
+    return made.center(f"cifar10-{job}")
 
 
 @pytest.mark.parametrize(
@@ -313,15 +312,15 @@ def test_a_job_cut_ahead_of_its_limit_is_requeued_and_ends_as_if_it_had_not_been
         words = (*words, "--backend=horovod")
     (site.folder / "slurm/site.sh").write_text(settings)
     job = site.submit(*words)
-    run = f"lgrawa_cifar10-{job}"
+    run = f"cifar10-{job}"
     site.cut(job, run)
     ends = fact(job, "EndTime").replace("T", " ")
-    assert f"lgrawa_cifar10: the limit ends this job at {ends}\n" in site.logs()
+    assert f"cifar10: the limit ends this job at {ends}\n" in site.logs()
     site.start_again(job)
     assert (site.summary(run)["state"], site.summary(run)["cause"]) == ("timed out", "SIGUSR2")
     site.wait(job, "COMPLETED")
     assert fact(job, "Restarts") == "1"
-    assert site.logs().count(f"lgrawa_cifar10: requeued as {job}\n") == 1
+    assert site.logs().count(f"cifar10: requeued as {job}\n") == 1
     assert site.center(run) == uninterrupted or "--backend=horovod" in words
 
 
@@ -342,17 +341,17 @@ def test_of_an_array_only_the_task_that_was_cut_is_requeued(site: Site) -> None:
 
 def test_what_is_to_end_is_not_requeued(site: Site) -> None:
     """By a file STOP, or cancelled by its user: saved all the same."""
-    words = ("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=100000")
+    words = ("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=100000")
     job = site.submit(*words)
-    run = site.folder / "runs" / f"lgrawa_cifar10-{job}"
+    run = site.folder / "runs" / f"cifar10-{job}"
     until("it trains", lambda: (run / "metrics.jsonl").is_file())
     (run / "STOP").touch()
     site.wait(job, "FAILED")
     assert (fact(job, "ExitCode"), fact(job, "Restarts")) == ("75:0", "0")
-    assert f"ended by runs/lgrawa_cifar10-{job}/STOP: not requeued" in site.logs()
+    assert f"ended by runs/cifar10-{job}/STOP: not requeued" in site.logs()
 
     job = site.submit(*words)
-    run = site.folder / "runs" / f"lgrawa_cifar10-{job}"
+    run = site.folder / "runs" / f"cifar10-{job}"
     until("it trains", lambda: (run / "metrics.jsonl").is_file() and '"round"' in (run / "metrics.jsonl").read_text())
     command("scancel", job)
     site.wait(job, "CANCELLED")
@@ -376,7 +375,7 @@ def test_a_chain_goes_on_with_one_run_and_its_last_link_has_nothing_to_do(site: 
 
 
 def test_a_chain_ends_after_two_links_without_progress(site: Site) -> None:
-    said = command("bash", "slurm/chain.sh", "5", *LAB, "slurm/lgrawa_cifar10.sh", *DIGITS, "--optimizer.lr=-1")
+    said = command("bash", "slurm/chain.sh", "5", *LAB, "slurm/cifar10.sh", *DIGITS, "--optimizer.lr=-1")
     jobs = re.findall(r"job (\d+)", said)
     for job, state in zip(jobs, ["FAILED"] * 3 + ["CANCELLED"] * 2, strict=True):
         site.wait(job, state)
@@ -478,9 +477,9 @@ def test_in_a_container_templates_see_all_folders_and_no_environment_is_activate
     (site.folder / "slurm/site.sh").write_text(
         f"PATH=$PWD/bin:$PATH CONTAINER=image.sif VENV=/none RUNS='{other}/runs' STAGE=/dev/shm/$SLURM_JOB_ID\n"
     )
-    job = site.submit("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
+    job = site.submit("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
     site.wait(job, "COMPLETED")
-    assert json.loads((other / f"runs/lgrawa_cifar10-{job}/summary.json").read_text())["state"] == "finished"
+    assert json.loads((other / f"runs/cifar10-{job}/summary.json").read_text())["state"] == "finished"
     said = stand_in.with_name("apptainer.said").read_text().splitlines()
     common = f"exec|--nv|--bind|{site.folder}|--bind|{other}/cifar|--bind|{other}|--bind|/dev/shm"
     assert [line.partition("|train|")[0] for line in said] == [f"{common}|image.sif|hpc-grawa"] * 4
@@ -525,7 +524,7 @@ def test_the_example_of_site_settings_puts_logs_where_they_belong(site: Site, tm
     said = command(
         "bash",
         "-euc",
-        'source slurm/site.sh; cd ..; sbatch --parsable --cpus-per-task=1 "a site/slurm/easgd_cifar10.sh"',
+        'source slurm/site.sh; cd ..; sbatch --parsable --cpus-per-task=1 "a site/slurm/cifar10.sh"',
     )
     job = said.strip()
     site.wait(job, "FAILED")
@@ -533,7 +532,7 @@ def test_the_example_of_site_settings_puts_logs_where_they_belong(site: Site, tm
 
 
 LASTING = (
-    *("--nodes=2", "--ntasks-per-node=2", "slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=1200"),
+    *("--nodes=2", "--ntasks-per-node=2", "slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=1200"),
     *("--method.period=8", "--save.unit=steps", "--save.every=100", "--log.tensorboard=false"),
 )
 
@@ -543,7 +542,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The center of a run of ``LASTING``."""
     made = Site(tmp_path_factory.mktemp("undisturbed") / "a site")
     job = made.completed(*LASTING)
-    return made.center(f"lgrawa_cifar10-{job}")
+    return made.center(f"cifar10-{job}")
 
 
 def join(number: int) -> None:
@@ -568,7 +567,7 @@ def goes_on(site: Site, job: str, undisturbed: bytes) -> None:
     site.wait(job, "COMPLETED")
     assert fact(job, "Restarts") == "1"
     assert re.search(r"resumed    at step \d{3,}, after", site.logs())
-    assert site.center(f"lgrawa_cifar10-{job}") == undisturbed
+    assert site.center(f"cifar10-{job}") == undisturbed
 
 
 def alive(pid: int) -> bool:
@@ -581,7 +580,7 @@ def alive(pid: int) -> bool:
 @on_the_lab
 def test_a_job_whose_rank_is_killed_is_requeued_and_the_rank_is_named(site: Site, undisturbed: bytes) -> None:
     job = site.submit(*LASTING)
-    run = f"lgrawa_cifar10-{job}"
+    run = f"cifar10-{job}"
     until("a checkpoint", lambda: site.saved(run) and len(site.signs(run)) == 4)
     victim, others = site.signs(run)[3], site.signs(run)[:3]
     told = command("hpc-grawa", "status", f"runs/{run}")
@@ -609,9 +608,9 @@ def test_a_job_whose_program_fails_is_not_requeued(site: Site) -> None:
     own = ("--config=digits", "--model=own.Failing", "--model.calls=300", "--data=own.Numbers", "--loss=MSELoss")
     words = (*own, "--metric=own.R2", "--method=LGRAWA", "--method.period=8", "--budget.seconds=null")
     limits = ("--budget.steps=100000", "--backend=mpi", "--run.control_every=8", "--eval.bn_batches=1")
-    job = site.submit("slurm/lgrawa_cifar10.sh", *words, *limits)
+    job = site.submit("slurm/cifar10.sh", *words, *limits)
     site.wait(job, "FAILED")
-    run, restarts = f"lgrawa_cifar10-{job}", fact(job, "Restarts")
+    run, restarts = f"cifar10-{job}", fact(job, "Restarts")
     assert restarts == "0" and "requeued" not in site.logs()
     cause = r"failed by ZeroDivisionError: this model has failed on purpose \(rank 1 on \S+\)\n"
     assert re.match(rf"runs/{run}: {cause}", command("hpc-grawa", "status", f"runs/{run}"))
@@ -630,7 +629,7 @@ def test_a_start_that_fails_before_any_rank_trains_is_made_once_more(works_again
     )
     program.chmod(0o755)
     (site.folder / "slurm/site.sh").write_text("PATH=$PWD/bin:$PATH\n")
-    job = site.submit("slurm/lgrawa_cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
+    job = site.submit("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
     site.wait(job, "COMPLETED" if works_again else "FAILED")
     # Of the first that was killed, or of those that srun ends then.
     assert (
@@ -645,7 +644,7 @@ def test_a_job_whose_rank_hangs_is_requeued(site: Site) -> None:
     own = ("--config=digits", "--model=own.Hanging", "--model.calls=300", "--data=own.Numbers", "--loss=MSELoss")
     words = (*own, "--metric=own.R2", "--method=LGRAWA", "--method.period=8", "--budget.seconds=null")
     limits = ("--budget.steps=100000", "--backend=mpi", "--run.control_every=8", "--eval.bn_batches=1")
-    job = site.submit("slurm/lgrawa_cifar10.sh", *words, *limits, "--comm-timeout=5")
+    job = site.submit("slurm/cifar10.sh", *words, *limits, "--comm-timeout=5")
     until("it is requeued", lambda: f"requeued as {job}\n" in site.logs())
     assert re.search(r"has waited \d+ s for .* \(comm_timeout is 5\): ending the job on all ranks; ", site.logs())
     command("scancel", job)
@@ -655,7 +654,7 @@ def test_a_job_whose_rank_hangs_is_requeued(site: Site) -> None:
 def test_a_job_whose_ranks_are_killed_again_and_again_is_not_requeued_without_end(site: Site) -> None:
     words = [word for word in LASTING if not word.startswith("--save")]
     job = site.submit(*words, "--budget.steps=100000")
-    run = f"lgrawa_cifar10-{job}"
+    run = f"cifar10-{job}"
     for attempt in range(2):
         until(f"it trains, attempt {attempt}", lambda: (site.folder / "runs" / run / "ranks/0003.json").is_file())
         os.kill(int(site.signs(run)[3]["pid"]), signal.SIGKILL)
@@ -683,7 +682,7 @@ def test_a_chain_goes_on_after_a_rank_was_killed(site: Site, undisturbed: bytes)
 @on_the_lab
 def test_a_job_whose_node_goes_down_is_requeued(site: Site, undisturbed: bytes, whole_lab: None) -> None:
     job = site.submit("--nodelist=node1,node2", *LASTING)
-    run = f"lgrawa_cifar10-{job}"
+    run = f"cifar10-{job}"
     until("a checkpoint", lambda: site.saved(run))
     command("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     site.wait(job, "PENDING")
@@ -697,7 +696,7 @@ def test_a_job_whose_first_node_is_cut_off_goes_on_elsewhere_whatever_its_orphan
 ) -> None:
     """What runs on the lost node, script and rank 0 with the lock among it, lives on until its link is back."""
     job = site.submit("--nodelist=node1,node2", *LASTING)
-    run = f"lgrawa_cifar10-{job}"
+    run = f"cifar10-{job}"
     until("a checkpoint", lambda: site.saved(run) and len(site.signs(run)) == 4)
     orphans = [int(sign["pid"]) for sign in site.signs(run)[:2]]
     command("ip", "link", "set", "slabv1", "down")

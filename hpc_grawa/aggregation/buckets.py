@@ -1,10 +1,10 @@
-"""Data parallelism: the mean gradient of all ranks, allreduced in buckets while backward runs."""
+"""Gradients shared by all ranks in buckets that leave while backward runs, in whatever form a codec gives them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
@@ -14,6 +14,7 @@ from ..comm import Communicator, Work
 from ..errors import ConfigError, NonFinite, RanksDisagree
 from ..vector import ParameterVector
 from .base import Aggregator
+from .codec import Bucket, Codec
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -35,18 +36,22 @@ class _Verdict:
         return values
 
 
-class AllreduceAggregator(Aggregator):
-    """g ← (1/W) Σ_m g_m, in buckets launched from gradient hooks.
+class Bucketed(Aggregator):
+    """g ← codec(g_1, ..., g_W), the same on all ranks, in buckets launched from gradient hooks.
 
-    Gradients live in one flat buffer; what is sent is ``[n flags | place | P]``, in fp32 at least, of which the
+    Gradients live in one flat buffer; what is shared is ``[n flags | place | P]``, in fp32 at least, of which the
     gradients are a part unless they are of a smaller dtype. It is cut, from its end, into buckets of whole tensors.
+    Flags and place are summed as they are: in the last bucket where the codec sums it, else in a message of their own.
 
     A parameter without a gradient on this rank counts as zero. It is given back as None if it has none on any rank
-    (a zero would let weight decay move it): one flag per tensor, summed in the last bucket, tells.
+    (a zero would let weight decay move it), which one flag per tensor tells, unless the codec sends what it had kept.
 
     Deadlock argument: a communicator has one order of messages. Here it does not depend on that of hooks, which may
     fire in another one on each rank. A bucket is launched when all its gradients and all earlier buckets are there, and
-    what no hook launched is flushed after backward. Where one pass reaches the parameters of several aggregators (two
+    what no hook launched is flushed after backward. A bucket's further messages need what the one before has brought,
+    which is there earlier on one rank than on another: none leaves from a hook. ``finish``, which all ranks call in one
+    order, sends the second of every bucket when all first ones have left, then the third, so that a message only ever
+    waits for some that are before it in this order. Where one pass reaches the parameters of several aggregators (two
     optimizers), only the latest built launches from hooks; the others launch everything in ``finish``, and before it
     what is left of later ones that the pass has reached. All ranks must make the same passes; a rank that makes none
     takes part in the step's ``finish``. The place (step, and how often gradients were shared in it) is summed with the
@@ -58,9 +63,10 @@ class AllreduceAggregator(Aggregator):
     Args:
         comm: the ranks that share.
         vector: their parameters.
+        codec: what a bucket is on the wire.
         bucket_bytes: largest size of a bucket; a tensor larger than that is a bucket of its own.
         on_nonfinite: ``error``: a mean gradient that is not finite raises on all ranks (on CUDA one step later, so that
-            no step waits for the device); ``skip``: all skip the step.
+            no step waits for the device); ``skip``: all skip the step, and the codec forgets what it has kept.
 
     Raises:
         ConfigError: another aggregator, which was not closed, shares the gradients of these parameters.
@@ -72,30 +78,35 @@ class AllreduceAggregator(Aggregator):
         self,
         comm: Communicator,
         vector: ParameterVector,
+        codec: Codec,
         bucket_bytes: int = BUCKET_BYTES,
         on_nonfinite: Literal["error", "skip"] = "error",
     ) -> None:
         _refuse_a_second(vector)
-        self._comm, self._vector, self._on_nonfinite = comm, vector, on_nonfinite
+        self._comm, self._vector, self._codec, self._on_nonfinite = comm, vector, codec, on_nonfinite
+        self.shares = True
         n = len(vector.parameters)
         self._message = torch.zeros(n + 1 + len(vector), dtype=vector.exact_dtype, device=vector.data.device)
-        self._flags, self._mean = self._message[:n], self._message[n + 1 :]
+        self._flags, self._header, self._mean = self._message[:n], self._message[: n + 1], self._message[n + 1 :]
         self.grad = self._mean if vector.data.dtype == vector.exact_dtype else torch.zeros_like(vector.data)
         self._views = vector.views(self.grad)
         self._homes = [view.data_ptr() for view in self._views]
-        self._buckets = self._cut(bucket_bytes)
-        self._numbers = comm.numbers("gradient", len(self._buckets))
+        parts = self._cut(bucket_bytes)
+        self._numbers = comm.numbers("gradient", codec.messages * len(parts) + (not codec.sums))
+        self._buckets = [self._bucket(b, parts) for b in range(len(parts))]
         self._bucket_of = [0] * n
-        for b, (tensors, _, _) in enumerate(self._buckets):
+        for b, tensors in enumerate(parts):
             for i in tensors:
                 self._bucket_of[i] = b
         self._verdict: tuple[_Verdict, float] | None = None
         self._armed = False
         self._steps = 0
         #: How often gradients were shared since the last step.
-        self._shares = 0
+        self._shared = 0
         self._skips = False
+        #: First messages of buckets, and that of flags and place where they travel by themselves.
         self._works: list[Work] = []
+        self._header_work: Work | None = None
         #: Of each bucket, how many tensors are still to get their gradient in the backward that shares.
         self._awaited: list[int] = []
         #: Tensors that got theirs in it.
@@ -117,21 +128,30 @@ class AllreduceAggregator(Aggregator):
         ]
         _open.add(self)
 
-    def _cut(self, bucket_bytes: int) -> list[tuple[list[int], Tensor, Tensor]]:
-        """Buckets (tensor numbers, what is sent, the gradients in it) in the order of backward; the last has flags."""
+    def _cut(self, bucket_bytes: int) -> list[list[int]]:
+        """The tensors of each bucket, in the order of backward."""
         width, sizes = self._message.element_size(), self._vector.sizes
-        buckets: list[list[int]] = [[]]
+        parts: list[list[int]] = [[]]
         for i in reversed(range(len(sizes))):
-            if buckets[-1] and (sum(sizes[j] for j in buckets[-1]) + sizes[i]) * width > bucket_bytes:
-                buckets.append([])
-            buckets[-1].append(i)
-        cut, end, ahead = [], len(self.grad), len(sizes) + 1
-        for tensors in buckets:
-            begin = self._vector.offsets[tensors[-1]]
-            sent = self._message[ahead + begin if tensors is not buckets[-1] else 0 : ahead + end]
-            cut.append((tensors, sent, self.grad[begin:end]))
-            end = begin
-        return cut
+            if parts[-1] and (sum(sizes[j] for j in parts[-1]) + sizes[i]) * width > bucket_bytes:
+                parts.append([])
+            parts[-1].append(i)
+        return parts
+
+    def _bucket(self, number: int, parts: list[list[int]]) -> Bucket:
+        tensors, offsets, sizes = parts[number], self._vector.offsets, self._vector.sizes
+        span = slice(offsets[tensors[-1]], offsets[tensors[0]] + sizes[tensors[0]])
+        ahead, views = len(self._header), self._vector.views(self._mean)
+        carries = self._codec.sums and number == len(parts) - 1
+        return Bucket(
+            comm=self._comm,
+            numbers=self._numbers[number : self._codec.messages * len(parts) : len(parts)],
+            tensors=tensors,
+            span=span,
+            gradient=self._mean[span],
+            views=[views[i] for i in tensors],
+            message=self._message[0 if carries else ahead + span.start : ahead + span.stop],
+        )
 
     @property
     def given(self) -> bool:
@@ -148,18 +168,18 @@ class AllreduceAggregator(Aggregator):
 
     def start(self) -> None:
         self._works = []
-        self._awaited = [len(tensors) for tensors, _, _ in self._buckets]
+        self._awaited = [len(bucket.tensors) for bucket in self._buckets]
         self._arrived.clear()
         self._armed = True
 
     def stepped(self) -> None:
-        if not self._shares or self._fresh:
+        if not self._shared or self._fresh:
             raise RuntimeError(
                 "this step's gradients were not shared: in a loop of your own, call aggregator.zero_grad(optimizer), "
                 "aggregator.start(), loss.backward(), aggregator.finish() of run.aggregator, then optimizer.step()"
             )
         self._steps += 1
-        self._shares = 0
+        self._shared = 0
         self._skips = False
         self._kept.clear()
 
@@ -168,18 +188,26 @@ class AllreduceAggregator(Aggregator):
             for later in self._later():
                 later._flush()
         absent, self._absent = self._flush(), None
-        for work in self._works:
-            work.wait()
-        self._mean.mul_(1 / self._comm.size)
+        works = self._works
+        for _ in range(self._codec.messages - 1):
+            works = [self._codec.follow(bucket, work) for bucket, work in zip(self._buckets, works, strict=True)]
+        for bucket, work in zip(self._buckets, works, strict=True):
+            self._codec.land(bucket, work)
+        if self._header_work is not None:
+            self._header_work.wait()
         if self.grad is not self._mean:
             self.grad.copy_(self._mean)
         # The same sums of the same bits on every rank, so all ranks decide alike.
         total = self.grad.sum(dtype=self._vector.exact_dtype)
         verdict = _Verdict(torch.stack((total, self._message[len(self._flags)]))), self._comm.size * self._place
-        self._shares += 1
-        self._skips |= self._on_nonfinite == "skip" and not _is_finite(*verdict)
+        self._shared += 1
+        if self._on_nonfinite == "skip" and not _is_finite(*verdict):
+            self._skips = True
+            self._codec.reset()
         users = self._flags[absent].tolist() if absent else []
         none = {i for i, ranks in zip(absent, users, strict=True) if not ranks}
+        if not self._codec.sums:
+            none = {i for i in none if not self._views[i].any()}  # else steps would lose what the codec had kept
         self._kept = set(range(len(self._views))) - none
         self._fresh.clear()
         self._give_back_none(range(len(self._views)) if self._skips else none)
@@ -189,7 +217,7 @@ class AllreduceAggregator(Aggregator):
             if not total.is_cuda:
                 self.settle()
 
-    def _later(self) -> list[AllreduceAggregator]:
+    def _later(self) -> list[Bucketed]:
         """Those built later on this communicator that the last backward pass has reached, the latest first."""
         others = [a for a in _open if a._comm is self._comm and a._numbers.start > self._numbers.start]
         return sorted((a for a in others if a._armed and a._fresh), key=lambda a: -a._numbers.start)
@@ -217,7 +245,14 @@ class AllreduceAggregator(Aggregator):
                 "skip such steps (method.on_nonfinite: skip)"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._codec.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._codec.load_state_dict(state)
+
     def close(self) -> None:
+        self.shares = False
         _open.discard(self)
         for handle in self._handles:
             handle.remove()
@@ -225,7 +260,7 @@ class AllreduceAggregator(Aggregator):
     @property
     def _place(self) -> int:
         """Where this rank is: small, so that its sum over ranks is exact in fp32."""
-        return self._steps % 16 * 8 + self._shares % 8
+        return self._steps % 16 * 8 + self._shared % 8
 
     def _return_to_what_was_shared(self) -> None:
         """What was shared before in this step counts as a gradient, unless somebody has taken it away since."""
@@ -263,16 +298,18 @@ class AllreduceAggregator(Aggregator):
 
     def _launch(self, absent: Sequence[int] = ()) -> None:
         self._bring_home()
-        number = len(self._works)
-        _, sent, gradients = self._buckets[number]
+        bucket = self._buckets[len(self._works)]
         if self.grad is not self._mean:
-            sent[len(sent) - len(gradients) :].copy_(gradients)
-        if number == len(self._buckets) - 1:
+            bucket.gradient.copy_(self.grad[bucket.span])
+        last = bucket is self._buckets[-1]
+        if last:
             self._flags.fill_(1)
             if absent:  # on CUDA a list of indices stops the host
                 self._flags[list(absent)] = 0
             self._message[len(self._flags)].fill_(self._place)
-        self._works.append(self._comm.allreduce(sent, "gradient", self._numbers[number]))
+        self._works.append(self._codec.launch(bucket))
+        if last and not self._codec.sums:
+            self._header_work = self._comm.allreduce(self._header, "gradient", self._numbers[-1])
 
     def _bring_home(self) -> None:
         """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
@@ -302,7 +339,7 @@ class AllreduceAggregator(Aggregator):
 
 
 #: Those at work. Hooks of the parameters keep each until it is closed.
-_open: WeakSet[AllreduceAggregator] = WeakSet()
+_open: WeakSet[Bucketed] = WeakSet()
 
 
 def _refuse_a_second(vector: ParameterVector) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=lsgd_imagenet
+#SBATCH --job-name=imagenet
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
@@ -9,4 +9,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || { echo "must be submitted by sbatch in the folder that holds slurm/, not in $PWD" >&2; exit 2; }; source "$SLURM_SUBMIT_DIR/slurm/common.sh" imagenet_resnet50_lsgd "$@"
+[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || { echo "must be submitted by sbatch in the folder that holds slurm/, not in $PWD" >&2; exit 2; }; source "$SLURM_SUBMIT_DIR/slurm/common.sh" imagenet_resnet50 "$@"

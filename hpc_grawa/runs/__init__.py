@@ -1,0 +1,1 @@
+"""A run's folder: what is in it, who holds it, what it came to."""

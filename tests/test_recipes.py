@@ -1,0 +1,200 @@
+"""The packaged settings, and what each method has of its own in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_config import cifar
+
+from hpc_grawa.cli.compare import Comparison
+from hpc_grawa.cli.parsing import RECIPES, parse, recipes
+from hpc_grawa.data import Digits
+from hpc_grawa.methods import EASGD, LGRAWA, LSGD, LocalSGD
+from hpc_grawa.optim import SGD, AdamW
+from hpc_grawa.training.config import Config
+
+#: What a setting's recipes said when there was one for each method.
+SAID = {
+    "cifar10_resnet20": """
+schedule: {class_path: Step, init_args: {milestones: [500], gamma: 0.1, unit: seconds}}
+model: ResNet20
+data: {class_path: CIFAR, init_args: {batch_size: 128}}
+precision: bf16
+budget: {seconds: 900}
+eval: {unit: seconds, every: 60}
+""",
+    "cifar100_resnet56": """
+schedule: {class_path: Step, init_args: {milestones: [60, 120, 160], gamma: 0.2, unit: epochs}}
+model: ResNet56
+data: {class_path: CIFAR, init_args: {batch_size: 128}}
+precision: bf16
+budget: {epochs: 200}
+eval: {unit: epochs, every: 5}
+""",
+    "imagenet_resnet50": """
+schedule: {class_path: Step, init_args: {milestones: [30, 60], gamma: 0.1, unit: epochs}}
+model: ResNet50
+data: {class_path: ImageNet, init_args: {batch_size: 32}}
+metric: TopAccuracy
+precision: bf16
+budget: {epochs: 90}
+eval: {batch_size: 125}
+""",
+}
+PLAIN = "optimizer: {class_path: SGD, init_args: {lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 0.0001}}"
+#: What they said of each method: its settings on CIFAR, those on ImageNet, and how data are split.
+METHODS = {
+    "LGRAWA": ("{period: 32, pull: 0.5, prox: 0.01}", "{period: 32, pull: 0.5, prox: 0.01}", "disjoint"),
+    "MGRAWA": ("{period: 32, pull: 0.5, prox: 0.01}", "{period: 32, pull: 0.5, prox: 0.01}", "disjoint"),
+    "EASGD": ("{period: 8, pull: 0.43}", "{period: 16, pull: 0.43}", "disjoint"),
+    "LSGD": (
+        "{period: 8, pull: 0.1, prox: 0.1}",
+        "{period: 16, group_period: 4, pull: 0.1, prox: 0.1}",
+        "disjoint",
+    ),
+    "LocalSGD": ("{period: 8}", "{period: 16}", "reshuffled"),
+    "DataParallel": ("{}", "{}", "reshuffled"),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data for each setting: black pictures, and an ImageNet without any."""
+    folder = tmp_path_factory.mktemp("data")
+    imagenet = folder / "imagenet"
+    imagenet.mkdir()
+    files = {f"{part}-00000.tar": 1 for part in ("train", "val")}
+    for name in files:
+        (imagenet / name).write_bytes(b" ")
+    sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}, "bytes": files}
+    (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000}))
+    return {
+        "cifar10_resnet20": cifar(folder / "ten", 10, train=1000),
+        "cifar100_resnet56": cifar(folder / "hundred", 100, train=1000),
+        "imagenet_resnet50": imagenet,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("setting", SAID)
+def test_a_method_in_a_setting_is_configured_as_it_always_was(
+    setting: str, method: str, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """Defaults of methods that move, or a line that is lost, would be another experiment."""
+    on_cifar, on_imagenet, split = METHODS[method]
+    own = on_imagenet if setting.startswith("imagenet") else on_cifar
+    said = f"{SAID[setting]}{PLAIN}\nmethod: {{class_path: {method}, init_args: {own}}}\n"
+    (tmp_path / "then.yaml").write_text(said)
+    data = f"--data.path={paths[setting]}"
+    then = parse([f"--config={tmp_path / 'then.yaml'}", data, f"--data.split={split}"]).text
+    assert parse([f"--config={setting}_{method.lower()}", data]).text == then
+    config = parse([f"--config={setting}", f"--method={method}", data])
+    config.check(4)
+    assert config.text == then
+
+
+def test_every_recipe_says_its_goal_and_is_valid() -> None:
+    assert set(recipes()) == {*SAID, "digits", "demo"}
+    for name in recipes():
+        assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
+        if name not in SAID:
+            parse([f"--config={name}"]).check(4)
+
+
+SETTING = """
+model: SmallCNN
+data: {class_path: Digits, init_args: {batch_size: 8}}
+optimizer: {class_path: SGD, init_args: {lr: 0.5}}
+budget: {steps: 7}
+methods:
+  EASGD: {method.period: 3, method.pull: 0.2, data.split: full, budget: {steps: 9}}
+  hpc_grawa.methods.LSGD: {method.group_period: 4, optimizer: AdamW, run.seed: 5}
+  LocalSGD:
+"""
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> str:
+    (tmp_path / "setting.yaml").write_text(SETTING)
+    return f"--config={tmp_path / 'setting.yaml'}"
+
+
+def test_lines_of_the_method_that_runs_are_taken_and_no_others(setting: str, tmp_path: Path) -> None:
+    easgd = parse([setting, "--method=hpc_grawa.methods.EASGD"])
+    assert easgd.method == EASGD(period=3, pull=0.2)
+    assert easgd.data == Digits(batch_size=8, split="full") and easgd.budget.steps == 9
+    assert easgd.optimizer == SGD(lr=0.5)
+    lsgd = parse([setting, "--method=LSGD"])
+    assert lsgd.method == LSGD(group_period=4) and lsgd.optimizer == AdamW() and lsgd.run.seed == 5
+    for words, method in (([], LGRAWA()), (["--method=LocalSGD"], LocalSGD())):
+        plain = parse([setting, *words])
+        assert (plain.method, plain.data, plain.optimizer) == (method, Digits(batch_size=8), SGD(lr=0.5))
+        assert (plain.budget.steps, plain.run.seed) == (7, 0)
+    for config in (easgd, lsgd):
+        (tmp_path / "saved.yaml").write_text(config.text)
+        assert "methods:" not in config.text and parse([f"--config={tmp_path / 'saved.yaml'}"]).text == config.text
+
+
+def test_lines_of_a_method_give_way_to_later_files_and_options(setting: str, tmp_path: Path) -> None:
+    def then(said: str, *words: str) -> Config:
+        (tmp_path / "more.yaml").write_text(said)
+        return parse([setting, f"--config={tmp_path / 'more.yaml'}", *words])
+
+    options = parse([setting, "--method=EASGD", "--method.period=5", "--data.split=disjoint", "--budget.steps=2"])
+    assert (options.method, options.data.split, options.budget.steps) == (EASGD(period=5, pull=0.2), "disjoint", 2)
+    assert then("budget: {steps: 2}", "--method=EASGD").budget.steps == 2
+    # A later file names the method, and another: its settings, and nothing of the one before.
+    named = then("method: {class_path: EASGD, init_args: {pull: 0.9}}")
+    assert (named.method, named.data.split) == (EASGD(period=3, pull=0.9), "full")
+    other = then("method: {class_path: EASGD, init_args: {pull: 0.9}}", "--method=LGRAWA")
+    assert (other.method, other.data.split, other.budget.steps) == (LGRAWA(), "disjoint", 7)
+    # Another class for a section forgets what was said of the one before.
+    assert then("data: own.Numbers", "--method=EASGD").data.split == "disjoint"
+    again = then("methods: {EASGD: {method: {pull: 0.4}, data.split: reshuffled}}", "--method=EASGD")
+    assert (again.method, again.data.split) == (EASGD(period=3, pull=0.4), "reshuffled")
+
+
+def test_a_recipe_and_another_method_leave_nothing_of_the_first(paths: dict[str, Path]) -> None:
+    data = f"--data.path={paths['imagenet_resnet50']}"
+    config = parse(["--config=imagenet_resnet50_localsgd", "--method=LSGD", data])
+    assert config.method == LSGD(period=16, group_period=4) and config.data.split == "disjoint"
+
+
+def test_a_comparison_takes_the_lines_of_each_method(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "said.yaml").write_text("compare: {methods: {LSGD: {method.pull: 0.3}, EASGD: {method.pull: 0.4}}}")
+    words = [setting, f"--config={tmp_path / 'said.yaml'}", "--method.prox=0"]
+    compared = Comparison.read("LSGD,LGRAWA", None, None, words, "hpc-grawa compare", True).configs
+    assert [config.method for config in compared] == [LSGD(pull=0.3, prox=0, group_period=4), LGRAWA(prox=0)]
+    named = Comparison.read(None, None, None, words[:-1], "hpc-grawa compare", True).configs
+    assert [config.method for config in named] == [LSGD(pull=0.3, group_period=4), EASGD(period=3, pull=0.4)]
+
+
+@pytest.mark.parametrize(
+    ("said", "parts"),
+    [
+        ("methods: [EASGD]", ("methods is ['EASGD'] in ", "EASGD: {method.period: 16}")),
+        ("methods: {EASGD: 16}", ("methods is {'EASGD': 16} in ", "EASGD: {method.period: 16}")),
+        ("methods: {EASDG: {method.period: 16}}", ("method is EASDG", "DataParallel, EASGD, GRAWA")),
+        ("methods: {EASGD: {method.perod: 16}}", ("method.perod is no setting", "did you mean method.period")),
+        ("methods: {EASGD: {period: 16}}", ("period is no setting", "method, optimizer")),
+        ("methods: {EASGD: {method: 16}}", ("method is 16", "must be a class")),
+        (
+            "methods: {EASGD: {data.split: full}}",
+            ("data is missing before data.split in methods", "named in that file"),
+        ),
+        ("budget: {steps: 1}\nmethods: {EASGD: {budget: 3}}", ("budget is 3", "key: value")),
+    ],
+)
+def test_what_cannot_be_said_of_a_method(
+    said: str, parts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "said.yaml").write_text(said)
+    words = ("--method=EASGD", "--model=SmallCNN", "--data=Digits", "--budget.steps=1")
+    with pytest.raises(SystemExit, match="2"):
+        parse([f"--config={tmp_path / 'said.yaml'}", *words])
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    for part in parts:
+        assert part in printed.err
