@@ -15,10 +15,11 @@ import pytest
 import reference as ref
 import torch
 from conftest import Ranks
+from table import METHODS, plain
 from torch import nn
 from worlds import assert_follows, batch, nesterov, replay, run_method, starts, twin
 
-from hpc_grawa import EASGD, LGRAWA, LSGD, DistributedOptimizer, LocalLGRAWA, LocalSGD, ParameterVector, Run, simulate
+from hpc_grawa import LGRAWA, DistributedOptimizer, LocalSGD, ParameterVector, Run, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
@@ -29,13 +30,6 @@ from hpc_grawa.training.dry_run import plan
 from hpc_grawa.training.loop import fit
 
 STEPS, WARMUP, PEAK = 40, 6, 0.4
-AVERAGING: dict[str, Callable[..., AveragingMethod]] = {
-    "LGRAWA": LGRAWA,
-    "LocalLGRAWA": LocalLGRAWA,
-    "EASGD": EASGD,
-    "LSGD": LSGD,
-    "LocalSGD": LocalSGD,
-}
 
 
 def rises(step: int) -> float:
@@ -132,12 +126,10 @@ def test_impossible_values_are_named(period: Period, message: str) -> None:
 )
 @pytest.mark.parametrize("name", ["LGRAWA", "LSGD"])
 def test_qsr_follows_the_oracle(on_ranks: Ranks, name: str, lr: Callable[[int], float], expected: list[int]) -> None:
-    ours, oracle = {
-        "LGRAWA": (LGRAWA(period=QSR(4, 0.8), prox=0.1), ref.LGRAWA(prox=0.1)),
-        "LSGD": (LSGD(period=QSR(4, 0.8)), ref.LSGD()),
-    }[name]
+    row = METHODS[name]
+    ours = replace(row.ours, period=QSR(4, 0.8))
     traces = on_ranks(lambda comm: run_method(comm, ours, steps=STEPS, lr=lr, optimizer=nesterov, facts=facts()))
-    theirs = replay(oracle, on_ranks.size, STEPS, ref.qsr(4, 0.8), lr, optimizer=nesterov, warmup_steps=WARMUP)
+    theirs = replay(row.oracle, on_ranks.size, STEPS, ref.qsr(4, 0.8), lr, optimizer=nesterov, warmup_steps=WARMUP)
     assert_follows(traces, theirs, 1e-9)
     ends = [0, *(r.step for r in traces[0].rounds)]
     assert [b - a for a, b in pairwise(ends)] == [r.period for r in traces[0].rounds] == expected
@@ -223,11 +215,11 @@ def loop(
 
 
 @pytest.mark.parametrize("rounds", ["lockstep", "pooled"])
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", plain("pools"))
 def test_qsr_that_does_not_grow_is_a_constant_period_bit_for_bit(on_ranks: Ranks, name: str, rounds: Any) -> None:
     def body(comm: Communicator) -> list[Any]:
         return [
-            loop(comm, AVERAGING[name](period=period, rounds=rounds), cosine, steps=14)
+            loop(comm, replace(METHODS[name].ours, period=period, rounds=rounds), cosine, steps=14)
             for period in (4, Constant(4), QSR(4, 0.0))
         ]
 
@@ -242,7 +234,7 @@ def test_qsr_that_does_not_grow_is_a_constant_period_bit_for_bit(on_ranks: Ranks
 @pytest.mark.parametrize("name", ["LGRAWA", "LSGD"])
 def test_a_run_that_is_resumed_has_the_rounds_of_one_that_is_not(name: str, rounds: Any) -> None:
     """In the middle of a round, where one has just ended, and where the learning rate has just dropped."""
-    method = replace(AVERAGING[name](), period=QSR(4, 0.8), rounds=rounds, local_momentum="average")
+    method = replace(METHODS[name].ours, period=QSR(4, 0.8), rounds=rounds, local_momentum="average")
 
     def body(comm: Communicator) -> list[Any]:
         within = (4, 6, 12, 20) if rounds == "lockstep" else (4, 12, 28)

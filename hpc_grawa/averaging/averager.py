@@ -115,7 +115,7 @@ class Averager:
         #: What lasts over rounds and is the same on all ranks, by name; a rank that has NaN there is given it anew.
         self.kept: dict[str, Tensor] = {}
         self._number = comm.numbers("center").start
-        #: The one under way or landed last, and the one before.
+        #: One, or two by turns: first the one under way or landed last.
         self._messages: list[_Message] = []
         self._work: Work | None = None
 
@@ -223,18 +223,19 @@ class Averager:
         return message, leader[0] if leader else None
 
     def _free_message(self, riding: list[list[torch.Size]]) -> _Message:
-        """Room for the next message, which is where the center is only if that need not be kept."""
-        size = len(self.vector) + sum(shape.numel() for shapes in riding for shape in shapes)
-        last = self._messages[0] if self._messages else None
-        taken = last is not None and self.center is not None and last.flat.data_ptr() == self.center.data_ptr()
-        spare = self._messages[int(taken and self.keeps_center) :]
-        found = next((message for message in spare if len(message.flat) == size), None)
-        if found is None:
-            flat = torch.empty(size, dtype=self.vector.exact_dtype, device=self.vector.data.device)
-            parts = iter(torch.split(flat[len(self.vector) :], [s.numel() for shapes in riding for s in shapes]))
-            found = _Message(flat, [[next(parts).view(shape) for shape in shapes] for shapes in riding])
-        self._messages = [found, *([last] if last is not None and last is not found and taken else [])]
-        return found
+        """Room for the next message: not where the center is, if that is kept."""
+        lengths = [len(self.vector), *(shape.numel() for shapes in riding for shape in shapes)]
+        if not self._messages or len(self._messages[0].flat) != sum(lengths):
+            self._messages = [self._new_message(lengths, riding) for _ in range(1 + self.keeps_center)]
+        elif self.center is not None and self.center.data_ptr() == self._messages[0].flat.data_ptr():
+            self._messages.reverse()
+        return self._messages[0]
+
+    def _new_message(self, lengths: list[int], riding: list[list[torch.Size]]) -> _Message:
+        flat = torch.empty(sum(lengths), dtype=self.vector.exact_dtype, device=self.vector.data.device)
+        _, *parts = torch.split(flat, lengths)
+        seats = iter(parts)
+        return _Message(flat, [[next(seats).view(shape) for shape in shapes] for shapes in riding])
 
     def finish(self, x: Tensor, healed: bool = False) -> None:
         """Receive the center and pull ``x`` ``[P]`` in place; a healed rank's vectors become the center."""
