@@ -16,7 +16,7 @@ import torch
 from conftest import DEVICES, Ranks
 from table import METHODS, PERIOD, Row, having, is_, kinds, paced, plain
 from torch import nn
-from worlds import NET, Trace, assert_follows, gradient, nesterov, replay, run_method, twin
+from worlds import NET, Trace, assert_follows, nesterov, replay, run_method, twin
 
 from hpc_grawa import (
     EASGD,
@@ -457,7 +457,7 @@ def test_what_a_method_needs_and_is_not_given_is_a_named_error(name: str) -> Non
         model = nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         run = METHODS[name].ours.build(SingleCommunicator(), ParameterVector(model), optimizer, **given)
-        gradient(run, optimizer, lambda x: model(x).mean(), (torch.ones(1, 2),), 1)
+        run.closure(lambda: model(torch.ones(1, 2)).mean())()
         return run
 
     given: dict[str, Any] = {}
