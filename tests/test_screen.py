@@ -126,7 +126,8 @@ def on_terminal(width: int, **environment: str) -> list[str]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     words = [sys.executable, "-m", "hpc_grawa", "methods"]
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, env={**os.environ, **environment})
+    own = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # pytest-xdist sets it
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, env={**own, **environment})
     os.close(theirs)
     shown = b""
     with suppress(OSError):  # which is how a terminal says that nobody writes to it any more
