@@ -207,6 +207,118 @@ def test_an_optimizer_that_evaluates_its_closure_again_is_refused_where_gradient
         assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("reached", ["all", "the last layer"])
+def test_a_loss_may_make_backward_passes_of_its_own(reached: str) -> None:
+    """Of which nothing is shared once it has taken their gradients away, as adversarial examples do."""
+
+    def attacked(model: nn.Module, inputs: Tensor) -> Tensor:
+        x = inputs.clone().requires_grad_()
+        model(x).square().mean().backward()
+        model.zero_grad()
+        assert x.grad is not None
+        hidden = model[:2](inputs + 0.1 * x.grad.sign())  # type: ignore[index, operator]
+        if reached != "all":
+            hidden = hidden.detach()
+        loss: Tensor = model[2](hidden).square().mean()  # type: ignore[index, operator]
+        return loss
+
+    def body(comm: Communicator) -> Tensor:
+        run, optimizer = built(comm, DataParallel(bucket_mb=1e-5), norm=False)
+        step = 0
+        closure: Any = run.closure(lambda: attacked(run.vector.model, examples(0, step)[0]))
+        for step in range(STEPS):  # noqa: B007
+            run.after_step(optimizer.step(closure))
+        return run.vector.data
+
+    model = network(norm=False)
+    optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        attacked(model, examples(0, step)[0]).backward()
+        optimizer.step()
+    expected = nn.utils.parameters_to_vector(model.parameters())
+    for ours in simulate(2, body):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_step_whose_loss_raised_may_be_made_again() -> None:
+    def body(comm: Communicator, fails: bool) -> Tensor:
+        run, optimizer = built(comm, DataParallel())
+        step = 0
+        whole = loss_of(run, lambda: step)
+
+        def loss(part: tuple[int, int]) -> Tensor:
+            nonlocal fails
+            if fails and (comm.rank, step, part[0]) == (1, 2, 1):
+                fails = False
+                raise MemoryError
+            return whole(part)
+
+        closure: Any = run.closure(loss, accumulate=2)
+        for step in range(STEPS):  # noqa: B007
+            statistics = copy.deepcopy(list(run.vector.model.buffers()))
+            try:
+                value = optimizer.step(closure)
+            except MemoryError:
+                for buffer, before in zip(run.vector.model.buffers(), statistics, strict=True):
+                    buffer.copy_(before)
+                value = optimizer.step(closure)
+            run.after_step(value)  # type: ignore[arg-type]
+        return run.vector.data
+
+    for ours, expected in zip(
+        simulate(2, lambda comm: body(comm, True)), simulate(2, lambda comm: body(comm, False)), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("method", [DataParallel(), LSGD(period=2)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model: model(torch.ones(2, 4)).mean(0), r"loss\(\) gave a tensor of shape \[3\]"),
+        (lambda model: model(torch.ones(2, 4)).mean().item(), r"loss\(\) gave a float"),
+        (lambda model: (model(torch.ones(2, 4)).mean(), 1), r"loss\(\) gave a tuple"),
+        (lambda model: None, r"loss\(\) gave a NoneType.*the loss of the batch"),
+        (lambda model: model(torch.ones(2, 4)).mean().detach(), r"loss\(\) gave a loss that depends on no trainable"),
+    ],
+)
+def test_a_loss_that_is_none_is_told_so(method: Method, loss: Callable[[nn.Module], Any], message: str) -> None:
+    run, _ = built(SingleCommunicator(), method, norm=False)
+    with pytest.raises(ValueError, match=message):
+        run.closure(lambda: loss(run.vector.model))()
+
+
+def test_what_a_closure_returns_is_0d_whatever_shape_a_number_has_and_a_parameter_may_be_a_loss() -> None:
+    run, _ = built(SingleCommunicator(), DataParallel(), norm=False)
+    assert run.closure(lambda: run.vector.model(torch.ones(1, 4)).mean().view(1, 1))().shape == ()
+    model = nn.ParameterList([torch.tensor(3.0)])
+    run = DataParallel().build(SingleCommunicator(), ParameterVector(model), optim.SGD(model.parameters(), 0.1))
+    assert run.closure(lambda: model[0])() == 3 and model[0].grad == 1
+
+
+def test_a_closure_says_that_a_loop_has_not_counted_its_step_or_goes_on_after_the_end() -> None:
+    run, optimizer = built(SingleCommunicator(), DataParallel(), norm=False)
+    closure: Any = run.closure(loss_of(run, lambda: 0))
+    value = optimizer.step(closure)
+    with pytest.raises(ConfigError, match=r"call run\.after_step\(loss\) after every step"):
+        optimizer.step(closure)
+    run.after_step(value)  # type: ignore[arg-type]
+    run.finish()
+    messages = run.comm.meter.calls["gradient"]
+    with pytest.raises(RuntimeError, match=r"a backward pass after the run has ended \(finish\(\) or close\(\)\)"):
+        closure()
+    assert run.comm.meter.calls["gradient"] == messages
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 1), (0, 0)])
+def test_a_part_is_one_of_those_there_are(part: tuple[int, int]) -> None:
+    run, _ = built(SingleCommunicator(), DataParallel(), norm=False)
+    closure = run.closure(loss_of(run, lambda: 0))
+    with pytest.raises(ConfigError, match=r"part is \(.*\): must be \(i, M\), the i-th of M parts"):
+        closure(part=part)
+
+
 def test_what_a_closure_cannot_be_made_of() -> None:
     run, _ = built(SingleCommunicator(), LocalSGD())
     with pytest.raises(ConfigError, match=r"loss is a Tensor: must be a function"):

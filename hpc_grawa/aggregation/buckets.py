@@ -93,7 +93,8 @@ class Bucketed(Aggregator):
         self._homes = [view.data_ptr() for view in self._views]
         parts = self._cut(bucket_bytes)
         self._numbers = comm.numbers("gradient", codec.messages * len(parts) + (not codec.sums))
-        self._buckets = [self._bucket(b, parts) for b in range(len(parts))]
+        views = vector.views(self._mean)
+        self._buckets = [self._bucket(b, parts, views) for b in range(len(parts))]
         self._bucket_of = [0] * n
         for b, tensors in enumerate(parts):
             for i in tensors:
@@ -138,10 +139,10 @@ class Bucketed(Aggregator):
             parts[-1].append(i)
         return parts
 
-    def _bucket(self, number: int, parts: list[list[int]]) -> Bucket:
+    def _bucket(self, number: int, parts: list[list[int]], views: list[Tensor]) -> Bucket:
         tensors, offsets, sizes = parts[number], self._vector.offsets, self._vector.sizes
         span = slice(offsets[tensors[-1]], offsets[tensors[0]] + sizes[tensors[0]])
-        ahead, views = len(self._header), self._vector.views(self._mean)
+        ahead = len(self._header)
         carries = self._codec.sums and number == len(parts) - 1
         return Bucket(
             comm=self._comm,
@@ -207,7 +208,7 @@ class Bucketed(Aggregator):
         users = self._flags[absent].tolist() if absent else []
         none = {i for i, ranks in zip(absent, users, strict=True) if not ranks}
         if not self._codec.sums:
-            none = {i for i in none if not self._views[i].any()}  # else steps would lose what the codec had kept
+            none -= self._landed(sorted(none))  # else steps would lose what the codec had kept
         self._kept = set(range(len(self._views))) - none
         self._fresh.clear()
         self._give_back_none(range(len(self._views)) if self._skips else none)
@@ -216,6 +217,13 @@ class Bucketed(Aggregator):
             self._verdict = verdict
             if not total.is_cuda:
                 self.settle()
+
+    def _landed(self, tensors: Sequence[int]) -> set[int]:
+        """Those of the tensors that something is there of; waits for the device once."""
+        if not tensors:
+            return set()
+        there = torch.stack([self._views[i].any() for i in tensors]).tolist()
+        return {i for i, some in zip(tensors, there, strict=True) if some}
 
     def _later(self) -> list[Bucketed]:
         """Those built later on this communicator that the last backward pass has reached, the latest first."""
@@ -231,6 +239,8 @@ class Bucketed(Aggregator):
             for i in range(len(self._views)):
                 self._keep_home(i)
             self._return_to_what_was_shared()
+            earlier = self._fresh - self._arrived  # which somebody may have taken away since
+            self._fresh -= {i for i in earlier if self._vector.parameters[i].grad is None}
             self._absent = sorted(set(range(len(self._views))) - self._fresh)
             self._zero(self._absent)
             while len(self._works) < len(self._buckets):
