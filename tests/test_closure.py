@@ -241,35 +241,56 @@ def test_a_loss_may_make_backward_passes_of_its_own(reached: str) -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_a_step_whose_loss_raised_may_be_made_again() -> None:
-    def body(comm: Communicator, fails: bool) -> Tensor:
-        run, optimizer = built(comm, DataParallel())
-        step = 0
-        whole = loss_of(run, lambda: step)
+class Failing(torch.autograd.Function):
+    """Is out of memory in the backward pass."""
 
-        def loss(part: tuple[int, int]) -> Tensor:
-            nonlocal fails
-            if fails and (comm.rank, step, part[0]) == (1, 2, 1):
-                fails = False
-                raise MemoryError
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise MemoryError
+
+
+def again(comm: Communicator, fails: str, bucket_mb: float = 1.0) -> Tensor:
+    """Training in two parts, of which the second fails once on rank 1, and is made again."""
+    run, optimizer = built(comm, DataParallel(bucket_mb=bucket_mb), norm=False)
+    step = 0
+    whole = loss_of(run, lambda: step)
+
+    def loss(part: tuple[int, int]) -> Tensor:
+        nonlocal fails
+        if not fails or (comm.rank, step, part[0]) != (1, 2, 1):
             return whole(part)
+        where, fails = fails, ""
+        if where == "loss":
+            raise MemoryError
+        model: Any = run.vector.model
+        inputs = examples(1, step)[0]
+        return model[1:](Failing.apply(model[0](inputs))).sum()  # type: ignore[no-any-return, no-untyped-call]
 
-        closure: Any = run.closure(loss, accumulate=2)
-        for step in range(STEPS):  # noqa: B007
-            statistics = copy.deepcopy(list(run.vector.model.buffers()))
-            try:
-                value = optimizer.step(closure)
-            except MemoryError:
-                for buffer, before in zip(run.vector.model.buffers(), statistics, strict=True):
-                    buffer.copy_(before)
-                value = optimizer.step(closure)
-            run.after_step(value)  # type: ignore[arg-type]
-        return run.vector.data
+    closure: Any = run.closure(loss, accumulate=2)
+    for step in range(STEPS):  # noqa: B007
+        try:
+            value = optimizer.step(closure)
+        except MemoryError:
+            value = optimizer.step(closure)
+        run.after_step(value)  # type: ignore[arg-type]
+    return run.vector.data
 
-    for ours, expected in zip(
-        simulate(2, lambda comm: body(comm, True)), simulate(2, lambda comm: body(comm, False)), strict=True
-    ):
-        assert torch.equal(ours, expected)
+
+@pytest.mark.parametrize("fails", ["loss", "backward"])
+def test_a_step_that_failed_before_anything_was_sent_may_be_made_again(fails: str) -> None:
+    expected = simulate(2, lambda comm: again(comm, ""))
+    for ours, theirs in zip(simulate(2, lambda comm: again(comm, fails)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_step_that_failed_when_some_had_been_sent_cannot_be_made_again() -> None:
+    """Other ranks would add what belongs to other buckets."""
+    with pytest.raises(RuntimeError, match="failed when a part of its gradients had left for the other ranks"):
+        simulate(2, lambda comm: again(comm, "backward", 1e-5))
 
 
 @pytest.mark.parametrize("method", [DataParallel(), LSGD(period=2)], ids=lambda method: type(method).__name__)
@@ -317,6 +338,30 @@ def test_a_part_is_one_of_those_there_are(part: tuple[int, int]) -> None:
     closure = run.closure(loss_of(run, lambda: 0))
     with pytest.raises(ConfigError, match=r"part is \(.*\): must be \(i, M\), the i-th of M parts"):
         closure(part=part)
+
+
+def test_parts_come_in_order() -> None:
+    """Else one would be added to what is left of another gradient."""
+    fails = False
+
+    def loss(part: tuple[int, int]) -> Tensor:
+        value = run.vector.model(torch.ones(2, 4)).mean()
+        return value.detach() if fails else value  # type: ignore[no-any-return]
+
+    run, _ = built(SingleCommunicator(), LocalSGD(period=2), norm=False)
+    closure = run.closure(loss)
+    for done in ([], [(0, 2)], [(0, 3), (1, 3), (2, 3)]):
+        for part in done:
+            closure(part=part)
+        with pytest.raises(ConfigError, match=r"part is \(1, 3\): must come right after \(0, 3\)"):
+            closure(part=(1, 3))
+    closure(part=(0, 2))
+    fails = True
+    with pytest.raises(ValueError, match="depends on no"):
+        closure(part=(1, 2))
+    fails = False
+    with pytest.raises(ConfigError, match="whose gradient it adds to"):  # a piece of it may be there already
+        closure(part=(1, 2))
 
 
 def test_what_a_closure_cannot_be_made_of() -> None:

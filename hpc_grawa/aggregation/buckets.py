@@ -105,7 +105,7 @@ class Bucketed(Aggregator):
         #: How often gradients were shared since the last step.
         self._shared = 0
         self._skips = False
-        #: First messages of buckets, and that of flags and place where they travel by themselves.
+        #: First messages of buckets under way, and that of flags and place where they travel by themselves.
         self._works: list[Work] = []
         self._header_work: Work | None = None
         #: Of each bucket, how many tensors are still to get their gradient in the backward that shares.
@@ -160,6 +160,7 @@ class Bucketed(Aggregator):
 
     def zero_grad(self, optimizer: optim.Optimizer) -> None:
         self.grad.zero_()
+        self._armed = False  # by a backward pass that failed
         self._fresh.clear()
         self._kept.clear()
         self._skips = False
@@ -168,7 +169,11 @@ class Bucketed(Aggregator):
         self._attach([i for i, p in enumerate(self._vector.parameters) if p.grad is not self._views[i]])
 
     def start(self) -> None:
-        self._works = []
+        if self._works:
+            raise RuntimeError(
+                "the last backward pass failed when a part of its gradients had left for the other ranks, so it cannot "
+                "be made again: let its error end the run"
+            )
         self._awaited = [len(bucket.tensors) for bucket in self._buckets]
         self._arrived.clear()
         self._armed = True
@@ -189,7 +194,7 @@ class Bucketed(Aggregator):
             for later in self._later():
                 later._flush()
         absent, self._absent = self._flush(), None
-        works = self._works
+        works, self._works = self._works, []
         for _ in range(self._codec.messages - 1):
             works = [self._codec.follow(bucket, work) for bucket, work in zip(self._buckets, works, strict=True)]
         for bucket, work in zip(self._buckets, works, strict=True):

@@ -64,6 +64,8 @@ class Run:
         self.on_close: list[Callable[[], None]] = []
         self._held = self._count_held()
         self._shared = False
+        #: The part whose gradient is there.
+        self._made: tuple[int, int] | None = None
 
     def closure(self, loss: Callable[..., Tensor], clip_norm: float | None = None, accumulate: int = 1) -> Closure:
         """The way to a step's gradient, for ``optimizer.step(closure)``, or ``closure()`` before ``optimizer.step()``.
@@ -111,6 +113,8 @@ class Run:
             i, parts = part
             if not 0 <= i < parts:
                 raise ConfigError(f"part is {part}: must be (i, M), the i-th of M parts, counted from 0")
+            if i > 0 and self._made != (i - 1, parts):
+                raise ConfigError(f"part is {part}: must come right after {(i - 1, parts)}, whose gradient it adds to")
             if self.closed:
                 raise RuntimeError(f"a backward pass {_ENDED}")
             last, pieces = share and i == parts - 1, parts * accumulate
@@ -119,6 +123,7 @@ class Run:
                     f"optimizer is {type(self.optimizer).__name__}: {ONCE}. (In a loop of your own: call "
                     f"run.after_step(loss) after every step of the optimizer, before the next closure)"
                 )
+            self._made = None
             if i == 0:
                 self.aggregator.zero_grad(self.optimizer)
             total = torch.zeros((), device=self.vector.data.device)
@@ -136,6 +141,7 @@ class Run:
                 self._shared = True
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(self.vector.parameters, clip_norm)
+            self._made = i, parts
             return total
 
         return closure
