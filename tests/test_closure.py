@@ -131,8 +131,24 @@ def test_the_gradient_is_clipped_after_sharing_and_only_then() -> None:
         torch.testing.assert_close(clipped, mean * 1e-3 / mean.norm(), rtol=1e-3, atol=0)
 
 
+class MadeAnew(nn.BatchNorm1d):
+    """Puts new tensors in the place of its statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        if self.training:
+            self.running_mean, self.running_var = self.running_mean.clone(), self.running_var.clone()  # type: ignore[union-attr]
+        return output
+
+
 @pytest.mark.parametrize(
-    "norm", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=None), nn.InstanceNorm1d(6, track_running_stats=True)]
+    "norm",
+    [
+        nn.BatchNorm1d(6),
+        nn.BatchNorm1d(6, momentum=None),
+        nn.InstanceNorm1d(6, track_running_stats=True),
+        MadeAnew(6),
+    ],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_without_track_running_statistics_stay_and_gradients_are_the_same(norm: nn.Module, training: bool) -> None:

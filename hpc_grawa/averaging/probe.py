@@ -94,7 +94,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     Forward passes change more than buffers: embeddings with ``max_norm`` renormalise parameters, tables are made anew
     and their sizes noted in attributes, and a model may draw from generators of its own.
     """
-    with buffers.values_kept(model.parameters()), buffers.kept(model), attributes.kept(model):
+    with buffers.values_kept(model.parameters()), buffers.kept(model.modules()), attributes.kept(model):
         yield
 
 
