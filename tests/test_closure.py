@@ -223,25 +223,26 @@ def test_an_optimizer_that_evaluates_its_closure_again_is_refused_where_gradient
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("reached", ["all", "the last layer"])
-def test_a_loss_may_make_backward_passes_of_its_own(reached: str) -> None:
-    """Of which nothing is shared once it has taken their gradients away, as adversarial examples do."""
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_loss_may_make_backward_passes_of_its_own(everywhere: bool) -> None:
+    """Of which nothing is shared once it has taken their gradients away, as adversarial examples do.
 
-    def attacked(model: nn.Module, inputs: Tensor) -> Tensor:
-        x = inputs.clone().requires_grad_()
+    If not everywhere, the loss of rank 1 reaches the last layer only.
+    """
+
+    def attacked(model: Any, rank: int, step: int) -> Tensor:
+        x = examples(0, step)[0].requires_grad_()
         model(x).square().mean().backward()
         model.zero_grad()
         assert x.grad is not None
-        hidden = model[:2](inputs + 0.1 * x.grad.sign())  # type: ignore[index, operator]
-        if reached != "all":
-            hidden = hidden.detach()
-        loss: Tensor = model[2](hidden).square().mean()  # type: ignore[index, operator]
+        hidden = model[:2](x.detach() + 0.1 * x.grad.sign())
+        loss: Tensor = model[2](hidden if everywhere or not rank else hidden.detach()).square().mean()
         return loss
 
     def body(comm: Communicator) -> Tensor:
         run, optimizer = built(comm, DataParallel(bucket_mb=1e-5), norm=False)
         step = 0
-        closure: Any = run.closure(lambda: attacked(run.vector.model, examples(0, step)[0]))
+        closure: Any = run.closure(lambda: attacked(run.vector.model, comm.rank, step))
         for step in range(STEPS):  # noqa: B007
             run.after_step(optimizer.step(closure))
         return run.vector.data
@@ -249,8 +250,8 @@ def test_a_loss_may_make_backward_passes_of_its_own(reached: str) -> None:
     model = network(norm=False)
     optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for step in range(STEPS):
-        optimizer.zero_grad()
-        attacked(model, examples(0, step)[0]).backward()
+        losses = [attacked(model, rank, step) for rank in range(2)]
+        torch.stack(losses).mean().backward()
         optimizer.step()
     expected = nn.utils.parameters_to_vector(model.parameters())
     for ours in simulate(2, body):
