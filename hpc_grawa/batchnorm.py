@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from . import buffers
 from .comm import Communicator
 
 
@@ -34,17 +35,9 @@ def reset(model: nn.Module) -> None:
             norm.reset_running_stats()
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> AbstractContextManager[None]:
     """After the block running statistics are what they were, bit for bit; within it layers do as they always do."""
-    held = [t for m in norms(model) for t in (m.running_mean, m.running_var, m.num_batches_tracked) if t is not None]
-    before = [t.clone() for t in held]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for now, then in zip(held, before, strict=True):
-                now.copy_(then)
+    return buffers.kept(norms(model))
 
 
 class Recalibration:

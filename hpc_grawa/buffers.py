@@ -17,10 +17,14 @@ from .errors import ConfigError
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Within the block buffers may be changed, resized, replaced; afterwards the same tensors hold the same numbers."""
-    held = [(module, dict(module._buffers)) for module in model.modules()]
-    with values_kept(model.buffers()):
+def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block buffers that the modules hold themselves may be changed, resized, replaced.
+
+    Afterwards the same tensors hold the same numbers.
+    """
+    held = [(module, dict(module._buffers)) for module in modules]
+    tensors = {id(t): t for _, own in held for t in own.values() if t is not None}
+    with values_kept(tensors.values()):
         try:
             yield
         finally:

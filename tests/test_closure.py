@@ -131,8 +131,24 @@ def test_the_gradient_is_clipped_after_sharing_and_only_then() -> None:
         torch.testing.assert_close(clipped, mean * 1e-3 / mean.norm(), rtol=1e-3, atol=0)
 
 
+class MadeAnew(nn.BatchNorm1d):
+    """Puts new tensors in the place of its statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        if self.training:
+            self.running_mean, self.running_var = self.running_mean.clone(), self.running_var.clone()  # type: ignore[union-attr]
+        return output
+
+
 @pytest.mark.parametrize(
-    "norm", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=None), nn.InstanceNorm1d(6, track_running_stats=True)]
+    "norm",
+    [
+        nn.BatchNorm1d(6),
+        nn.BatchNorm1d(6, momentum=None),
+        nn.InstanceNorm1d(6, track_running_stats=True),
+        MadeAnew(6),
+    ],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_without_track_running_statistics_stay_and_gradients_are_the_same(norm: nn.Module, training: bool) -> None:
@@ -205,6 +221,164 @@ def test_an_optimizer_that_evaluates_its_closure_again_is_refused_where_gradient
         simulate(2, lambda comm: body(comm, DataParallel()))
     for losses in simulate(2, lambda comm: body(comm, LocalSGD(period=2))):
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_loss_may_make_backward_passes_of_its_own(everywhere: bool) -> None:
+    """Of which nothing is shared once it has taken their gradients away, as adversarial examples do.
+
+    If not everywhere, the loss of rank 1 reaches the last layer only.
+    """
+
+    def attacked(model: Any, rank: int, step: int) -> Tensor:
+        x = examples(0, step)[0].requires_grad_()
+        model(x).square().mean().backward()
+        model.zero_grad()
+        assert x.grad is not None
+        hidden = model[:2](x.detach() + 0.1 * x.grad.sign())
+        loss: Tensor = model[2](hidden if everywhere or not rank else hidden.detach()).square().mean()
+        return loss
+
+    def body(comm: Communicator) -> Tensor:
+        run, optimizer = built(comm, DataParallel(bucket_mb=1e-5), norm=False)
+        step = 0
+        closure: Any = run.closure(lambda: attacked(run.vector.model, comm.rank, step))
+        for step in range(STEPS):  # noqa: B007
+            run.after_step(optimizer.step(closure))
+        return run.vector.data
+
+    model = network(norm=False)
+    optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for step in range(STEPS):
+        losses = [attacked(model, rank, step) for rank in range(2)]
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+    expected = nn.utils.parameters_to_vector(model.parameters())
+    for ours in simulate(2, body):
+        torch.testing.assert_close(ours, expected)
+
+
+class Failing(torch.autograd.Function):
+    """Is out of memory in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise MemoryError
+
+
+def again(comm: Communicator, fails: str, bucket_mb: float = 1.0) -> Tensor:
+    """Training in two parts, of which the second fails once on rank 1, and is made again."""
+    run, optimizer = built(comm, DataParallel(bucket_mb=bucket_mb), norm=False)
+    step = 0
+    whole = loss_of(run, lambda: step)
+
+    def loss(part: tuple[int, int]) -> Tensor:
+        nonlocal fails
+        if not fails or (comm.rank, step, part[0]) != (1, 2, 1):
+            return whole(part)
+        where, fails = fails, ""
+        if where == "loss":
+            raise MemoryError
+        model: Any = run.vector.model
+        inputs = examples(1, step)[0]
+        return model[1:](Failing.apply(model[0](inputs))).sum()  # type: ignore[no-any-return, no-untyped-call]
+
+    closure: Any = run.closure(loss, accumulate=2)
+    for step in range(STEPS):  # noqa: B007
+        try:
+            value = optimizer.step(closure)
+        except MemoryError:
+            value = optimizer.step(closure)
+        run.after_step(value)  # type: ignore[arg-type]
+    return run.vector.data
+
+
+@pytest.mark.parametrize("fails", ["loss", "backward"])
+def test_a_step_that_failed_before_anything_was_sent_may_be_made_again(fails: str) -> None:
+    expected = simulate(2, lambda comm: again(comm, ""))
+    for ours, theirs in zip(simulate(2, lambda comm: again(comm, fails)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_step_that_failed_when_some_had_been_sent_cannot_be_made_again() -> None:
+    """Other ranks would add what belongs to other buckets."""
+    with pytest.raises(RuntimeError, match="failed when a part of its gradients had left for the other ranks"):
+        simulate(2, lambda comm: again(comm, "backward", 1e-5))
+
+
+@pytest.mark.parametrize("method", [DataParallel(), LSGD(period=2)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model: model(torch.ones(2, 4)).mean(0), r"loss\(\) gave a tensor of shape \[3\]"),
+        (lambda model: model(torch.ones(2, 4)).mean().item(), r"loss\(\) gave a float"),
+        (lambda model: (model(torch.ones(2, 4)).mean(), 1), r"loss\(\) gave a tuple"),
+        (lambda model: None, r"loss\(\) gave a NoneType.*the loss of the batch"),
+        (lambda model: model(torch.ones(2, 4)).mean().detach(), r"loss\(\) gave a loss that depends on no trainable"),
+    ],
+)
+def test_a_loss_that_is_none_is_told_so(method: Method, loss: Callable[[nn.Module], Any], message: str) -> None:
+    run, _ = built(SingleCommunicator(), method, norm=False)
+    with pytest.raises(ValueError, match=message):
+        run.closure(lambda: loss(run.vector.model))()
+
+
+def test_what_a_closure_returns_is_0d_whatever_shape_a_number_has_and_a_parameter_may_be_a_loss() -> None:
+    run, _ = built(SingleCommunicator(), DataParallel(), norm=False)
+    assert run.closure(lambda: run.vector.model(torch.ones(1, 4)).mean().view(1, 1))().shape == ()
+    model = nn.ParameterList([torch.tensor(3.0)])
+    run = DataParallel().build(SingleCommunicator(), ParameterVector(model), optim.SGD(model.parameters(), 0.1))
+    assert run.closure(lambda: model[0])() == 3 and model[0].grad == 1
+
+
+def test_a_closure_says_that_a_loop_has_not_counted_its_step_or_goes_on_after_the_end() -> None:
+    run, optimizer = built(SingleCommunicator(), DataParallel(), norm=False)
+    closure: Any = run.closure(loss_of(run, lambda: 0))
+    value = optimizer.step(closure)
+    with pytest.raises(ConfigError, match=r"call run\.after_step\(loss\) after every step"):
+        optimizer.step(closure)
+    run.after_step(value)  # type: ignore[arg-type]
+    run.finish()
+    messages = run.comm.meter.calls["gradient"]
+    with pytest.raises(RuntimeError, match=r"a backward pass after the run has ended \(finish\(\) or close\(\)\)"):
+        closure()
+    assert run.comm.meter.calls["gradient"] == messages
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 1), (0, 0)])
+def test_a_part_is_one_of_those_there_are(part: tuple[int, int]) -> None:
+    run, _ = built(SingleCommunicator(), DataParallel(), norm=False)
+    closure = run.closure(loss_of(run, lambda: 0))
+    with pytest.raises(ConfigError, match=r"part is \(.*\): must be \(i, M\), the i-th of M parts"):
+        closure(part=part)
+
+
+def test_parts_come_in_order() -> None:
+    """Else one would be added to what is left of another gradient."""
+    fails = False
+
+    def loss(part: tuple[int, int]) -> Tensor:
+        value = run.vector.model(torch.ones(2, 4)).mean()
+        return value.detach() if fails else value  # type: ignore[no-any-return]
+
+    run, _ = built(SingleCommunicator(), LocalSGD(period=2), norm=False)
+    closure = run.closure(loss)
+    for done in ([], [(0, 2)], [(0, 3), (1, 3), (2, 3)]):
+        for part in done:
+            closure(part=part)
+        with pytest.raises(ConfigError, match=r"part is \(1, 3\): must come right after \(0, 3\)"):
+            closure(part=(1, 3))
+    closure(part=(0, 2))
+    fails = True
+    with pytest.raises(ValueError, match="depends on no"):
+        closure(part=(1, 2))
+    fails = False
+    with pytest.raises(ConfigError, match="whose gradient it adds to"):  # a piece of it may be there already
+        closure(part=(1, 2))
 
 
 def test_what_a_closure_cannot_be_made_of() -> None:

@@ -10,8 +10,8 @@ from torch import optim
 class Aggregator:
     """Each rank steps with its own gradient.
 
-    A step is ``zero_grad``, then for each part of the batch ``start`` → backward → ``finish``; only the last part's
-    backward shares.
+    A step is ``zero_grad``, a backward pass for each part of the batch, before the last of them ``start``, and at the
+    end ``finish``: only the last pass shares.
 
     Attributes:
         shares: whether ranks step with a gradient that they have in common.

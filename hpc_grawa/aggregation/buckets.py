@@ -93,7 +93,8 @@ class Bucketed(Aggregator):
         self._homes = [view.data_ptr() for view in self._views]
         parts = self._cut(bucket_bytes)
         self._numbers = comm.numbers("gradient", codec.messages * len(parts) + (not codec.sums))
-        self._buckets = [self._bucket(b, parts) for b in range(len(parts))]
+        views = vector.views(self._mean)
+        self._buckets = [self._bucket(b, parts, views) for b in range(len(parts))]
         self._bucket_of = [0] * n
         for b, tensors in enumerate(parts):
             for i in tensors:
@@ -104,7 +105,7 @@ class Bucketed(Aggregator):
         #: How often gradients were shared since the last step.
         self._shared = 0
         self._skips = False
-        #: First messages of buckets, and that of flags and place where they travel by themselves.
+        #: First messages of buckets under way, and that of flags and place where they travel by themselves.
         self._works: list[Work] = []
         self._header_work: Work | None = None
         #: Of each bucket, how many tensors are still to get their gradient in the backward that shares.
@@ -138,10 +139,10 @@ class Bucketed(Aggregator):
             parts[-1].append(i)
         return parts
 
-    def _bucket(self, number: int, parts: list[list[int]]) -> Bucket:
+    def _bucket(self, number: int, parts: list[list[int]], views: list[Tensor]) -> Bucket:
         tensors, offsets, sizes = parts[number], self._vector.offsets, self._vector.sizes
         span = slice(offsets[tensors[-1]], offsets[tensors[0]] + sizes[tensors[0]])
-        ahead, views = len(self._header), self._vector.views(self._mean)
+        ahead = len(self._header)
         carries = self._codec.sums and number == len(parts) - 1
         return Bucket(
             comm=self._comm,
@@ -159,6 +160,7 @@ class Bucketed(Aggregator):
 
     def zero_grad(self, optimizer: optim.Optimizer) -> None:
         self.grad.zero_()
+        self._armed = False  # by a backward pass that failed
         self._fresh.clear()
         self._kept.clear()
         self._skips = False
@@ -167,7 +169,11 @@ class Bucketed(Aggregator):
         self._attach([i for i, p in enumerate(self._vector.parameters) if p.grad is not self._views[i]])
 
     def start(self) -> None:
-        self._works = []
+        if self._works:
+            raise RuntimeError(
+                "the last backward pass failed when a part of its gradients had left for the other ranks, so it cannot "
+                "be made again: let its error end the run"
+            )
         self._awaited = [len(bucket.tensors) for bucket in self._buckets]
         self._arrived.clear()
         self._armed = True
@@ -188,7 +194,7 @@ class Bucketed(Aggregator):
             for later in self._later():
                 later._flush()
         absent, self._absent = self._flush(), None
-        works = self._works
+        works, self._works = self._works, []
         for _ in range(self._codec.messages - 1):
             works = [self._codec.follow(bucket, work) for bucket, work in zip(self._buckets, works, strict=True)]
         for bucket, work in zip(self._buckets, works, strict=True):
@@ -207,7 +213,7 @@ class Bucketed(Aggregator):
         users = self._flags[absent].tolist() if absent else []
         none = {i for i, ranks in zip(absent, users, strict=True) if not ranks}
         if not self._codec.sums:
-            none = {i for i in none if not self._views[i].any()}  # else steps would lose what the codec had kept
+            none -= self._landed(sorted(none))  # else steps would lose what the codec had kept
         self._kept = set(range(len(self._views))) - none
         self._fresh.clear()
         self._give_back_none(range(len(self._views)) if self._skips else none)
@@ -216,6 +222,13 @@ class Bucketed(Aggregator):
             self._verdict = verdict
             if not total.is_cuda:
                 self.settle()
+
+    def _landed(self, tensors: Sequence[int]) -> set[int]:
+        """Those of the tensors that something is there of; waits for the device once."""
+        if not tensors:
+            return set()
+        there = torch.stack([self._views[i].any() for i in tensors]).tolist()
+        return {i for i, some in zip(tensors, there, strict=True) if some}
 
     def _later(self) -> list[Bucketed]:
         """Those built later on this communicator that the last backward pass has reached, the latest first."""
@@ -231,6 +244,8 @@ class Bucketed(Aggregator):
             for i in range(len(self._views)):
                 self._keep_home(i)
             self._return_to_what_was_shared()
+            earlier = self._fresh - self._arrived  # which somebody may have taken away since
+            self._fresh -= {i for i in earlier if self._vector.parameters[i].grad is None}
             self._absent = sorted(set(range(len(self._views))) - self._fresh)
             self._zero(self._absent)
             while len(self._works) < len(self._buckets):

@@ -54,28 +54,29 @@ def probe_gradient(
         for _ in range(batches):
             losses = probe()
             for loss in losses if isinstance(losses, Iterator | list | tuple) else (losses,):
-                _check(loss)
+                check_loss(loss, "probe()", "a fresh batch")
                 with gradients_aside(_leaves(loss) - own):
                     torch.autograd.backward(loss, torch.full_like(loss, 1 / batches))
         return tuple(p.grad for p in vector.parameters)
 
 
-def _check(loss: object) -> None:
+def check_loss(loss: object, giver: str, batch: str) -> None:
+    """Raise ``ValueError``, which names the giver and its batch, unless a backward pass can begin at the loss."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"probe() gave {found}: it must return the loss of a fresh batch, a tensor of one number")
-    if loss.grad_fn is None:
+        raise ValueError(f"{giver} gave {found}: it must return the loss of {batch}, a tensor of one number")
+    if not loss.requires_grad:
         raise ValueError(
-            "probe() gave a loss that depends on no trainable parameter: compute it with gradients on (no "
-            "torch.no_grad(), no detach(), no item())"
+            f"{giver} gave a loss that depends on no trainable parameter: compute it with gradients on (no "
+            f"torch.no_grad(), no detach(), no item())"
         )
 
 
 def _leaves(loss: Tensor) -> set[Tensor]:
     """The tensors whose ``.grad`` a backward pass of ``loss`` adds to."""
     found: set[Tensor] = set()
-    seen: set[Any] = {loss.grad_fn}
-    ahead: list[Any] = [loss.grad_fn]
+    first: Any = torch.autograd.graph.get_gradient_edge(loss).node
+    seen, ahead = {first}, [first]
     while ahead:
         node = ahead.pop()
         if node.name() == "torch::autograd::AccumulateGrad":
@@ -93,7 +94,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     Forward passes change more than buffers: embeddings with ``max_norm`` renormalise parameters, tables are made anew
     and their sizes noted in attributes, and a model may draw from generators of its own.
     """
-    with buffers.values_kept(model.parameters()), buffers.kept(model), attributes.kept(model):
+    with buffers.values_kept(model.parameters()), buffers.kept(model.modules()), attributes.kept(model):
         yield
 
 

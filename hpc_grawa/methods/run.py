@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 
 from ..aggregation import Aggregator
 from ..averaging.control import Control
-from ..averaging.probe import Probe as Probe
+from ..averaging.probe import check_loss
 from ..averaging.synchronizer import Synchronizer
 from ..batchnorm import frozen
 from ..comm import Communicator
@@ -24,6 +24,10 @@ from ..vector import ParameterVector
 ONCE = (
     "an optimizer that evaluates its closure several times in a step decides by its own rank's loss, and ranks would "
     "part: take one that evaluates it once, or a method that averages"
+)
+_ENDED = (
+    "after the run has ended (finish() or close()), which no other rank would hear of: build a new run over the same "
+    "model to go on"
 )
 
 
@@ -60,6 +64,8 @@ class Run:
         self.on_close: list[Callable[[], None]] = []
         self._held = self._count_held()
         self._shared = False
+        #: The part whose gradient is there.
+        self._made: tuple[int, int] | None = None
 
     def closure(self, loss: Callable[..., Tensor], clip_norm: float | None = None, accumulate: int = 1) -> Closure:
         """The way to a step's gradient, for ``optimizer.step(closure)``, or ``closure()`` before ``optimizer.step()``.
@@ -77,6 +83,8 @@ class Run:
 
         Raises:
             ConfigError: an argument that cannot be; or, by the closure, gradients were shared in this step already.
+            ValueError: by the closure, the loss is no number, or depends on no parameter.
+            RuntimeError: by the closure, the run has ended.
 
         Example:
             >>> import hpc_grawa
@@ -103,24 +111,37 @@ class Run:
 
         def closure(share: bool = True, part: tuple[int, int] = (0, 1), track: bool = True) -> Tensor:
             i, parts = part
+            if not 0 <= i < parts:
+                raise ConfigError(f"part is {part}: must be (i, M), the i-th of M parts, counted from 0")
+            if i > 0 and self._made != (i - 1, parts):
+                raise ConfigError(f"part is {part}: must come right after {(i - 1, parts)}, whose gradient it adds to")
+            if self.closed:
+                raise RuntimeError(f"a backward pass {_ENDED}")
             last, pieces = share and i == parts - 1, parts * accumulate
             if last and self._shared and self.aggregator.shares:
-                raise ConfigError(f"optimizer is {type(self.optimizer).__name__}: {ONCE}")
+                raise ConfigError(
+                    f"optimizer is {type(self.optimizer).__name__}: {ONCE}. (In a loop of your own: call "
+                    f"run.after_step(loss) after every step of the optimizer, before the next closure)"
+                )
+            self._made = None
             if i == 0:
                 self.aggregator.zero_grad(self.optimizer)
             total = torch.zeros((), device=self.vector.data.device)
             with torch.enable_grad(), nullcontext() if track else frozen(self.vector.model):
                 for piece in range(i * accumulate, (i + 1) * accumulate):
-                    if last and piece == pieces - 1:
+                    value = loss() if pieces == 1 else loss((piece, pieces))
+                    check_loss(value, "loss()", "the batch")
+                    value = value / pieces
+                    if last and piece == pieces - 1:  # now: the loss may need backward passes of its own
                         self.aggregator.start()
-                    value = (loss() if pieces == 1 else loss((piece, pieces))) / pieces
                     value.backward()  # type: ignore[no-untyped-call]
-                    total = total + value.detach()
+                    total = total + value.detach().reshape(())
             if last:
                 self.aggregator.finish()
                 self._shared = True
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(self.vector.parameters, clip_norm)
+            self._made = i, parts
             return total
 
         return closure
@@ -149,10 +170,7 @@ class Run:
             LostView: a parameter was frozen or unfrozen, or the optimizer was given one, since ``build``.
         """
         if self.closed:
-            raise RuntimeError(
-                "a step after the run has ended (finish() or close()), which no other rank would hear of: build a new "
-                "run over the same model to go on"
-            )
+            raise RuntimeError(f"a step {_ENDED}")
         self.vector.check_trained()
         if self._count_held() != self._held:
             self._check_held()

@@ -148,7 +148,7 @@ def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[
     if comm is not None:
         buffers.check_kinds(model)
     one_set = nullcontext() if comm is None else buffers.shared(model, comm)
-    with random_streams.kept(), attributes.kept(model), buffers.kept(model), one_set:
+    with random_streams.kept(), attributes.kept(model), buffers.kept(model.modules()), one_set:
         yield
 
 
