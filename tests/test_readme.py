@@ -17,7 +17,7 @@ from launcher import BIN, ROOT, environment
 
 #: In the order in which a newcomer reads them.
 PAGES = {
-    p: (ROOT / p).read_text() for p in ("README.md", "data_prep/README.md", "benchmarks/README.md", "slurm/README.md")
+    p: (ROOT / p).read_text() for p in ("README.md", "slurm/README.md", "data_prep/README.md", "benchmarks/README.md")
 }
 README = "\n".join(PAGES.values())
 #: A tiny budget in place of the README's, so that what is tested is that the command works.
