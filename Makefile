@@ -173,7 +173,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict hpc_grawa
 
-bench: $(READY)  ## the figures of the README, measured on this machine
+bench: $(READY)  ## the figures of benchmarks/README.md, measured on this machine
 	@export OMP_NUM_THREADS=1
 	backends=mpi\ gloo$$([ -x $(BIN)/horovodrun ] && echo ' horovod')
 	for backend in $$backends; do

@@ -1,5 +1,12 @@
 """Weighted averaging (GRAWA and its competitors) for training deep networks on HPC clusters.
 
+Every method is a point on three independent axes: the local optimizer (``optim/``), gradient sharing
+(``aggregation/``) and parameter averaging (``averaging/``; when: its ``synchronizer.py``). Imports run downward:
+cli → training → methods → averaging, aggregation, optim → vector, comm. Only ``comm/`` knows MPI, Horovod or NCCL, only
+``launch.py`` reads a launcher's variables, and nothing outside ``data/`` and ``metrics.py`` knows what an image or a
+class is. Tests are written against ``simulate``, W ranks in one process that run one at a time, and repeated on real
+ranks.
+
 Example:
     >>> import torch, hpc_grawa
     >>> def train(comm):

@@ -44,7 +44,8 @@ def DistributedOptimizer(
 
     x_m ← step(x_m, g) where g is the method's: (1/W) Σ_j g_j or the rank's own; then, in its rounds,
     x_m ← x_m + λ(c - x_m). All ranks must call this; they begin with rank 0's parameters and buffers. The same
-    optimizer comes back, so that schedulers, ``zero_grad`` and ``state_dict`` go on working; attached to it are
+    optimizer comes back, so that schedulers, ``zero_grad``, ``state_dict`` and Horovod's broadcasts, before or after
+    this call, go on working; attached to it are
 
     - ``run``: the method at work (``center``, ``facts``, ``state_dict()`` for checkpoints, and ``finish()`` to call
       after the last step; then the optimizer, or a new one, may be distributed anew);
@@ -55,7 +56,8 @@ def DistributedOptimizer(
     as well, so all ranks must make the same ones. (A rank whose step has none takes part in ``step()``.) Several
     optimizers, each with a model of its own, may be trained by one pass or by turns; where a generator's loss passes
     through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared for
-    nothing. Two optimizers for parts of one model take each an ``nn.ParameterList`` of its part as ``model``.
+    nothing. Two optimizers for parts of one model (Muon and AdamW) take each an ``nn.ParameterList`` of its part as
+    ``model``. ``GradScaler`` is refused: ranks would choose different scales; train in bfloat16, which needs none.
 
     Under pooled rounds ``step()`` makes the rounds that are due before it returns, and asks for the period of the next
     with the learning rate that there is then; what ranks then do together they decide by ``run.facts``.

@@ -1,8 +1,9 @@
-"""The README says nothing that was not run: every command and every Python block of it."""
+"""The READMEs say nothing that was not run: every command, Python block and link of theirs."""
 
 from __future__ import annotations
 
 import json
+import pydoc
 import re
 import shlex
 import subprocess
@@ -14,7 +15,11 @@ import pytest
 import torch
 from launcher import BIN, ROOT, environment
 
-README = (ROOT / "README.md").read_text()
+#: In the order in which a newcomer reads them.
+PAGES = {
+    p: (ROOT / p).read_text() for p in ("README.md", "slurm/README.md", "data_prep/README.md", "benchmarks/README.md")
+}
+README = "\n".join(PAGES.values())
 #: A tiny budget in place of the README's, so that what is tested is that the command works.
 SHORT = ["--budget.seconds", "1000", "--budget.steps", "3", "--eval.train_examples", "50", "--eval.bn_batches", "1"]
 
@@ -33,7 +38,7 @@ BACKENDS = ("auto", "mpi", "horovod", "gloo", "nccl")
 
 def launched() -> list[tuple[str, str, str]]:
     """The launcher table's cells: command with the dots filled in, backend, and what the table says of it."""
-    rows = re.findall(r"^\| `([^`]*hpc-grawa train[^`]*)` \|(.*)\|$", README, re.M)
+    rows = re.findall(r"^\| `([^`]*hpc-grawa train \.\.\.)` \|(.*)\|$", README, re.M)
     cells = [(command, [cell.strip() for cell in rest.split("|")]) for command, rest in rows]
     assert all(len(said) == len(BACKENDS) for _, said in cells)
     return [
@@ -85,10 +90,39 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
+#: What is run here.
+RUN = ("mpirun -np 4 hpc-grawa ", "mpirun -np 2 hpc-grawa ", "hpc-grawa ")
+#: What other tests run, or nobody: it needs SLURM, several hosts, ImageNet, or makes the environment.
+ELSEWHERE = (
+    *("make ", "MPI=system make ", "pip install .", "python hpc_grawa/install/horovod.py", "python data_prep/"),
+    *(
+        "source ",
+        "module load ",
+        "cp slurm/site.sh",
+        "apt-get install ",
+        "mpirun -np 12 hpc-grawa train --config imagenet",
+    ),
+    *("sbatch ", "srun ", "squeue ", "bash slurm/chain.sh ", "CHAIN=", "tail ", "touch ", "cat "),
+    *("'$(which' 'mpirun)' --hostfile", "horovodrun -np 12 -H a:4", "horovodrun --gloo -np 12 -H a:4"),
+)
+
+
 def test_every_command_is_of_a_known_kind() -> None:
-    known = ("make ", "mpirun -np 4 hpc-grawa ", "mpirun -np 2 hpc-grawa ", "hpc-grawa ", "python data_prep/")
-    others = ("source .venv", "pip install .", "python hpc_grawa/install/horovod.py")
-    assert [c for c in commands() if not c.startswith((*known, *others))] == []
+    assert [c for c in commands() if not c.startswith((*RUN, *ELSEWHERE))] == []
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and headings that pages link to, and what they say to read by pydoc, are there."""
+    for page, text in PAGES.items():
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            file = (ROOT / page).parent / target if target else ROOT / page
+            assert file.is_file(), f"{page}: {target}"
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if heading else []
+            assert not heading or heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}, (
+                heading
+            )
+    modules = re.findall(r"python -m pydoc ([\w.]+)|, `(hpc_grawa\.training\.config)`", README)
+    assert len(modules) >= 5 and all(pydoc.locate(a or b) for a, b in modules)
 
 
 @pytest.mark.slow
@@ -96,7 +130,7 @@ def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
     """In the README's order, as one newcomer would type them, on a small set in CIFAR-10's format."""
     ran = 0
     for command in commands():
-        if "hpc-grawa" not in command:
+        if not command.startswith(RUN):
             continue
         only_says = re.search(r"[-.](help|print_config)", command)
         trains = re.search(r"hpc-grawa (train|compare) ", command) and not only_says
@@ -106,7 +140,7 @@ def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
         shortened = SHORT if trains else ["--steps", "8"] if words == ["hpc-grawa", "toy"] else []
         run(shlex.join(words + shortened), newcomer)
         ran += 1
-    assert ran >= 8
+    assert ran >= 20
     assert all((newcomer / file).is_file() for file in ("figure.png", "table.csv", "toy.png"))
 
 
@@ -133,24 +167,31 @@ def test_launcher_table(command: str, backend: str, said: str, tmp_path: Path) -
     assert (summary["backend"], summary["world_size"]) == (taken, 4 if "4" in command else 1)
 
 
+def scripts(*ends: str) -> str:
+    """One program (one launch) of several scripts, each of which begins as README's scripts do."""
+    begin = next(b for b in blocks("python") if "def loss():" in b and "import" in b)
+    return "".join(f"{begin}\n\n{end}\n" for end in ends)
+
+
 def test_own_loop(tmp_path: Path) -> None:
-    (tmp_path / "own_loop.py").write_text(next(b for b in blocks("python") if "ParameterVector" in b))
+    (tmp_path / "own_loop.py").write_text(scripts(next(b for b in blocks("python") if b.startswith("comm = "))))
     output = run(f"mpirun -np 2 {shlex.quote(sys.executable)} own_loop.py", tmp_path).stdout
-    losses = {float(x) for x in re.findall(r"center's loss ([\d.]+)", output)}
+    losses = {float(x) for x in re.findall(r"rank \d: loss ([\d.]+)", output)}
     assert losses and max(losses) < 0.5, output
 
 
 def test_horovod_script(tmp_path: Path) -> None:
-    """The script as it stands, and with each of the lines that it may have instead."""
+    """The script before and after its change, and with the other methods that the changed line may name."""
     pytest.importorskip("horovod.torch")
-    script = next(b for b in blocks("python") if "the changed line" in b)
-    before, changed, after = re.split(r"(.*)  # the changed line\n", script)
-    lines = re.findall(r"^\+(.*)", blocks("diff")[0], re.M)
-    assert changed in lines and len(lines) == 3
-    (tmp_path / "scripts.py").write_text("".join(f"{before}{line}\n{after}" for line in lines))  # one launch
+    lines = blocks("diff")[0].splitlines()
+    before, after = ("\n".join(x[1:] for x in lines if not x.startswith(sign)) for sign in "+-")
+    named = re.findall(r"`(hpc_grawa\.\w+\([^`]*\))`(?= in its place| trains as)", README)
+    assert len(named) == 2 and after.count("hpc_grawa.LGRAWA(period=8), probe=loss") == 1
+    others = [after.replace("hpc_grawa.LGRAWA(period=8), probe=loss", method) for method in named]
+    (tmp_path / "scripts.py").write_text(scripts(before, after, *others))
     output = run(f"mpirun -np 2 {shlex.quote(sys.executable)} scripts.py", tmp_path).stdout
-    losses = re.findall(r"rank (\d): center's loss ([\d.]+)", output)
-    assert sorted(rank for rank, _ in losses) == list("000111") and max(float(x) for _, x in losses) < 0.5, output
+    losses = re.findall(r"rank (\d): loss ([\d.]+)", output)
+    assert sorted(rank for rank, _ in losses) == list("00001111") and max(float(x) for _, x in losses) < 0.5, output
 
 
 @pytest.mark.slow

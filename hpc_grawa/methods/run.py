@@ -1,4 +1,30 @@
-"""A method at work on one rank."""
+"""A method at work on one rank: what a training loop of one's own calls.
+
+All ranks make the same calls: ``Method.build``, ``after_step`` after every step of the optimizer, ``finish``.
+
+- The probe returns the loss of a fresh batch, or yields the losses of its parts one by one, whose gradients add up
+  (``probe_batches: k`` calls it k times). Its gradient is taken aside, without dropout, and nothing of it remains; what
+  it draws from torch's, NumPy's and Python's random streams differs from round to round and rank to rank.
+- ``value = closure()`` before ``optimizer.step()`` does what ``optimizer.step(closure)`` does, for what lies between
+  the two. An optimizer may ask for parts itself, for a gradient that is not shared, or one that leaves BatchNorm's
+  running statistics alone: ``closure(share=False, part=(i, M), track=False)``.
+- With ``rounds="pooled"`` a fast rank makes more of a round's steps than a slow one, and the loop asks before each:
+  ``while run.facts.step < N: if run.before_step(): ...; run.after_step(loss)``, where the dots are the step.
+- ``finish`` is the last round; BatchNorm statistics of the center are the loop's to recalibrate
+  (``hpc_grawa.evaluate.recalibrate``). ``center`` is overwritten by the next round: ``run.center.clone()`` keeps it.
+- Checkpoints: each rank saves ``model.state_dict()``, ``optimizer.state_dict()`` and ``run.state_dict()`` (scores,
+  centers, where in the period it is), and loads the three after ``build`` or ``DistributedOptimizer``.
+- Freezing or unfreezing parameters is told at the next step, as ranks would not share them. It begins a new phase, by
+  any method: ``run.finish()``, ``run.vector.data.copy_(run.center)``, ``requires_grad_(...)``, and ``build`` or
+  ``DistributedOptimizer`` over the same model once more.
+- Models that their first forward pass completes (``nn.LazyLinear``, tables made on demand) make one before
+  ``ParameterVector(model)``.
+- A rank that makes fewer steps than others, returns early or hangs ends the job with a line that names it, the last
+  after ``connect(comm_timeout=600)`` seconds. Ranks that ``torch.multiprocessing.spawn`` has started ``connect()``
+  finds by their process group; a process forked from a rank cannot send its messages.
+- A ``DataLoader`` may have workers; those of ``forkserver`` and ``spawn`` import the script once more, so all of it,
+  ``connect()`` and ``hvd.init()`` too, belongs under ``if __name__ == "__main__":``.
+"""
 
 from __future__ import annotations
 

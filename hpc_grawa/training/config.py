@@ -1,4 +1,16 @@
-"""The configuration of a run: typed sections, checked before any communicator exists."""
+"""The configuration of a run: typed sections, checked before any communicator exists.
+
+Sections with a class each: ``method``, ``optimizer``, ``schedule``, ``model``, ``data``, ``loss``, ``metric``; a class
+of one's own is given by its import path. Plain sections: ``budget.{seconds,epochs,steps}`` (the first reached ends the
+run), ``eval.{every,unit,batch_size,bn_batches,train_examples}``, ``save.{every,unit,keep}``,
+``log.{every,tensorboard}``, ``run.{name,dir,seed,start,resume,control_every}``, ``clip_norm`` (of the gradient, after
+sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``backend``, ``device``, ``comm_timeout``. On
+the command line a ``-`` within a name is as good as a ``_``.
+
+What a method has of its own in a file stands there under ``methods``, as in ``methods: {EASGD: {method.period: 16}}``:
+where that method runs it wins over the rest of that file, elsewhere it is left out. ``--config digits_easgd`` is short
+for a recipe and a method.
+"""
 
 from __future__ import annotations
 
