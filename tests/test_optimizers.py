@@ -67,6 +67,24 @@ class Rateless(optim.SGD):
         super().__init__(parameters, 0.1, momentum)
 
 
+class Needing(optim.SGD):
+    """Needs an argument without a type, and does not take every value; its own groups are others than a run's."""
+
+    def __init__(self, parameters, k, lr=0.1, weight_decay=0, groups=(), typed: int = 1):  # type: ignore[no-untyped-def]
+        if k < 2:
+            raise AssertionError("k is small")
+        super().__init__(parameters, lr, weight_decay=weight_decay)
+
+
+class Typed(optim.SGD):
+    def __init__(self, parameters: Any, lr: float, k: int) -> None:
+        super().__init__(parameters, lr)
+
+
+class Stepless(optim.Optimizer):
+    pass
+
+
 def assert_trains_as(make: Callable[[nn.Module], optim.Optimizer], *words: str) -> None:
     """A run on one rank makes, bit for bit, what an optimizer makes in a loop of its own under the same schedule."""
     config = parse([*SHORT, f"--model={__name__}.Net", "--method=LocalSGD", "--method.period=100", *words])
@@ -264,3 +282,47 @@ def test_naming_another_class_by_import_path_forgets_the_settings_of_the_one_bef
         assert (found.label, found.groups) == (other.rpartition(".")[2], None) and found.lr < 0.5
     torchs, ours = (parse([*SHORT, f"--optimizer={path}"]).optimizer for path in ("torch.optim.SGD", "SGD"))
     assert type(ours) is SGD and type(torchs) is not SGD
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (f"{__name__}.Needing", "optimizer.k is missing: Needing needs it"),
+        (f"{__name__}.Needing --optimizer.k=1", "optimizer is Needing: AssertionError: k is small"),
+        (
+            f"{__name__}.Needing --optimizer.k=2 --optimizer.lr=true",
+            "optimizer.lr is True: must be a number of 0 or more",
+        ),
+        (
+            f"{__name__}.Needing --optimizer.k=2 --optimizer.weight_decay=much",
+            "optimizer.weight_decay is much: must be a number of 0 or more",
+        ),
+        (f"{__name__}.Needing --optimizer.k=2 --optimizer.groups=3", "optimizer.groups is 3: must be a list or null"),
+        (f"{__name__}.Typed --optimizer.lr=1", "optimizer.k is missing: the optimizer needs it"),
+        (
+            f"{__name__}.Stepless",
+            f"optimizer is {__name__}.Stepless: must be a class derived from LocalOptimizer or torch.optim.Optimizer, "
+            f"and not abstract",
+        ),
+        (
+            "torch.optim.Optimizer",
+            "optimizer is torch.optim.Optimizer: must be a class derived from LocalOptimizer or torch.optim.Optimizer, "
+            "and not abstract",
+        ),
+        (
+            "torch.optim.Adam --optimizer.fused=true --optimizer.foreach=true",
+            "optimizer is Adam: RuntimeError: `fused` and `foreach` cannot be `True` together.",
+        ),
+        ("''", "optimizer: must be AdamW, SGD or the import path of a class (package.module.Class)"),
+    ],
+)
+def test_arguments_that_an_optimizer_does_not_take(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *SHORT, "--dry_run", "--optimizer", *(word.strip("'") for word in words.split())])
+    assert capsys.readouterr().err == f"hpc-grawa train: error: {error}\n"
+
+
+def test_groups_of_an_optimizer_by_import_path_are_those_of_a_run() -> None:
+    groups = [{"match": "last.*", "lr_factor": 0.5}]
+    words = f"--optimizer={__name__}.Needing", "--optimizer.k=2", "--optimizer.groups", str(groups)
+    assert parse([*SHORT, *words]).optimizer.groups == groups
