@@ -352,7 +352,7 @@ def test_a_setting_that_an_own_optimizer_has_may_change_where_it_is_allowed(tmp_
         parse([*DIGITS, f"--optimizer={__name__}.OwnClipping", f"--optimizer.clip_norm={norm}"]).text for norm in (5, 6)
     )
     (tmp_path / "config.yaml").write_text(then)
-    with pytest.raises(ConfigError, match="optimizer.clip_norm is 6.0: .*--allow-change optimizer.clip_norm"):
+    with pytest.raises(ConfigError, match=r"optimizer.clip_norm is 6.0: .*--allow-change optimizer.clip_norm"):
         check_unchanged(tmp_path, now)
     check_unchanged(tmp_path, now, ["optimizer.clip_norm"])
 

@@ -30,7 +30,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif found := re.fullmatch(r"Problem with given class_path '(.+)':", line):
             owner = value = found[1]
             notes.clear()  # of a key that a class was given to, what else it may be
-        elif found := re.fullmatch(r"Option '(.+)' is not accepted", line):
+        elif found := re.fullmatch(r"Option '(.+?)(?:\.(?:class_path|init_args)(?:\..+)?)?' is not accepted", line):
             fields = [".".join([*path, key]) for key in _fields(owner)]
             return _unknown(".".join([*path, found[1]]), fields if path else keys)
         elif found := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", line):
@@ -38,17 +38,20 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif found := re.match(r"unrecognized arguments: (--)?([^\s=]+)", line):
             return _unknown(found[2], keys) if found[1] else f"{found[2]} belongs to no option: options are --key value"
         elif found := re.fullmatch(r"the following arguments are required: (.+)", line):
-            return f"{'.'.join([*path, found[1]])} is missing: {owner.rpartition('.')[2]} needs it"
+            who = owner.rpartition(".")[2] or "the optimizer"
+            return f"{'.'.join([*path, found[1]])} is missing: {who} needs it"
         elif tensors and re.search(r"import path|subclass of Tensor|Subclass types|^an? (class|dict)", line):
             continue
-        elif found := re.fullmatch(r"(?:Expected a dot import path string|Unexpected import path format): (.+)", line):
+        elif found := re.fullmatch(
+            r"(?:Expected a dot import path string|Unexpected import path format):(?: (.+))?", line
+        ):
             names = "".join(f"{name}, " for name in classes(path[-1])).removesuffix(", ")
             names = f"{names} or " if names else ""
-            value = found[1]
+            value = found[1] or ""
             notes.append(f"must be {names}the import path of a class (package.module.Class)")
         elif found := re.fullmatch(r"Import path(?: (.+))? does not correspond to a subclass of (.+)", line):
             value = found[1] or value
-            torchs = " or torch.optim.Optimizer" if path == ["optimizer"] else ""
+            torchs = " or torch.optim.Optimizer, and not abstract" if path == ["optimizer"] else ""
             notes.append(f"must be a class derived from {found[2]}{torchs}")
         elif re.fullmatch(r"Expected an instantiatable class, but (.+) is abstract", line):
             abstract = True
