@@ -227,6 +227,8 @@ def test_each_parameter_is_in_one_group_the_first_that_it_matches() -> None:
         ([{"match": "*", "params": []}], "optimizer.groups.params is no setting"),
         ([{"match": "*", "weight_decay": "no"}], "optimizer.groups.weight_decay is no: must be a number of 0 or more"),
         ([{"match": "*", "momentum": "no"}], "optimizer.groups.momentum is no: must be a number"),
+        ([{"match": "*", "momentum": -1}], r"optimizer.groups.momentum is -1: Invalid momentum value: -1"),
+        ([{"match": "*", "nesterov": "no"}], "optimizer.groups.nesterov is no: must be true or false"),
         ([{"match": "*", "lr_factor": -1}], "optimizer.groups.lr_factor is -1: must be a number of 0 or more"),
         ([{"lr_factor": 1}], "optimizer.groups is .*: must have match"),
     ],
@@ -240,6 +242,9 @@ def test_an_own_setting_that_leaves_groups_out_is_told() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.groups is .*: must be null, as Plain.build does not give"):
         made(Plain(groups=[{"match": "first.*"}, {"match": "*"}]))
     made(AdamW(groups=[{"match": "first.*", "betas": [0.5, 0.9]}]))
+    for betas in ([0.5, 1], 0.5, [0.5]):
+        with pytest.raises(ConfigError, match=r"optimizer\.groups\.betas is \S"):
+            made(AdamW(groups=[{"match": "first.*", "betas": betas}]))
 
 
 def test_a_local_optimizer_sees_names_parameters_and_progress() -> None:

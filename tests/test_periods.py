@@ -371,6 +371,12 @@ def test_a_period_is_a_number_or_a_class(words: list[str], period: Any, tmp_path
         (["--method.period=SWAP"], ("method.period.switch is missing: SWAP needs it",)),
         (["--method.period.alpha=1"], ("method.period.alpha is", "must come with a class, --method.period")),
         (["--method=LSGD", "--method.period=QSR", "--method.group_period=2"], ("method.group_period is 2", "divide")),
+        (["--method.period=hpc_grawa.periods.Period"], ("method.period is hpc_grawa.periods.Period: must be a whole",)),
+        (["--method.period=[]"], ("method.period is []: must be a whole number or a class derived from Period\n",)),
+        (["--method.period="], ("method.period: must be a whole number or", "import path of a class (package.module.")),
+        (["--method.period=Constant", "--method.period.steps=null"], ("method.period.steps is None: must be a whole",)),
+        (["--method.period.class_path=NoSuch"], ("method.period is NoSuch: must be Constant, PostLocal, QSR",)),
+        (["--method.period={class_path: QSR, init_args: 3}"], ("method.period.init_args is 3: must hold settings",)),
         (["--method=DataParallel", "--method.period=QSR"], ("method.period is no setting: must be one of bucket_mb",)),
     ],
 )

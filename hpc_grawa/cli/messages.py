@@ -21,7 +21,9 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
     owner = value = ""
     got = abstract = False
     notes: list[str] = []
-    tensors = "<class 'torch.Tensor'>" in message  # torch's lr: float | Tensor
+    skipped = r"Subclass types expect|a class path \(|a dict with"
+    if "<class 'torch.Tensor'>" in message:  # torch's lr: float | Tensor
+        skipped += "|.*import path|.*subclass of Tensor"
     # The arguments of an optimizer of torch's.
     message = message.replace("optimizer.init_args", "optimizer")
     for line in filter(None, (line.strip().removeprefix("- ") for line in message.splitlines())):
@@ -40,8 +42,10 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif found := re.fullmatch(r"the following arguments are required: (.+)", line):
             who = owner.rpartition(".")[2] or "the optimizer"
             return f"{'.'.join([*path, found[1]])} is missing: {who} needs it"
-        elif tensors and re.search(r"import path|subclass of Tensor|Subclass types|^an? (class|dict)", line):
+        elif re.match(skipped, line):
             continue
+        elif found := re.fullmatch(r"Not a valid subclass of (.+)", line):
+            notes.append(f"must be a class derived from {found[1]}")
         elif found := re.fullmatch(
             r"(?:Expected a dot import path string|Unexpected import path format):(?: (.+))?", line
         ):
@@ -53,7 +57,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
             value = found[1] or value
             torchs = " or torch.optim.Optimizer, and not abstract" if path == ["optimizer"] else ""
             notes.append(f"must be a class derived from {found[2]}{torchs}")
-        elif re.fullmatch(r"Expected an instantiatable class, but (.+) is abstract", line):
+        elif re.fullmatch(r"Expected an instantiatable class, but (.+ )?is abstract", line):
             abstract = True
             notes.append("must be a class (class_path: CLASS with init_args: {its settings})")
         elif found := re.fullmatch(r"Expected an? (.+?)(?:\. Got value: (.*))?", line):
@@ -62,8 +66,8 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif abstract and (found := re.fullmatch(r"Given value: NestedArg\(key='(.+)', val=(.*)\)", line)):
             key = ".".join(path)
             return f"{key}.{found[1]} is {found[2]}: must come with a class, --{key} {' or '.join(classes(path[-1]))}"
-        elif found := re.fullmatch(r"Given value: (.*)", line):
-            value = value if got else found[1]
+        elif found := re.fullmatch(r"Given value:(?: NestedArg\(key='.+', val='?(.*?)'?\)| (.*))?", line):
+            value = value if got else found[1] or found[2] or ""
         elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
             notes.append(re.sub("^(Type .* expects a function or a callable class: )?", "", line))
     text = " or ".join(dict.fromkeys(notes)).replace(" or must be", " or")

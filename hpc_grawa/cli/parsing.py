@@ -319,7 +319,7 @@ def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) ->
         if own:
             _merge(settings, {"method": {"class_path": chosen["class_path"]}})
             sections = _as_sections(own, settings)
-            if (other := sections.get("method", chosen)["class_path"]) != chosen["class_path"]:
+            if (other := {"method": chosen, **sections}["method"]["class_path"]) != chosen["class_path"]:
                 raise ConfigError(f"method is {_name(other)} in methods: must be {_name(chosen['class_path'])} there")
             _merge(settings, sections)
     return settings
@@ -427,14 +427,14 @@ def _class_section(name: str, section: object) -> dict[str, Any]:
     keys = set(section) if isinstance(section, dict) else set()
     if not isinstance(section, dict) or "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
         raise ConfigError(
-            f"{name} is {section}: must be a class, or class_path: CLASS with init_args: {{its settings}}"
+            f"{_key(name)} is {section}: must be a class, or class_path: CLASS with init_args: {{its settings}}"
         )
     section = {**section, "class_path": _import_path(name, str(section["class_path"]))}
     arguments = section.setdefault("init_args", None)
     if arguments is None:
         del section["init_args"]
     elif not isinstance(arguments, dict):
-        raise ConfigError(f"{name}.init_args is {arguments}: must hold settings (key: value)")
+        raise ConfigError(f"{_key(name)}.init_args is {arguments}: must hold settings (key: value)")
     elif name == "method" and "period" in arguments:
         section["init_args"] = {**arguments, "period": _as_period(arguments["period"])}
     return section
@@ -493,6 +493,8 @@ def _split_classes(options: Sequence[str]) -> tuple[dict[str, dict[str, Any]], l
             value = period[-1].removeprefix(f"{key}=")
             found = _as_period(_load(value, f"method.period is {value}") if value.startswith("{") else value)
             chosen.pop("period", None)
+            if key.endswith(".class_path"):
+                find_class("period", value)
             if isinstance(found, dict) and "class_path" in found:
                 chosen["period"], period = found, []
         else:
@@ -528,6 +530,10 @@ def known_classes(section: str) -> dict[str, str]:
     }
 
 
+def _key(section: str) -> str:
+    return "method.period" if section == "period" else section
+
+
 def _base(section: str) -> type:
     return Period if section == "period" else CLASS_SECTIONS[section][0]
 
@@ -545,11 +551,11 @@ def find_class(section: str, name: str) -> type:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{section} is {name}: {must}" + (f"; {error}" if module else "")) from None
+        raise ConfigError(f"{_key(section)} is {name}: {must}" + (f"; {error}" if module else "")) from None
     torchs = section == "optimizer" and is_class(found, torch.optim.Optimizer)
     stepless = torchs and found.step is torch.optim.Optimizer.step
     if not (torchs or is_class(found, base)) or isabstract(found) or stepless:
-        raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}, and not abstract")
+        raise ConfigError(f"{_key(section)} is {name}: must be a class derived from {base.__name__}, and not abstract")
     return found  # type: ignore[no-any-return]
 
 

@@ -8,11 +8,13 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -118,9 +120,22 @@ def build(settings: LocalOptimizer, vector: ParameterVector, facts: RunFacts) ->
         for key, value in group.items():
             if key not in allowed:
                 raise ConfigError(f"optimizer.groups.{key} is no setting: must be one of {', '.join(allowed)}")
-            if is_number(optimizer.defaults.get(key)) and not is_number(value):
+            if is_number(default := optimizer.defaults.get(key)) and not is_number(value):
                 raise ConfigError(f"optimizer.groups.{key} is {value}: must be a number")
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"optimizer.groups.{key} is {value}: must be true or false")
+            if is_number(default) or isinstance(default, tuple):
+                _check_value(type(optimizer), key, value)
     return optimizer
+
+
+def _check_value(kind: type[optim.Optimizer], key: str, value: Any) -> None:
+    """Raise ``ConfigError`` for a group's value that torch, which looks at defaults only, would not have as one."""
+    if kind.__module__.startswith("torch.optim.") and key in signature(kind).parameters:
+        try:
+            kind([nn.Parameter(torch.zeros(2, 2))], **{key: value})
+        except Exception as error:
+            raise ConfigError(f"optimizer.groups.{key} is {value}: {in_a_line(error)}") from None
 
 
 def _matches(pattern: str, name: str, p: Tensor) -> bool:
