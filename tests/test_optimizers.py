@@ -263,10 +263,21 @@ def test_a_local_optimizer_sees_names_parameters_and_progress() -> None:
     assert (seen[1].total_steps, seen[1].step, seen[1].progress) == (STEPS, 1, pytest.approx(1 / STEPS))
 
 
-@pytest.mark.parametrize("words", [["--optimizer.help", "torch.optim.RAdam"], ["--optimizer=torch.optim.RAdam", "-h"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optimizer.help", "torch.optim.RAdam"],
+        ["--optimizer=torch.optim.RAdam", "-h"],
+        ["--optimizer.class_path", "torch.optim.RAdam", "-h"],
+        ["--config", "digits", "--config", "radam.yaml", "-h"],
+        ["--config=radam.yaml", "--optimizer.help"],
+    ],
+)
 def test_help_lists_the_settings_of_an_optimizer_by_import_path(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("radam.yaml").write_text("optimizer: {class_path: torch.optim.RAdam}")
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", *words])
     printed = capsys.readouterr().out

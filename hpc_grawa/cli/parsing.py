@@ -160,9 +160,9 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
         speaks: whether this rank prints them.
     """
     parser = make_parser(program, speaks)
-    if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
-        _help(parser, arguments)  # prints, and ends the program
     try:
+        if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
+            _help(parser, arguments)  # prints, and ends the program
         files, options = split_config(arguments)
         printing = "--print_config" in options
         chosen, options = _split_classes([word for word in options if word != "--print_config"])
@@ -200,9 +200,11 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
 
 def _help(parser: Parser, arguments: Sequence[str]) -> NoReturn:
     """Print what is asked for, and end the program."""
-    words = [part for word in arguments for part in word.split("=", 1)]
+    files, options = split_config(arguments)
+    words = [part.removesuffix(".class_path") for word in options for part in word.split("=", 1)]
     alone = "--optimizer.help" in words
-    name = dict(pairwise(words)).get("--optimizer.help" if alone else "--optimizer", "")
+    name = dict(pairwise(words)).get("--optimizer.help" if alone else "--optimizer")
+    name = name or read_settings(files).get("optimizer", {}).get("class_path", "")
     if (imported := _imported({"class_path": name})) is not None:
         if alone:
             parser = Parser(prog=parser.prog, usage="%(prog)s", add_help=False, formatter_class=HelpFormatter)
@@ -214,7 +216,7 @@ def _help(parser: Parser, arguments: Sequence[str]) -> NoReturn:
         tensors = r"  --optimizer\.\w+\.help \[.*?exit\.\n|\s\|\s+Tensor\b|,\s+known\s+subclasses:[^)]*"
         print(re.sub(tensors, "", text, flags=re.DOTALL), end="")
         raise SystemExit(0)
-    parser.parse_args(list(arguments))
+    parser.parse_args(options)
     raise SystemExit(0)
 
 
