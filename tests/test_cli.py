@@ -380,6 +380,7 @@ def test_a_comparison_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--methods=LGRAWA", "--seeds=1,1"], ("seeds is 1,1", "twice")),
         (["--methods=LGRAWA", "--target=high"], ("--target", "'high'")),
         (["--methods=LGRAWA", "--method=EASGD"], ("--method=EASGD", "--methods")),
+        (["--methods=LGRAWA", "--method.class_path", "EASGD"], ("--method.class_path", "--methods")),
         (["--methods=LGRAWA", "--run.seed", "3"], ("--run.seed", "--seeds")),
         (["--methods=EASGD,LGRAWA", "--method.power=2"], ("method.power is no setting", "pull")),
         (["--methods=EASGD", "--data.batch_size=2000"], ("data.batch_size is 2000", "at most 1437")),
@@ -393,6 +394,24 @@ def test_what_cannot_be_compared(words: list[str], parts: tuple[str, ...], capsy
     assert (printed.out, printed.err.count("\n")) == ("", 1)
     for part in parts:
         assert part in printed.err
+
+
+@pytest.mark.parametrize(
+    ("section", "error"),
+    [
+        ("{methods: 'LGRAWA,EASGD'}", "compare.methods is LGRAWA,EASGD: must be a list of names ([LGRAWA, EASGD])"),
+        ("{methods: [LGRAWA, 3]}", "compare.methods is ['LGRAWA', 3]: must be a list of names ([LGRAWA, EASGD])"),
+        ("{methods: [LGRAWA], seeds: 36}", "compare.seeds is 36: must be a list of numbers ([1, 2])"),
+        ("{methods: [LGRAWA], target: high}", "compare.target is high: must be a number"),
+    ],
+)
+def test_what_a_comparison_cannot_say(
+    section: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "said.yaml").write_text(f"compare: {section}")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", "--config=digits", f"--config={tmp_path / 'said.yaml'}"])
+    assert capsys.readouterr().err == f"hpc-grawa compare: error: {error}\n"
 
 
 def test_a_table_of_any_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,11 @@ from table import plain
 
 from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import parse
+from hpc_grawa.errors import ConfigError
 from hpc_grawa.optim import SGD, AdamW
 from hpc_grawa.schedules import Cosine, Step
 from hpc_grawa.training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config
+from hpc_grawa.training.resume import check_unchanged
 
 DIGITS = ("--config", "digits", "--budget.seconds", "null", "--budget.steps", "4")
 OWN = tuple(word for section, path in own.ALL.items() for word in (f"--{section}", path))
@@ -200,6 +202,10 @@ IMPOSSIBLE_FILES = {
     "optimizer: {class_path: torch.optim.RAdam, init_args: {bates: 1}}": ("optimizer.bates is no setting", "betas"),
     "optimizer: {class_path: torch.optim.RAdam, init_args: {eps: low}}": ("optimizer.eps is low", "must be a number"),
     "model: [3": ("config is", "must be YAML"),
+    "optimizer: {class_path: SGD, init_args: 3}": ("optimizer.init_args is 3", "must hold settings"),
+    "optimizer: {class_path: torch.optim.Adam, init_args: [clip_norm]}": ("optimizer.init_args is ['cl", "key: value"),
+    "accumulate: null\nlog: {every: 1}": ("accumulate is null", "must have a value, or be left out"),
+    "comm_timeout: null\nlog: {every: 1}": ("comm_timeout is null", "must have a value"),
 }
 
 
@@ -325,6 +331,12 @@ def test_settings_of_a_step_that_were_the_optimizers_are_understood(way: str, wr
     assert (config.text.count("clip_norm"), config.text.count("accumulate")) == (1, 1)
 
 
+@pytest.mark.parametrize("name", ["SGD", "torch.optim.Adam"])
+def test_a_class_whose_settings_are_left_empty_keeps_its_defaults(name: str, write: Callable[[str], str]) -> None:
+    config = parse([*DIGITS, "--config", write(f"optimizer: {{class_path: {name}, init_args: }}")])
+    assert config.text == parse([*DIGITS, f"--optimizer={name}"]).text
+
+
 @dataclass(kw_only=True)
 class OwnClipping(SGD):
     clip_norm: float = 3.0
@@ -333,6 +345,16 @@ class OwnClipping(SGD):
 def test_a_setting_that_an_own_optimizer_has_stays_its_own() -> None:
     config = parse([*DIGITS, f"--optimizer={__name__}.OwnClipping", "--optimizer.clip_norm=5", "--clip_norm=7"])
     assert (config.optimizer, config.clip_norm) == (OwnClipping(clip_norm=5.0), 7.0)
+
+
+def test_a_setting_that_an_own_optimizer_has_may_change_where_it_is_allowed(tmp_path: Path) -> None:
+    then, now = (
+        parse([*DIGITS, f"--optimizer={__name__}.OwnClipping", f"--optimizer.clip_norm={norm}"]).text for norm in (5, 6)
+    )
+    (tmp_path / "config.yaml").write_text(then)
+    with pytest.raises(ConfigError, match=r"optimizer.clip_norm is 6.0: .*--allow-change optimizer.clip_norm"):
+        check_unchanged(tmp_path, now)
+    check_unchanged(tmp_path, now, ["optimizer.clip_norm"])
 
 
 def everything(config: Config) -> dict[str, Any]:

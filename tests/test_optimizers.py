@@ -67,6 +67,24 @@ class Rateless(optim.SGD):
         super().__init__(parameters, 0.1, momentum)
 
 
+class Needing(optim.SGD):
+    """Needs an argument without a type, and does not take every value; its own groups are others than a run's."""
+
+    def __init__(self, parameters, k, lr=0.1, weight_decay=0, groups=(), typed: int = 1):  # type: ignore[no-untyped-def]
+        if k < 2:
+            raise AssertionError("k is small")
+        super().__init__(parameters, lr, weight_decay=weight_decay)
+
+
+class Typed(optim.SGD):
+    def __init__(self, parameters: Any, lr: float, k: int) -> None:
+        super().__init__(parameters, lr)
+
+
+class Stepless(optim.Optimizer):
+    pass
+
+
 def assert_trains_as(make: Callable[[nn.Module], optim.Optimizer], *words: str) -> None:
     """A run on one rank makes, bit for bit, what an optimizer makes in a loop of its own under the same schedule."""
     config = parse([*SHORT, f"--model={__name__}.Net", "--method=LocalSGD", "--method.period=100", *words])
@@ -209,6 +227,8 @@ def test_each_parameter_is_in_one_group_the_first_that_it_matches() -> None:
         ([{"match": "*", "params": []}], "optimizer.groups.params is no setting"),
         ([{"match": "*", "weight_decay": "no"}], "optimizer.groups.weight_decay is no: must be a number of 0 or more"),
         ([{"match": "*", "momentum": "no"}], "optimizer.groups.momentum is no: must be a number"),
+        ([{"match": "*", "momentum": -1}], r"optimizer.groups.momentum is -1: Invalid momentum value: -1"),
+        ([{"match": "*", "nesterov": "no"}], "optimizer.groups.nesterov is no: must be true or false"),
         ([{"match": "*", "lr_factor": -1}], "optimizer.groups.lr_factor is -1: must be a number of 0 or more"),
         ([{"lr_factor": 1}], "optimizer.groups is .*: must have match"),
     ],
@@ -222,6 +242,9 @@ def test_an_own_setting_that_leaves_groups_out_is_told() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.groups is .*: must be null, as Plain.build does not give"):
         made(Plain(groups=[{"match": "first.*"}, {"match": "*"}]))
     made(AdamW(groups=[{"match": "first.*", "betas": [0.5, 0.9]}]))
+    for betas in ([0.5, 1], 0.5, [0.5]):
+        with pytest.raises(ConfigError, match=r"optimizer\.groups\.betas is \S"):
+            made(AdamW(groups=[{"match": "first.*", "betas": betas}]))
 
 
 def test_a_local_optimizer_sees_names_parameters_and_progress() -> None:
@@ -240,10 +263,21 @@ def test_a_local_optimizer_sees_names_parameters_and_progress() -> None:
     assert (seen[1].total_steps, seen[1].step, seen[1].progress) == (STEPS, 1, pytest.approx(1 / STEPS))
 
 
-@pytest.mark.parametrize("words", [["--optimizer.help", "torch.optim.RAdam"], ["--optimizer=torch.optim.RAdam", "-h"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optimizer.help", "torch.optim.RAdam"],
+        ["--optimizer=torch.optim.RAdam", "-h"],
+        ["--optimizer.class_path", "torch.optim.RAdam", "-h"],
+        ["--config", "digits", "--config", "radam.yaml", "-h"],
+        ["--config=radam.yaml", "--optimizer.help"],
+    ],
+)
 def test_help_lists_the_settings_of_an_optimizer_by_import_path(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("radam.yaml").write_text("optimizer: {class_path: torch.optim.RAdam}")
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", *words])
     printed = capsys.readouterr().out
@@ -264,3 +298,47 @@ def test_naming_another_class_by_import_path_forgets_the_settings_of_the_one_bef
         assert (found.label, found.groups) == (other.rpartition(".")[2], None) and found.lr < 0.5
     torchs, ours = (parse([*SHORT, f"--optimizer={path}"]).optimizer for path in ("torch.optim.SGD", "SGD"))
     assert type(ours) is SGD and type(torchs) is not SGD
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (f"{__name__}.Needing", "optimizer.k is missing: Needing needs it"),
+        (f"{__name__}.Needing --optimizer.k=1", "optimizer is Needing: AssertionError: k is small"),
+        (
+            f"{__name__}.Needing --optimizer.k=2 --optimizer.lr=true",
+            "optimizer.lr is True: must be a number of 0 or more",
+        ),
+        (
+            f"{__name__}.Needing --optimizer.k=2 --optimizer.weight_decay=much",
+            "optimizer.weight_decay is much: must be a number of 0 or more",
+        ),
+        (f"{__name__}.Needing --optimizer.k=2 --optimizer.groups=3", "optimizer.groups is 3: must be a list or null"),
+        (f"{__name__}.Typed --optimizer.lr=1", "optimizer.k is missing: the optimizer needs it"),
+        (
+            f"{__name__}.Stepless",
+            f"optimizer is {__name__}.Stepless: must be a class derived from LocalOptimizer or torch.optim.Optimizer, "
+            f"and not abstract",
+        ),
+        (
+            "torch.optim.Optimizer",
+            "optimizer is torch.optim.Optimizer: must be a class derived from LocalOptimizer or torch.optim.Optimizer, "
+            "and not abstract",
+        ),
+        (
+            "torch.optim.Adam --optimizer.fused=true --optimizer.foreach=true",
+            "optimizer is Adam: RuntimeError: `fused` and `foreach` cannot be `True` together.",
+        ),
+        ("''", "optimizer: must be AdamW, SGD or the import path of a class (package.module.Class)"),
+    ],
+)
+def test_arguments_that_an_optimizer_does_not_take(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *SHORT, "--dry_run", "--optimizer", *(word.strip("'") for word in words.split())])
+    assert capsys.readouterr().err == f"hpc-grawa train: error: {error}\n"
+
+
+def test_groups_of_an_optimizer_by_import_path_are_those_of_a_run() -> None:
+    groups = [{"match": "last.*", "lr_factor": 0.5}]
+    words = f"--optimizer={__name__}.Needing", "--optimizer.k=2", "--optimizer.groups", str(groups)
+    assert parse([*SHORT, *words]).optimizer.groups == groups

@@ -335,6 +335,9 @@ LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=ow
         (["--method.period=QSR", "--method.period=7"], 7),
         (["--method.period=QSR", "--method.period=Sqrt"], Sqrt()),
         (["--method=EASGD", "--method.period=QSR"], QSR()),
+        (["--method.period.alpha=.3", "--method.period", "QSR"], QSR(4, 0.3)),
+        (["--method.period=7", "--method.period.class_path=QSR"], QSR()),
+        (["--method.period=PostLocal", "--method.period=SWAP", "--method.period.switch=2"], SWAP(2.0)),
     ],
 )
 def test_a_period_is_a_number_or_a_class(words: list[str], period: Any, tmp_path: Path) -> None:
@@ -368,6 +371,13 @@ def test_a_period_is_a_number_or_a_class(words: list[str], period: Any, tmp_path
         (["--method.period=SWAP"], ("method.period.switch is missing: SWAP needs it",)),
         (["--method.period.alpha=1"], ("method.period.alpha is", "must come with a class, --method.period")),
         (["--method=LSGD", "--method.period=QSR", "--method.group_period=2"], ("method.group_period is 2", "divide")),
+        (["--method.period=hpc_grawa.periods.Period"], ("method.period is hpc_grawa.periods.Period: must be a whole",)),
+        (["--method.period=[]"], ("method.period is []: must be a whole number or a class derived from Period\n",)),
+        (["--method.period="], ("method.period: must be a whole number or", "import path of a class (package.module.")),
+        (["--method.period=Constant", "--method.period.steps=null"], ("method.period.steps is None: must be a whole",)),
+        (["--method.period.class_path=NoSuch"], ("method.period is NoSuch: must be Constant, PostLocal, QSR",)),
+        (["--method.period={class_path: QSR, init_args: 3}"], ("method.period.init_args is 3: must hold settings",)),
+        (["--method=DataParallel", "--method.period=QSR"], ("method.period is no setting: must be one of bucket_mb",)),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -377,6 +387,35 @@ def test_what_is_wrong_is_one_line(
         parse([*LINE, *words])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(part in error for part in parts), error
+
+
+def test_another_class_for_a_period_forgets_the_settings_of_the_one_before(tmp_path: Path) -> None:
+    """A number of steps after the switch would be one before it, which is another method."""
+
+    def files(*periods: str) -> list[str]:
+        for number, period in enumerate(periods):
+            said = f"method: {{class_path: EASGD, init_args: {{period: {period}}}}}"
+            (tmp_path / f"{number}.yaml").write_text(said)
+        return [f"--config={tmp_path / f'{number}.yaml'}" for number in range(len(periods))]
+
+    def period(*words: str) -> Any:
+        method = parse([*LINE, *words]).method
+        assert isinstance(method, AveragingMethod)
+        return method.period
+
+    post = "{class_path: PostLocal, init_args: {switch: 1, unit: epochs, steps: 9}}"
+    again = files(post, "{class_path: hpc_grawa.periods.PostLocal, init_args: {steps: 3}}")
+    assert period(*again) == PostLocal(1.0, "epochs", steps=3)
+    assert period(*files(post), "--method.period=PostLocal", "--method.period.switch=2") == PostLocal(2.0, "epochs", 9)
+    assert period(*files(post), "--method.period=SWAP", "--method.period.switch=2") == SWAP(2.0)
+    assert period(*files(post, "{class_path: SWAP, init_args: {switch: 2}}")) == SWAP(2.0)
+    assert period(*files(post, "QSR")) == period(*files(post), "--method.period", "{class_path: QSR}") == QSR()
+    assert period(*files(post, "5")) == period(*files(post), "--method.period=5") == 5
+    (tmp_path / "lines.yaml").write_text("methods: {EASGD: {method.period.alpha: .3, method.period: QSR}}")
+    lines = f"--config={tmp_path / 'lines.yaml'}"
+    assert period(*files(post), lines) == QSR(alpha=0.3)
+    (tmp_path / "lines.yaml").write_text("methods: {EASGD: {method.period.steps: 4}}")
+    assert period(*files(post), lines) == PostLocal(1.0, "epochs", 4)
 
 
 def test_pooled_rounds_that_only_the_clock_ends_have_a_number() -> None:

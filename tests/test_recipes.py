@@ -156,6 +156,15 @@ def test_lines_of_a_method_give_way_to_later_files_and_options(setting: str, tmp
     assert (again.method, again.data.split) == (EASGD(period=3, pull=0.4), "reshuffled")
 
 
+@pytest.mark.parametrize(
+    "lines", ["optimizer: AdamW, optimizer.beta1: 0.5", "optimizer.beta1: 0.5, optimizer.class_path: AdamW"]
+)
+def test_a_method_may_have_an_optimizer_of_its_own(lines: str, setting: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"methods: {{EASGD: {{{lines}, optimizer.clip_norm: 2}}}}")
+    config = parse([setting, f"--config={tmp_path / 'own.yaml'}", "--method=EASGD"])
+    assert (config.optimizer, config.clip_norm) == (AdamW(beta1=0.5), 2.0)
+
+
 def test_a_recipe_and_another_method_leave_nothing_of_the_first(paths: dict[str, Path]) -> None:
     data = f"--data.path={paths['imagenet_resnet50']}"
     config = parse(["--config=imagenet_resnet50_localsgd", "--method=LSGD", data])
@@ -169,6 +178,14 @@ def test_a_comparison_takes_the_lines_of_each_method(setting: str, tmp_path: Pat
     assert [config.method for config in compared] == [LSGD(pull=0.3, prox=0, group_period=4), LGRAWA(prox=0)]
     named = Comparison.read(None, None, None, words[:-1], "hpc-grawa compare", True).configs
     assert [config.method for config in named] == [LSGD(pull=0.3, group_period=4), EASGD(period=3, pull=0.4)]
+
+
+def test_a_comparison_that_says_nothing_of_a_method_leaves_its_lines(tmp_path: Path) -> None:
+    said = "methods: {LSGD: {method.pull: 0.3}, EASGD: {method.pull: 0.2}}"
+    (tmp_path / "said.yaml").write_text(f"{said}\ncompare: {{methods: {{LSGD: , EASGD: {{method.period: 5}}}}}}")
+    words = [f"--config={tmp_path / 'said.yaml'}", "--model=SmallCNN", "--data=Digits", "--budget.steps=1"]
+    compared = Comparison.read(None, None, None, words, "hpc-grawa compare", True).configs
+    assert [config.method for config in compared] == [LSGD(pull=0.3), EASGD(period=5)]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +202,8 @@ def test_a_comparison_takes_the_lines_of_each_method(setting: str, tmp_path: Pat
             ("data is missing before data.split in methods", "named in that file"),
         ),
         ("budget: {steps: 1}\nmethods: {EASGD: {budget: 3}}", ("budget is 3", "key: value")),
+        ("methods: {EASGD: {method: LSGD}}", ("method is LSGD in methods: must be EASGD there",)),
+        ("method: EASGD\nmethods: {EASGD: {optimizer.init_args.lr: x}}", ("optimizer.lr is x: must be a number",)),
     ],
 )
 def test_what_cannot_be_said_of_a_method(

@@ -56,13 +56,19 @@ class Comparison:
         section = settings.get("compare", {})
         if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
             raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
-        if single := [word for word in options if re.match(r"--(method|run\.seed)(=|$)", word)]:
+        if single := [word for word in options if re.match(r"--(method(\.class_path)?|run\.seed)(=|$)", word)]:
             raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
-        names = methods.split(",") if methods else section.get("methods", [])
+        names = methods.split(",") if methods else section.get("methods")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ConfigError(f"compare.methods is {names}: must be a list of names ([LGRAWA, EASGD])")
         if not names:
             raise ConfigError("methods is missing: give --methods LGRAWA,EASGD or a recipe with a compare section")
-        numbers = [str(n) for n in section.get("seeds", [settings.get("run", {}).get("seed", 0)])]
-        numbers = seeds.split(",") if seeds else numbers
+        given = section.get("seeds", [settings.get("run", {}).get("seed", 0)])
+        if not isinstance(given, list):
+            raise ConfigError(f"compare.seeds is {given}: must be a list of numbers ([1, 2])")
+        if not isinstance(section.get("target", 0.0), int | float | None):
+            raise ConfigError(f"compare.target is {section['target']}: must be a number")
+        numbers = seeds.split(",") if seeds else [str(n) for n in given]
         if not all(number.isdigit() for number in numbers):
             raise ConfigError(f"seeds is {','.join(numbers)}: must be whole numbers of 0 or more, separated by commas")
         for what, values in (("methods", [_short(name) for name in names]), ("seeds", numbers)):

@@ -21,7 +21,9 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
     owner = value = ""
     got = abstract = False
     notes: list[str] = []
-    tensors = "<class 'torch.Tensor'>" in message  # torch's lr: float | Tensor
+    skipped = r"Subclass types expect|a class path \(|a dict with"
+    if "<class 'torch.Tensor'>" in message:  # torch's lr: float | Tensor
+        skipped += "|.*import path|.*subclass of Tensor"
     # The arguments of an optimizer of torch's.
     message = message.replace("optimizer.init_args", "optimizer")
     for line in filter(None, (line.strip().removeprefix("- ") for line in message.splitlines())):
@@ -30,7 +32,7 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif found := re.fullmatch(r"Problem with given class_path '(.+)':", line):
             owner = value = found[1]
             notes.clear()  # of a key that a class was given to, what else it may be
-        elif found := re.fullmatch(r"Option '(.+)' is not accepted", line):
+        elif found := re.fullmatch(r"Option '(.+?)(?:\.(?:class_path|init_args)(?:\..+)?)?' is not accepted", line):
             fields = [".".join([*path, key]) for key in _fields(owner)]
             return _unknown(".".join([*path, found[1]]), fields if path else keys)
         elif found := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", line):
@@ -38,19 +40,24 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif found := re.match(r"unrecognized arguments: (--)?([^\s=]+)", line):
             return _unknown(found[2], keys) if found[1] else f"{found[2]} belongs to no option: options are --key value"
         elif found := re.fullmatch(r"the following arguments are required: (.+)", line):
-            return f"{'.'.join([*path, found[1]])} is missing: {owner.rpartition('.')[2]} needs it"
-        elif tensors and re.search(r"import path|subclass of Tensor|Subclass types|^an? (class|dict)", line):
+            who = owner.rpartition(".")[2] or "the optimizer"
+            return f"{'.'.join([*path, found[1]])} is missing: {who} needs it"
+        elif re.match(skipped, line):
             continue
-        elif found := re.fullmatch(r"(?:Expected a dot import path string|Unexpected import path format): (.+)", line):
+        elif found := re.fullmatch(r"Not a valid subclass of (.+)", line):
+            notes.append(f"must be a class derived from {found[1]}")
+        elif found := re.fullmatch(
+            r"(?:Expected a dot import path string|Unexpected import path format):(?: (.+))?", line
+        ):
             names = "".join(f"{name}, " for name in classes(path[-1])).removesuffix(", ")
             names = f"{names} or " if names else ""
-            value = found[1]
+            value = found[1] or ""
             notes.append(f"must be {names}the import path of a class (package.module.Class)")
         elif found := re.fullmatch(r"Import path(?: (.+))? does not correspond to a subclass of (.+)", line):
             value = found[1] or value
-            torchs = " or torch.optim.Optimizer" if path == ["optimizer"] else ""
+            torchs = " or torch.optim.Optimizer, and not abstract" if path == ["optimizer"] else ""
             notes.append(f"must be a class derived from {found[2]}{torchs}")
-        elif re.fullmatch(r"Expected an instantiatable class, but (.+) is abstract", line):
+        elif re.fullmatch(r"Expected an instantiatable class, but (.+ )?is abstract", line):
             abstract = True
             notes.append("must be a class (class_path: CLASS with init_args: {its settings})")
         elif found := re.fullmatch(r"Expected an? (.+?)(?:\. Got value: (.*))?", line):
@@ -59,8 +66,8 @@ def one_line(message: str, keys: Sequence[str], classes: Callable[[str], Iterabl
         elif abstract and (found := re.fullmatch(r"Given value: NestedArg\(key='(.+)', val=(.*)\)", line)):
             key = ".".join(path)
             return f"{key}.{found[1]} is {found[2]}: must come with a class, --{key} {' or '.join(classes(path[-1]))}"
-        elif found := re.fullmatch(r"Given value: (.*)", line):
-            value = value if got else found[1]
+        elif found := re.fullmatch(r"Given value:(?: NestedArg\(key='.+', val='?(.*?)'?\)| (.*))?", line):
+            value = value if got else found[1] or found[2] or ""
         elif not re.match(r"Does not validate|Subtypes:|Errors:|Given value type:", line):
             notes.append(re.sub("^(Type .* expects a function or a callable class: )?", "", line))
     text = " or ".join(dict.fromkeys(notes)).replace(" or must be", " or")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import isabstract, signature
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -125,7 +125,7 @@ def make_parser(
 def _add_imported(parser: Parser, found: type[torch.optim.Optimizer]) -> None:
     """Give the optimizer's section the settings of a class of torch's kind: its arguments without the parameters."""
     parser.add_argument("--optimizer.class_path", type=str, required=True, help="The class, an import path.")
-    parser.add_class_arguments(found, "optimizer.init_args", skip={1}, instantiate=False, fail_untyped=False)
+    parser.add_class_arguments(found, "optimizer.init_args", skip={1, "groups"}, instantiate=False, fail_untyped=False)
     parser.add_argument(
         "--optimizer.init_args.groups",
         type=get_type_hints(LocalOptimizer)["groups"],
@@ -160,12 +160,13 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
         speaks: whether this rank prints them.
     """
     parser = make_parser(program, speaks)
-    if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
-        _help(parser, arguments)  # prints, and ends the program
     try:
+        if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in arguments):
+            _help(parser, arguments)  # prints, and ends the program
         files, options = split_config(arguments)
         printing = "--print_config" in options
         chosen, options = _split_classes([word for word in options if word != "--print_config"])
+        period = chosen.pop("period", None)
         settings = read_settings(files, chosen.get("method"))
         settings.pop("compare", None)
         for name, (_, default) in CLASS_SECTIONS.items():
@@ -175,6 +176,10 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
                 if default is None:
                     raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
                 settings[name] = _class_section(name, default)
+        if period is not None:
+            _merge(
+                settings["method"], {"class_path": settings["method"]["class_path"], "init_args": {"period": period}}
+            )
         _move_to_step(settings)
         options, called = _by_name_of_today(options, settings["optimizer"])
         if (imported := _imported(settings["optimizer"])) is not None:
@@ -195,9 +200,11 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train", speaks: bo
 
 def _help(parser: Parser, arguments: Sequence[str]) -> NoReturn:
     """Print what is asked for, and end the program."""
-    words = [part for word in arguments for part in word.split("=", 1)]
+    files, options = split_config(arguments)
+    words = [part.removesuffix(".class_path") for word in options for part in word.split("=", 1)]
     alone = "--optimizer.help" in words
-    name = dict(pairwise(words)).get("--optimizer.help" if alone else "--optimizer", "")
+    name = dict(pairwise(words)).get("--optimizer.help" if alone else "--optimizer")
+    name = name or read_settings(files).get("optimizer", {}).get("class_path", "")
     if (imported := _imported({"class_path": name})) is not None:
         if alone:
             parser = Parser(prog=parser.prog, usage="%(prog)s", add_help=False, formatter_class=HelpFormatter)
@@ -209,7 +216,7 @@ def _help(parser: Parser, arguments: Sequence[str]) -> NoReturn:
         tensors = r"  --optimizer\.\w+\.help \[.*?exit\.\n|\s\|\s+Tensor\b|,\s+known\s+subclasses:[^)]*"
         print(re.sub(tensors, "", text, flags=re.DOTALL), end="")
         raise SystemExit(0)
-    parser.parse_args(list(arguments))
+    parser.parse_args(options)
     raise SystemExit(0)
 
 
@@ -222,6 +229,8 @@ def _config(
             _refuse_nulls(name, find_class(name, section.class_path), section.get("init_args", {}))
         elif name in GROUPS:
             _refuse_nulls(name, GROUPS[name], section)
+        elif section is None and name != "clip_norm":
+            raise ConfigError(f"{name} is null: must have a value, or be left out")
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
     rest = {key: value for key, value in vars(parsed).items() if key != "model"}
     if (imported := _imported(parsed.optimizer)) is not None:
@@ -311,7 +320,10 @@ def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) ->
         _merge(settings, one)
         if own:
             _merge(settings, {"method": {"class_path": chosen["class_path"]}})
-            _merge(settings, _as_sections(own, settings))
+            sections = _as_sections(own, settings)
+            if (other := {"method": chosen, **sections}["method"]["class_path"]) != chosen["class_path"]:
+                raise ConfigError(f"method is {_name(other)} in methods: must be {_name(chosen['class_path'])} there")
+            _merge(settings, sections)
     return settings
 
 
@@ -336,7 +348,8 @@ def _methods(settings: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
     """What methods have of their own in a file, by import path; a comparison may say it where it names them."""
     own, compared = settings.get("methods") or {}, settings.get("compare")
     if isinstance(compared, dict) and isinstance(compared.get("methods"), dict) and isinstance(own, dict):
-        own = {**own, **compared["methods"]}
+        more = {method: lines or own.get(method) for method, lines in compared["methods"].items()}
+        own = {**own, **more}
         compared["methods"] = list(compared["methods"])
     if not isinstance(own, dict) or not all(isinstance(lines or {}, dict) for lines in own.values()):
         raise ConfigError(f"methods is {own} in {name}: must hold settings for methods (EASGD: {{method.period: 16}})")
@@ -348,15 +361,16 @@ def _methods(settings: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
 def _as_sections(lines: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Nested or dotted settings as sections; those of a class are for the class that ``settings`` have there."""
     sections: dict[str, Any] = {}
-    for key, value in lines.items():
+    # What names a class comes before what is set of it.
+    for key, value in sorted(lines.items(), key=lambda line: str(line[0]).removesuffix(".class_path").count(".")):
         name, *inner = str(key).split(".")
         for part in reversed(inner):
             value = {part: value}
         if name in CLASS_SECTIONS and isinstance(value, dict) and "class_path" not in value:
-            there = settings.get(name, {}).get("class_path", CLASS_SECTIONS[name][1])
+            there = {**settings, **sections}.get(name, {}).get("class_path", CLASS_SECTIONS[name][1])
             if there is None:
                 raise ConfigError(f"{name} is missing before {key} in methods: must be named in that file")
-            value = {"class_path": there, "init_args": value}
+            value = {"class_path": there, "init_args": value.get("init_args", value)}
         _merge(sections, {name: _section(name, value, "methods")})
     _move_to_step(sections)
     return sections
@@ -415,9 +429,26 @@ def _class_section(name: str, section: object) -> dict[str, Any]:
     keys = set(section) if isinstance(section, dict) else set()
     if not isinstance(section, dict) or "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
         raise ConfigError(
-            f"{name} is {section}: must be a class, or class_path: CLASS with init_args: {{its settings}}"
+            f"{_key(name)} is {section}: must be a class, or class_path: CLASS with init_args: {{its settings}}"
         )
-    return {**section, "class_path": _import_path(name, str(section["class_path"]))}
+    section = {**section, "class_path": _import_path(name, str(section["class_path"]))}
+    arguments = section.setdefault("init_args", None)
+    if arguments is None:
+        del section["init_args"]
+    elif not isinstance(arguments, dict):
+        raise ConfigError(f"{_key(name)}.init_args is {arguments}: must hold settings (key: value)")
+    elif name == "method" and "period" in arguments:
+        section["init_args"] = {**arguments, "period": _as_period(arguments["period"])}
+    return section
+
+
+def _as_period(value: Any) -> Any:
+    """A method's period: a class spelled out, a number as it is."""
+    try:
+        find_class("period", value["class_path"] if isinstance(value, dict) else value)
+    except Exception:  # no class, or of a module that cannot be imported; the parser will say so
+        return value
+    return _class_section("period", value)
 
 
 def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
@@ -427,6 +458,8 @@ def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
             settings[key] = value
         elif value.get("class_path") == old.get("class_path"):
             _merge(old, value)
+        elif "class_path" not in value:
+            _merge(old.setdefault("init_args", {}), value.get("init_args", value))
         else:
             settings[key] = value
 
@@ -443,9 +476,13 @@ def _as_yaml(value: Any) -> str:
 
 
 def _split_classes(options: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Split options into the class that is chosen last for each section (``--method LGRAWA``), and the others."""
+    """Split options into the class that is chosen last for each section (``--method LGRAWA``), and the others.
+
+    A method's ``period`` is such a section where a class is chosen for it, not a number.
+    """
     chosen: dict[str, Any] = {}
     others: list[str] = []
+    period: list[str] = []
     words = iter(options)
     for word in words:
         key, given, value = word.partition("=")
@@ -453,8 +490,18 @@ def _split_classes(options: Sequence[str]) -> tuple[dict[str, dict[str, Any]], l
         if key.startswith("--") and section in CLASS_SECTIONS:
             value = value if given else next(words, "")
             chosen[section] = _load(value, f"{section} is {value}") if value.startswith("{") else value
+        elif section in ("method.period", "method.init_args.period"):
+            period = [word] if given else [word, *islice(words, 1)]
+            value = period[-1].removeprefix(f"{key}=")
+            found = _as_period(_load(value, f"method.period is {value}") if value.startswith("{") else value)
+            chosen.pop("period", None)
+            if key.endswith(".class_path"):
+                find_class("period", value)
+            if isinstance(found, dict) and "class_path" in found:
+                chosen["period"], period = found, []
         else:
             others.append(word)
+    others += period
     return {name: _class_section(name, section) for name, section in chosen.items()}, others
 
 
@@ -485,6 +532,10 @@ def known_classes(section: str) -> dict[str, str]:
     }
 
 
+def _key(section: str) -> str:
+    return "method.period" if section == "period" else section
+
+
 def _base(section: str) -> type:
     return Period if section == "period" else CLASS_SECTIONS[section][0]
 
@@ -502,10 +553,11 @@ def find_class(section: str, name: str) -> type:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{section} is {name}: {must}" + (f"; {error}" if module else "")) from None
+        raise ConfigError(f"{_key(section)} is {name}: {must}" + (f"; {error}" if module else "")) from None
     torchs = section == "optimizer" and is_class(found, torch.optim.Optimizer)
-    if not (torchs or is_class(found, base)) or isabstract(found):
-        raise ConfigError(f"{section} is {name}: must be a class derived from {base.__name__}, and not abstract")
+    stepless = torchs and found.step is torch.optim.Optimizer.step
+    if not (torchs or is_class(found, base)) or isabstract(found) or stepless:
+        raise ConfigError(f"{_key(section)} is {name}: must be a class derived from {base.__name__}, and not abstract")
     return found  # type: ignore[no-any-return]
 
 

@@ -8,11 +8,13 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -42,9 +44,9 @@ class LocalOptimizer(ABC):
         for group in self.groups or []:
             if not isinstance(group.get("match"), str):
                 raise ConfigError(f"optimizer.groups is {group}: must have match, patterns of parameters' names")
-            if not _is_number(factor := group.get("lr_factor", 1.0)) or factor < 0:
+            if not is_number(factor := group.get("lr_factor", 1.0)) or factor < 0:
                 raise ConfigError(f"optimizer.groups.lr_factor is {factor}: must be a number of 0 or more")
-            if not _is_number(decay := group.get("weight_decay", 0.0)) or decay < 0:
+            if not is_number(decay := group.get("weight_decay", 0.0)) or decay < 0:
                 raise ConfigError(f"optimizer.groups.weight_decay is {decay}: must be a number of 0 or more")
 
     def require(self, name: str, condition: bool, allowed: str) -> None:
@@ -118,9 +120,22 @@ def build(settings: LocalOptimizer, vector: ParameterVector, facts: RunFacts) ->
         for key, value in group.items():
             if key not in allowed:
                 raise ConfigError(f"optimizer.groups.{key} is no setting: must be one of {', '.join(allowed)}")
-            if _is_number(optimizer.defaults.get(key)) and not _is_number(value):
+            if is_number(default := optimizer.defaults.get(key)) and not is_number(value):
                 raise ConfigError(f"optimizer.groups.{key} is {value}: must be a number")
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"optimizer.groups.{key} is {value}: must be true or false")
+            if is_number(default) or isinstance(default, tuple):
+                _check_value(type(optimizer), key, value)
     return optimizer
+
+
+def _check_value(kind: type[optim.Optimizer], key: str, value: Any) -> None:
+    """Raise ``ConfigError`` for a group's value that torch, which looks at defaults only, would not have as one."""
+    if kind.__module__.startswith("torch.optim.") and key in signature(kind).parameters:
+        try:
+            kind([nn.Parameter(torch.zeros(2, 2))], **{key: value})
+        except Exception as error:
+            raise ConfigError(f"optimizer.groups.{key} is {value}: {in_a_line(error)}") from None
 
 
 def _matches(pattern: str, name: str, p: Tensor) -> bool:
@@ -129,5 +144,6 @@ def _matches(pattern: str, name: str, p: Tensor) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is finite and a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn, optim
 from ..errors import ConfigError, in_a_line
 from ..schedules import RunFacts
 from ..vector import ParameterVector
-from .base import LocalOptimizer
+from .base import LocalOptimizer, is_number
 
 
 @dataclass(kw_only=True, repr=False)
@@ -38,9 +39,15 @@ class Imported(LocalOptimizer):
         if "lr" not in self.arguments:
             raise ConfigError(f"optimizer is {self.label}: must take lr, of which the schedule is a factor")
         self.lr = self.arguments["lr"]
-        self.require("lr", isinstance(self.lr, int | float), "a number of 0 or more")
         self.weight_decay = self.arguments.get("weight_decay") or 0.0
+        for name in ("lr", "weight_decay"):
+            self.require(name, is_number(getattr(self, name)), "a number of 0 or more")
         super().__post_init__()
+        for name, parameter in signature(self.kind).parameters.items():
+            # What has neither a type nor a default jsonargparse gives as null.
+            untold = parameter.default is parameter.empty and parameter.annotation is parameter.empty
+            if untold and self.arguments.get(name, parameter) is None:
+                raise ConfigError(f"optimizer.{name} is missing: {self.label} needs it")
         self._made([nn.Parameter(torch.zeros(2, 2))])
 
     @property
@@ -61,5 +68,6 @@ class Imported(LocalOptimizer):
     def _made(self, parameters: list[nn.Parameter] | list[dict[str, Any]]) -> optim.Optimizer:
         try:
             return self.kind(parameters, **self.arguments)
-        except (TypeError, ValueError) as error:  # what a class raises for arguments that it does not like
-            raise ConfigError(f"optimizer is {self.label}: {in_a_line(error)}") from None
+        except Exception as error:  # what a class raises for arguments that it does not like
+            named = not isinstance(error, TypeError | ValueError)
+            raise ConfigError(f"optimizer is {self.label}: {in_a_line(error, named)}") from None

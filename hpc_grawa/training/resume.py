@@ -40,7 +40,7 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
     if text is None:
         return  # killed before it was written
     then, now = (renamed(flatten(parse_settings(yaml, str(file)))) for yaml in (text, configuration))
-    allowed = list(renamed(dict.fromkeys(allowed)))
+    allowed = [*allowed, *renamed(dict.fromkeys(allowed))]
     for key in dict.fromkeys([*then, *now]):
         if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*_FREE, *allowed)):
             was = then.get(key, f"left out (is {file} whole?)")
