@@ -12,8 +12,8 @@ from torch import Tensor, optim
 
 from ..batchnorm import reset as reset_statistics
 from ..comm import SharedCounter
-from ..errors import ConfigError, NonFinite
-from ..periods import Period
+from ..errors import NonFinite
+from ..periods import Period, length
 from .averager import Averager, WeightRule
 from .control import Control, Table
 from .scores import Score
@@ -296,12 +296,7 @@ class Synchronizer:
         (Deadlock argument: step and learning rate are the same on all ranks, as every control word asserts.)
         """
         facts = self.control.facts
-        self.period = self.ask(facts)
-        if not self.period >= 1:
-            raise ConfigError(
-                f"method.period is {self.ask}, which gave {self.period} at step {facts.step}: must be at least 1 local "
-                f"step"
-            )
+        self.period = length(self.ask, facts)
         if self.pool is not None:
             left = facts.steps_left
             self._pooled = self.period if left is None else min(self.period, max(left, 1))
