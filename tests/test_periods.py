@@ -22,7 +22,7 @@ from worlds import assert_follows, batch, nesterov, replay, run_method, starts, 
 from hpc_grawa import LGRAWA, DistributedOptimizer, LocalSGD, ParameterVector, Run, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.errors import ConfigError, RanksDisagree
 from hpc_grawa.methods import AveragingMethod
 from hpc_grawa.periods import QSR, SWAP, Constant, Period, PostLocal, Sqrt
 from hpc_grawa.schedules import RunFacts
@@ -328,6 +328,16 @@ def test_an_own_period_that_gives_none_is_named(on_ranks: Ranks, steps: float) -
             loop(comm, LocalSGD(period=Wrong(steps)), cosine)
 
     on_ranks(body)
+
+
+def test_of_learning_rates_that_differ_it_is_these_that_are_named_and_not_the_period(on_several_ranks: Ranks) -> None:
+    """By QSR they make periods differ."""
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(RanksDisagree, match="has learning rate 0"):
+            loop(comm, LocalSGD(period=QSR(4, 0.2), rounds="pooled"), lambda step: 0.1 / (1 + comm.rank))
+
+    on_several_ranks(body)
 
 
 def test_an_own_period_that_gives_none_is_named_by_a_dry_run() -> None:

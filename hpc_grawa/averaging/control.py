@@ -78,7 +78,8 @@ class Table:
 
 WIDTH = len(fields(ControlWord))
 _NO_SCORES = torch.empty(0, dtype=torch.float64)
-_MUST_AGREE = {"step": "local step", "period": "period", "lr": "learning rate"}
+#: Causes before what follows from them.
+_MUST_AGREE = {"step": "local step", "lr": "learning rate", "period": "period"}
 
 
 class Control:
