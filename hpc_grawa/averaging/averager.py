@@ -109,7 +109,7 @@ class Averager:
         #: The center ``[P]`` of the last round; None before the first.
         self.center: Tensor | None = None
         #: Whether ``center`` stays what it is from ``start`` to ``finish``, which takes memory for a second message.
-        self.keeps_center = True
+        self.keeps_center = False
         #: Vectors ``[P]`` of this rank beside its parameters, by name; they begin at these, and heal with them.
         self.own: dict[str, Tensor] = {}
         #: What lasts over rounds and is the same on all ranks, by name; a rank that has NaN there is given it anew.

@@ -142,7 +142,7 @@ class Synchronizer:
         control.columns = max(control.columns, score.size)
         self._ticket = False
         self._over = False
-        averager.keeps_center = prox > 0
+        averager.keeps_center |= prox > 0
         self._opened: _Opened | None = None
         #: Steps per rank in the pool, the period or what is left of the run; 0 where it is not open.
         self._pooled: float = 0
