@@ -91,7 +91,6 @@ class _Opened:
 
     table: Table
     weights: Tensor
-    period: float
     staying: int
 
 
@@ -214,7 +213,7 @@ class Synchronizer:
             averager.mend(int(alive.int().argmax()))
         averager.agree(self.rounds + 1)
         averager.start(averager.source, weights, alive)
-        self._opened = _Opened(table, weights, period, staying)
+        self._opened = _Opened(table, weights, staying)
 
     def close(self) -> None:
         """The second half, if the first has sent something: finish, pull, report."""
@@ -236,7 +235,7 @@ class Synchronizer:
             Round(
                 number=self.rounds,
                 step=control.facts.step,
-                period=int(opened.period) if opened.period < math.inf else sum(table.made) // len(table.made),
+                period=int(table.period) if table.period < math.inf else sum(table.made) // len(table.made),
                 lr=control.facts.lr,
                 ranks=ranks,
                 weights=opened.weights,
