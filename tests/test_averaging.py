@@ -436,9 +436,10 @@ class Comparing(Averager):
 class Own(AveragingMethod):
     kind: Any = Smoothed
     period: int | Period = 2
+    prox: float = 0.0
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
-        self._synchronize(run, self.kind(run), Equal(), inverse)
+        self._synchronize(run, self.kind(run), Equal(), inverse, self.prox)
 
 
 def own_run(comm: Communicator, method: AveragingMethod) -> Run:
@@ -492,8 +493,9 @@ def test_a_center_lasts_until_the_next_one_is_there(keeps: bool) -> None:
         (EASGD(), 1),
         (LSGD(prox=0.1), 2),
         (Own(kind=Comparing), 2),
+        (Own(kind=Heavy, prox=0.1), 1),
     ],
-    ids=["LGRAWA", "LGRAWA without proximity", "LocalSGD", "EASGD", "LSGD", "one's own"],
+    ids=["LGRAWA", "LGRAWA without proximity", "LocalSGD", "EASGD", "LSGD", "one's own", "a center with momentum"],
 )
 def test_a_second_message_is_there_only_for_a_center_that_is_needed(method: AveragingMethod, messages: int) -> None:
     def body(comm: Communicator) -> int:

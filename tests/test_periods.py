@@ -123,6 +123,11 @@ def test_what_is_no_period_is_named(period: Any) -> None:
     assert [LocalSGD(period=p).period for p in (np.int64(3), 3.0, math.inf)] == [3, 3, math.inf]
 
 
+def test_an_epoch_of_unknown_length_is_named() -> None:
+    with pytest.raises(ValueError, match=r"in epochs need to know the steps per epoch: RunFacts\(steps_per_epoch="):
+        PostLocal(1, "epochs").shares(RunFacts())
+
+
 def test_a_warm_up_without_a_peak_is_named() -> None:
     given = RunFacts(step=2, lr=0.01, warmup_steps=10, total_steps=100)
     with pytest.raises(ValueError, match=r"peak of a warm-up: RunFacts\(warmup_steps=\.\.\., peak_lr="):
