@@ -158,7 +158,8 @@ class AveragingMethod(Method):
             encoders, mean teachers): once ranks are found to differ in one, looked at in rounds 1, 2, 4, 8, ..., it
             rides too. Those that nobody changes cost nothing else.
         rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
-            so that a round waits for at most one step of the slowest rank.
+            so that a round waits for at most one step of the slowest rank. Steps are counted at rounds: learning
+            rate, evaluations, checkpoints and a word to end wait for one, so that long periods are for lockstep.
     """
 
     period: int | Period = 32
