@@ -118,7 +118,9 @@ def test_impossible_values_are_named(period: Period, message: str) -> None:
 
 @pytest.mark.parametrize("period", [0, 2.5, math.nan, QSR, "QSR", lambda facts: 4], ids=str)
 def test_what_is_no_period_is_named(period: Any) -> None:
-    with pytest.raises(ConfigError, match=r"method\.period is .*: must be at least 1 local step, and whole .* Period"):
+    with pytest.raises(
+        ConfigError, match=r"method\.period is .*: must be at least 1 local step, and whole, or a Period"
+    ):
         LocalSGD(period=period)
     assert [LocalSGD(period=p).period for p in (np.int64(3), 3.0, math.inf)] == [3, 3, math.inf]
 

@@ -24,7 +24,7 @@ from ..batchnorm import norms
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
 from ..errors import ConfigError
-from ..periods import LENGTH, Constant, Period, is_length
+from ..periods import Constant, Period, is_length
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .run import Run
@@ -171,7 +171,7 @@ class AveragingMethod(Method):
         if isinstance(self.period, Period):
             self.period.check()
         else:
-            self._require("period", is_length(self.period), f"{LENGTH}, or a Period")
+            self._require("period", is_length(self.period), "at least 1 local step, and whole, or a Period")
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
