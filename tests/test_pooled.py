@@ -182,6 +182,25 @@ def test_a_rank_that_has_left_need_not_follow_the_learning_rate(period: int | Pe
     assert first[:3] == list(zip((4, 8, 8 + third), (4, 4, third), (0.1, 0.05, 0.1 / 3), made, strict=True))
 
 
+def test_a_loop_that_goes_on_after_its_last_step_has_rounds_of_one() -> None:
+    """Of none a rank would be told for ever that there was a round."""
+
+    def body(comm: Communicator) -> list[tuple[int, int]]:
+        vector = ParameterVector(nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(vector.parameters, 0.1)
+        method = LocalSGD(period=4, rounds="pooled")
+        run = method.build(comm, vector, optimizer, facts=RunFacts(total_steps=6))
+        seen: list[tuple[int, int]] = []
+        run.synchronizers[0].on_round = lambda r: seen.append((r.step, r.period))
+        for _ in range(20):
+            if run.facts.step < 8 and run.before_step():
+                run.after_step()
+        run.finish()
+        return seen
+
+    assert simulate(2, body) == [[(4, 4), (6, 2), (7, 1), (8, 1)]] * 2
+
+
 def test_ranks_may_leave_at_different_times(on_ranks: Ranks) -> None:
     """Each after as many steps of its own as it likes; those that have left go on taking part in rounds."""
     world = on_ranks.size
