@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .hooks import AfterBackward
 from .methods import Method, Probe, Run
 from .methods.run import ONCE
+from .schedules import RunFacts
 from .vector import ParameterVector
 
 #: What Horovod's DistributedOptimizer takes and this one does not: what to write instead.
@@ -37,6 +38,7 @@ def DistributedOptimizer(
     *,
     probe: Probe | None = None,
     comm: Communicator | None = None,
+    facts: RunFacts | None = None,
     backward_passes_per_step: int = 1,
     **of_horovod: Any,
 ) -> Any:
@@ -69,6 +71,7 @@ def DistributedOptimizer(
         probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
         comm: the ranks. None: those of ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not; it
             has the limit for waits too.
+        facts: what a period is to know of the run (``QSR`` its warm-up, peak learning rate and length).
         backward_passes_per_step: gradients of so many backward passes add up to a step's; only the last pass shares.
         of_horovod: arguments of Horovod's that were left in the call; each is refused with what to write instead.
 
@@ -103,7 +106,7 @@ def DistributedOptimizer(
     if backward_passes_per_step < 1:
         raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}: must be at least 1")
     comm = _world() if comm is None else comm
-    run = method.build(comm, ParameterVector(model), optimizer, probe)
+    run = method.build(comm, ParameterVector(model), optimizer, probe, facts=facts)
     if ended is not None:
         ended.leave()
     steps = _Steps(run, method, backward_passes_per_step)

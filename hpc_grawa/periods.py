@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from .errors import ConfigError
 from .schedules import RunFacts
+
+#: What a round's length must be.
+LENGTH = "at least 1 local step, and whole or infinite"
+
+
+def is_length(steps: object) -> bool:
+    """Whether a round can be so long."""
+    number = float(steps) if isinstance(steps, Real) else math.nan
+    return number >= 1 and (number == math.inf or number.is_integer())
 
 
 @dataclass
@@ -31,6 +41,18 @@ class Period(ABC):
             raise ConfigError(f"method.period.{name} is {getattr(self, name)}: must be {allowed}")
 
 
+def length(period: Period, facts: RunFacts) -> float:
+    """What a period answers.
+
+    Raises:
+        ConfigError: it is no length of a round.
+    """
+    steps = period(facts)
+    if not is_length(steps):
+        raise ConfigError(f"method.period is {period}, which gave {steps} at step {facts.step}: must be {LENGTH}")
+    return steps
+
+
 @dataclass
 class Constant(Period):
     """H steps, as is ``period: H``.
@@ -42,7 +64,7 @@ class Constant(Period):
     steps: int | float = 32
 
     def check(self) -> None:
-        self._require("steps", self.steps >= 1, "at least 1 local step")
+        self._require("steps", is_length(self.steps), LENGTH)
 
     def __call__(self, facts: RunFacts) -> float:
         return self.steps
@@ -53,7 +75,7 @@ class QSR(Period):
     """Quadratic synchronization rule: H = max(base, ⌊(α/η)^power⌋), with the peak η during warm-up.
 
     Growth ends at the steps that are left. A run needs to know its warm-up and its peak η; loops of one's own say them
-    to ``build(facts=RunFacts(warmup_steps=..., peak_lr=..., total_steps=...))``.
+    by ``facts=RunFacts(warmup_steps=..., peak_lr=..., total_steps=...)`` to ``build`` or ``DistributedOptimizer``.
 
     Attributes:
         base: the smallest H.
@@ -73,7 +95,10 @@ class QSR(Period):
         self._require("power", 0 < self.power < math.inf, "a positive number")
 
     def __call__(self, facts: RunFacts) -> float:
-        lr = facts.peak_lr if facts.step < facts.warmup_steps else facts.lr
+        warming = facts.step < facts.warmup_steps
+        if warming and not facts.peak_lr:
+            raise ValueError("QSR needs to know the peak of a warm-up: RunFacts(warmup_steps=..., peak_lr=...)")
+        lr = facts.peak_lr if warming else facts.lr
         left = math.inf if facts.steps_left is None else facts.steps_left
         return max(self.base, _floor(min(self._grown(lr), left)))
 

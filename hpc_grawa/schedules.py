@@ -49,7 +49,9 @@ class RunFacts:
         if unit == "steps":
             return self.step
         if self.steps_per_epoch is None:
-            raise ValueError("a schedule in epochs needs to know the steps per epoch")
+            raise ValueError(
+                "schedules and periods in epochs need to know the steps per epoch: RunFacts(steps_per_epoch=...)"
+            )
         return self.step / self.steps_per_epoch
 
 

@@ -418,13 +418,28 @@ class Heavy(Averager):
         pull(x, center, self.pull)
 
 
+class Comparing(Averager):
+    """Moves by what is new in the center."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.comm, run.vector, 1.0)
+        self.keeps_center = True
+
+    def _mix(self, x: Tensor, average: Tensor) -> None:
+        if self.center is not None:
+            assert not torch.equal(self.center, average)
+            x.add_(average - self.center)
+        self.center = average
+
+
 @dataclass(kw_only=True)
 class Own(AveragingMethod):
     kind: Any = Smoothed
     period: int | Period = 2
+    prox: float = 0.0
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
-        self._synchronize(run, self.kind(run), Equal(), inverse)
+        self._synchronize(run, self.kind(run), Equal(), inverse, self.prox)
 
 
 def own_run(comm: Communicator, method: AveragingMethod) -> Run:
@@ -471,15 +486,24 @@ def test_a_center_lasts_until_the_next_one_is_there(keeps: bool) -> None:
 
 @pytest.mark.parametrize(
     ("method", "messages"),
-    [(LGRAWA(prox=0.1), 2), (LGRAWA(prox=0.0), 1), (LocalSGD(), 1), (EASGD(), 1), (LSGD(prox=0.1), 2)],
-    ids=["LGRAWA", "LGRAWA without proximity", "LocalSGD", "EASGD", "LSGD"],
+    [
+        (LGRAWA(prox=0.1), 2),
+        (LGRAWA(prox=0.0), 1),
+        (LocalSGD(), 1),
+        (EASGD(), 1),
+        (LSGD(prox=0.1), 2),
+        (Own(kind=Comparing), 2),
+        (Own(kind=Heavy, prox=0.1), 1),
+    ],
+    ids=["LGRAWA", "LGRAWA without proximity", "LocalSGD", "EASGD", "LSGD", "one's own", "a center with momentum"],
 )
-def test_a_second_message_is_there_only_for_a_center_that_is_pulled_to(method: AveragingMethod, messages: int) -> None:
+def test_a_second_message_is_there_only_for_a_center_that_is_needed(method: AveragingMethod, messages: int) -> None:
     def body(comm: Communicator) -> int:
         vector = vector_of(np.arange(6.0))
         optimizer = torch.optim.SGD(vector.parameters, 0.1)
         run = replace(method, period=1).build(comm, vector, optimizer, lambda: vector.parameters[0].sum())
         for _ in range(4):
+            vector.data.add_(1.0)
             run.after_step(torch.zeros(()))
         return len(run.synchronizers[0].averager._messages)
 

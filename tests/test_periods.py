@@ -22,7 +22,7 @@ from worlds import assert_follows, batch, nesterov, replay, run_method, starts, 
 from hpc_grawa import LGRAWA, DistributedOptimizer, LocalSGD, ParameterVector, Run, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.errors import ConfigError, RanksDisagree
 from hpc_grawa.methods import AveragingMethod
 from hpc_grawa.periods import QSR, SWAP, Constant, Period, PostLocal, Sqrt
 from hpc_grawa.schedules import RunFacts
@@ -100,6 +100,7 @@ def test_what_switches(switch: float, unit: Any) -> None:
     ("period", "message"),
     [
         (Constant(0), "method.period.steps is 0: must be at least 1 local step"),
+        (Constant(2.5), "method.period.steps is 2.5: must be at least 1 local step, and whole or infinite"),
         (QSR(0), "method.period.base is 0: must be at least 1 local step"),
         (QSR(alpha=-1.0), "method.period.alpha is -1.0: must be a number of 0 or more"),
         (QSR(alpha=math.nan), "method.period.alpha is nan: must be"),
@@ -113,6 +114,27 @@ def test_what_switches(switch: float, unit: Any) -> None:
 def test_impossible_values_are_named(period: Period, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LGRAWA(period=period)
+
+
+@pytest.mark.parametrize("period", [0, 2.5, math.nan, QSR, "QSR", lambda facts: 4], ids=str)
+def test_what_is_no_period_is_named(period: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"method\.period is .*: must be at least 1 local step, and whole, or a Period"
+    ):
+        LocalSGD(period=period)
+    assert [LocalSGD(period=p).period for p in (np.int64(3), 3.0, math.inf)] == [3, 3, math.inf]
+
+
+def test_an_epoch_of_unknown_length_is_named() -> None:
+    with pytest.raises(ValueError, match=r"in epochs need to know the steps per epoch: RunFacts\(steps_per_epoch="):
+        PostLocal(1, "epochs").shares(RunFacts())
+
+
+def test_a_warm_up_without_a_peak_is_named() -> None:
+    given = RunFacts(step=2, lr=0.01, warmup_steps=10, total_steps=100)
+    with pytest.raises(ValueError, match=r"peak of a warm-up: RunFacts\(warmup_steps=\.\.\., peak_lr="):
+        QSR()(given)  # it would have no round before the last
+    assert QSR()(replace(given, step=10, lr=0.1)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -278,11 +300,14 @@ def test_a_scheduler_between_the_steps_of_a_distributed_optimizer(on_ranks: Rank
     def body(comm: Communicator) -> list[int]:
         model = twin(starts(comm.size)[comm.rank])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8], gamma=0.5)
-        optimizer = DistributedOptimizer(optimizer, model, LocalSGD(period=QSR(4, 0.2)), comm=comm)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda t: (0.25, 0.5, 1.0)[min(t // 2, 2)] / (1 + (t >= 8))
+        )
+        given = RunFacts(warmup_steps=4, peak_lr=0.1, total_steps=22)
+        optimizer = DistributedOptimizer(optimizer, model, LocalSGD(period=QSR(4, 0.2)), comm=comm, facts=given)
         seen: list[int] = []
         optimizer.run.synchronizers[0].on_round = lambda r: seen.append(r.period)
-        for step in range(24):
+        for step in range(22):
             optimizer.zero_grad()
             loss_of(model, batch(comm.rank, step)).backward()
             optimizer.step()
@@ -290,20 +315,43 @@ def test_a_scheduler_between_the_steps_of_a_distributed_optimizer(on_ranks: Rank
         optimizer.run.finish()
         return seen
 
-    assert on_ranks(body) == [[4, 4, 16]] * on_ranks.size
+    assert on_ranks(body) == [[4, 4, 14]] * on_ranks.size
 
 
+@dataclass
 class Wrong(Period):
+    steps: float = 0
+
     def __call__(self, facts: RunFacts) -> float:
-        return 0
+        return self.steps
 
 
-def test_an_own_period_that_gives_none_is_named(on_ranks: Ranks) -> None:
+@pytest.mark.parametrize("steps", [0, 2.5, math.nan])
+def test_an_own_period_that_gives_none_is_named(on_ranks: Ranks, steps: float) -> None:
     def body(comm: Communicator) -> None:
-        with pytest.raises(ConfigError, match=r"period is Wrong\(\), which gave 0 at step 0: must be at least 1"):
-            loop(comm, LocalSGD(period=Wrong()), cosine)
+        with pytest.raises(
+            ConfigError, match=rf"period is Wrong\(.*\), which gave {steps} at step 0: must be at least 1"
+        ):
+            loop(comm, LocalSGD(period=Wrong(steps)), cosine)
 
     on_ranks(body)
+
+
+def test_of_learning_rates_that_differ_it_is_these_that_are_named_and_not_the_period(on_several_ranks: Ranks) -> None:
+    """By QSR they make periods differ."""
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(RanksDisagree, match="has learning rate 0"):
+            loop(comm, LocalSGD(period=QSR(4, 0.2), rounds="pooled"), lambda step: 0.1 / (1 + comm.rank))
+
+    on_several_ranks(body)
+
+
+def test_an_own_period_that_gives_none_is_named_by_a_dry_run() -> None:
+    config = parse([*LINE, "--method=LocalSGD"])
+    config.method = LocalSGD(period=Wrong())
+    with pytest.raises(ConfigError, match=r"which gave 0 at step 0: must be at least 1"):
+        plan(config, 2, 2)
 
 
 @pytest.mark.parametrize("period", [PostLocal(3), SWAP(3), SWAP(1, "epochs")], ids=str)
@@ -418,11 +466,13 @@ def test_another_class_for_a_period_forgets_the_settings_of_the_one_before(tmp_p
     assert period(*files(post), lines) == PostLocal(1.0, "epochs", 4)
 
 
-def test_pooled_rounds_that_only_the_clock_ends_have_a_number() -> None:
-    words = [*LINE, "--budget.steps=null", "--budget.seconds=5", "--method.period=QSR"]
-    parse(words).check(2)
-    with pytest.raises(ConfigError, match=r"method\.period is QSR.*must be a number under pooled rounds"):
-        parse([*words, "--method.rounds=pooled"]).check(2)
+def test_pooled_rounds_that_the_clock_may_end_have_a_number() -> None:
+    words = [*LINE, "--budget.seconds=5", "--method.period=QSR"]
+    for steps in ("null", "1000000"):
+        parse([*words, f"--budget.steps={steps}"]).check(2)
+        with pytest.raises(ConfigError, match=r"method\.period is QSR.*must be a number under pooled rounds"):
+            parse([*words, f"--budget.steps={steps}", "--method.rounds=pooled"]).check(2)
+    parse([*LINE, "--method.period=QSR", "--method.rounds=pooled"]).check(2)
 
 
 @pytest.mark.parametrize("rounds", ["lockstep", "pooled"])
@@ -432,6 +482,8 @@ def test_a_run_and_its_dry_run_have_the_rounds_of_the_schedule(rounds: str) -> N
     config = parse([*LINE, *words, "--method.period=QSR", "--method.period.alpha=0.08", "--method.period.base=4"])
     summary = simulate(4, lambda comm: fit(config, comm, speaks=False))[0]
     assert (summary["steps"], summary["rounds"]) == (40, 5)  # 4, 4, 4, 16, 12
-    told = plan(config, 4, 4)
+    halves = ["--optimizer.lr=0.08", "--optimizer.groups=[{match: '*', lr_factor: 0.5}]"]  # η is the first group's
+    told = plan(parse([*LINE, *words, *halves, "--method.period=QSR", "--method.period.alpha=0.08"]), 4, 4)
+    assert plan(config, 4, 4).splitlines()[2:6] == told.splitlines()[2:6]
     epoch = round(40 / summary["epochs"])
     assert f"{epoch / 8:.4g} per epoch, every 4 (at 0%), 4 (at 25%), 16 (at 50%), 12 (at 75%), 12 (at 100%)" in told

@@ -21,6 +21,7 @@ from hpc_grawa import LGRAWA, LSGD, LocalLGRAWA, LocalSGD, Method, ParameterVect
 from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator, Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
+from hpc_grawa.periods import QSR, Period
 from hpc_grawa.schedules import RunFacts
 
 
@@ -153,6 +154,51 @@ def test_fast_ranks_keep_most_of_their_speed(
 
     assert low <= speed("pooled") <= high
     assert speed("lockstep") <= 0.25
+
+
+@pytest.mark.parametrize(("period", "third"), [(4, 4), (QSR(4, 0.1), 9)], ids=["4", "QSR"])
+def test_a_rank_that_has_left_need_not_follow_the_learning_rate(period: int | Period, third: int) -> None:
+    """Others go on, with rates and periods that follow from rounds which it has no steps in."""
+
+    def body(comm: Communicator) -> list[tuple[Any, ...]]:
+        model = twin(starts(comm.size)[comm.rank])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = LocalSGD(period=period, rounds="pooled").build(comm, ParameterVector(model), optimizer)
+        seen: list[tuple[Any, ...]] = []
+        run.synchronizers[0].on_round = lambda r: seen.append((r.step, r.period, r.lr, r.made))
+        made = 0
+        while made < (8, 8, 60)[comm.rank]:
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + run.facts.step // 4)
+            if run.before_step():
+                optimizer.step()
+                run.after_step()
+                made += 1
+        run.finish()
+        return seen
+
+    first, *others = simulate(3, body)
+    assert others == [first] * 2
+    made = (4, 4, 4), (4, 4, 4), (0, 0, 3 * third)
+    assert first[:3] == list(zip((4, 8, 8 + third), (4, 4, third), (0.1, 0.05, 0.1 / 3), made, strict=True))
+
+
+def test_a_loop_that_goes_on_after_its_last_step_has_rounds_of_one() -> None:
+    """Of none a rank would be told for ever that there was a round."""
+
+    def body(comm: Communicator) -> list[tuple[int, int]]:
+        vector = ParameterVector(nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(vector.parameters, 0.1)
+        method = LocalSGD(period=4, rounds="pooled")
+        run = method.build(comm, vector, optimizer, facts=RunFacts(total_steps=6))
+        seen: list[tuple[int, int]] = []
+        run.synchronizers[0].on_round = lambda r: seen.append((r.step, r.period))
+        for _ in range(20):
+            if run.facts.step < 8 and run.before_step():
+                run.after_step()
+        run.finish()
+        return seen
+
+    assert simulate(2, body) == [[(4, 4), (6, 2), (7, 1), (8, 1)]] * 2
 
 
 def test_ranks_may_leave_at_different_times(on_ranks: Ranks) -> None:

@@ -108,8 +108,9 @@ class Averager:
         self.riders: list[Rider] = []
         #: The center ``[P]`` of the last round; None before the first.
         self.center: Tensor | None = None
-        #: Whether ``center`` stays what it is from ``start`` to ``finish``, which takes memory for a second message.
-        self.keeps_center = True
+        #: Whether ``center`` stays what it is from ``start`` to ``finish``; takes memory for a second message, but for
+        #: one that is ``kept``, which stays in any case.
+        self.keeps_center = False
         #: Vectors ``[P]`` of this rank beside its parameters, by name; they begin at these, and heal with them.
         self.own: dict[str, Tensor] = {}
         #: What lasts over rounds and is the same on all ranks, by name; a rank that has NaN there is given it anew.
@@ -226,7 +227,8 @@ class Averager:
         """Room for the next message: not where the center is, if that is kept."""
         lengths = [len(self.vector), *(shape.numel() for shapes in riding for shape in shapes)]
         if not self._messages or len(self._messages[0].flat) != sum(lengths):
-            self._messages = [self._new_message(lengths, riding) for _ in range(1 + self.keeps_center)]
+            second = self.keeps_center and "center" not in self.kept
+            self._messages = [self._new_message(lengths, riding) for _ in range(1 + second)]
         elif self.center is not None and self.center.data_ptr() == self._messages[0].flat.data_ptr():
             self._messages.reverse()
         return self._messages[0]

@@ -46,6 +46,11 @@ class ControlWord:
     busy: float
     leaving: float
 
+    @property
+    def gone(self) -> bool:
+        """Whether this rank made no step of the round either, so that it need not know with which rate others did."""
+        return bool(self.leaving and not self.made)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -65,6 +70,11 @@ class Table:
         return torch.tensor([word.finite == 1 for word in self.words])
 
     @property
+    def period(self) -> float:
+        """Local steps of this round, as those ranks say that made them."""
+        return next((word for word in self.words if not word.gone), self.words[0]).period
+
+    @property
     def made(self) -> tuple[int, ...]:
         """Local steps of each rank in this round."""
         return tuple(int(word.made) for word in self.words)
@@ -78,7 +88,8 @@ class Table:
 
 WIDTH = len(fields(ControlWord))
 _NO_SCORES = torch.empty(0, dtype=torch.float64)
-_MUST_AGREE = {"step": "local step", "period": "period", "lr": "learning rate"}
+#: Causes before what follows from them.
+_MUST_AGREE = {"step": "local step", "lr": "learning rate", "period": "period"}
 
 
 class Control:
@@ -187,14 +198,17 @@ class Control:
     def _read(self, rows: Tensor) -> list[ControlWord]:
         words, ranks = [ControlWord(*row) for row in rows[:, :WIDTH].tolist()], self.comm.ranks
         for name, title in _MUST_AGREE.items():
-            for rank, word in zip(ranks, words, strict=True):
-                ours, theirs = getattr(words[0], name), getattr(word, name)
+            present = [(r, word) for r, word in zip(ranks, words, strict=True) if name == "step" or not word.gone]
+            for rank, word in present:
+                first, ours, theirs = present[0][0], getattr(present[0][1], name), getattr(word, name)
                 if ours != theirs:
                     raise RanksDisagree(
-                        f"rank {rank} has {title} {theirs:.10g}, rank {ranks[0]} has {ours:.10g}: every rank must use "
+                        f"rank {rank} has {title} {theirs:.10g}, rank {first} has {ours:.10g}: every rank must use "
                         f"the same; derive it from what all ranks share (the step, the control word), not from a "
                         f"rank's own data or steps"
                     )
+        if words[self.comm.rank].gone:
+            self.facts.lr = next((word.lr for word in words if not word.gone), self.facts.lr)
         if self.decides:
             self.facts.seconds = max(self.facts.seconds, words[0].seconds)
             self.stop = self.stop or any(word.stop for word in words)

@@ -12,8 +12,8 @@ from torch import Tensor, optim
 
 from ..batchnorm import reset as reset_statistics
 from ..comm import SharedCounter
-from ..errors import ConfigError, NonFinite
-from ..periods import Period
+from ..errors import NonFinite
+from ..periods import Period, length
 from .averager import Averager, WeightRule
 from .control import Control, Table
 from .scores import Score
@@ -91,7 +91,6 @@ class _Opened:
 
     table: Table
     weights: Tensor
-    period: float
     staying: int
 
 
@@ -142,7 +141,7 @@ class Synchronizer:
         control.columns = max(control.columns, score.size)
         self._ticket = False
         self._over = False
-        averager.keeps_center = prox > 0
+        averager.keeps_center |= prox > 0
         self._opened: _Opened | None = None
         #: Steps per rank in the pool, the period or what is left of the run; 0 where it is not open.
         self._pooled: float = 0
@@ -214,7 +213,7 @@ class Synchronizer:
             averager.mend(int(alive.int().argmax()))
         averager.agree(self.rounds + 1)
         averager.start(averager.source, weights, alive)
-        self._opened = _Opened(table, weights, period, staying)
+        self._opened = _Opened(table, weights, staying)
 
     def close(self) -> None:
         """The second half, if the first has sent something: finish, pull, report."""
@@ -236,7 +235,7 @@ class Synchronizer:
             Round(
                 number=self.rounds,
                 step=control.facts.step,
-                period=int(opened.period) if opened.period < math.inf else sum(table.made) // len(table.made),
+                period=int(table.period) if table.period < math.inf else sum(table.made) // len(table.made),
                 lr=control.facts.lr,
                 ranks=ranks,
                 weights=opened.weights,
@@ -296,12 +295,7 @@ class Synchronizer:
         (Deadlock argument: step and learning rate are the same on all ranks, as every control word asserts.)
         """
         facts = self.control.facts
-        self.period = self.ask(facts)
-        if not self.period >= 1:
-            raise ConfigError(
-                f"method.period is {self.ask}, which gave {self.period} at step {facts.step}: must be at least 1 local "
-                f"step"
-            )
+        self.period = length(self.ask, facts)
         if self.pool is not None:
             left = facts.steps_left
             self._pooled = self.period if left is None else min(self.period, max(left, 1))

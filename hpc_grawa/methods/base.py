@@ -24,7 +24,7 @@ from ..batchnorm import norms
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
 from ..errors import ConfigError
-from ..periods import Constant, Period
+from ..periods import Constant, Period, is_length
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .run import Run
@@ -158,7 +158,8 @@ class AveragingMethod(Method):
             encoders, mean teachers): once ranks are found to differ in one, looked at in rounds 1, 2, 4, 8, ..., it
             rides too. Those that nobody changes cost nothing else.
         rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
-            so that a round waits for at most one step of the slowest rank.
+            so that a round waits for at most one step of the slowest rank. Steps are counted at rounds: learning
+            rate, evaluations, checkpoints and a word to end wait for one, so that long periods are for lockstep.
     """
 
     period: int | Period = 32
@@ -170,7 +171,7 @@ class AveragingMethod(Method):
         if isinstance(self.period, Period):
             self.period.check()
         else:
-            self._require("period", self.period >= 1, "at least 1 local step")
+            self._require("period", is_length(self.period), "at least 1 local step, and whole, or a Period")
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:

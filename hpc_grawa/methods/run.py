@@ -299,7 +299,7 @@ class Run:
     def center(self) -> Tensor:
         """The center ``[P]`` of the last round; where gradients are shared, the parameters, the same on all ranks.
 
-        It is the tensor that the next round (or step) overwrites: ``run.center.clone()`` keeps it.
+        A coming round (or step) overwrites this tensor: ``run.center.clone()`` keeps it.
 
         Raises:
             RuntimeError: there was no round yet, so that each rank has parameters of its own.

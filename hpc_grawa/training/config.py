@@ -218,10 +218,9 @@ class Config:
         if batch % parts:
             raise ConfigError(f"{self.name('accumulate')} is {parts}: must divide data.batch_size, which is {batch}")
         size, data, method = self.data.train_size(), self.data, self.method
-        clock_alone = self.budget.steps is None and self.budget.epochs is None
-        if clock_alone and isinstance(method, AveragingMethod) and method.rounds == "pooled":
-            alone = "a number under pooled rounds and a budget in seconds alone, as ranks hear of the clock at rounds"
-            method._require("period", isinstance(method.period, int), alone)
+        if self.budget.seconds is not None and isinstance(method, AveragingMethod) and method.rounds == "pooled":
+            number = "a number under pooled rounds and a budget in seconds, as ranks hear of the clock at rounds"
+            method._require("period", isinstance(method.period, int), number)
         if method.probe_from == "shard":
             size = shard_size(size, batch, world_size, data.split, data.fraction)
         if method.probe_batches * batch > size:

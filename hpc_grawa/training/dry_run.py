@@ -13,7 +13,7 @@ from itertools import accumulate
 from ..comm.base import TICKET, Communicator
 from ..comm.meter import bytes_sent
 from ..comm.mirror import MirrorCommunicator
-from ..periods import Constant, Period
+from ..periods import Constant, Period, length
 from ..runs.log import human_bytes
 from ..schedules import RunFacts
 from .config import Config
@@ -139,7 +139,7 @@ def _periods(ask: Period, config: Config, worker: Worker, steps: int, seconds: f
         return [ask.steps]
     periods, step = [], 0.0
     while step < steps:
-        periods.append(min(ask(_facts(config, worker, math.floor(step), steps, seconds)), steps - step))
+        periods.append(min(length(ask, _facts(config, worker, math.floor(step), steps, seconds)), steps - step))
         step += periods[-1]
     return periods
 
@@ -147,7 +147,7 @@ def _periods(ask: Period, config: Config, worker: Worker, steps: int, seconds: f
 def _facts(config: Config, worker: Worker, step: int, steps: int, seconds: float) -> RunFacts:
     """Before a step of a run of so many steps of so many seconds."""
     facts = replace(worker.facts, step=step, seconds=step * seconds, progress=step / steps)
-    return replace(facts, lr=config.optimizer.lr * config.schedule(facts))
+    return replace(facts, lr=facts.peak_lr * config.schedule(facts))
 
 
 def _rates(config: Config, worker: Worker, steps: int, seconds: float) -> str:
