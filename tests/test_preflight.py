@@ -82,33 +82,33 @@ class Unsplit(own.Numbers):
     ("changes", "message"),
     [
         (
-            {"--model": "test_trial.Narrow"},
+            {"--model": "test_preflight.Narrow"},
             r"model is Narrow: must take inputs \[8, 1\] \(float32\); AssertionError: three columns, please.* "
-            r"\(test_trial.py, line \d+\)",
+            r"\(test_preflight.py, line \d+\)",
         ),
         (
-            {"--model": "test_trial.Flat"},
+            {"--model": "test_preflight.Flat"},
             r"loss is MSELoss: must make one number of outputs of Flat \[8\] \(float32\) and targets of Numbers "
             r"\[8, 1\] \(float32\); UserWarning: Using a target size .*",
         ),
         (
-            {"--model": "test_trial.Talkative"},
+            {"--model": "test_preflight.Talkative"},
             r"loss is MSELoss: must make one number of outputs of Talkative \(\[8, 1\] .*\) and .*; AttributeError: .*",
         ),
         ({"--loss.reduction": "none"}, r"loss is MSELoss: must make one number .*; ValueError: it made \[8, 1\] .*"),
-        ({"--loss": "test_trial.Undivided"}, r"loss is Undivided: .*; ValueError: its sums are \[\] .*, not \[2\]"),
+        ({"--loss": "test_preflight.Undivided"}, r"loss is Undivided: .*; ValueError: its sums are \[\] .*, not \[2\]"),
         ({"--metric": "Accuracy"}, r"metric is Accuracy: must take outputs of Line .*; give another metric"),
         (
-            {"--metric": "test_trial.Unfinished"},
-            r"metric is Unfinished: .*; NotImplementedError \(test_trial.py, line \d+\)",
+            {"--metric": "test_preflight.Unfinished"},
+            r"metric is Unfinished: .*; NotImplementedError \(test_preflight.py, line \d+\)",
         ),
         (
-            {"--data": "test_trial.Boastful"},
+            {"--data": "test_preflight.Boastful"},
             "data is Boastful: must load as many examples as it says it has, 64 to train on and 0 for validation; "
             "found 40 and 0",
         ),
         (
-            {"--data": "test_trial.Unsplit", "--data.validation": "5"},
+            {"--data": "test_preflight.Unsplit", "--data.validation": "5"},
             "data is Unsplit: .* says it has, 59 to train on and 5 for validation; found 59 and 0",
         ),
     ],
@@ -137,7 +137,7 @@ class Shaky(nn.Module):
 
 
 def test_nothing_of_it_remains() -> None:
-    config = parse(["--config=digits", "--model=test_trial.Shaky"])
+    config = parse(["--config=digits", "--model=test_preflight.Shaky"])
     model, splits = config.build_model(), config.data.load()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
