@@ -665,6 +665,7 @@ def test_the_last_evaluation_is_made_again_where_it_was_cut_off(tmp_path: Path) 
     while not (folder / "metrics.jsonl").exists() or '"round": 3' not in (folder / "metrics.jsonl").read_text():
         assert time.monotonic() < end
         time.sleep(0.02)
+    time.sleep(0.5)  # a signal is heeded until the loop is over; the evaluation takes seconds
     job.send_signal(signal.SIGUSR2)
     job.communicate(timeout=30)
     assert job.returncode == -signal.SIGUSR2 and not (folder / "summary.json").exists()
