@@ -116,7 +116,7 @@ def test_impossible_values_are_named(period: Period, message: str) -> None:
         LGRAWA(period=period)
 
 
-@pytest.mark.parametrize("period", [0, 2.5, math.nan, QSR, "QSR", lambda facts: 4], ids=str)
+@pytest.mark.parametrize("period", [0, 2.5, math.nan, QSR, "QSR", lambda facts: 4], ids=lambda period: type(period).__name__)
 def test_what_is_no_period_is_named(period: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"method\.period is .*: must be at least 1 local step, and whole, or a Period"

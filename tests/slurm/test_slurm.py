@@ -708,13 +708,14 @@ def test_a_job_whose_first_node_is_cut_off_goes_on_elsewhere_whatever_its_orphan
     until("it goes on", lambda: site.saved(run) > before)
     elsewhere = ["node2"] * 2 + ["node3"] * 2
     until("its ranks say so", lambda: [sign["host"] for sign in site.signs(run)] == elsewhere, 30)
+    stopped = f"runs/{run}/lock.json is job {job}'s now: stopped\n"
+    until("the orphan that had the lock sees it", lambda: stopped in site.logs(), 30)
     join(1)
     # SLURM may take the end of the orphans' step for that of the new one, which has its number: requeued once more.
     site.wait(job, "COMPLETED", "PENDING")
     if fact(job, "JobState") == "PENDING":
         site.start_again(job)
     site.wait(job, "COMPLETED")
-    assert f"runs/{run}/lock.json is job {job}'s now: stopped\n" in site.logs()
     assert site.center(run) == undisturbed
     assert [sign["host"] for sign in site.signs(run)] == elsewhere
     until("the orphans are gone", lambda: not any(map(alive, orphans)), 60)
