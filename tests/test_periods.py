@@ -116,7 +116,10 @@ def test_impossible_values_are_named(period: Period, message: str) -> None:
         LGRAWA(period=period)
 
 
-@pytest.mark.parametrize("period", [0, 2.5, math.nan, QSR, "QSR", lambda facts: 4], ids=lambda period: type(period).__name__)
+NO_PERIODS = {"none": 0, "half": 2.5, "nan": math.nan, "class": QSR, "name": "QSR", "function": lambda facts: 4}
+
+
+@pytest.mark.parametrize("period", NO_PERIODS.values(), ids=NO_PERIODS)
 def test_what_is_no_period_is_named(period: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"method\.period is .*: must be at least 1 local step, and whole, or a Period"
