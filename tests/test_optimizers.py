@@ -342,3 +342,15 @@ def test_groups_of_an_optimizer_by_import_path_are_those_of_a_run() -> None:
     groups = [{"match": "last.*", "lr_factor": 0.5}]
     words = f"--optimizer={__name__}.Needing", "--optimizer.k=2", "--optimizer.groups", str(groups)
     assert parse([*SHORT, *words]).optimizer.groups == groups
+
+
+@pytest.mark.parametrize("name", ["SGD", "torch.optim.RAdam"])
+def test_a_run_says_its_groups_if_it_has_any(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--config=digits", f"--optimizer={name}", "--optimizer.lr=0.01", "--budget.steps=1"]
+    words += [f"--run.dir={tmp_path}"]
+    said = []
+    for more in ([], ["--optimizer.groups=[{match: '*.bias', weight_decay: 0}]"]):
+        cli.main(["train", *words, *more, f"--run.name={len(said)}"])
+        said.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("optimizer ")))
+    assert "groups" not in said[0] and said[1].count("groups") == 1
+    assert "groups [{'match': '*.bias', 'weight_decay': 0}]; " in said[1]

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any
@@ -36,7 +36,7 @@ class LocalOptimizer(ABC):
 
     lr: float = 0.1
     weight_decay: float = 0.0
-    groups: list[dict[str, Any]] | None = None
+    groups: list[dict[str, Any]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.require("lr", 0 <= self.lr < math.inf, "a number of 0 or more")

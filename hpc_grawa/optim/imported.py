@@ -55,8 +55,7 @@ class Imported(LocalOptimizer):
         return self.kind.__name__
 
     def __repr__(self) -> str:
-        groups = {"groups": self.groups} if self.groups else {}
-        return f"{self.label}({', '.join(f'{key}={value!r}' for key, value in (self.arguments | groups).items())})"
+        return f"{self.label}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         if issubclass(self.kind, optim.LBFGS) and not all(p.is_contiguous() for p in vector.parameters):

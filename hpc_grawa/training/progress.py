@@ -130,7 +130,8 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
     clipped = "" if config.clip_norm is None else f", clipped to norm {config.clip_norm:g}"
     parts = "" if config.accumulate == 1 else f", in {config.accumulate} parts"
     how = f"{config.precision}{parts}{clipped}, {torch.get_num_threads()} threads"
-    log.say(f"optimizer  {config.optimizer}; {config.schedule}; {how}")
+    groups = f", groups {config.optimizer.groups}" if config.optimizer.groups else ""
+    log.say(f"optimizer  {config.optimizer}{groups}; {config.schedule}; {how}")
 
 
 def farewell(summary: dict[str, Any], name: str, folder: Path | None) -> str:
