@@ -18,6 +18,8 @@ and a run is, with steps, ranks and rounds counted from 0:
                      x_m <- NaN where poison(rank, step)       (a broken machine, for the tests)
         if H steps have passed since the last round, or this was the last step:  round
 
+A run may begin with steps of DataParallel (post-local): then the method begins where they have ended.
+
 H is the period, asked for at the start of every round. A last round cut short by the end of the run keeps
 the H it began with in prox / H.
 
@@ -677,6 +679,7 @@ def replay(
     local_momentum: str = "keep",
     warmup_steps: int = 0,
     steps_per_epoch: int = 1,
+    shared: int = 0,
 ) -> Replay:
     """Runs `method` for `steps` local steps on W ranks (see the top of this page) and keeps everything.
 
@@ -688,19 +691,23 @@ def replay(
     probe           (rank, round) -> the probe batch, taken at x after the local step and its proximity pull
     poison          (rank, step) -> True where the rank's parameters become NaN after that step
     local_momentum  optimizer state at a round: "keep", "reset", or "average" (uniform, over the finite ranks)
+    shared          so many steps of DataParallel come first
     """
-    method = copy.deepcopy(method)
+    method, first = copy.deepcopy(method), DataParallel()
     eta = lr if callable(lr) else lambda step: lr
     every = period if callable(period) else lambda facts: period
     x = starts.copy() if independent else np.array([starts[0]] * len(starts))
     world = World(problem, x.astype(np.float64), [optimizer() for _ in starts], probe=probe, steps=steps)
     peak_lr = max(eta(step) for step in range(steps))
-    method.start(world)
     step_records: list[Step] = []
     round_records: list[Round] = []
     round_begins = True
 
     for step in range(steps):
+        now = first if step < shared else method
+        if step == shared:
+            method.start(world)
+            round_begins = True
         world.lr = eta(step)
         if round_begins:
             facts = Facts(step, world.lr, peak_lr, warmup_steps, steps - step, steps_per_epoch)
@@ -708,16 +715,16 @@ def replay(
             if world.period < 1:
                 raise ValueError(f"a period is at least 1, not {world.period}")
 
-        _local_steps(method, world, [batch(m, step) for m in range(world.size)])
-        method.proximity(world)
+        _local_steps(now, world, [batch(m, step) for m in range(world.size)])
+        now.proximity(world)
         for m in range(world.size):
             if poison is not None and poison(m, step):
                 world.x[m] = np.nan
         world.step = step + 1
-        method.after_step(world)
+        now.after_step(world)
 
         due = world.step - world.round_began >= world.period or world.step == steps
-        round_begins = method.has_rounds and due
+        round_begins = now.has_rounds and due
         if round_begins:
             round_records.append(_round(method, world, local_momentum))
             world.round += 1

@@ -69,6 +69,7 @@ def run_method(
     dtype: torch.dtype = torch.float64,
     poison: Callable[[int, int], bool] = lambda rank, step: False,
     batch: Callable[[int, int], tuple[Any, ...]] = batch,
+    probe_of: Callable[[int, int], tuple[Any, ...]] = probe_batch,
     independent: bool = False,
     parts: int = 1,
     device: str = "cpu",
@@ -99,7 +100,7 @@ def run_method(
     rounds = 0
 
     def probe() -> Tensor:
-        return loss_of(*probe_batch(comm.rank, rounds))
+        return loss_of(*probe_of(comm.rank, rounds))
 
     def on_round(round_: Round) -> None:
         nonlocal rounds
@@ -107,6 +108,9 @@ def run_method(
         trace.rounds.append(round_)
 
     run = method.build(comm, vector, sgd, probe, start="independent" if independent else "common", **build)
+    run.on_round = on_round  # of synchronizers that there are not yet
+    for synchronizer in run.synchronizers:
+        synchronizer.on_round = lambda _: None
     for synchronizer in run.synchronizers[-1:]:  # of all ranks
         synchronizer.on_round = on_round
     taken: tuple[Any, ...] = ()

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, optim
 
+from ..aggregation import Bucketed, Codec
 from ..averaging.agreement import agree
 from ..averaging.averager import Averager, WeightRule
 from ..averaging.control import CONTROL_EVERY, Control
@@ -73,12 +74,12 @@ class Method(ABC):
             RanksDisagree: model, method or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
-        self._check(optimizer, vector)
         if probe is not None and not callable(probe):
             raise ConfigError(
                 f"probe is a {type(probe).__name__}: must be a function that returns the loss of a fresh batch "
                 f"(probe=loss, not probe=loss())"
             )
+        self._check(optimizer, vector, probe)
         agree(comm, self._description(vector))
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
@@ -92,8 +93,8 @@ class Method(ABC):
         self._assemble(run, probe)
         return run
 
-    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
-        """Raise ``ConfigError`` unless the optimizer can train the vector by this method."""
+    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
+        """Raise ``ConfigError`` unless the optimizer can train the vector by this method, with this probe."""
         check_kinds(vector.model)
         held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         missing = [name for name, p in zip(vector.names, vector.parameters, strict=True) if p not in held]
@@ -143,6 +144,50 @@ def _take_over(comm: Communicator, tensors: list[Tensor]) -> None:
 
 
 @dataclass(kw_only=True)
+class SharingMethod(Method):
+    """A method that shares gradients before every step, in buckets of a codec's form; all ranks stay identical.
+
+    Attributes:
+        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
+        on_nonfinite: a shared gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
+    """
+
+    bucket_mb: float = 25.0
+    on_nonfinite: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bucket_mb < math.inf:
+            raise ConfigError(f"method.bucket_mb is {self.bucket_mb}: must be a positive number of MiB")
+
+    @abstractmethod
+    def _codec(self, run: Run) -> Codec:
+        """What a bucket is on the wire."""
+
+    def aggregator(self, run: Run) -> Bucketed:
+        """Shares this run's gradients; all ranks must call it."""
+        return Bucketed(run.comm, run.vector, self._codec(run), int(self.bucket_mb * 2**20), self.on_nonfinite)
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
+        run.aggregator = self.aggregator(run)
+
+
+class Level(NamedTuple):
+    """How ranks of one communicator average.
+
+    Attributes:
+        averager: of these ranks.
+        score: what each says about itself.
+        rule: scores -> weights.
+        prox: μ of the pull between rounds.
+    """
+
+    averager: Averager
+    score: Score
+    rule: WeightRule
+    prox: float = 0.0
+
+
+@dataclass(kw_only=True)
 class AveragingMethod(Method):
     """A method that averages parameters now and then.
 
@@ -160,25 +205,43 @@ class AveragingMethod(Method):
         rounds: ``lockstep``: each rank makes τ steps; ``pooled``: all ranks together make W·τ, each as many as it can,
             so that a round waits for at most one step of the slowest rank. Steps are counted at rounds: learning
             rate, evaluations, checkpoints and a word to end wait for one, so that long periods are for lockstep.
+        sharing: a method that shares gradients (``DataParallel``), for periods with a switch (``PostLocal``, ``SWAP``):
+            before it the run is that method's, and what averages begins where it ends. Null for other periods.
+        group_period: local steps between rounds within each group of ranks, which average more often than all do, in
+            the same way; they divide a ``period`` that is a number. Null: all average, and no groups.
+        ranks_per_group: consecutive ranks that are a group (the last may be smaller); null for the ranks of a host.
     """
 
     period: int | Period = 32
     local_momentum: Literal["keep", "reset", "average"] = "keep"
     buffers: Literal["recalibrate", "average", "local"] = "recalibrate"
     rounds: Literal["lockstep", "pooled"] = "lockstep"
+    sharing: SharingMethod | None = None
+    group_period: int | None = None
+    ranks_per_group: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.period, Period):
             self.period.check()
         else:
             self._require("period", is_length(self.period), "at least 1 local step, and whole, or a Period")
+        switches = isinstance(self.period, Period) and type(self.period).shares is not Period.shares
+        never = f"null with method.period {self.period}, which never shares gradients (PostLocal, SWAP)"
+        self._require("sharing", self.sharing is None or switches, never)
+        inner, ranks = self.group_period, self.ranks_per_group
+        steps = 0 if isinstance(self.period, Period) or self.period == math.inf else self.period
+        divides = inner is None or (inner >= 1 and steps % inner == 0)
+        self._require("group_period", divides, f"null, or divide method.period, which is {self.period}")
+        self._require("ranks_per_group", ranks is None or ranks >= 1, "null (hosts), or at least 1")
+        self._require("ranks_per_group", ranks is None or inner is not None, "null without method.group_period")
+        self._require("rounds", inner is None or self.rounds == "lockstep", "lockstep with method.group_period")
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
             raise ConfigError(f"method.{name} is {getattr(self, name)}: must be {allowed}")
 
-    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
-        super()._check(optimizer, vector)
+    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
+        super()._check(optimizer, vector, probe)
         name, kinds = type(optimizer).__name__, [kind.__name__ for kind in type(optimizer).__mro__]
         if "ZeroRedundancyOptimizer" in kinds:
             raise ConfigError(
@@ -201,19 +264,49 @@ class AveragingMethod(Method):
         others = WeightBuffers(run.vector)
         return [*riders, others] if len(others) else riders
 
-    def _synchronize(self, run: Run, averager: Averager, score: Score, rule: WeightRule, prox: float = 0.0) -> None:
-        averager.riders = self._riders(run)
+    @abstractmethod
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+        """How the ranks of ``comm`` average: all of the run, or of a group."""
+
+    def _assemble(self, run: Run, probe: Probe | None) -> None:
         period = self.period if isinstance(self.period, Period) else Constant(self.period)
-        if period.shares(run.facts):
+        average = partial(self._average, run, period, probe)
+        if self.sharing is not None:
+            run.share_first(self.sharing.aggregator(run), period.shares, average)
+        elif period.shares(run.facts):
             raise ConfigError(
-                f"method.period is {period}: must not share gradients before its switch, which {type(self).__name__} "
-                f"cannot yet; give another, or switch: 0"
+                f"method.sharing is null: must say how gradients are shared before the switch of method.period, "
+                f"{period} (DataParallel)"
             )
-        reset = self.local_momentum == "reset"
+        else:
+            average()
+
+    def _average(self, run: Run, period: Period, probe: Probe | None) -> None:
+        """Set up the synchronizers: of groups, if there are any, then of all ranks."""
+        if self.group_period is not None:
+            comm, ranks = run.comm, self.ranks_per_group
+            group = comm.node() if ranks is None else comm.split([rank // ranks for rank in range(comm.size)])
+            control = Control(group, run.facts, run.control.clock, decides=False)
+            level = self._level(run, group, probe, of_group=True)
+            self._synchronize(run, level, Constant(self.group_period), control)
+        level = self._level(run, run.comm, probe, of_group=False)
+        level.averager.riders = self._riders(run)
         pool = Pool(run.comm.counter(), run.comm.size) if self.rounds == "pooled" else None
-        run.synchronizers.append(
-            Synchronizer(averager, score, rule, period, run.control, run.optimizer, prox, reset, pool)
-        )
+        self._synchronize(run, level, period, run.control, self.local_momentum == "reset", pool)
+
+    def _synchronize(
+        self,
+        run: Run,
+        level: Level,
+        period: Period,
+        control: Control,
+        reset_momentum: bool = False,
+        pool: Pool | None = None,
+    ) -> None:
+        averager, score, rule, prox = level
+        synchronizer = Synchronizer(averager, score, rule, period, control, run.optimizer, prox, reset_momentum, pool)
+        synchronizer.on_round = lambda event: run.on_round(event)
+        run.synchronizers.append(synchronizer)
 
 
 def is_schedule_free(optimizer: optim.Optimizer) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ..aggregation import Bucketed, Mean
-from ..errors import ConfigError
-from .base import Method, Probe
+from ..aggregation import Codec, Mean
+from .base import SharingMethod
 from .run import Run
 
 
 @dataclass(kw_only=True)
-class DataParallel(Method):
+class DataParallel(SharingMethod):
     """g ← (1/W) Σ_m g_m before every step, allreduced in buckets while backward runs; all ranks stay identical.
 
     Attributes:
@@ -20,13 +18,5 @@ class DataParallel(Method):
         on_nonfinite: a mean gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
     """
 
-    bucket_mb: float = 25.0
-    on_nonfinite: Literal["error", "skip"] = "error"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.bucket_mb < float("inf"):
-            raise ConfigError(f"method.bucket_mb is {self.bucket_mb}: must be a positive number of MiB")
-
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
-        bucket_bytes = int(self.bucket_mb * 2**20)
-        run.aggregator = Bucketed(run.comm, run.vector, Mean(), bucket_bytes, self.on_nonfinite)
+    def _codec(self, run: Run) -> Codec:
+        return Mean()

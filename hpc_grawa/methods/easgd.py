@@ -12,21 +12,22 @@ from torch import Tensor
 
 from ..averaging.averager import Averager, inverse, pull
 from ..averaging.scores import Equal
+from ..comm import Communicator
 from ..periods import Period
-from .base import AveragingMethod, Probe, unit_interval
+from .base import AveragingMethod, Level, Probe, unit_interval
 from .run import Run
 
 
 class ElasticAverager(Averager):
     """x_m ← x_m - α(x_m - c); c ← (1-β)c + β·x̄, both from the old values, with α = β/W."""
 
-    def __init__(self, run: Run, beta: float) -> None:
-        super().__init__(run.comm, run.vector, beta / run.comm.size)
+    def __init__(self, run: Run, comm: Communicator, beta: float) -> None:
+        super().__init__(comm, run.vector, beta / comm.size)
         self._beta = beta
         center = run.vector.data.to(run.vector.exact_dtype, copy=True)
         if not run.common_start:
-            center.div_(run.comm.size)
-            run.comm.allreduce(center, "setup").wait()
+            center.div_(comm.size)
+            comm.allreduce(center, "setup").wait()
         self.center = self.kept["center"] = center
 
     def _mix(self, x: Tensor, average: Tensor) -> None:
@@ -53,5 +54,5 @@ class EASGD(AveragingMethod):
         super().__post_init__()
         unit_interval(self, "pull")
 
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
-        self._synchronize(run, ElasticAverager(run, self.pull), Equal(), inverse)
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+        return Level(ElasticAverager(run, comm, self.pull), Equal(), inverse)

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+from torch import optim
+
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
-from ..vector import Layers, Partition
-from .base import AveragingMethod, Probe, not_negative, unit_interval
+from ..comm import Communicator
+from ..vector import Layers, ParameterVector, Partition
+from .base import AveragingMethod, Level, Probe, not_negative, unit_interval
 from .run import Run
 
 
@@ -51,11 +54,14 @@ class _GradientWeighted(AveragingMethod):
     @abstractmethod
     def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score: ...
 
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
+    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
+        super()._check(optimizer, vector, probe)
+        vector.layers(self.partition)
+
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
         layers = run.vector.layers(self.partition)
-        score = self._score(run, layers, probe)
-        averager = Averager(run.comm, run.vector, self.pull, layers)
-        self._synchronize(run, averager, score, partial(inverse, power=self.power), self.prox)
+        averager = Averager(comm, run.vector, self.pull, layers)
+        return Level(averager, self._score(run, layers, probe), partial(inverse, power=self.power), self.prox)
 
 
 @dataclass(kw_only=True)
@@ -78,13 +84,17 @@ class GRAWA(_GradientWeighted):
         super().__post_init__()
         self._require("probe_batches", self.probe_batches >= 1, "at least 1")
 
-    def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score:
+    def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
+        super()._check(optimizer, vector, probe)
         if probe is None:
             name = type(self).__name__
             raise ValueError(
                 f"{name} scores ranks by the gradient of a fresh batch: pass probe=f where f() returns the loss of "
                 f"one, or take LocalMGRAWA or LocalLGRAWA, which score by the training gradients"
             )
+
+    def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score:
+        assert probe is not None
         return GradientNorm(
             run.vector, layers, probe, self.reduction, self.score_momentum, self.probe_batches, run.comm.rank
         )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
+from ..comm import Communicator
 from ..periods import Period
-from .base import AveragingMethod, Probe
+from .base import AveragingMethod, Level, Probe
 from .run import Run
 
 
@@ -24,5 +25,5 @@ class LocalSGD(AveragingMethod):
 
     period: int | Period = 8
 
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
-        self._synchronize(run, Averager(run.comm, run.vector, 1.0), Equal(), inverse)
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+        return Level(Averager(comm, run.vector, 1.0), Equal(), inverse)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..averaging.averager import Averager, argmin
-from ..averaging.control import Control
 from ..averaging.scores import TrainingLoss
-from ..averaging.synchronizer import Synchronizer
-from ..periods import Constant, Period
-from .base import AveragingMethod, Probe, unit_interval
+from ..comm import Communicator
+from ..periods import Period
+from .base import AveragingMethod, Level, Probe, unit_interval
 from .run import Run
 
 
@@ -22,17 +21,16 @@ from .run import Run
 class LSGD(AveragingMethod):
     """The leader is argmin_m of the mean training loss since the last round; its parameters are broadcast.
 
-    x_m ← x_m + λ(x_leader - x_m), and x_m ← x_m + (μ/τ)(x_leader - x_m) after each local step. On two levels, each
-    group has a leader of its own, and more often; where both are due, ranks are pulled to their group's leader first.
+    x_m ← x_m + λ(x_leader - x_m), and x_m ← x_m + (μ/τ)(x_leader - x_m) after each local step. On two levels
+    (``group_period``), each group has a leader of its own, and more often; where both are due, ranks are pulled to
+    their group's leader first.
 
     Attributes:
         period: local steps between rounds of all ranks, τ.
         pull: λ to their leader, the paper's c.
         prox: μ to their leader, the paper's p.
-        group_period: local steps between rounds within a group, which divide ``period``; null for one level.
         group_pull: λ to the group's leader.
         group_prox: μ to the group's leader.
-        ranks_per_group: consecutive ranks that are a group (the last may be smaller); null for the ranks of a host.
     """
 
     needs_loss: ClassVar[bool] = True
@@ -40,31 +38,13 @@ class LSGD(AveragingMethod):
     period: int | Period = 8
     pull: float = 0.1
     prox: float = 0.1
-    group_period: int | None = None
     group_pull: float = 0.1
     group_prox: float = 0.1
-    ranks_per_group: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unit_interval(self, "pull", "prox", "group_pull", "group_prox")
-        inner, ranks = self.group_period, self.ranks_per_group
-        divides = inner is None or (inner >= 1 and not isinstance(self.period, Period) and self.period % inner == 0)
-        self._require("group_period", divides, f"null, or divide method.period, which is {self.period}")
-        self._require("ranks_per_group", ranks is None or ranks >= 1, "null (hosts), or at least 1")
-        self._require("ranks_per_group", ranks is None or inner is not None, "null without method.group_period")
-        self._require("rounds", inner is None or self.rounds == "lockstep", "lockstep with method.group_period")
 
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
-        if self.group_period is not None:
-            self._group(run, self.group_period)
-        self._synchronize(run, Averager(run.comm, run.vector, self.pull), TrainingLoss(), argmin, self.prox)
-
-    def _group(self, run: Run, period: int) -> None:
-        comm, ranks = run.comm, self.ranks_per_group
-        group = comm.node() if ranks is None else comm.split([rank // ranks for rank in range(comm.size)])
-        control = Control(group, run.facts, run.control.clock, decides=False)
-        averager = Averager(group, run.vector, self.group_pull)
-        run.synchronizers.append(
-            Synchronizer(averager, TrainingLoss(), argmin, Constant(period), control, run.optimizer, self.group_prox)
-        )
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+        pull, prox = (self.group_pull, self.group_prox) if of_group else (self.pull, self.prox)
+        return Level(Averager(comm, run.vector, pull), TrainingLoss(), argmin, prox)

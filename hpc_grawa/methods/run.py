@@ -40,10 +40,11 @@ from torch import Tensor, nn, optim
 from ..aggregation import Aggregator
 from ..averaging.control import Control
 from ..averaging.probe import check_loss
-from ..averaging.synchronizer import Synchronizer
+from ..averaging.synchronizer import Round, Synchronizer
 from ..batchnorm import frozen
 from ..comm import Communicator
 from ..errors import ConfigError, LostView
+from ..schedules import RunFacts
 from ..vector import ParameterVector
 
 #: Why a closure is not evaluated twice where gradients are shared.
@@ -86,6 +87,14 @@ class Run:
         self.facts = control.facts
         self.aggregator = Aggregator()
         self.synchronizers: list[Synchronizer] = []
+        #: What synchronizers tell of their rounds, those of groups too.
+        self.on_round: Callable[[Round], None] = lambda _: None
+        #: Where gradients are shared before ranks average: whether they still are in the coming step.
+        self.shares_still: Callable[[RunFacts], bool] = lambda _: False
+        #: Whether they were up to here, so that all ranks have the same parameters.
+        self._alike = False
+        #: Sets up what averages then.
+        self._average: Callable[[], None] | None = None
         #: Called by ``close``.
         self.on_close: list[Callable[[], None]] = []
         self._held = self._count_held()
@@ -172,6 +181,31 @@ class Run:
 
         return closure
 
+    def share_first(
+        self, aggregator: Aggregator, shares: Callable[[RunFacts], bool], average: Callable[[], None]
+    ) -> None:
+        """Share gradients as long as ``shares(facts)``, asked between steps; then ``average()`` sets up synchronizers.
+
+        Until then there are none, and the run is one of gradient sharing alone.
+        """
+        self.aggregator, self.shares_still, self._average = aggregator, shares, average
+        self._begin_averaging_if_due()
+
+    def begin_averaging(self) -> None:
+        """Share gradients no more, if that comes first, and set up what averages; all ranks must, between steps."""
+        average, self._average = self._average, None
+        if average is not None:
+            self.aggregator.settle()
+            self.aggregator.close()
+            self.aggregator = Aggregator()
+            average()
+            self._alike = True
+
+    def _begin_averaging_if_due(self) -> None:
+        # Deadlock argument: between steps the facts that it is asked by are the same on all ranks.
+        if self._average is not None and not self.shares_still(self.facts):
+            self.begin_averaging()
+
     @property
     def pooled(self) -> bool:
         """Whether ranks make as many local steps as they can, see ``before_step``."""
@@ -201,7 +235,7 @@ class Run:
         if self._count_held() != self._held:
             self._check_held()
         self.aggregator.stepped()
-        self._shared = False
+        self._shared = self._alike = False
         self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
         for synchronizer in self.synchronizers:  # a round's first step: its period is decided by the facts before it
             synchronizer.observe(loss)
@@ -211,6 +245,7 @@ class Run:
             synchronizer.round_if_due()
         if not self.pooled:
             self.control.after_step(self.synchronizers[-1].period if self.synchronizers else math.inf)
+        self._begin_averaging_if_due()
 
     def _count_held(self) -> int:
         return sum(len(group["params"]) for group in self.optimizer.param_groups)
@@ -268,10 +303,14 @@ class Run:
         """Take over what ``state_dict`` gave, right after ``build``."""
         for name, value in state["facts"].items():
             setattr(self.facts, name, value)
+        if state["synchronizers"]:
+            self.begin_averaging()
+            self._alike = False
         if "aggregator" in state:  # older states have none
             self.aggregator.load_state_dict(state["aggregator"])
         for synchronizer, own in zip(self.synchronizers, state["synchronizers"], strict=True):
             synchronizer.load_state_dict(own)
+        self._begin_averaging_if_due()
         self.control.resume()
 
     def start_from(self, state: dict[str, Any]) -> None:
@@ -282,6 +321,7 @@ class Run:
         """
         for name, value in state["facts"].items():
             setattr(self.facts, name, value)
+        self._begin_averaging_if_due()
         # The last averages over all ranks, before and now; a level below it may be new.
         saved = [(s["rounds"], s["healed"]) for s in reversed(state["synchronizers"])]
         counts = chain(saved, repeat((0, 0)))
@@ -308,6 +348,8 @@ class Run:
         if not self.synchronizers:
             return self.vector.data
         center = self.synchronizers[-1].averager.center
+        if center is None and self._alike:
+            return self.vector.data
         if center is None:
             raise RuntimeError(
                 "there is no center before the first round: make as many steps as the method's period, or call "

@@ -13,6 +13,7 @@ from itertools import accumulate
 from ..comm.base import TICKET, Communicator
 from ..comm.meter import bytes_sent
 from ..comm.mirror import MirrorCommunicator
+from ..methods import Run
 from ..periods import Constant, Period, length
 from ..runs.log import human_bytes
 from ..schedules import RunFacts
@@ -53,10 +54,8 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     """
     comm = MirrorCommunicator(world_size, ranks_per_host)
     worker = Worker(config, comm)
-    synchronizers = worker.run.synchronizers
-    asked, pooled = [s.ask for s in synchronizers], worker.run.pooled
-    for s in synchronizers:
-        s.ask, s.pool = Constant(math.inf), None  # steps and rounds are timed apart
+    run, shares_still = worker.run, worker.run.shares_still
+    asked, pooled = _apart(run)
     worker.step()
     start = time.perf_counter()
     for _ in range(STEPS):
@@ -65,18 +64,27 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     per_step = comm.meter.bytes_sent["gradient"] / (STEPS + 1)
     # The steps that the budget comes to at the speed just measured.
     steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / seconds)
+    whole = max(1, round(steps))
+    # How many of them share gradients before the run averages.
+    shared = next((n for n in range(whole) if not shares_still(_facts(config, worker, n, whole, seconds))), whole)
+    if 0 < shared < whole:
+        run.begin_averaging()
+        asked, pooled = _apart(run)
+        worker.step()
     levels = []
-    for s, ask in zip(synchronizers, asked, strict=True):
+    for s, ask in zip(run.synchronizers, asked, strict=True):
         before, start = _round_bytes(comm), time.perf_counter()
         s.round()
         took, sent = time.perf_counter() - start, _round_bytes(comm) - before
-        level = Level(s.averager.comm.size, _periods(ask, config, worker, max(1, round(steps)), seconds), sent, took)
+        level = Level(s.averager.comm.size, _periods(ask, config, worker, shared, whole, seconds), sent, took)
         if pooled:  # a rank's last ticket finds none left
             level.bytes += (level.period + 1) * bytes_sent("counter", TICKET.nbytes, world_size)
         levels.append(level)
     epoch = worker.sampler.steps_per_epoch
-    sent = per_step * epoch + sum(epoch / level.period * level.bytes for level in levels)
-    round_seconds = sum(epoch / level.period * level.seconds for level in levels)
+    # Of the run as a whole.
+    averaging = epoch * (1 - shared / whole)
+    sent = per_step * (epoch - averaging if shared else epoch) + sum(averaging / v.period * v.bytes for v in levels)
+    round_seconds = sum(averaging / level.period * level.seconds for level in levels)
     batch = config.data.batch_size
     limits = [f"{worker.total_steps:,} steps"] if worker.total_steps else []
     limits += [f"{config.budget.seconds:g} s"] if config.budget.seconds else []
@@ -90,7 +98,7 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
         f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}",
         f"budget            {' or '.join(limits)}; {epoch:,} steps per epoch",
-        f"rounds            {_rounds(levels, epoch)}",
+        f"rounds            {_rounds(levels, epoch, shared)}",
         f"sent per rank     {_sent(levels)}{human_bytes(per_step)} per step, {human_bytes(sent)} per epoch",
         f"memory per rank   {human_bytes(memory)} at its peak here; parameters {human_bytes(parameters)}",
         f"time per epoch    {seconds * epoch:.3g} s of local steps ({1000 * seconds:.3g} ms each, timed over {STEPS}) "
@@ -102,11 +110,20 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     return "\n".join(lines)
 
 
-def _rounds(levels: Sequence[Level], epoch: int) -> str:
+def _apart(run: Run) -> tuple[list[Period], bool]:
+    """Have no rounds, so that they and steps are timed apart; returns the periods, and whether rounds are pooled."""
+    asked, pooled = [s.ask for s in run.synchronizers], run.pooled
+    for s in run.synchronizers:
+        s.ask, s.pool = Constant(math.inf), None
+    return asked, pooled
+
+
+def _rounds(levels: Sequence[Level], epoch: int, shared: int) -> str:
     """How many there are, and how often; of several levels each with its ranks."""
     if not levels:
         return "none"
-    return "; ".join(
+    before = f"none in {shared:,} steps, which share gradients; then " if shared else ""
+    return before + "; ".join(
         f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {_steps(level.periods)} local steps"
         for level in levels
     )
@@ -133,11 +150,11 @@ def _round_bytes(comm: Communicator) -> float:
     return comm.meter.bytes_sent["center"] + comm.meter.bytes_sent["control"]
 
 
-def _periods(ask: Period, config: Config, worker: Worker, steps: int, seconds: float) -> list[float]:
-    """Of each round of a run of so many steps of so many seconds."""
+def _periods(ask: Period, config: Config, worker: Worker, step: float, steps: int, seconds: float) -> list[float]:
+    """Of each round from a step on, of a run of so many steps of so many seconds."""
     if isinstance(ask, Constant) and ask.steps < math.inf:
         return [ask.steps]
-    periods, step = [], 0.0
+    periods = []
     while step < steps:
         periods.append(min(length(ask, _facts(config, worker, math.floor(step), steps, seconds)), steps - step))
         step += periods[-1]

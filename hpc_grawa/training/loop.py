@@ -114,8 +114,7 @@ class Training:
         self.checkpoints = Checkpoints(Path(place) / "checkpoints", comm, config.save.keep) if place else None
         self.log = Log(folder, speaks, config.log.tensorboard)
         self.examiner, self.progress = Examiner(worker), Progress(self.log, worker)
-        for synchronizer in worker.run.synchronizers:
-            synchronizer.on_round = self.progress.on_round
+        worker.run.on_round = self.progress.on_round
         self.evaluations = Cadence(config.eval.every, config.eval.unit, worker.facts)
         self.saves = Cadence(config.save.every, config.save.unit, worker.facts)
         splits = worker.splits

@@ -1,0 +1,133 @@
+"""Rounds of groups beside those of all ranks, of any method that averages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Ranks
+from table import METHODS, kinds, plain
+from torch import nn
+from worlds import NET, batch, nesterov, run_method, starts
+
+from hpc_grawa import LGRAWA, LocalSGD, ParameterVector, simulate
+from hpc_grawa.comm import Communicator
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.methods import AveragingMethod
+from hpc_grawa.periods import QSR
+
+STEPS = 10
+
+
+def ours(name: str, **settings: Any) -> AveragingMethod:
+    method = METHODS[name].ours
+    assert isinstance(method, AveragingMethod)
+    if hasattr(method, "group_pull"):  # groups have strengths of their own
+        settings |= {"group_pull": method.pull, "group_prox": method.prox}
+    return replace(method, **settings)
+
+
+def trained(comm: Communicator, method: AveragingMethod, **options: Any) -> list[Any]:
+    """The parameters after every step but the last, which ends with a round of all."""
+    return run_method(comm, method, steps=STEPS, optimizer=nesterov, **options).parameters[:-1]
+
+
+@pytest.mark.parametrize("name", kinds("averages"))
+def test_a_group_of_all_is_the_method_bit_for_bit(on_ranks: Ranks, name: str) -> None:
+    method = ours(name, period=3, group_period=None, ranks_per_group=None)
+    groups = replace(method, period=math.inf, group_period=3, ranks_per_group=on_ranks.size)
+
+    def body(comm: Communicator) -> list[Any]:
+        # One batch for every probe: how many rounds of all there were says which, and these have none.
+        return [trained(comm, m, probe_of=lambda rank, round_: batch(rank, 99)) for m in (method, groups)]
+
+    for one, other in on_ranks(body):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", plain("averages"))
+def test_groups_are_worlds_of_their_own_between_rounds_of_all(name: str) -> None:
+    """Four ranks in two groups: each does, bit for bit, what two ranks by themselves do with its data."""
+    method = ours(name, period=3, group_period=None, ranks_per_group=None)
+    groups = replace(method, period=math.inf, group_period=3, ranks_per_group=2)
+
+    def part(comm: Communicator, first: int, method: AveragingMethod) -> list[Any]:
+        return trained(
+            comm,
+            method,
+            batch=lambda rank, step: batch(first + rank, step),
+            probe_of=lambda rank, round_: batch(first + rank, 99),
+        )
+
+    four = simulate(4, lambda comm: part(comm, 0, groups))
+    halves = [simulate(2, lambda comm, first=first: part(comm, first, method)) for first in (0, 2)]
+    assert np.array_equal(four, [*halves[0], *halves[1]])
+    assert not np.array_equal(four[0], four[2])
+
+
+def test_local_sgd_of_groups_by_hand(on_ranks: Ranks) -> None:
+    """x_m <- the mean of its pair every 2 steps, that of all every 4."""
+    method = LocalSGD(period=4, group_period=2, ranks_per_group=2)
+    traces = on_ranks(lambda comm: run_method(comm, method, steps=STEPS))
+    x = np.array([starts(on_ranks.size)[0]] * on_ranks.size)
+    for step in range(STEPS):
+        for m in range(len(x)):
+            x[m] -= 0.1 * NET.loss_and_grad(x[m], *batch(m, step))[1]
+        if step % 2 or step == STEPS - 1:
+            for first in range(0, len(x), 2):
+                x[first : first + 2] = x[first : first + 2].mean(axis=0)
+        if step % 4 == 3 or step == STEPS - 1:
+            x[:] = x.mean(axis=0)
+        for m, trace in enumerate(traces):
+            np.testing.assert_allclose(trace.parameters[step], x[m], rtol=1e-12, atol=1e-12)
+
+
+def test_groups_go_with_a_period_that_changes(on_ranks: Ranks) -> None:
+    """Rounds of groups keep their own pace, wherever those of all fall."""
+
+    def body(comm: Communicator) -> list[tuple[int, int]]:
+        vector = ParameterVector(nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(vector.parameters, 0.1)
+        method = LocalSGD(period=QSR(3, 0.0), group_period=2, ranks_per_group=1)
+        run = method.build(comm, vector, optimizer)
+        seen: list[tuple[int, int]] = []
+        run.on_round = lambda r: seen.append((r.step, len(r.ranks)))
+        for _ in range(7):
+            run.after_step(optimizer.step(run.closure(lambda: vector.model(torch.ones(1, 2)).sum())))
+        run.finish()
+        return seen
+
+    all_ = on_ranks.size
+    expected = [(2, 1), (3, all_), (4, 1), (6, 1), (6, all_), (7, 1), (7, all_)]
+    assert on_ranks(body) == [expected] * on_ranks.size
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"period": 8, "group_period": 3},
+            "method.group_period is 3: must be null, or divide method.period, which is 8",
+        ),
+        (
+            {"period": 8, "group_period": 0},
+            "method.group_period is 0: must be null, or divide method.period, which is 8",
+        ),
+        ({"ranks_per_group": 2}, "method.ranks_per_group is 2: must be null without method.group_period"),
+        (
+            {"period": 8, "group_period": 4, "ranks_per_group": 0},
+            "method.ranks_per_group is 0: must be null .hosts., or",
+        ),
+        (
+            {"period": 8, "group_period": 4, "rounds": "pooled"},
+            "method.rounds is pooled: must be lockstep with method.g",
+        ),
+    ],
+)
+def test_impossible_groups_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LGRAWA(**settings)
