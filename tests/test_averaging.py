@@ -23,7 +23,7 @@ from hpc_grawa.averaging.averager import Averager, argmin, inverse, pull
 from hpc_grawa.averaging.riders import LocalMomentum, RunningStatistics
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.errors import NonFinite
-from hpc_grawa.methods import AveragingMethod, Probe
+from hpc_grawa.methods import AveragingMethod, Level, Probe
 from hpc_grawa.periods import Period
 from hpc_grawa.vector import Layers
 
@@ -438,8 +438,8 @@ class Own(AveragingMethod):
     period: int | Period = 2
     prox: float = 0.0
 
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
-        self._synchronize(run, self.kind(run), Equal(), inverse, self.prox)
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
+        return Level(self.kind(run), Equal(), inverse, self.prox)
 
 
 def own_run(comm: Communicator, method: AveragingMethod) -> Run:

@@ -14,6 +14,7 @@ from hpc_grawa.training.loop import fit
 #: Two parameters, so that a control word and a ticket count as much as a center; 2 steps an epoch on 4 ranks.
 LINE = ("--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--optimizer.lr=0.05")
 STEPS, EPOCHS = 16, 8
+FIRST = ("--method=LocalSGD", "--method.sharing=DataParallel", "--method.period=PostLocal", "--method.period.steps=4")
 LEVELS = ("--method=LSGD", "--method.period=8", "--method.group_period=2")
 
 
@@ -37,8 +38,11 @@ def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
         ((*LEVELS, "--method.ranks_per_group=2"), 0),
         (LEVELS, 0),
         (("--method=DataParallel", "--run.control_every=1000"), 10),
+        ((*FIRST, "--method.period.switch=4"), 0),
+        ((*FIRST, "--method.period.switch=100", "--run.control_every=1000"), 10),
+        ((*FIRST, "--method.period.switch=8", "--method.group_period=2"), 0),
     ],
-    ids=["lockstep", "pooled", "pooled by layers", "groups", "hosts", "gradients"],
+    ids=["lockstep", "pooled", "pooled by layers", "groups", "hosts", "gradients", "first", "only", "first, groups"],
 )
 def test_the_bytes_of_a_dry_run_are_those_of_the_run(
     words: tuple[str, ...], farewell: int, capsys: pytest.CaptureFixture[str]

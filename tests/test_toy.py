@@ -23,7 +23,7 @@ from hpc_grawa.averaging.averager import Averager, argmin
 from hpc_grawa.averaging.scores import SCORE_MOMENTUM, TrainingLoss
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.methods import AveragingMethod, Probe, Run
+from hpc_grawa.methods import AveragingMethod, Level, Probe, Run
 from hpc_grawa.toy import Descent, Vincent, descend, draw, valley, vincent
 from hpc_grawa.toy import table as printed_table
 from hpc_grawa.toy.vincent import CORNERS
@@ -44,8 +44,8 @@ METHODS: dict[str, Method] = {name: with_settings(table.METHODS[name].ours) for 
 class Follow(AveragingMethod):
     """All become the rank with the smallest loss; has none of pull, prox, power and score_momentum."""
 
-    def _assemble(self, run: Run, probe: Probe | None) -> None:
-        self._synchronize(run, Averager(run.comm, run.vector, 1.0), TrainingLoss(), argmin)
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
+        return Level(Averager(comm, run.vector, 1.0), TrainingLoss(), argmin)
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ What holds for all of them:
 - A rank that fails ends the job on all ranks within seconds, with its traceback.
 """
 
-from .base import AveragingMethod, Method, Probe
+from .base import AveragingMethod, Level, Method, Probe, SharingMethod
 from .data_parallel import DataParallel
 from .easgd import EASGD
 from .grawa import GRAWA, LGRAWA, MGRAWA, LocalLGRAWA, LocalMGRAWA
@@ -39,10 +39,12 @@ __all__ = [
     "MGRAWA",
     "AveragingMethod",
     "DataParallel",
+    "Level",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",
     "Method",
     "Probe",
     "Run",
+    "SharingMethod",
 ]

@@ -265,8 +265,13 @@ class AveragingMethod(Method):
         return [*riders, others] if len(others) else riders
 
     @abstractmethod
-    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
-        """How the ranks of ``comm`` average: all of the run, or of a group."""
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
+        """How the ranks of ``comm`` average: all of the run, or a group of them."""
+
+    @property
+    def of_groups(self) -> AveragingMethod:
+        """The method by which groups average."""
+        return self
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
         period = self.period if isinstance(self.period, Period) else Constant(self.period)
@@ -287,9 +292,9 @@ class AveragingMethod(Method):
             comm, ranks = run.comm, self.ranks_per_group
             group = comm.node() if ranks is None else comm.split([rank // ranks for rank in range(comm.size)])
             control = Control(group, run.facts, run.control.clock, decides=False)
-            level = self._level(run, group, probe, of_group=True)
+            level = self.of_groups._level(run, group, probe)
             self._synchronize(run, level, Constant(self.group_period), control)
-        level = self._level(run, run.comm, probe, of_group=False)
+        level = self._level(run, run.comm, probe)
         level.averager.riders = self._riders(run)
         pool = Pool(run.comm.counter(), run.comm.size) if self.rounds == "pooled" else None
         self._synchronize(run, level, period, run.control, self.local_momentum == "reset", pool)

@@ -54,5 +54,5 @@ class EASGD(AveragingMethod):
         super().__post_init__()
         unit_interval(self, "pull")
 
-    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(ElasticAverager(run, comm, self.pull), Equal(), inverse)

@@ -58,7 +58,7 @@ class _GradientWeighted(AveragingMethod):
         super()._check(optimizer, vector, probe)
         vector.layers(self.partition)
 
-    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         layers = run.vector.layers(self.partition)
         averager = Averager(comm, run.vector, self.pull, layers)
         return Level(averager, self._score(run, layers, probe), partial(inverse, power=self.power), self.prox)

@@ -25,5 +25,5 @@ class LocalSGD(AveragingMethod):
 
     period: int | Period = 8
 
-    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(Averager(comm, run.vector, 1.0), Equal(), inverse)

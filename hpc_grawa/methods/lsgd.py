@@ -6,7 +6,7 @@ Deep Learning Models, NeurIPS 2019.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..averaging.averager import Averager, argmin
@@ -45,6 +45,9 @@ class LSGD(AveragingMethod):
         super().__post_init__()
         unit_interval(self, "pull", "prox", "group_pull", "group_prox")
 
-    def _level(self, run: Run, comm: Communicator, probe: Probe | None, of_group: bool) -> Level:
-        pull, prox = (self.group_pull, self.group_prox) if of_group else (self.pull, self.prox)
-        return Level(Averager(comm, run.vector, pull), TrainingLoss(), argmin, prox)
+    def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
+        return Level(Averager(comm, run.vector, self.pull), TrainingLoss(), argmin, self.prox)
+
+    @property
+    def of_groups(self) -> LSGD:
+        return replace(self, pull=self.group_pull, prox=self.group_prox)
