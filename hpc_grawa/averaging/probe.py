@@ -16,7 +16,8 @@ from ..eager import eagerly
 from ..hooks import gradients_aside
 from ..vector import ParameterVector
 
-#: Returns the loss (0-d tensor) of a fresh batch, or yields losses of its parts, whose gradients add up.
+#: Returns the loss (0-d tensor) of a fresh batch, or yields losses of its parts, whose gradients add up. One that has a
+#: method ``set_round(number)`` is told before which of the run's rounds it is for.
 Probe = Callable[[], Tensor | Iterable[Tensor]]
 
 
