@@ -310,7 +310,7 @@ def test_another_number_of_ranks_is_refused_before_anything_is_said_or_changed(
     words = ("train", *WORDS, "--run.dir=here")
     config, folder = parse([*words[1:], "--budget.steps=9"]), tmp_path / "here/a"
     folder.mkdir(parents=True)
-    simulate(2, lambda comm: fit(config, comm, None if comm.rank else lambda: folder, speaks=False))
+    simulate(2, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: folder, speaks=False))
     text = json.dumps({"state": "preempted", "cause": "SIGTERM", "rank": 1, "steps": 9}) + "\n"
     (folder / "summary.json").write_text(text)
     before = contents(folder)
@@ -364,7 +364,8 @@ def test_who_waited_for_the_lock_of_a_run_that_then_finished_leaves_it_as_it_is(
 def test_all_ranks_end_where_the_run_was_finished_meanwhile() -> None:
     config = parse([*WORDS, "--run.name=b"])
     assert (
-        simulate(3, lambda comm: fit(config, comm, None if comm.rank else lambda: None)) == [{"state": "finished"}] * 3
+        simulate(3, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: None))
+        == [{"state": "finished"}] * 3
     )
 
 

@@ -105,7 +105,11 @@ def train(words: list[str], facts: RankFacts) -> None:
 
         try:
             found = fit(
-                config, comm, None if comm.rank else place.open, None, options.trace, options.resume_world == "any"
+                config,
+                comm,
+                new_folder=None if comm.rank else place.open,
+                trace=options.trace,
+                any_world=options.resume_world == "any",
             )
         finally:
             place.close()

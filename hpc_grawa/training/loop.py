@@ -31,6 +31,7 @@ FOLDER = 120.0
 def fit(
     config: Config,
     comm: Communicator,
+    *,
     new_folder: Callable[[], Path | None] | None = None,
     speaks: bool | None = None,
     trace: bool = False,
