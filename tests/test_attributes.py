@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hpc_grawa import ParameterVector
 from hpc_grawa.averaging.probe import probe_gradient
+from hpc_grawa.batchnorm import recalibrate
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.metrics import Accuracy
-from hpc_grawa.training.evaluate import Judge, recalibrate
+from hpc_grawa.training.evaluate import Judge
 
 
 class Busy(nn.Module):

@@ -16,14 +16,15 @@ from torch.testing._internal.two_tensor import TwoTensor
 from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
 from hpc_grawa.averaging.averager import Averager
 from hpc_grawa.averaging.riders import WeightBuffers
-from hpc_grawa.batchnorm import norms
+from hpc_grawa.batchnorm import norms, recalibrate
 from hpc_grawa.buffers import as_bytes, checksum
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.errors import ConfigError
+from hpc_grawa.forward import undisturbed
 from hpc_grawa.metrics import Accuracy
-from hpc_grawa.training.evaluate import Judge, recalibrate, undisturbed
+from hpc_grawa.training.evaluate import Judge
 from hpc_grawa.training.examiner import Examiner
 from hpc_grawa.training.worker import Worker
 

@@ -14,13 +14,13 @@ from table import as_words, kinds
 from torch import Tensor, nn
 
 from hpc_grawa import simulate
+from hpc_grawa.batchnorm import recalibrate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import ArraySplit
 from hpc_grawa.metrics import Accuracy
 from hpc_grawa.training.config import Config
-from hpc_grawa.training.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
+from hpc_grawa.training.evaluate import BATCH, Judge, uniform_mean
 from hpc_grawa.training.examiner import Examiner
 from hpc_grawa.training.worker import Worker
 from hpc_grawa.vector import ParameterVector
@@ -105,60 +105,6 @@ def test_no_forward_pass_sees_more_examples_than_it_may() -> None:
     whole, parts = (Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=n).judge(model, Images(10)) for n in (10, 4))
     assert sizes == [10, 4, 4, 2]
     assert parts == pytest.approx(whole, rel=1e-12)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_recalibrated_statistics_are_those_of_all_batches_of_all_ranks(world: int) -> None:
-    each = 3
-    generator = torch.Generator().manual_seed(1)
-    batches = torch.randn(world, each, 6, 1, 5, 5, generator=generator, dtype=torch.float64) * 3 + 1
-
-    def body(comm: Communicator) -> nn.Sequential:
-        model = network()
-        model[1].running_mean.fill_(7)  # forgotten
-        recalibrate(model, batches[comm.rank], comm)
-        return model
-
-    # What the layers see, by NumPy: the second layer's inputs come through the first's batch statistics.
-    model = network()
-    first, second = [], []
-    with torch.no_grad():
-        for batch in batches.flatten(0, 1):
-            seen = model[0](batch)
-            first.append(seen.transpose(0, 1).flatten(1).numpy())
-            normed = nn.functional.batch_norm(seen, None, None, model[1].weight, model[1].bias, training=True)
-            second.append(model[4](normed.flatten(1)).T.numpy())
-    for result in simulate(world, body):
-        for layer, seen in ((result[1], first), (result[5], second)):
-            mean = np.mean([x.mean(1) for x in seen], axis=0)
-            squares = np.mean([(x**2).mean(1) for x in seen], axis=0)
-            np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-6, atol=1e-6)
-            np.testing.assert_allclose(layer.running_var, squares - mean**2, rtol=1e-5)
-
-
-def test_recalibration_changes_nothing_else() -> None:
-    model = network()
-    model[0].eval()  # a mode of its own
-    before = copy.deepcopy(model.state_dict())
-    batches = torch.randn(2, 6, 1, 5, 5).double()
-    streams = torch.get_rng_state()
-    recalibrate(model, batches, SingleCommunicator())
-    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert changed == {f"{i}.running_{what}" for i in (1, 5) for what in ("mean", "var")}
-    assert [m.training for m in model] == [False] + [True] * 6
-    assert torch.equal(torch.get_rng_state(), streams)
-
-
-def test_eval_mode_and_kept_buffers_are_undone_even_after_an_error() -> None:
-    model = network()
-    model[1].eval()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyError), undisturbed(model), eval_mode(model):
-        assert not any(m.training for m in model.modules())
-        model[1].running_mean.fill_(3)
-        raise KeyError
-    assert [m.training for m in model] == [True, False] + [True] * 5
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..averaging.riders import pool
+from ..batchnorm import pool, recalibrate
 from ..buffers import shared
 from ..data import Examples, in_advance
-from .evaluate import Judge, recalibrate, undisturbed, uniform_mean
+from ..forward import undisturbed
+from .evaluate import Judge, uniform_mean
 from .worker import Worker
 
 

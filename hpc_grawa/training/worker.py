@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import buffers, optim, random_streams
+from .. import buffers, nests, optim, random_streams
 from ..comm import Communicator
-from ..data import Nest, in_advance, nests
+from ..data import Nest, in_advance
 from ..errors import ConfigError
+from ..forward import autocast
 from ..launch import local_device
 from ..methods.base import is_schedule_free
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .budget import Clock
 from .config import Config
-from .evaluate import autocast
 from .preflight import new_model
 
 
