@@ -271,7 +271,7 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its end, its records and its signs, byte for byte; the next start goes on, and says how the run had ended."""
+    """Its end, its records and its heartbeats, byte for byte; the next start goes on and says how the run had ended."""
     folder = damaged(runs["interrupted"], "summary.json", gone if killed else lambda file: None, tmp_path / "b")
     words, more, told, good = ("train", *WORDS, f"--run.dir={folder.parent}"), [], refusal, contents(folder)
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..launch import job_name, restarts
 from ..runs.checkpoint import check_world, saved_world
-from ..runs.heartbeat import ending_of, read_signs
+from ..runs.heartbeat import ending_of, read_heartbeats
 from ..runs.lock import Lock
 from ..runs.log import is_finished, new_folder, say
 from ..runs.reading import parse_settings, read_object, read_text
@@ -135,7 +135,7 @@ class RunPlace:
         except ConfigError as error:
             say(f"before     {error}")
             return
-        if ended := ending_of(summary, read_signs(self.path)):
+        if ended := ending_of(summary, read_heartbeats(self.path)):
             say(f"before     {ended}")
 
     def close(self) -> None:

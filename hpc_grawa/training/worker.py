@@ -162,7 +162,7 @@ class Worker:
         yield from in_advance(self.splits.train, wanted, self.device)
 
     def said(self) -> dict[str, Any]:
-        """What a sign of life says of this rank; asked for by another thread."""
+        """What a heartbeat says of this rank; asked for by another thread."""
         return {"step": self.facts.step, "used": min(1.0, self.used), "training": self.clock.seconds}
 
     @property
