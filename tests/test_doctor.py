@@ -17,7 +17,7 @@ from test_cli import LINE
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect
-from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, judge, verdict
+from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, diagnose, verdict
 from hpc_grawa.doctor.examine import look_around, measure, try_folder
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.launch import RankFacts, rank_facts
@@ -64,7 +64,7 @@ def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
 
 def only(facts: Facts, name: str) -> Finding:
     """The finding of this name, which is to be the only one with a mark; that there are no GPUs is none."""
-    marked = [f for f in judge(facts) if f.mark and (f.name == name or not f.value.endswith("none"))]
+    marked = [f for f in diagnose(facts) if f.mark and (f.name == name or not f.value.endswith("none"))]
     assert [f.name for f in marked] == [name], marked
     assert marked[0].fix
     return marked[0]
@@ -72,7 +72,7 @@ def only(facts: Facts, name: str) -> Finding:
 
 def test_where_nothing_lacks_nothing_is_marked() -> None:
     facts = world(*(GPU | {"gpu": str(m)} for m in range(4)))
-    findings = judge(facts)
+    findings = diagnose(facts)
     assert [f for f in findings if f.mark or f.fix] == []
     assert list(dict.fromkeys(f.section for f in findings)) == SECTIONS
     lines = {f.name: f.value for f in findings}
@@ -155,21 +155,21 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
 def test_each_lack_has_a_fix(facts: Facts, name: str, mark: str, value: str, fix: str) -> None:
     found = only(facts, name)
     assert found.mark == mark and re.search(value, found.value) and re.search(fix, found.fix), found
-    line, status = verdict(facts, judge(facts))
+    line, status = verdict(facts, diagnose(facts))
     assert status == (mark == "fails") and line.startswith(f"backend {facts.backend} ")
     assert ("would fail: " in line) == bool(status)
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_without_pmi_gloo_and_nccl_start(backend: str) -> None:
-    assert verdict(f := world({}, {}, launcher=SRUN, pmi="", backend=backend), judge(f))[1] == 0
+    assert verdict(f := world({}, {}, launcher=SRUN, pmi="", backend=backend), diagnose(f))[1] == 0
 
 
 def test_many_hosts_are_one_line_where_they_are_alike() -> None:
-    findings = [f for f in judge(world(*[{}] * 12)) if f.name in ("interfaces", "/dev/shm", "cores", "GPUs")]
+    findings = [f for f in diagnose(world(*[{}] * 12)) if f.name in ("interfaces", "/dev/shm", "cores", "GPUs")]
     assert len(findings) == 4 and all(f.value.startswith("on every host: ") for f in findings)
     few = world({}, {}, {}, {}, {"shm": (2**20, 2**20)}, {})
-    assert [f.value[:10] for f in judge(few) if f.name == "/dev/shm"] == ["on a, b: 3", "on c: 1.05"]
+    assert [f.value[:10] for f in diagnose(few) if f.name == "/dev/shm"] == ["on a, b: 3", "on c: 1.05"]
 
 
 def test_a_rank_sees_gpus_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.runs.log import Log
 from hpc_grawa.training.config import Config
-from hpc_grawa.training.evaluate import Judge
+from hpc_grawa.training.evaluate import Evaluator
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
 
@@ -164,7 +164,7 @@ def test_the_center_loads_into_a_fresh_model_and_evaluate_prints_its_accuracy(
     config, folder, summary = finished
     model = config.build_model()
     model.load_state_dict(center(folder))
-    scores = Judge(config.loss, config.metric).judge(model, config.data.load().test)
+    scores = Evaluator(config.loss, config.metric).evaluate(model, config.data.load().test)
     assert scores["accuracy"] == summary["center_test_accuracy"]
     assert scores["loss"] == pytest.approx(summary["center_test_loss"], rel=1e-5)
     cli.main(["evaluate", str(folder), "--backend=single"])

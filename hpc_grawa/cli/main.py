@@ -146,10 +146,10 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
     set_threads(facts)
     with together(program, config, facts, first_line) as comm:
         from .. import buffers
-        from ..training.evaluate import Judge
+        from ..training.evaluate import Evaluator
         from ..training.preflight import new_model
 
-        judge = Judge(config.loss, config.metric, config.precision, config.eval.batch_size)
+        evaluator = Evaluator(config.loss, config.metric, config.precision, config.eval.batch_size)
         splits = config.data.load()
         model = new_model(config, splits, comm, local_device(facts, config.device))
         file = options.run / "center.pt"
@@ -161,7 +161,7 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         except Exception as error:  # a damaged file can raise anything
             why = in_a_line(error)[:200] or type(error).__name__
             raise ConfigError(f"{file} is damaged, or of another model: {why}") from None
-        scores = judge.judge(model, splits.test, comm)
+        scores = evaluator.evaluate(model, splits.test, comm)
         if facts.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
 

@@ -1,4 +1,4 @@
-"""What ``hpc-grawa doctor`` has found, and what it means: `judge`, a function of the facts alone."""
+"""What ``hpc-grawa doctor`` has found, and what it means: `diagnose`, a function of the facts alone."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Finding:
     fix: str = ""
 
 
-def judge(facts: Facts) -> list[Finding]:
+def diagnose(facts: Facts) -> list[Finding]:
     """What the facts mean, in the order of the report."""
     parts = {
         "software": _software,

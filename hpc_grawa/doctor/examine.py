@@ -33,7 +33,7 @@ from ..launch import RankFacts, default_threads, local_device, pmi, rank_facts, 
 from ..network import host_identity, interfaces, interfaces_told, own_name_is_reachable
 from ..runs.log import say, versions
 from ..screen import wrapped
-from .diagnosis import SEEN, Facts, Folder, Process, Speed, judge, verdict
+from .diagnosis import SEEN, Facts, Folder, Process, Speed, diagnose, verdict
 
 #: Seconds of the test of messages, and for SLURM's programs.
 MESSAGES, ASKED = 4.0, 10.0
@@ -307,7 +307,7 @@ def doctor(asked: Backend, folder: Path, patience: float, facts: RankFacts) -> i
 
 def report(facts: Facts) -> int:
     """Print what the facts mean; returns the exit status."""
-    findings = judge(facts)
+    findings = diagnose(facts)
     section = ""
     for finding in findings:
         if finding.section != section:

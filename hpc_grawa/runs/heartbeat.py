@@ -226,7 +226,7 @@ class Watch:
             self._waited = self._waited + elapsed if since == self._since else min(now - since, 2 * self._pause)
             self._since = since
             self._write(_LEFT if self._leaving else f"waits for {purpose}", self._waited)
-            self._judge(purpose, ranks)
+            self._check(purpose, ranks)
 
     def _waits(self) -> tuple[str, float, Sequence[int]] | None:
         """What this rank waits for, since when, and for which ranks."""
@@ -237,7 +237,7 @@ class Watch:
         waits_for: tuple[str, float, Sequence[int]] | None = self._comm.meter.waits_for
         return waits_for
 
-    def _judge(self, purpose: str, ranks: Sequence[int]) -> None:
+    def _check(self, purpose: str, ranks: Sequence[int]) -> None:
         """End the job if this wait can have no end, or has lasted for too long."""
         if self._leaving is not None:
             # The others may have much to do yet.

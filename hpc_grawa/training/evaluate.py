@@ -20,8 +20,8 @@ BATCH = 500
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What a model is judged by.
+class Evaluator:
+    """What a model is evaluated by.
 
     Attributes:
         loss: (output, target) → loss of a batch; see ``losses.sums`` for what that of all examples is.
@@ -35,7 +35,7 @@ class Judge:
     precision: Precision = "fp32"
     batch_size: int = BATCH
 
-    def judge(
+    def evaluate(
         self, model: nn.Module, examples: Examples, comm: Communicator | None = None, limit: int | None = None
     ) -> dict[str, float]:
         """Loss and metric of the model over ``examples`` as if they were one batch.

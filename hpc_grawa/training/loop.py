@@ -224,7 +224,7 @@ class Training:
     def _evaluate(self) -> None:
         worker = self.worker
         with worker.clock.paused(), worker.comm.meter.busy("evaluates"), self.examiner.center():
-            scores = self.examiner.judge(self.seen)
+            scores = self.examiner.evaluate(self.seen)
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
         self.progress.on_evaluation(self.part, scores)
 
