@@ -20,7 +20,7 @@ from hpc_grawa.comm import Communicator, Library, choose, connect
 from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, diagnose, verdict
 from hpc_grawa.doctor.examine import look_around, measure, try_folder
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, rank_facts
+from hpc_grawa.launch import Slot, own_slot
 
 SECTIONS = ["software", "launcher and ranks", "GPUs", "network", "files", "messages"]
 GPU = {"gpus_there": 4, "gpus": dict.fromkeys("0123", "H100"), "cuda": "12.8", "driver": "570.1", "nccl": "2.26"}
@@ -50,7 +50,7 @@ def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
         for m, rank in enumerate(ranks)
     )
     have: dict[str, Any] = {
-        "launcher": RankFacts("mpirun", 0, len(ranks), 0, 2),
+        "slot": Slot("mpirun", 0, len(ranks), 0, 2),
         "backend": "mpi",
         "why": "started by mpirun",
         "pmi": "PMIx",
@@ -86,7 +86,7 @@ def test_where_nothing_lacks_nothing_is_marked() -> None:
     assert verdict(facts, findings) == ("backend mpi works here, on 4 ranks", 0)
 
 
-SRUN = RankFacts("srun", 0, 4, 0, 2)
+SRUN = Slot("srun", 0, 4, 0, 2)
 NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "horovod": Library("0.28.1", {})}}
 
 
@@ -121,9 +121,9 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
             *("torch", "lack", "differs: 2.9 on ranks 0, 1; 2.4 on rank 2", "same environment"),
         ),
         # launcher and ranks
-        (world({}, {}, {}, {}, launcher=SRUN, pmi=""), "PMI", "fails", "srun started 4 tasks", "srun --mpi=pmix"),
+        (world({}, {}, {}, {}, slot=SRUN, pmi=""), "PMI", "fails", "srun started 4 tasks", "srun --mpi=pmix"),
         (
-            world({}, {}, {}, {}, launcher=SRUN, slurm="slurm 23", mpi_types=("none", "pmi2")),
+            world({}, {}, {}, {}, slot=SRUN, slurm="slurm 23", mpi_types=("none", "pmi2")),
             *("SLURM", "note", "slurm 23, srun --mpi=none|pmi2", "LAUNCHER=mpirun"),
         ),
         (world({}, {}, slurm=""), "SLURM", "note", "no controller", "none is needed"),
@@ -162,7 +162,7 @@ def test_each_lack_has_a_fix(facts: Facts, name: str, mark: str, value: str, fix
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_without_pmi_gloo_and_nccl_start(backend: str) -> None:
-    assert verdict(f := world({}, {}, launcher=SRUN, pmi="", backend=backend), diagnose(f))[1] == 0
+    assert verdict(f := world({}, {}, slot=SRUN, pmi="", backend=backend), diagnose(f))[1] == 0
 
 
 def test_many_hosts_are_one_line_where_they_are_alike() -> None:
@@ -175,14 +175,14 @@ def test_many_hosts_are_one_line_where_they_are_alike() -> None:
 def test_a_rank_sees_gpus_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(name="H100", uuid=f"GPU-{i}"))
-    found = look_around(RankFacts("srun", 6, 8, 2, 4))
+    found = look_around(Slot("srun", 6, 8, 2, 4))
     assert (found.rank, found.gpu, list(found.gpus)) == (6, "GPU-2", ["GPU-0", "GPU-1", "GPU-2", "GPU-3"])
 
     def broken() -> int:
         raise RuntimeError("The NVIDIA driver on your system is too old\nand more")
 
     monkeypatch.setattr("torch.cuda.device_count", broken)
-    found = look_around(RankFacts())
+    found = look_around(Slot())
     assert (found.gpu, found.gpus, found.cuda_error) == (None, {}, "The NVIDIA driver on your system is too old")
 
 
@@ -320,7 +320,7 @@ def test_a_plain_process_in_a_job_of_several_tasks_does_not_train(
     cli.main([*words, "--backend=single"])
     for command in ("evaluate", "status", "table"):
         cli.main([command, "runs/a"])
-    by_srun = rank_facts(TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
+    by_srun = own_slot(TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
     assert choose("gloo", by_srun)[0] == "gloo"
 
 

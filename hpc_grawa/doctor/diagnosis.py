@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from ..comm import Backend, Library
-from ..launch import RankFacts
+from ..launch import Slot
 from ..runs.log import human_bytes
 
 #: Seconds for a file to be seen by other ranks.
@@ -69,7 +69,7 @@ class Speed:
 class Facts:
     """All that was found; of several ranks where they could be asked, else of rank 0."""
 
-    launcher: RankFacts = field(default_factory=RankFacts)
+    slot: Slot = field(default_factory=Slot)
     backend: Backend = "single"
     why: str = ""
     refused: str = ""  # why this backend is not even tried
@@ -173,8 +173,8 @@ def _library(library: Library) -> str:
 
 
 def _ranks(f: Facts) -> _Lines:
-    facts = f.launcher
-    yield "started by", f"{facts.launcher}, {facts.size} ranks" if facts.launcher else "no launcher"
+    slot = f.slot
+    yield "started by", f"{slot.launcher}, {slot.size} ranks" if slot.launcher else "no launcher"
     if f.slurm == "":
         yield "SLURM", "srun is on PATH, and no controller answers it", "note", "outside a cluster none is needed"
     elif f.slurm is not None:
@@ -190,15 +190,15 @@ def _ranks(f: Facts) -> _Lines:
             )
         else:
             yield "SLURM", value
-    alone = facts.launcher == "srun" and facts.size > 1 and not f.pmi
+    alone = slot.launcher == "srun" and slot.size > 1 and not f.pmi
     if alone and f.backend in ("mpi", "horovod"):
-        what = f"none: srun started {facts.size} tasks of which MPI learns nothing: each is a world of one, or ends"
+        what = f"none: srun started {slot.size} tasks of which MPI learns nothing: each is a world of one, or ends"
         yield "PMI", what, "fails", _cure("mpi", "srun")
-    elif facts.launcher:
+    elif slot.launcher:
         yield "PMI", f.pmi or "none"
     if f.refused or f.failed:
         what, fix = _split(f.refused or f.failed)
-        yield "backend", f"{f.backend}: {what}", "fails", fix or _cure(f.backend, facts.launcher)
+        yield "backend", f"{f.backend}: {what}", "fails", fix or _cure(f.backend, slot.launcher)
     else:
         yield "backend", f"{f.backend} ({f.why})"
     if f.later and f.later[1]:
@@ -240,7 +240,7 @@ def _cores(f: Facts, ranks: list[Process]) -> _Lines:
             yield "cores", value, "note", f"fewer ranks on a host{fewer}"
         else:
             yield "cores", value, "lack", fix
-    elif f.launcher.launcher and len(first.cores) == 1 and first.host_cores > len(ranks):
+    elif f.slot.launcher and len(first.cores) == 1 and first.host_cores > len(ranks):
         yield "cores", f"{value}; ranks are bound to one each", "note", fix
     else:
         yield "cores", value
