@@ -456,7 +456,7 @@ def written_and_read(folder: Path, state: Any, ranks: int = 2) -> list[Any]:
         )
         assert checkpoints.settle() == []
         restored = checkpoints.load()
-        assert restored is not None and restored.facts["seconds"] == 1
+        assert restored is not None and restored.manifest["seconds"] == 1
         return restored.state["x"][0]["y"]
 
     return simulate(ranks, body)

@@ -1,4 +1,4 @@
-"""What ``hpc-grawa doctor`` makes of facts, and what it finds alone, under launchers, and where something is broken."""
+"""What ``hpc-grawa doctor`` makes of an examination; what it finds alone, under launchers, and where it is broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from test_cli import LINE
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect
-from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, diagnose, verdict
+from hpc_grawa.doctor.diagnosis import Examination, Finding, Folder, Process, Speed, diagnose, verdict
 from hpc_grawa.doctor.examine import look_around, measure, try_folder
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.launch import Slot, own_slot
@@ -35,7 +35,7 @@ def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pyte
         monkeypatch.chdir(tmp_path)
 
 
-def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
+def world(*ranks: dict[str, Any], **found: Any) -> Examination:
     """Ranks under mpirun that lack nothing, but for what is given; two on each of the hosts a, b, ..."""
     sound: dict[str, Any] = {
         "versions": {"hpc-grawa": "0.1.0", "python": "3.12", "torch": "2.9"},
@@ -59,20 +59,20 @@ def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
         "speed": Speed(1e-5, 2**26, 0.02),
         "ranks": processes,
     }
-    return Facts(**{**have, **facts})
+    return Examination(**{**have, **found})
 
 
-def only(facts: Facts, name: str) -> Finding:
+def only(exam: Examination, name: str) -> Finding:
     """The finding of this name, which is to be the only one with a mark; that there are no GPUs is none."""
-    marked = [f for f in diagnose(facts) if f.mark and (f.name == name or not f.value.endswith("none"))]
+    marked = [f for f in diagnose(exam) if f.mark and (f.name == name or not f.value.endswith("none"))]
     assert [f.name for f in marked] == [name], marked
     assert marked[0].fix
     return marked[0]
 
 
 def test_where_nothing_lacks_nothing_is_marked() -> None:
-    facts = world(*(GPU | {"gpu": str(m)} for m in range(4)))
-    findings = diagnose(facts)
+    exam = world(*(GPU | {"gpu": str(m)} for m in range(4)))
+    findings = diagnose(exam)
     assert [f for f in findings if f.mark or f.fix] == []
     assert list(dict.fromkeys(f.section for f in findings)) == SECTIONS
     lines = {f.name: f.value for f in findings}
@@ -83,7 +83,7 @@ def test_where_nothing_lacks_nothing_is_marked() -> None:
     assert lines["folder"] == "/scratch/runs: a file written and renamed in 1.0 ms, seen on 2 hosts, 1 TB free"
     assert lines["latency"].startswith("10 us") and lines["bandwidth"].startswith("3.36 GB/s, ")
     assert "about 0.03 s" in lines["a round"]
-    assert verdict(facts, findings) == ("backend mpi works here, on 4 ranks", 0)
+    assert verdict(exam, findings) == ("backend mpi works here, on 4 ranks", 0)
 
 
 SRUN = Slot("srun", 0, 4, 0, 2)
@@ -91,7 +91,7 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
 
 
 @pytest.mark.parametrize(
-    ("facts", "name", "mark", "value", "fix"),
+    ("exam", "name", "mark", "value", "fix"),
     [
         # GPUs
         (world(NO_GPU | {"cuda": None}), "GPUs", "lack", "4 there, .* torch 2.9 is built without CUDA", "CUDA build"),
@@ -152,11 +152,11 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
         (world({"shm": None}, {}), "/dev/shm", "lack", "not there", "apptainer --bind /dev/shm"),
     ],
 )  # fmt: skip
-def test_each_lack_has_a_fix(facts: Facts, name: str, mark: str, value: str, fix: str) -> None:
-    found = only(facts, name)
+def test_each_lack_has_a_fix(exam: Examination, name: str, mark: str, value: str, fix: str) -> None:
+    found = only(exam, name)
     assert found.mark == mark and re.search(value, found.value) and re.search(fix, found.fix), found
-    line, status = verdict(facts, diagnose(facts))
-    assert status == (mark == "fails") and line.startswith(f"backend {facts.backend} ")
+    line, status = verdict(exam, diagnose(exam))
+    assert status == (mark == "fails") and line.startswith(f"backend {exam.backend} ")
     assert ("would fail: " in line) == bool(status)
 
 

@@ -212,7 +212,7 @@ def saved(folder: Path, steps: tuple[int, ...], keep: int = 2) -> None:
 def loaded(folder: Path) -> list[tuple[int, Any, tuple[str, ...]]]:
     def body(comm: Communicator) -> tuple[int, Any, tuple[str, ...]]:
         restored = Checkpoints(folder, comm).load()
-        assert restored is not None and (restored.world_size, restored.facts["seconds"]) == (WORLD, 1.5)
+        assert restored is not None and (restored.world_size, restored.manifest["seconds"]) == (WORLD, 1.5)
         assert restored.state["x"].tolist() == [comm.rank] * 5
         return restored.step, restored.state["nested"], restored.skipped
 

@@ -33,7 +33,7 @@ from ..launch import Slot, default_threads, local_device, own_slot, pmi, slurm_j
 from ..network import host_identity, interfaces, interfaces_told, own_name_is_reachable
 from ..runs.log import say, versions
 from ..screen import wrapped
-from .diagnosis import SEEN, Facts, Folder, Process, Speed, diagnose, verdict
+from .diagnosis import SEEN, Examination, Folder, Process, Speed, diagnose, verdict
 
 #: Seconds of the test of messages, and for SLURM's programs.
 MESSAGES, ASKED = 4.0, 10.0
@@ -286,7 +286,7 @@ def doctor(asked: Backend, folder: Path, patience: float, slot: Slot) -> int:
     slurm = ask_slurm()
     found = {} if refused else ask_child(backend, folder, patience)
     unknown = Library(error=alone.get("failed", ""))
-    collected = Facts(
+    exam = Examination(
         slot=slot,
         backend=backend,
         why=why,
@@ -302,12 +302,12 @@ def doctor(asked: Backend, folder: Path, patience: float, slot: Slot) -> int:
         speed=found.get("speed"),
         **slurm,
     )
-    return report(collected)
+    return report(exam)
 
 
-def report(facts: Facts) -> int:
-    """Print what the facts mean; returns the exit status."""
-    findings = diagnose(facts)
+def report(exam: Examination) -> int:
+    """Print what was found and what it means; returns the exit status."""
+    findings = diagnose(exam)
     section = ""
     for finding in findings:
         if finding.section != section:
@@ -319,6 +319,6 @@ def report(facts: Facts) -> int:
         for start, text in lines:
             for line in wrapped(text, 120, start, " " * 21).splitlines():
                 say(line)
-    line, status = verdict(facts, findings)
+    line, status = verdict(exam, findings)
     say(line)
     return status

@@ -40,7 +40,7 @@ def _state(record: RunRecord, beats: list[Heartbeat]) -> str:
         gone = [beat for beat in beats if not beat.alive]
         told = next((f"told to end by {beat.told}" for beat in beats if beat.told), "running")
         return told + "".join(f"; rank {s.rank} on {s.host} not heard of for {s.age:.0f} s" for s in gone)
-    summary = None if record.summary is None else record.facts
+    summary = None if record.summary is None else record.status
     return ending_of(summary, beats) or "not begun, or without signs of life"
 
 
