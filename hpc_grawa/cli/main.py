@@ -135,7 +135,7 @@ def evaluate(words: list[str], slot: Slot) -> None:
         file = options.run / "config.yaml"
         settings = parse_settings(read_text(file) or "", str(file))
         if missing := CLASS_SECTIONS.keys() - settings:
-            raise ConfigError(f"{file} is not whole: it has no {min(missing)}")
+            raise Damaged(f"{file} is not whole: it has no {min(missing)}")
     again = [f"--config={file}", f"--backend={options.backend}"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
@@ -366,12 +366,13 @@ class LineParser(argparse.ArgumentParser):
 def named_errors(program: str, slot: Slot) -> Iterator[None]:
     """Within the block bad input ends the program: one line and status 2 on rank 0, silence and 0 on the others.
 
-    (If they left with an error first, mpirun would kill rank 0 before it has spoken.) What is wrong on another host
-    only, a path say, rank 0 cannot know: the first rank there says it, unless the launcher ends it before.
+    So does a damaged file. (If they left with an error first, mpirun would kill rank 0 before it has spoken.) What is
+    wrong on another host only, a path say, rank 0 cannot know: the first rank there says it, unless the launcher ends
+    it before.
     """
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, Damaged) as error:
         elsewhere = slot.rank > 0 and slot.local_rank == 0 and slot.local_size < slot.size
         if elsewhere:
             time.sleep(5)

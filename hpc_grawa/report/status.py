@@ -14,6 +14,7 @@ def describe(folder: Path) -> str:
 
     Raises:
         ConfigError: ``folder`` holds no run.
+        Damaged: a file in it is.
     """
     record, beats = read_run(folder), read_heartbeats(folder)
     state = _state(record, beats)

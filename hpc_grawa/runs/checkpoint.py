@@ -267,8 +267,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """What a checkpoint says about itself.
 
     Raises:
-        ConfigError: it is no JSON object.
-        Damaged: what it says of step or files cannot be.
+        Damaged: it is no JSON object, or what it says of step or files cannot be.
     """
     file = place / "manifest.json"
     found = parse_object(file.read_text(encoding="utf-8", errors="replace"), str(file))
@@ -285,7 +284,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
 def saved_world(folder: Path) -> int | None:
     """How many ranks saved the newest of the checkpoints in ``folder`` that says so; None if there is none."""
     for name in _names(folder):
-        with suppress(OSError, ConfigError, Damaged):
+        with suppress(OSError, Damaged):
             return len(read_manifest(folder / name)["files"])
     return None
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Damaged
 from .reading import parse_object, parse_settings, read_object, read_text
 
 #: What an ``evaluate`` event says besides the metric.
@@ -108,7 +108,8 @@ def read_run(path: str | Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Raises:
-        ConfigError: if ``path`` is no run folder or a file in it cannot be read.
+        ConfigError: ``path`` is no run folder.
+        Damaged: a file in it is.
     """
     path = Path(path)
     if not path.is_dir():
@@ -210,10 +211,10 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def _check(found: dict[str, Any], key: str, right: Callable[[Any], bool], where: str) -> None:
-    """Raise ``ConfigError`` that names ``where`` it is unless ``found`` has a right value there."""
+    """Raise ``Damaged`` that names ``where`` it is unless ``found`` has a right value there."""
     if not right(found.get(key)):
         has = f"its {key} is {str(found[key])[:40]}" if key in found else f"it has no {key}"
-        raise ConfigError(f"{where} is damaged: {has}")
+        raise Damaged(f"{where} is damaged: {has}")
 
 
 def is_number(value: object) -> bool:
