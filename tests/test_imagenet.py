@@ -334,7 +334,7 @@ def test_between_evaluations_ranks_read_what_they_train_on_and_their_probes(
         here.read.clear()  # rank 0 has tried model and data out
         for _ in range(9):
             worker.step()
-        return here.read, sum(s.rounds for s in worker.run.synchronizers)
+        return here.read, sum(s.completed for s in worker.run.synchronizers)
 
     for rank, (read, rounds) in enumerate(simulate(3, body)):
         sampler = config.data.sampler(rank, 3, config.run.seed)

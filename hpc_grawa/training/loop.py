@@ -289,7 +289,7 @@ def _summary(worker: Worker, found: dict[str, Any], folder: Path | None, trainin
         "backend": comm.backend,
         "world_size": comm.size,
         "steps": facts.step,
-        "rounds": sum(s.rounds for s in run.synchronizers),
+        "rounds": sum(s.completed for s in run.synchronizers),
         "healed": sum(s.healed for s in run.synchronizers),
         "epochs": facts.step / worker.sampler.steps_per_epoch,
         "training_seconds": training_seconds,
