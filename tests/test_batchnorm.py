@@ -14,9 +14,10 @@ from conftest import Ranks
 from torch import Tensor, nn
 
 from hpc_grawa import LocalSGD, ParameterVector, simulate
-from hpc_grawa.batchnorm import pool, recalibrate
+from hpc_grawa.batchnorm import pool
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.evaluate import recalibrate
 
 ALONE = SingleCommunicator()
 
