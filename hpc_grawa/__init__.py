@@ -18,7 +18,7 @@ Example:
     ...     closure = run.closure(loss)
     ...     for _ in range(4):
     ...         run.after_step(optimizer.step(closure))
-    ...     return run.synchronizers[0].rounds
+    ...     return run.synchronizers[0].completed
     >>> hpc_grawa.simulate(2, train)
     [2, 2]
 """

@@ -292,7 +292,7 @@ class _Steps:
     def _recenter(self) -> None:
         """Centers of the start are the parameters that are there now: since then a checkpoint may have been loaded."""
         for synchronizer in self.run.synchronizers:
-            if not synchronizer.rounds and not synchronizer.position:
+            if not synchronizer.completed and not synchronizer.position:
                 synchronizer.averager.restart()
 
     def after(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work; the message names key, value and what is allowed."""
+    """What was asked for cannot work: a setting, or the folder, data or program that it names.
+
+    Names key, value and what is allowed: who has asked can ask otherwise. Ends a program with one line and status 2.
+    """
 
 
 class RanksDisagree(RuntimeError):
@@ -16,7 +19,10 @@ class NonFinite(ArithmeticError):
 
 
 class Damaged(RuntimeError):
-    """A file is not what was written; names it and what is wrong with it. Raised on the ranks that read it."""
+    """A file of a run, or an image of packed data, is not what was written; names it and what is wrong with it.
+
+    Raised on the ranks that read it: no other setting mends it. Ends a program with one line and status 2.
+    """
 
 
 class LostView(RuntimeError):

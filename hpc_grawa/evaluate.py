@@ -1,5 +1,5 @@
 """Models measured: what own loops need of it."""
 
-from .training.evaluate import recalibrate
+from .batchnorm import recalibrate
 
 __all__ = ["recalibrate"]

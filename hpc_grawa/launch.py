@@ -22,7 +22,7 @@ Launcher = Literal["horovodrun --gloo", "horovodrun", "mpirun", "srun", "torchru
 
 
 @dataclass(frozen=True)
-class RankFacts:
+class Slot:
     """A process's place in its job, before any communicator exists.
 
     Attributes:
@@ -72,12 +72,12 @@ _JOB = (
 )
 
 
-def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
+def own_slot(environment: Mapping[str, str] = os.environ) -> Slot:
     """Read the launcher's variables.
 
     Example:
-        >>> rank_facts({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
-        RankFacts(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='', tasks=1)
+        >>> own_slot({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
+        Slot(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='', tasks=1)
     """
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
     # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
@@ -86,7 +86,7 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
         if rank in environment and size in environment:
             if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
                 launcher = "horovodrun"
-            return RankFacts(
+            return Slot(
                 launcher,
                 int(environment[rank]),
                 int(environment[size]),
@@ -94,7 +94,7 @@ def rank_facts(environment: Mapping[str, str] = os.environ) -> RankFacts:
                 _tasks_here(environment.get(local_size, "1"), int(environment.get("SLURM_NODEID", 0))),
                 job,
             )
-    return RankFacts(tasks=int(environment.get("SLURM_NTASKS", 1)))
+    return Slot(tasks=int(environment.get("SLURM_NTASKS", 1)))
 
 
 def _tasks_here(text: str, node: int) -> int:
@@ -182,26 +182,26 @@ def limit_near(environment: Mapping[str, str] = os.environ) -> bool:
     return ends.isdecimal() and time.time() > int(ends) - 60
 
 
-def local_device(facts: RankFacts | None = None, wanted: Wanted = "auto") -> torch.device:
+def local_device(slot: Slot | None = None, wanted: Wanted = "auto") -> torch.device:
     """This rank's device: of all GPUs of the node that of its local rank; of a single visible one, that.
 
     With more ranks than GPUs they share them in turn.
 
     Args:
-        facts: of the launcher.
+        slot: of this process.
         wanted: ``auto``: CUDA where there is one.
 
     Raises:
         ConfigError: CUDA was asked for, and this process sees none.
     """
-    facts = facts or rank_facts()
+    slot = slot or own_slot()
     count = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and not count:
         raise ConfigError(
-            f"device is cuda: rank {facts.rank} on {socket.gethostname()} sees no GPU; must be cpu or auto, or ask the "
+            f"device is cuda: rank {slot.rank} on {socket.gethostname()} sees no GPU; must be cpu or auto, or ask the "
             f"scheduler for GPUs and look at torch.cuda.is_available()"
         )
-    return torch.device("cuda", facts.local_rank % count) if count else torch.device("cpu")
+    return torch.device("cuda", slot.local_rank % count) if count else torch.device("cpu")
 
 
 @contextmanager
@@ -227,39 +227,39 @@ def signals_heeded(heed: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def default_threads(facts: RankFacts) -> int | None:
+def default_threads(slot: Slot) -> int | None:
     """Threads for this rank's share of the processors it may run on; None where OMP_NUM_THREADS decides."""
-    return None if "OMP_NUM_THREADS" in os.environ else own_processors(facts)
+    return None if "OMP_NUM_THREADS" in os.environ else own_processors(slot)
 
 
-def own_processors(facts: RankFacts | None = None) -> int:
+def own_processors(slot: Slot | None = None) -> int:
     """This rank's share of the processors it may run on, at least 1."""
     own = launchers = len(os.sched_getaffinity(0))
     with suppress(OSError):
         launchers = len(os.sched_getaffinity(os.getppid()))
-    return processor_share(facts or rank_facts(), own, launchers)
+    return processor_share(slot or own_slot(), own, launchers)
 
 
-def processor_share(facts: RankFacts, own: int, launchers: int, environment: Mapping[str, str] = os.environ) -> int:
+def processor_share(slot: Slot, own: int, launchers: int, environment: Mapping[str, str] = os.environ) -> int:
     """The processors that a rank need not share: of all those that it may run on, if each rank is bound to its own.
 
     SLURM says how many a task has, bound or not. Other launchers bind each rank to a core, a socket or nothing: then
     their own process, which starts the ranks, may run on all that the ranks have together.
 
     Args:
-        facts: of the launcher.
+        slot: of this process.
         own: processors that this rank may run on.
         launchers: that the process that has started it may run on.
         environment: SLURM's part of it counts under srun.
 
     Example:
-        >>> processor_share(RankFacts("mpirun", size=4, local_size=4), own=32, launchers=64)
+        >>> processor_share(Slot("mpirun", size=4, local_size=4), own=32, launchers=64)
         16
     """
     told = {name: environment.get(f"SLURM_{name}") for name in ("CPUS_PER_TASK", "CPUS_ON_NODE")}
-    share = max(own, launchers) // facts.local_size
-    if facts.launcher == "srun" and (each := told["CPUS_PER_TASK"]):
+    share = max(own, launchers) // slot.local_size
+    if slot.launcher == "srun" and (each := told["CPUS_PER_TASK"]):
         share = int(each)
-    elif facts.launcher == "srun" and (together := told["CPUS_ON_NODE"]):
-        share = int(together) // facts.local_size
+    elif slot.launcher == "srun" and (together := told["CPUS_ON_NODE"]):
+        share = int(together) // slot.local_size
     return max(1, min(own, share))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from .launch import RankFacts
+from .launch import Slot
 
 
 def interfaces_told(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -31,28 +31,28 @@ def interfaces() -> dict[str, tuple[str, str]]:
     }
 
 
-def first_host(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
+def first_host(slot: Slot, environment: Mapping[str, str] = os.environ) -> str | None:
     """The host of rank 0, where variables say it: MASTER_ADDR, this host if the job has no other, the first of srun's.
 
     Example:
-        >>> first_host(RankFacts("srun", size=9), {"SLURM_STEP_NODELIST": "gpu[007-009,012],cpu1"})
+        >>> first_host(Slot("srun", size=9), {"SLURM_STEP_NODELIST": "gpu[007-009,012],cpu1"})
         'gpu007'
     """
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"]
-    if facts.job and facts.local_size == facts.size:
+    if slot.job and slot.local_size == slot.size:
         return "127.0.0.1"
-    nodes = environment.get("SLURM_STEP_NODELIST") if facts.launcher == "srun" else None
+    nodes = environment.get("SLURM_STEP_NODELIST") if slot.launcher == "srun" else None
     if environment.get("SLURM_DISTRIBUTION", "").startswith("arbitrary"):
         nodes = None  # in order of their names, whatever the ranks' order
     return None if nodes is None else re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
 
 
-def first_port(facts: RankFacts, environment: Mapping[str, str] = os.environ) -> int:
+def first_port(slot: Slot, environment: Mapping[str, str] = os.environ) -> int:
     """Where rank 0 listens if nothing else does: MASTER_PORT, else from the job's name, below the ports of clients."""
     if "MASTER_PORT" in environment:
         return int(environment["MASTER_PORT"])
-    return 20_000 + zlib.crc32(facts.job.encode()) % 12_000
+    return 20_000 + zlib.crc32(slot.job.encode()) % 12_000
 
 
 def host_identity() -> str:

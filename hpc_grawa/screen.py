@@ -8,7 +8,7 @@ import shutil
 import sys
 from textwrap import fill
 
-from .launch import rank_facts
+from .launch import own_slot
 
 #: Columns of a screen that does not wrap.
 ENDLESS = 10_000
@@ -75,7 +75,7 @@ def as_shown(text: str) -> str:
 
 def is_terminal() -> bool:
     """Whether somebody looks on: not at a launcher's rank, to which mpirun gives a terminal that it makes itself."""
-    return sys.stdout.isatty() and rank_facts().launcher is None
+    return sys.stdout.isatty() and own_slot().launcher is None
 
 
 def columns(most: int = ENDLESS) -> int:

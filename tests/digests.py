@@ -411,7 +411,7 @@ class Trained:
         def new_folder() -> Path:
             return folder
 
-        summary = fit(config, comm, None if comm.rank else new_folder, speaks=False)
+        summary = fit(config, comm, new_folder=None if comm.rank else new_folder, speaks=False)
         center = folder / "center.pt"
         more: dict[str, Any] = {"summary": {key: summary[key] for key in (*self.SAME, *self.SCORED)}}
         if comm.rank == 0:

@@ -12,11 +12,11 @@ from torch import nn
 
 import hpc_grawa
 from hpc_grawa.comm import connect
-from hpc_grawa.launch import rank_facts
+from hpc_grawa.launch import own_slot
 
 backend, method, fault = sys.argv[1:4]
 timeout = float(sys.argv[4]) if len(sys.argv) > 4 else 6.0
-lost = rank_facts().rank == 1
+lost = own_slot().rank == 1
 
 
 def stop() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 
 from hpc_grawa.data import Data, Splits, TensorExamples
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import _VARIABLES, rank_facts
+from hpc_grawa.launch import _VARIABLES, own_slot
 from hpc_grawa.methods import Method, Run
 from hpc_grawa.methods.base import Probe
 from hpc_grawa.metrics import Metric
@@ -222,10 +222,10 @@ class Lost(Line):
         self.fault, self.evaluation, self.calls, self.evaluations = fault, evaluation, calls, -1
 
     def forward(self, x: Tensor) -> Tensor:
-        facts = rank_facts()
+        slot = own_slot()
         self.calls -= self.training
         self.evaluations += not self.training
-        if facts.rank == facts.size - 1 and (self.evaluations > 0 if self.evaluation else self.calls < 0):
+        if slot.rank == slot.size - 1 and (self.evaluations > 0 if self.evaluation else self.calls < 0):
             FAULTS[self.fault]()
         return super().forward(x)
 
@@ -287,8 +287,8 @@ class LostNumbers(Numbers):
     fault: str = "stopped"
 
     def load(self) -> Splits:
-        facts = rank_facts()
-        if facts.rank == facts.size - 1:
+        slot = own_slot()
+        if slot.rank == slot.size - 1:
             FAULTS[self.fault]()
         return super().load()
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hpc_grawa import ParameterVector
 from hpc_grawa.averaging.probe import probe_gradient
+from hpc_grawa.batchnorm import recalibrate
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.metrics import Accuracy
-from hpc_grawa.training.evaluate import Judge, recalibrate
+from hpc_grawa.training.evaluate import Evaluator
 
 
 class Busy(nn.Module):
@@ -74,7 +75,7 @@ def test_attributes_and_what_is_in_them_are_as_they_were(what: str) -> None:
             recalibrate(model, [x, x], comm)
         else:
             examples = TensorExamples(x, torch.zeros(6, dtype=torch.int64))
-            Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=2).judge(model, examples, comm)
+            Evaluator(nn.CrossEntropyLoss(), Accuracy(), batch_size=2).evaluate(model, examples, comm)
 
     before = model.state
     simulate(1, do)

@@ -13,13 +13,26 @@ import torch
 from conftest import Ranks
 from torch import Tensor, nn
 
-from hpc_grawa import LocalSGD, ParameterVector
-from hpc_grawa.averaging.riders import pool
+from hpc_grawa import LocalSGD, ParameterVector, simulate
+from hpc_grawa.batchnorm import pool
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.training.evaluate import recalibrate
+from hpc_grawa.evaluate import recalibrate
 
 ALONE = SingleCommunicator()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(27, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 4),
+    ).double()
 
 
 class Calls(nn.Module):
@@ -159,6 +172,48 @@ def test_a_layer_frozen_by_hand_in_a_model_that_trains_stays_frozen() -> None:
     model[0].eval()
     recalibrate(model, [numbers(8, 2, mean=3).float()], ALONE)
     assert model[0].running_mean.tolist() == [0, 0] and not model[2].running_mean.eq(0).any()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_recalibrated_statistics_are_those_of_all_batches_of_all_ranks(world: int) -> None:
+    each = 3
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randn(world, each, 6, 1, 5, 5, generator=generator, dtype=torch.float64) * 3 + 1
+
+    def body(comm: Communicator) -> nn.Sequential:
+        model = network()
+        model[1].running_mean.fill_(7)  # forgotten
+        recalibrate(model, batches[comm.rank], comm)
+        return model
+
+    # What the layers see, by NumPy: the second layer's inputs come through the first's batch statistics.
+    model = network()
+    first, second = [], []
+    with torch.no_grad():
+        for batch in batches.flatten(0, 1):
+            seen = model[0](batch)
+            first.append(seen.transpose(0, 1).flatten(1).numpy())
+            normed = nn.functional.batch_norm(seen, None, None, model[1].weight, model[1].bias, training=True)
+            second.append(model[4](normed.flatten(1)).T.numpy())
+    for result in simulate(world, body):
+        for layer, seen in ((result[1], first), (result[5], second)):
+            mean = np.mean([x.mean(1) for x in seen], axis=0)
+            squares = np.mean([(x**2).mean(1) for x in seen], axis=0)
+            np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(layer.running_var, squares - mean**2, rtol=1e-5)
+
+
+def test_recalibration_changes_nothing_else() -> None:
+    model = network()
+    model[0].eval()  # a mode of its own
+    before = copy.deepcopy(model.state_dict())
+    batches = torch.randn(2, 6, 1, 5, 5).double()
+    streams = torch.get_rng_state()
+    recalibrate(model, batches, ALONE)
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {f"{i}.running_{what}" for i in (1, 5) for what in ("mean", "var")}
+    assert [m.training for m in model] == [False] + [True] * 6
+    assert torch.equal(torch.get_rng_state(), streams)
 
 
 @pytest.mark.parametrize("where", [0.0, 5e3, 1e6])

@@ -16,18 +16,19 @@ from torch.testing._internal.two_tensor import TwoTensor
 from hpc_grawa import LocalSGD, ParameterVector, buffers, simulate
 from hpc_grawa.averaging.averager import Averager
 from hpc_grawa.averaging.riders import WeightBuffers
-from hpc_grawa.batchnorm import norms
+from hpc_grawa.batchnorm import norms, recalibrate
 from hpc_grawa.buffers import as_bytes, checksum
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.errors import ConfigError
+from hpc_grawa.forward import undisturbed
 from hpc_grawa.metrics import Accuracy
-from hpc_grawa.training.evaluate import Judge, recalibrate, undisturbed
+from hpc_grawa.training.evaluate import Evaluator
 from hpc_grawa.training.examiner import Examiner
 from hpc_grawa.training.worker import Worker
 
-JUDGE = Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=8)
+EVALUATOR = Evaluator(nn.CrossEntropyLoss(), Accuracy(), batch_size=8)
 
 
 class Table(nn.Module):
@@ -54,7 +55,7 @@ def test_after_an_evaluation_a_model_has_the_very_buffers_it_had() -> None:
     model = Table()
     before = dict(model._buffers), copy.deepcopy(model._buffers)
     examples = TensorExamples(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))
-    Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=2).judge(model, examples)
+    Evaluator(nn.CrossEntropyLoss(), Accuracy(), batch_size=2).evaluate(model, examples)
     assert [model._buffers[name] is own for name, own in before[0].items()] == [True] * 4
     torch.testing.assert_close(model._buffers, before[1], rtol=0, atol=0)
     assert "table" not in model.state_dict()
@@ -84,7 +85,7 @@ def test_an_expanded_buffer_is_given_to_all_ranks_and_kept(on_ranks: Ranks) -> N
             model(examples.inputs).square().sum().backward()
             optimizer.step()
             run.after_step()
-            JUDGE.judge(model, examples, comm if step == 1 else None)
+            EVALUATOR.evaluate(model, examples, comm if step == 1 else None)
         run.finish()
         return model.scale
 
@@ -189,8 +190,8 @@ def test_a_mean_teacher_is_one_ranks_after_a_round_and_in_an_evaluation(on_ranks
             recalibrate(pupil.model, [EXAMPLES.inputs], comm)
             with undisturbed(pupil.model, comm):
                 held = pupil.bits()
-                losses.append(JUDGE.judge(pupil.model, EXAMPLES)["loss"])
-            losses.append(JUDGE.judge(pupil.model, EXAMPLES, comm)["loss"])
+                losses.append(EVALUATOR.evaluate(pupil.model, EXAMPLES)["loss"])
+            losses.append(EVALUATOR.evaluate(pupil.model, EXAMPLES, comm)["loss"])
         return after, before, pupil.bits(), held, losses
 
     results = on_ranks(body)
@@ -366,7 +367,7 @@ def test_after_a_round_that_makes_ranks_one_model_each_finds_the_same_loss(on_ra
             run.after_step(loss)
         if buffers == "recalibrate":
             recalibrate(model, [EXAMPLES.inputs], comm)
-        return [JUDGE.judge(model, EXAMPLES)["loss"], JUDGE.judge(model, EXAMPLES, comm)["loss"]]
+        return [EVALUATOR.evaluate(model, EXAMPLES)["loss"], EVALUATOR.evaluate(model, EXAMPLES, comm)["loss"]]
 
     found = on_ranks(body)
     alone, together = zip(*found, strict=True)
@@ -374,11 +375,11 @@ def test_after_a_round_that_makes_ranks_one_model_each_finds_the_same_loss(on_ra
     if buffers != "local":
         assert len(set(alone)) == 1
     elif on_ranks.size > 1:
-        assert len(set(alone)) > 1  # each has statistics of its own, and together they judge rank 0's
+        assert len(set(alone)) > 1  # each has statistics of its own, and together they evaluate rank 0's
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_ranks_that_share_the_work_judge_one_model(on_ranks: Ranks, broken: bool) -> None:
+def test_ranks_that_share_the_work_evaluate_one_model(on_ranks: Ranks, broken: bool) -> None:
     """Rank 0's, or where that has NaN the next; whatever the shapes of their buffers. Each keeps its own afterwards."""
     first = int(broken and on_ranks.size > 1)
 
@@ -392,7 +393,7 @@ def test_ranks_that_share_the_work_judge_one_model(on_ranks: Ranks, broken: bool
             model.mean.fill_(torch.nan)
         examples = TensorExamples(torch.linspace(0, 1, 9 * 64).view(9, 1, 8, 8), torch.arange(9))
         before = copy.deepcopy(model.state_dict())
-        found = [JUDGE.judge(model, examples, c)["loss"] for c in (comm, None)]
+        found = [EVALUATOR.evaluate(model, examples, c)["loss"] for c in (comm, None)]
         after = model.state_dict()
         same = after.keys() == before.keys() and all(as_bytes(after[k]).equal(as_bytes(before[k])) for k in before)
         return found[0], found[1], same
@@ -471,7 +472,7 @@ def test_a_buffer_of_a_kind_that_cannot_be_shared_is_named_with_what_to_register
 @pytest.mark.parametrize("policy", ["recalibrate", "average", "local"])
 @pytest.mark.parametrize("method", ["LocalLGRAWA", "LocalSGD"])
 def test_a_named_model_has_one_set_of_buffers(method: str, policy: str) -> None:
-    """Also between rounds, when every rank has its own; what is saved is what was judged, also by one process."""
+    """Also between rounds, when every rank has its own; what is saved is what was evaluated, also by one process."""
     config = parse(
         [
             *("--config=digits", "--model=own.Remembering", f"--method={method}", "--method.period=3"),
@@ -502,5 +503,5 @@ def test_a_named_model_has_one_set_of_buffers(method: str, policy: str) -> None:
     model = config.build_model()
     buffers.load_state(model, {"table": states[0]["table"], "last": states[0]["last"]})  # of other shapes than at first
     model.load_state_dict(states[0])
-    alone = Judge(config.loss, config.metric).judge(model, config.data.load().test)
+    alone = Evaluator(config.loss, config.metric).evaluate(model, config.data.load().test)
     assert alone["loss"] == pytest.approx(found[0]["center_test_loss"], rel=1e-6)

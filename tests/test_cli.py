@@ -64,7 +64,7 @@ def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> No
     config = parse([*QUICK, "--run.seed=3"])
     (tmp_path / "b").mkdir()
     simulated = simulate(
-        2, lambda comm: fit(config, comm, None if comm.rank else lambda: tmp_path / "b", speaks=False)
+        2, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: tmp_path / "b", speaks=False)
     )[0]
     centers = [
         torch.load(folder / "center.pt", weights_only=True) for folder in (tmp_path / "runs" / "a", tmp_path / "b")

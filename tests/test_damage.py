@@ -271,7 +271,7 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its end, its records and its signs, byte for byte; the next start goes on, and says how the run had ended."""
+    """Its end, its records and its heartbeats, byte for byte; the next start goes on and says how the run had ended."""
     folder = damaged(runs["interrupted"], "summary.json", gone if killed else lambda file: None, tmp_path / "b")
     words, more, told, good = ("train", *WORDS, f"--run.dir={folder.parent}"), [], refusal, contents(folder)
     with monkeypatch.context() as patch:
@@ -310,7 +310,7 @@ def test_another_number_of_ranks_is_refused_before_anything_is_said_or_changed(
     words = ("train", *WORDS, "--run.dir=here")
     config, folder = parse([*words[1:], "--budget.steps=9"]), tmp_path / "here/a"
     folder.mkdir(parents=True)
-    simulate(2, lambda comm: fit(config, comm, None if comm.rank else lambda: folder, speaks=False))
+    simulate(2, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: folder, speaks=False))
     text = json.dumps({"state": "preempted", "cause": "SIGTERM", "rank": 1, "steps": 9}) + "\n"
     (folder / "summary.json").write_text(text)
     before = contents(folder)
@@ -364,7 +364,8 @@ def test_who_waited_for_the_lock_of_a_run_that_then_finished_leaves_it_as_it_is(
 def test_all_ranks_end_where_the_run_was_finished_meanwhile() -> None:
     config = parse([*WORDS, "--run.name=b"])
     assert (
-        simulate(3, lambda comm: fit(config, comm, None if comm.rank else lambda: None)) == [{"state": "finished"}] * 3
+        simulate(3, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: None))
+        == [{"state": "finished"}] * 3
     )
 
 
@@ -455,7 +456,7 @@ def written_and_read(folder: Path, state: Any, ranks: int = 2) -> list[Any]:
         )
         assert checkpoints.settle() == []
         restored = checkpoints.load()
-        assert restored is not None and restored.facts["seconds"] == 1
+        assert restored is not None and restored.manifest["seconds"] == 1
         return restored.state["x"][0]["y"]
 
     return simulate(ranks, body)

@@ -628,7 +628,7 @@ def test_gradients_made_by_hand_count_where_ranks_average() -> None:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-    assert (optimizer.run.facts.step, optimizer.run.synchronizers[0].rounds) == (4, 2)
+    assert (optimizer.run.facts.step, optimizer.run.synchronizers[0].completed) == (4, 2)
 
 
 def test_gradients_that_are_zero_count() -> None:
@@ -636,7 +636,7 @@ def test_gradients_that_are_zero_count() -> None:
     for step in range(4):
         (0 * model(line(0, step)[0]).sum()).backward()
         optimizer.step()
-    assert (optimizer.run.facts.step, optimizer.run.synchronizers[0].rounds) == (4, 2)
+    assert (optimizer.run.facts.step, optimizer.run.synchronizers[0].completed) == (4, 2)
 
 
 def test_a_method_that_needs_the_loss_asks_for_a_closure() -> None:

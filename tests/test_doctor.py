@@ -1,4 +1,4 @@
-"""What ``hpc-grawa doctor`` makes of facts, and what it finds alone, under launchers, and where something is broken."""
+"""What ``hpc-grawa doctor`` makes of an examination; what it finds alone, under launchers, and where it is broken."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from test_cli import LINE
 
 from hpc_grawa import cli
 from hpc_grawa.comm import Communicator, Library, choose, connect
-from hpc_grawa.doctor.diagnosis import Facts, Finding, Folder, Process, Speed, judge, verdict
+from hpc_grawa.doctor.diagnosis import Examination, Finding, Folder, Process, Speed, diagnose, verdict
 from hpc_grawa.doctor.examine import look_around, measure, try_folder
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, rank_facts
+from hpc_grawa.launch import Slot, own_slot
 
 SECTIONS = ["software", "launcher and ranks", "GPUs", "network", "files", "messages"]
 GPU = {"gpus_there": 4, "gpus": dict.fromkeys("0123", "H100"), "cuda": "12.8", "driver": "570.1", "nccl": "2.26"}
@@ -35,7 +35,7 @@ def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pyte
         monkeypatch.chdir(tmp_path)
 
 
-def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
+def world(*ranks: dict[str, Any], **found: Any) -> Examination:
     """Ranks under mpirun that lack nothing, but for what is given; two on each of the hosts a, b, ..."""
     sound: dict[str, Any] = {
         "versions": {"hpc-grawa": "0.1.0", "python": "3.12", "torch": "2.9"},
@@ -50,7 +50,7 @@ def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
         for m, rank in enumerate(ranks)
     )
     have: dict[str, Any] = {
-        "launcher": RankFacts("mpirun", 0, len(ranks), 0, 2),
+        "slot": Slot("mpirun", 0, len(ranks), 0, 2),
         "backend": "mpi",
         "why": "started by mpirun",
         "pmi": "PMIx",
@@ -59,20 +59,20 @@ def world(*ranks: dict[str, Any], **facts: Any) -> Facts:
         "speed": Speed(1e-5, 2**26, 0.02),
         "ranks": processes,
     }
-    return Facts(**{**have, **facts})
+    return Examination(**{**have, **found})
 
 
-def only(facts: Facts, name: str) -> Finding:
+def only(exam: Examination, name: str) -> Finding:
     """The finding of this name, which is to be the only one with a mark; that there are no GPUs is none."""
-    marked = [f for f in judge(facts) if f.mark and (f.name == name or not f.value.endswith("none"))]
+    marked = [f for f in diagnose(exam) if f.mark and (f.name == name or not f.value.endswith("none"))]
     assert [f.name for f in marked] == [name], marked
     assert marked[0].fix
     return marked[0]
 
 
 def test_where_nothing_lacks_nothing_is_marked() -> None:
-    facts = world(*(GPU | {"gpu": str(m)} for m in range(4)))
-    findings = judge(facts)
+    exam = world(*(GPU | {"gpu": str(m)} for m in range(4)))
+    findings = diagnose(exam)
     assert [f for f in findings if f.mark or f.fix] == []
     assert list(dict.fromkeys(f.section for f in findings)) == SECTIONS
     lines = {f.name: f.value for f in findings}
@@ -83,15 +83,15 @@ def test_where_nothing_lacks_nothing_is_marked() -> None:
     assert lines["folder"] == "/scratch/runs: a file written and renamed in 1.0 ms, seen on 2 hosts, 1 TB free"
     assert lines["latency"].startswith("10 us") and lines["bandwidth"].startswith("3.36 GB/s, ")
     assert "about 0.03 s" in lines["a round"]
-    assert verdict(facts, findings) == ("backend mpi works here, on 4 ranks", 0)
+    assert verdict(exam, findings) == ("backend mpi works here, on 4 ranks", 0)
 
 
-SRUN = RankFacts("srun", 0, 4, 0, 2)
+SRUN = Slot("srun", 0, 4, 0, 2)
 NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "horovod": Library("0.28.1", {})}}
 
 
 @pytest.mark.parametrize(
-    ("facts", "name", "mark", "value", "fix"),
+    ("exam", "name", "mark", "value", "fix"),
     [
         # GPUs
         (world(NO_GPU | {"cuda": None}), "GPUs", "lack", "4 there, .* torch 2.9 is built without CUDA", "CUDA build"),
@@ -121,9 +121,9 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
             *("torch", "lack", "differs: 2.9 on ranks 0, 1; 2.4 on rank 2", "same environment"),
         ),
         # launcher and ranks
-        (world({}, {}, {}, {}, launcher=SRUN, pmi=""), "PMI", "fails", "srun started 4 tasks", "srun --mpi=pmix"),
+        (world({}, {}, {}, {}, slot=SRUN, pmi=""), "PMI", "fails", "srun started 4 tasks", "srun --mpi=pmix"),
         (
-            world({}, {}, {}, {}, launcher=SRUN, slurm="slurm 23", mpi_types=("none", "pmi2")),
+            world({}, {}, {}, {}, slot=SRUN, slurm="slurm 23", mpi_types=("none", "pmi2")),
             *("SLURM", "note", "slurm 23, srun --mpi=none|pmi2", "LAUNCHER=mpirun"),
         ),
         (world({}, {}, slurm=""), "SLURM", "note", "no controller", "none is needed"),
@@ -152,37 +152,37 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
         (world({"shm": None}, {}), "/dev/shm", "lack", "not there", "apptainer --bind /dev/shm"),
     ],
 )  # fmt: skip
-def test_each_lack_has_a_fix(facts: Facts, name: str, mark: str, value: str, fix: str) -> None:
-    found = only(facts, name)
+def test_each_lack_has_a_fix(exam: Examination, name: str, mark: str, value: str, fix: str) -> None:
+    found = only(exam, name)
     assert found.mark == mark and re.search(value, found.value) and re.search(fix, found.fix), found
-    line, status = verdict(facts, judge(facts))
-    assert status == (mark == "fails") and line.startswith(f"backend {facts.backend} ")
+    line, status = verdict(exam, diagnose(exam))
+    assert status == (mark == "fails") and line.startswith(f"backend {exam.backend} ")
     assert ("would fail: " in line) == bool(status)
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_without_pmi_gloo_and_nccl_start(backend: str) -> None:
-    assert verdict(f := world({}, {}, launcher=SRUN, pmi="", backend=backend), judge(f))[1] == 0
+    assert verdict(f := world({}, {}, slot=SRUN, pmi="", backend=backend), diagnose(f))[1] == 0
 
 
 def test_many_hosts_are_one_line_where_they_are_alike() -> None:
-    findings = [f for f in judge(world(*[{}] * 12)) if f.name in ("interfaces", "/dev/shm", "cores", "GPUs")]
+    findings = [f for f in diagnose(world(*[{}] * 12)) if f.name in ("interfaces", "/dev/shm", "cores", "GPUs")]
     assert len(findings) == 4 and all(f.value.startswith("on every host: ") for f in findings)
     few = world({}, {}, {}, {}, {"shm": (2**20, 2**20)}, {})
-    assert [f.value[:10] for f in judge(few) if f.name == "/dev/shm"] == ["on a, b: 3", "on c: 1.05"]
+    assert [f.value[:10] for f in diagnose(few) if f.name == "/dev/shm"] == ["on a, b: 3", "on c: 1.05"]
 
 
 def test_a_rank_sees_gpus_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(name="H100", uuid=f"GPU-{i}"))
-    found = look_around(RankFacts("srun", 6, 8, 2, 4))
+    found = look_around(Slot("srun", 6, 8, 2, 4))
     assert (found.rank, found.gpu, list(found.gpus)) == (6, "GPU-2", ["GPU-0", "GPU-1", "GPU-2", "GPU-3"])
 
     def broken() -> int:
         raise RuntimeError("The NVIDIA driver on your system is too old\nand more")
 
     monkeypatch.setattr("torch.cuda.device_count", broken)
-    found = look_around(RankFacts())
+    found = look_around(Slot())
     assert (found.gpu, found.gpus, found.cuda_error) == (None, {}, "The NVIDIA driver on your system is too old")
 
 
@@ -320,7 +320,7 @@ def test_a_plain_process_in_a_job_of_several_tasks_does_not_train(
     cli.main([*words, "--backend=single"])
     for command in ("evaluate", "status", "table"):
         cli.main([command, "runs/a"])
-    by_srun = rank_facts(TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
+    by_srun = own_slot(TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
     assert choose("gloo", by_srun)[0] == "gloo"
 
 

@@ -14,13 +14,13 @@ from table import as_words, kinds
 from torch import Tensor, nn
 
 from hpc_grawa import simulate
+from hpc_grawa.batchnorm import recalibrate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
-from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import ArraySplit
 from hpc_grawa.metrics import Accuracy
 from hpc_grawa.training.config import Config
-from hpc_grawa.training.evaluate import BATCH, Judge, eval_mode, recalibrate, undisturbed, uniform_mean
+from hpc_grawa.training.evaluate import BATCH, Evaluator, uniform_mean
 from hpc_grawa.training.examiner import Examiner
 from hpc_grawa.training.worker import Worker
 from hpc_grawa.vector import ParameterVector
@@ -62,11 +62,11 @@ def test_ranks_together_find_what_one_process_finds(count: int) -> None:
         outputs = copy.deepcopy(model).eval()(inputs)
     correct = int((outputs.argmax(1) == labels).sum())
     loss = float(nn.functional.cross_entropy(outputs, labels))
-    judge = Judge(nn.CrossEntropyLoss(), Accuracy())
-    alone = judge.judge(model, examples)
+    evaluator = Evaluator(nn.CrossEntropyLoss(), Accuracy())
+    alone = evaluator.evaluate(model, examples)
     for found in (
         alone,
-        *(f for world in WORLDS for f in simulate(world, lambda comm: judge.judge(model, examples, comm))),
+        *(f for world in WORLDS for f in simulate(world, lambda comm: evaluator.evaluate(model, examples, comm))),
     ):
         assert found["accuracy"] == correct / count
         assert found["loss"] == pytest.approx(loss, rel=1e-12)
@@ -80,8 +80,8 @@ def test_a_metric_of_several_sums(world: int) -> None:
     with torch.no_grad():
         error = y - model(x.float())
     expected = float(1 - error.square().sum() / (y - y.mean()).square().sum())
-    judge = Judge(own.Cubic(), own.R2())
-    for found in simulate(world, lambda comm: judge.judge(model, examples, comm)):
+    evaluator = Evaluator(own.Cubic(), own.R2())
+    for found in simulate(world, lambda comm: evaluator.evaluate(model, examples, comm)):
         assert found == pytest.approx({"r2": expected, "loss": float(error.abs().pow(3).mean())}, rel=1e-6)
 
 
@@ -93,8 +93,8 @@ def test_a_limit_takes_examples_that_are_evenly_spaced(limit: int, expected: lis
     seen: list[int] = []
     original = examples.batch
     examples.batch = lambda index, generator=None: seen.extend(index.tolist()) or original(index)  # type: ignore[method-assign, func-returns-value]
-    judge = Judge(nn.CrossEntropyLoss(), Accuracy())
-    simulate(3, lambda comm: judge.judge(network(), examples, comm, limit))
+    evaluator = Evaluator(nn.CrossEntropyLoss(), Accuracy())
+    simulate(3, lambda comm: evaluator.evaluate(network(), examples, comm, limit))
     assert sorted(set(seen)) == expected
 
 
@@ -102,63 +102,11 @@ def test_no_forward_pass_sees_more_examples_than_it_may() -> None:
     sizes: list[int] = []
     model = network()
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    whole, parts = (Judge(nn.CrossEntropyLoss(), Accuracy(), batch_size=n).judge(model, Images(10)) for n in (10, 4))
+    whole, parts = (
+        Evaluator(nn.CrossEntropyLoss(), Accuracy(), batch_size=n).evaluate(model, Images(10)) for n in (10, 4)
+    )
     assert sizes == [10, 4, 4, 2]
     assert parts == pytest.approx(whole, rel=1e-12)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_recalibrated_statistics_are_those_of_all_batches_of_all_ranks(world: int) -> None:
-    each = 3
-    generator = torch.Generator().manual_seed(1)
-    batches = torch.randn(world, each, 6, 1, 5, 5, generator=generator, dtype=torch.float64) * 3 + 1
-
-    def body(comm: Communicator) -> nn.Sequential:
-        model = network()
-        model[1].running_mean.fill_(7)  # forgotten
-        recalibrate(model, batches[comm.rank], comm)
-        return model
-
-    # What the layers see, by NumPy: the second layer's inputs come through the first's batch statistics.
-    model = network()
-    first, second = [], []
-    with torch.no_grad():
-        for batch in batches.flatten(0, 1):
-            seen = model[0](batch)
-            first.append(seen.transpose(0, 1).flatten(1).numpy())
-            normed = nn.functional.batch_norm(seen, None, None, model[1].weight, model[1].bias, training=True)
-            second.append(model[4](normed.flatten(1)).T.numpy())
-    for result in simulate(world, body):
-        for layer, seen in ((result[1], first), (result[5], second)):
-            mean = np.mean([x.mean(1) for x in seen], axis=0)
-            squares = np.mean([(x**2).mean(1) for x in seen], axis=0)
-            np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-6, atol=1e-6)
-            np.testing.assert_allclose(layer.running_var, squares - mean**2, rtol=1e-5)
-
-
-def test_recalibration_changes_nothing_else() -> None:
-    model = network()
-    model[0].eval()  # a mode of its own
-    before = copy.deepcopy(model.state_dict())
-    batches = torch.randn(2, 6, 1, 5, 5).double()
-    streams = torch.get_rng_state()
-    recalibrate(model, batches, SingleCommunicator())
-    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert changed == {f"{i}.running_{what}" for i in (1, 5) for what in ("mean", "var")}
-    assert [m.training for m in model] == [False] + [True] * 6
-    assert torch.equal(torch.get_rng_state(), streams)
-
-
-def test_eval_mode_and_kept_buffers_are_undone_even_after_an_error() -> None:
-    model = network()
-    model[1].eval()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyError), undisturbed(model), eval_mode(model):
-        assert not any(m.training for m in model.modules())
-        model[1].running_mean.fill_(3)
-        raise KeyError
-    assert [m.training for m in model] == [True, False] + [True] * 5
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -230,7 +178,7 @@ def test_training_notices_nothing_of_an_evaluation(name: str, world: int) -> Non
             if evaluating and step in (0, 3, 5):
                 before = state(worker)
                 with examiner.center():
-                    examiner.judge(worker.splits.test)
+                    examiner.evaluate(worker.splits.test)
                 examiner.everything()
                 torch.testing.assert_close(state(worker), before, rtol=0, atol=0, equal_nan=True)
         return state(worker)
@@ -261,18 +209,18 @@ def test_models_in_place_are_those_that_are_named(world: int) -> None:
     spread = torch.stack([own for _, own, _ in results]).double() - mean
     test = config.data.load().test
 
-    def judged(parameters: Tensor) -> dict[str, float]:
+    def evaluated(parameters: Tensor) -> dict[str, float]:
         def at(comm: Communicator) -> dict[str, float]:
             worker = Worker(config, comm)
             worker.vector.data.copy_(parameters)
             train = worker.splits.train
             batches = (train.batch(worker.sampler.indices(b))[0] for b in range(config.eval.bn_batches))
             recalibrate(worker.model, batches, comm)
-            return Judge(config.loss, config.metric).judge(worker.model, test)
+            return Evaluator(config.loss, config.metric).evaluate(worker.model, test)
 
         return simulate(world, at)[0]
 
-    center, averaged = judged(results[0][0]), judged(mean.float())
+    center, averaged = evaluated(results[0][0]), evaluated(mean.float())
     for _, _, found in results:
         assert found["consensus_distance"] == pytest.approx(float(spread.square().sum(1).mean().sqrt()), rel=1e-4)
         assert found["center_test_accuracy"] == center["accuracy"]
@@ -284,7 +232,7 @@ def test_models_in_place_are_those_that_are_named(world: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_the_saved_center_is_what_was_judged(steps: int) -> None:
+def test_the_saved_center_is_what_was_evaluated(steps: int) -> None:
     """Statistics included; after 1 step there was no round yet, and the center is the mean."""
     config = parse(["--config=digits", "--method.period=3", "--budget.seconds=null", "--budget.steps=9"])
 
@@ -301,6 +249,6 @@ def test_the_saved_center_is_what_was_judged(steps: int) -> None:
     model = config.build_model()
     model.load_state_dict(saved)
     test = config.data.load().test
-    assert Judge(config.loss, config.metric).judge(model, test)["accuracy"] == found["center_test_accuracy"]
+    assert Evaluator(config.loss, config.metric).evaluate(model, test)["accuracy"] == found["center_test_accuracy"]
     assert not torch.equal(saved["features.1.running_mean"], own_state["features.1.running_mean"])
     assert (found["center_test_loss"] == found["mean_test_loss"]) == (steps == 1)

@@ -17,7 +17,7 @@ from test_cli import LINE, running
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.report.status import describe
-from hpc_grawa.runs.heartbeat import BEAT, read_signs
+from hpc_grawa.runs.heartbeat import BEAT, read_heartbeats
 
 HOST = platform.node()
 
@@ -46,9 +46,9 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(activity: str, tmp_path: Pa
         rf"on all ranks; not waiting: rank 1 on {HOST} at step \d+ {activity}, heard of \d s ago",
         errors,
     ), errors
-    signs = read_signs(tmp_path / "a")
-    assert [s.rank for s in signs] == [0, 1]
-    assert signs[0].activity.startswith("waited for ") and signs[1].activity == activity
+    beats = read_heartbeats(tmp_path / "a")
+    assert [s.rank for s in beats] == [0, 1]
+    assert beats[0].activity.startswith("waited for ") and beats[1].activity == activity
     for file in (tmp_path / "a" / "ranks").iterdir():  # as a minute later
         os.utime(file, (time.time() - 10 * BEAT,) * 2)
     assert re.match(
@@ -68,8 +68,8 @@ def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(backend: 
         return records.read_text() if records.exists() else ""
 
     def begun() -> bool:
-        signs = read_signs(tmp_path / "a")
-        return len(signs) == 2 and signs[0].used > 0 and '"train"' in written() and '"round"' in written()
+        beats = read_heartbeats(tmp_path / "a")
+        return len(beats) == 2 and beats[0].used > 0 and '"train"' in written() and '"round"' in written()
 
     while not begun():
         assert time.monotonic() < end

@@ -36,7 +36,7 @@ from hpc_grawa.data.imagenet import MEAN, STD, View
 from hpc_grawa.errors import ConfigError, Damaged
 from hpc_grawa.metrics import TopAccuracy
 from hpc_grawa.models import ResNet50, ResNet152, ViTB16
-from hpc_grawa.training.evaluate import Judge
+from hpc_grawa.training.evaluate import Evaluator
 from hpc_grawa.training.worker import Worker
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow decodes the images")
@@ -334,7 +334,7 @@ def test_between_evaluations_ranks_read_what_they_train_on_and_their_probes(
         here.read.clear()  # rank 0 has tried model and data out
         for _ in range(9):
             worker.step()
-        return here.read, sum(s.rounds for s in worker.run.synchronizers)
+        return here.read, sum(s.completed for s in worker.run.synchronizers)
 
     for rank, (read, rounds) in enumerate(simulate(3, body)):
         sampler = config.data.sampler(rank, 3, config.run.seed)
@@ -771,10 +771,10 @@ def test_top_k_beside_the_accuracy() -> None:
     metric = TopAccuracy()
     order = outputs.argsort(1, descending=True)
     ranks = (order == targets[:, None]).float().argmax(1)
-    judged = Judge(F.cross_entropy, metric, batch_size=33).judge(own_identity(), TensorExamples(outputs, targets))
-    assert list(judged) == ["loss", "accuracy", "top5_accuracy"]
-    assert judged["accuracy"] == pytest.approx((ranks == 0).double().mean().item(), abs=1e-12)
-    assert judged["top5_accuracy"] == pytest.approx((ranks < 5).double().mean().item(), abs=1e-12)
+    found = Evaluator(F.cross_entropy, metric, batch_size=33).evaluate(own_identity(), TensorExamples(outputs, targets))
+    assert list(found) == ["loss", "accuracy", "top5_accuracy"]
+    assert found["accuracy"] == pytest.approx((ranks == 0).double().mean().item(), abs=1e-12)
+    assert found["top5_accuracy"] == pytest.approx((ranks < 5).double().mean().item(), abs=1e-12)
     few = TopAccuracy(k=99)
     assert few.values(few.sums(outputs, targets))["top99_accuracy"] == 1
     with pytest.raises(ConfigError, match=r"metric\.k is 0"):
@@ -782,7 +782,7 @@ def test_top_k_beside_the_accuracy() -> None:
 
 
 def own_identity() -> nn.Module:
-    """Gives its inputs back; has a parameter, as a judge wants to know its device."""
+    """Gives its inputs back; has a parameter, as an evaluation wants to know its device."""
     model = nn.Linear(12, 12, bias=False)
     nn.init.eye_(model.weight)
     return model

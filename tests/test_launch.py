@@ -13,7 +13,7 @@ from hpc_grawa import comm
 from hpc_grawa.comm import Backend, choose
 from hpc_grawa.comm.torch_dist import TorchCommunicator
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts, Wanted, default_threads, local_device, pmi, processor_share, rank_facts
+from hpc_grawa.launch import Slot, Wanted, default_threads, local_device, own_slot, pmi, processor_share
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -43,13 +43,13 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
     ],
 )
 def test_each_launcher_tells_rank_and_size(variables: dict[str, str], launcher: str) -> None:
-    assert rank_facts(variables) == RankFacts(launcher, rank=3, size=4, local_rank=1, local_size=2)  # type: ignore[arg-type]
+    assert own_slot(variables) == Slot(launcher, rank=3, size=4, local_rank=1, local_size=2)  # type: ignore[arg-type]
 
 
 def test_a_plain_process_is_a_world_of_one() -> None:
-    assert rank_facts({}) == RankFacts(None, 0, 1, 0, 1)
+    assert own_slot({}) == Slot(None, 0, 1, 0, 1)
     # The script of a batch job, before any srun.
-    assert rank_facts({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) == RankFacts(tasks=4)
+    assert own_slot({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) == Slot(tasks=4)
 
 
 def test_what_an_mpi_library_finds_the_others_by() -> None:
@@ -61,22 +61,22 @@ def test_what_an_mpi_library_finds_the_others_by() -> None:
 def test_threads_are_the_ranks_share_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     processors = len(os.sched_getaffinity(0))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert default_threads(RankFacts()) == processors
-    assert default_threads(RankFacts("mpirun", 0, 8, 0, 2 * processors)) == 1
+    assert default_threads(Slot()) == processors
+    assert default_threads(Slot("mpirun", 0, 8, 0, 2 * processors)) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert default_threads(RankFacts()) is None
+    assert default_threads(Slot()) is None
 
 
-MPIRUN, SRUN = RankFacts("mpirun", 0, 4, 0, 4), RankFacts("srun", 0, 4, 0, 4)
+MPIRUN, SRUN = Slot("mpirun", 0, 4, 0, 4), Slot("srun", 0, 4, 0, 4)
 
 
 @pytest.mark.parametrize(
-    ("facts", "own", "launchers", "variables", "share"),
+    ("slot", "own", "launchers", "variables", "share"),
     [
-        (RankFacts(), 64, 64, {}, 64),
-        (RankFacts(), 2, 64, {}, 2),  # taskset
-        (RankFacts(), 8, 1, {}, 8),
-        (RankFacts(), 8, 64, {"SLURM_CPUS_PER_TASK": "2"}, 8),  # no srun: all of the job's
+        (Slot(), 64, 64, {}, 64),
+        (Slot(), 2, 64, {}, 2),  # taskset
+        (Slot(), 8, 1, {}, 8),
+        (Slot(), 8, 64, {"SLURM_CPUS_PER_TASK": "2"}, 8),  # no srun: all of the job's
         (MPIRUN, 64, 64, {}, 16),  # --bind-to none
         (MPIRUN, 1, 64, {}, 1),  # --bind-to core
         (MPIRUN, 8, 64, {}, 8),  # --map-by slot:PE=8
@@ -95,61 +95,61 @@ MPIRUN, SRUN = RankFacts("mpirun", 0, 4, 0, 4), RankFacts("srun", 0, 4, 0, 4)
     ],
 )
 def test_a_ranks_share_of_processors_bound_or_not(
-    facts: RankFacts, own: int, launchers: int, variables: dict[str, str], share: int
+    slot: Slot, own: int, launchers: int, variables: dict[str, str], share: int
 ) -> None:
-    assert processor_share(facts, own, launchers, variables) == share
+    assert processor_share(slot, own, launchers, variables) == share
 
 
 @pytest.mark.parametrize(
-    ("asked", "facts", "built", "expected", "why"),
+    ("asked", "slot", "built", "expected", "why"),
     [
-        ("auto", RankFacts(), True, "single", "no launcher"),
+        ("auto", Slot(), True, "single", "no launcher"),
         ("auto", MPIRUN, True, "horovod", "started by mpirun, Horovod is built"),
         ("auto", MPIRUN, False, "mpi", "started by mpirun, Horovod is not built"),
         ("auto", SRUN, True, "horovod", "started by srun, Horovod is built"),
         ("auto", SRUN, False, "mpi", "started by srun, Horovod is not built"),
-        ("auto", RankFacts("horovodrun --gloo", 0, 4), True, "horovod", "started by horovodrun --gloo"),
-        ("auto", RankFacts("torchrun", 0, 4, 0, 4), True, "gloo", "started by torchrun, 0 GPUs for 4 ranks"),
+        ("auto", Slot("horovodrun --gloo", 0, 4), True, "horovod", "started by horovodrun --gloo"),
+        ("auto", Slot("torchrun", 0, 4, 0, 4), True, "gloo", "started by torchrun, 0 GPUs for 4 ranks"),
         ("gloo", SRUN, True, "gloo", "started by srun, asked for"),
         ("mpi", MPIRUN, True, "mpi", "started by mpirun, asked for"),
         ("horovod", SRUN, True, "horovod", "started by srun, asked for"),
-        ("single", RankFacts(), True, "single", "no launcher, asked for"),
-        ("single", RankFacts(tasks=4), True, "single", "no launcher, asked for"),
+        ("single", Slot(), True, "single", "no launcher, asked for"),
+        ("single", Slot(tasks=4), True, "single", "no launcher, asked for"),
     ],
 )
 def test_the_backend_that_is_chosen_and_why(
-    asked: Backend, facts: RankFacts, built: bool, expected: str, why: str, monkeypatch: pytest.MonkeyPatch
+    asked: Backend, slot: Slot, built: bool, expected: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comm, "_built", lambda module: built)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    backend, reason = choose(asked, facts)
+    backend, reason = choose(asked, slot)
     assert backend == expected and reason.startswith(why)
 
 
 @pytest.mark.parametrize(
-    ("asked", "facts", "built", "message"),
+    ("asked", "slot", "built", "message"),
     [
-        ("mpi", RankFacts("torchrun", 0, 4), True, "backend is mpi under torchrun: .*use gloo or nccl"),
-        ("horovod", RankFacts("torchrun", 0, 4), True, "backend is horovod under torchrun: .*use gloo or nccl"),
-        ("auto", RankFacts("horovodrun --gloo", 0, 4), False, "backend is auto under horovodrun --gloo: needs Horovod"),
-        ("mpi", RankFacts("horovodrun --gloo", 0, 4), True, "backend is mpi under horovodrun --gloo: .*use mpirun"),
+        ("mpi", Slot("torchrun", 0, 4), True, "backend is mpi under torchrun: .*use gloo or nccl"),
+        ("horovod", Slot("torchrun", 0, 4), True, "backend is horovod under torchrun: .*use gloo or nccl"),
+        ("auto", Slot("horovodrun --gloo", 0, 4), False, "backend is auto under horovodrun --gloo: needs Horovod"),
+        ("mpi", Slot("horovodrun --gloo", 0, 4), True, "backend is mpi under horovodrun --gloo: .*use mpirun"),
         ("single", MPIRUN, True, "backend is single under mpirun with 4 ranks: .*must be another"),
         ("horovod", MPIRUN, False, "backend is horovod: .*not installed"),
-        ("auto", RankFacts(tasks=4), True, "backend is auto in a SLURM job of 4 tasks, .*start it by srun --mpi=pmix"),
+        ("auto", Slot(tasks=4), True, "backend is auto in a SLURM job of 4 tasks, .*start it by srun --mpi=pmix"),
         (
             "mpi",
-            RankFacts(tasks=4),
+            Slot(tasks=4),
             True,
             "backend is mpi in a SLURM job of 4 tasks, .*if one process is meant, with backend single",
         ),
     ],
 )
 def test_a_backend_that_cannot_run_there_is_refused(
-    asked: Backend, facts: RankFacts, built: bool, message: str, monkeypatch: pytest.MonkeyPatch
+    asked: Backend, slot: Slot, built: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comm, "_built", lambda module: built)
     with pytest.raises(ConfigError, match=message):
-        choose(asked, facts)
+        choose(asked, slot)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(
 ) -> None:
     """Of all that the node has, or the only one that it sees; ranks that outnumber GPUs share them in turn."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    facts = RankFacts("srun", 6, 8, 2, 4)
-    assert str(local_device(facts, wanted)) == device
-    assert str(local_device(facts, "cpu")) == "cpu"
+    slot = Slot("srun", 6, 8, 2, 4)
+    assert str(local_device(slot, wanted)) == device
+    assert str(local_device(slot, "cpu")) == "cpu"
     if not gpus:
         with pytest.raises(ConfigError, match=r"device is cuda: rank 6 on .* sees no GPU; must be cpu or auto"):
-            local_device(facts, "cuda")
+            local_device(slot, "cuda")
 
 
 def test_ranks_that_would_share_a_gpu_under_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.metrics import Metric
 from hpc_grawa.training import losses
-from hpc_grawa.training.evaluate import Judge
+from hpc_grawa.training.evaluate import Evaluator
 
 N, C = 23, 5
 GENERATOR = torch.Generator().manual_seed(0)
@@ -132,22 +132,22 @@ def test_the_loss_is_that_of_all_examples_as_one_batch(on_ranks: Ranks, name: st
     nn.init.eye_(model.weight), nn.init.zeros_(model.bias)
     expected = float(loss(x, target).mean())
 
-    def judged(size: int) -> list[float]:
-        judge = Judge(loss, Count(), batch_size=size)
-        return on_ranks(lambda comm: judge.judge(model, examples, comm)["loss"])
+    def evaluated(size: int) -> list[float]:
+        evaluator = Evaluator(loss, Count(), batch_size=size)
+        return on_ranks(lambda comm: evaluator.evaluate(model, examples, comm)["loss"])
 
     for size in (3, 500):
-        assert judged(size) == pytest.approx([expected] * on_ranks.size, rel=2e-6)
+        assert evaluated(size) == pytest.approx([expected] * on_ranks.size, rel=2e-6)
 
 
 def test_batches_without_a_target_that_counts_do_not_count(on_ranks: Ranks) -> None:
     """Where no target at all counts there is no mean."""
     x, targets = inputs(CLASSES), torch.where(torch.arange(N) < 20, -100, CLASSES)
-    judge = Judge(nn.CrossEntropyLoss(), Count(), batch_size=2)
+    evaluator = Evaluator(nn.CrossEntropyLoss(), Count(), batch_size=2)
     model = nn.Identity()
     model.scale = nn.Linear(1, 1)
     found = [
-        on_ranks(lambda comm, t=t: judge.judge(model, TensorExamples(x, t), comm)["loss"])
+        on_ranks(lambda comm, t=t: evaluator.evaluate(model, TensorExamples(x, t), comm)["loss"])
         for t in (targets, torch.full((N,), -100))
     ]
     assert found[0] == pytest.approx([float(F.cross_entropy(x[20:], CLASSES[20:]))] * on_ranks.size)
@@ -158,7 +158,7 @@ def test_a_limit_and_bf16_take_the_same_sums() -> None:
     x, loss = inputs(CLASSES), nn.CrossEntropyLoss(ignore_index=0, weight=WEIGHTS)
     model, examples = nn.Linear(C, C), TensorExamples(x, CLASSES)
     chosen = torch.arange(9) * N // 9
-    few = [Judge(loss, Count(), "bf16", size).judge(model, examples, limit=9)["loss"] for size in (2, 9)]
+    few = [Evaluator(loss, Count(), "bf16", size).evaluate(model, examples, limit=9)["loss"] for size in (2, 9)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = loss(model(x[chosen]).float(), CLASSES[chosen])
     assert few == pytest.approx([float(expected)] * 2, rel=1e-2) and few[0] == pytest.approx(few[1], rel=1e-3)

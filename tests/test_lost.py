@@ -212,8 +212,8 @@ def test_a_sign_s_age_outweighs_its_words(tmp_path: Path) -> None:
         watch.begin(tmp_path)
         for rank, told, age in ((1, "", 4 * BEAT), (2, "has left", BEAT), (3, "", 0)):
             file = tmp_path / "ranks" / f"{rank:04d}.json"
-            sign = {"rank": rank, "host": "far", "step": 7, "activity": "waits for control", "seconds": 1, "used": 0}
-            file.write_text(json.dumps({**sign, "training": 1, "told": told}))
+            beat = {"rank": rank, "host": "far", "step": 7, "activity": "waits for control", "seconds": 1, "used": 0}
+            file.write_text(json.dumps({**beat, "training": 1, "told": told}))
             os.utime(file, (time.time() - age,) * 2)
         assert re.fullmatch(
             r"has left: rank 2 on far at step 7; silent: rank 1 on far at step 7 waits for control, heard of 2\d s ago",

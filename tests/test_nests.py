@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 from hpc_grawa import simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.data import Nest, Splits, TensorExamples
-from hpc_grawa.data.nests import kind, leaves, mapped, moved, parts
 from hpc_grawa.errors import ConfigError
+from hpc_grawa.nests import kind, leaves, mapped, moved, parts
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
 

@@ -592,6 +592,45 @@ def test_what_a_probe_draws_is_of_its_seed_rank_and_round_and_goes_on_after_a_re
     assert simulate(3, lambda comm: body(comm, resume_at=3)) == drawn
 
 
+def test_a_probe_that_asks_is_told_each_rounds_number_also_after_a_resume_and_from_another_world() -> None:
+    """Once before the batches of a round; a function is asked for its batches alone."""
+
+    class Numbered:
+        def __init__(self, model: nn.Module) -> None:
+            self.model, self.seen = model, []
+
+        def set_round(self, number: int) -> None:
+            self.seen.append([number])
+
+        def __call__(self) -> Tensor:
+            self.seen[-1].append("batch")
+            return squares(self.model, INPUT)
+
+    def body(comm: Communicator, resume: str) -> list[list[Any]]:
+        seen = []
+
+        def build() -> Any:
+            model = nn.Linear(4, 1)
+            probe = Numbered(model)
+            probe.seen = seen
+            method = LGRAWA(period=2, probe_batches=2)
+            return method.build(comm, ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1), probe)
+
+        run = build()
+        for step in range(10):
+            if step == 5:
+                state = run.state_dict()
+                run = build()
+                getattr(run, resume)(state)
+            squares(run.vector.model, INPUT).backward()
+            run.after_step()
+        return seen
+
+    for resume, rounds in (("load_state_dict", 5), ("start_from", 4)):  # another world begins its period anew
+        for seen in simulate(2, lambda comm, resume=resume: body(comm, resume)):
+            assert seen == [[number, "batch", "batch"] for number in range(rounds)]
+
+
 def test_streams_of_other_numbers_are_others() -> None:
     seen = set()
     for numbers in [(0,), (0, 0), (1, 0), (0, 1), (2**64 - 1, 0), (-1, 1), (36, 720, 1042)]:

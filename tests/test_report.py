@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.errors import ConfigError, Damaged
 from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
 from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks
 
@@ -261,7 +261,7 @@ def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
         read_run(tmp_path)
     with (broken / "metrics.jsonl").open("a") as file:
         file.write("{\n{}\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 10, is not JSON"):
+    with pytest.raises(Damaged, match=r"metrics\.jsonl, line 10, is not JSON"):
         read_run(broken)
     with pytest.raises(ConfigError, match="no runs"):
         rows([])

@@ -75,7 +75,7 @@ def run(made: Config, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
 
     def body(comm: Communicator) -> dict[str, Any]:
-        return fit(made, comm, None if comm.rank else lambda: folder, speaks=False)
+        return fit(made, comm, new_folder=None if comm.rank else lambda: folder, speaks=False)
 
     return simulate(WORLD, body)
 
@@ -212,7 +212,7 @@ def saved(folder: Path, steps: tuple[int, ...], keep: int = 2) -> None:
 def loaded(folder: Path) -> list[tuple[int, Any, tuple[str, ...]]]:
     def body(comm: Communicator) -> tuple[int, Any, tuple[str, ...]]:
         restored = Checkpoints(folder, comm).load()
-        assert restored is not None and (restored.world_size, restored.facts["seconds"]) == (WORLD, 1.5)
+        assert restored is not None and (restored.world_size, restored.manifest["seconds"]) == (WORLD, 1.5)
         assert restored.state["x"].tolist() == [comm.rank] * 5
         return restored.step, restored.state["nested"], restored.skipped
 
@@ -364,7 +364,7 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
             run(made, tmp_path)
 
     def body(comm: Communicator, any_world: bool = False) -> dict[str, Any]:
-        return fit(made, comm, None if comm.rank else lambda: tmp_path, speaks=False, any_world=any_world)
+        return fit(made, comm, new_folder=None if comm.rank else lambda: tmp_path, speaks=False, any_world=any_world)
 
     before = own.contents(tmp_path)
     with pytest.raises(ConfigError, match=r"world size is 2: must be 3, as when .* --resume-world any"):
@@ -423,7 +423,9 @@ def test_another_world_goes_on_counting(
     monkeypatch.setattr("hpc_grawa.averaging.scores.probe_gradient", probed)
     drawn, draw = [], Sampler.probe_indices
     monkeypatch.setattr(Sampler, "probe_indices", lambda s, *args: drawn.append(args[0]) or draw(s, *args))
-    summary = simulate(2, lambda comm: fit(made, comm, None if comm.rank else lambda: tmp_path, any_world=True))[0]
+    summary = simulate(
+        2, lambda comm: fit(made, comm, new_folder=None if comm.rank else lambda: tmp_path, any_world=True)
+    )[0]
     assert re.search(
         rf"^resumed    at step {resumed}, after .* s of training; 2 ranks after 3, all from the center$",
         capsys.readouterr().out,

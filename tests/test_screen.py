@@ -200,7 +200,7 @@ def test_every_command_works_in_a_locale_that_knows_ascii_only(tmp_path: Path) -
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"told.yaml", "läufe", "ä.csv", "ä.png", "ö.svg"}
     record = read_run(tmp_path / "läufe" / "ü")
-    assert record.config["run.dir"] == "läufe" and record.facts["name"] in ("ü", "\udcc3\udcbc")
+    assert record.config["run.dir"] == "läufe" and record.status["name"] in ("ü", "\udcc3\udcbc")
 
 
 @pytest.mark.parametrize("environment", [IN_C, {"PYTHONIOENCODING": "ascii"}], ids=["locale", "screen"])

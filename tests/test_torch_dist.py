@@ -16,16 +16,16 @@ from hpc_grawa.comm import choose, connect, torch_dist
 from hpc_grawa.comm.store import join, serve
 from hpc_grawa.comm.torch_dist import shared_interface
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import RankFacts
+from hpc_grawa.launch import Slot
 from hpc_grawa.network import first_host, first_port, interface_of, way_to
 
 PROGRAM = """
 import os, torch
 from hpc_grawa.comm import connect
-from hpc_grawa.launch import RankFacts, rank_facts
-facts = rank_facts()
+from hpc_grawa.launch import Slot, own_slot
+slot = own_slot()
 {change}
-comm = connect("gloo", facts)
+comm = connect("gloo", slot)
 total = comm.allreduce(torch.ones(1), "setup").wait().item()
 # one write, even where PYTHONUNBUFFERED has print make two: launchers mix the ranks' writes
 print(f"rank {{comm.rank}} of {{comm.size}} {{comm.backend}} sums {{total:.0f}}\\n", end="", flush=True)
@@ -67,7 +67,7 @@ def test_a_missing_rank_0_is_a_named_error(port: int) -> None:
         "",
         pytest.param("os.environ['MASTER_ADDR'] = 'localhost'", marks=pytest.mark.slow),
         # as if each rank were on a host of its own: MPI tells where rank 0 is
-        pytest.param("facts = RankFacts('mpirun', facts.rank, facts.size, 0, 1, facts.job)", marks=pytest.mark.slow),
+        pytest.param("slot = Slot('mpirun', slot.rank, slot.size, 0, 1, slot.job)", marks=pytest.mark.slow),
     ],
     ids=["one host", "MASTER_ADDR", "several hosts"],
 )
@@ -95,16 +95,16 @@ def test_a_host_whose_name_is_its_own_loopback_takes_the_interface_to_the_others
     store = HashStore()
     store.set("way of 0", "")
     store.set("way of 1", "")
-    assert shared_interface(RankFacts("srun", 0, 2), store) is None  # the hosts are one
+    assert shared_interface(Slot("srun", 0, 2), store) is None  # the hosts are one
     monkeypatch.setitem(ways, "node1", ["10.0.0.2"])
-    assert shared_interface(RankFacts("srun", 1, 2), store) == "ib1"
+    assert shared_interface(Slot("srun", 1, 2), store) == "ib1"
     monkeypatch.setitem(ways, "node1", ["127.0.0.1"])
-    assert shared_interface(RankFacts("srun", 0, 2), store) == "ib0"
+    assert shared_interface(Slot("srun", 0, 2), store) == "ib0"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
-    assert shared_interface(RankFacts("srun", 0, 2), store) is None  # the site's choice
+    assert shared_interface(Slot("srun", 0, 2), store) is None  # the site's choice
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(torch_dist, "own_name_is_reachable", lambda: True)
-    assert shared_interface(RankFacts("srun", 0, 2), store) is None  # Gloo's choice
+    assert shared_interface(Slot("srun", 0, 2), store) is None  # Gloo's choice
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
@@ -122,23 +122,23 @@ def test_in_one_process(tmp_path: Path) -> None:
 def test_several_hosts_that_say_nothing_of_rank_0_are_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match=r"under horovodrun --gloo, which does not say.*set MASTER_ADDR"):
-        connect("gloo", RankFacts("horovodrun --gloo", 1, 2, 0, 1, "job"))
+        connect("gloo", Slot("horovodrun --gloo", 1, 2, 0, 1, "job"))
 
 
 def test_nccl_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="backend is nccl: PyTorch sees no GPU here; must be gloo, mpi or horovod"):
-        choose("nccl", RankFacts("torchrun", 0, 2, 0, 2))
+        choose("nccl", Slot("torchrun", 0, 2, 0, 2))
 
 
 def test_ports_come_from_the_job() -> None:
-    facts = [RankFacts("srun", size=2, job=job) for job in ("17.0", "17.1")]
-    ports = [first_port(f, {}) for f in facts]
+    slots = [Slot("srun", size=2, job=job) for job in ("17.0", "17.1")]
+    ports = [first_port(slot, {}) for slot in slots]
     assert len(set(ports)) == 2 and all(20_000 <= port < 32_000 for port in ports)
-    assert first_port(facts[0], {"MASTER_PORT": "4711"}) == 4711
+    assert first_port(slots[0], {"MASTER_PORT": "4711"}) == 4711
 
 
 def test_the_first_host_is_not_rank_0s_where_ranks_are_placed_at_will() -> None:
-    facts, step = RankFacts("srun", 0, 4, 0, 2, "17.0"), {"SLURM_STEP_NODELIST": "node[1-3]"}
-    assert first_host(facts, step | {"SLURM_DISTRIBUTION": "cyclic"}) == "node1"
-    assert first_host(facts, step | {"SLURM_DISTRIBUTION": "arbitrary"}) is None
+    slot, step = Slot("srun", 0, 4, 0, 2, "17.0"), {"SLURM_STEP_NODELIST": "node[1-3]"}
+    assert first_host(slot, step | {"SLURM_DISTRIBUTION": "cyclic"}) == "node1"
+    assert first_host(slot, step | {"SLURM_DISTRIBUTION": "arbitrary"}) is None

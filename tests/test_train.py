@@ -24,7 +24,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.runs.log import Log
 from hpc_grawa.training.config import Config
-from hpc_grawa.training.evaluate import Judge
+from hpc_grawa.training.evaluate import Evaluator
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
 
@@ -46,7 +46,9 @@ def digits(*words: str, method: str = "LGRAWA", steps: int = 10) -> Config:
 def run(config: Config, folder: Path, world: int = 3) -> list[dict[str, Any]]:
     """The summaries of all ranks; the run's files are in `folder`."""
     folder.mkdir(exist_ok=True)
-    return simulate(world, lambda comm: fit(config, comm, None if comm.rank else lambda: folder, speaks=False))
+    return simulate(
+        world, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: folder, speaks=False)
+    )
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -162,7 +164,7 @@ def test_the_center_loads_into_a_fresh_model_and_evaluate_prints_its_accuracy(
     config, folder, summary = finished
     model = config.build_model()
     model.load_state_dict(center(folder))
-    scores = Judge(config.loss, config.metric).judge(model, config.data.load().test)
+    scores = Evaluator(config.loss, config.metric).evaluate(model, config.data.load().test)
     assert scores["accuracy"] == summary["center_test_accuracy"]
     assert scores["loss"] == pytest.approx(summary["center_test_loss"], rel=1e-5)
     cli.main(["evaluate", str(folder), "--backend=single"])
@@ -500,7 +502,9 @@ def test_a_trace_shows_what_every_rank_did(tmp_path: Path) -> None:
     """Every local step, probe, message and wait of a run of 3 ranks, 10 steps and 3 rounds."""
     config = digits("--eval.unit=steps", "--eval.every=100")
     tmp_path.mkdir(exist_ok=True)
-    simulate(3, lambda comm: fit(config, comm, None if comm.rank else lambda: tmp_path, speaks=False, trace=True))
+    simulate(
+        3, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: tmp_path, speaks=False, trace=True)
+    )
     found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [e["args"]["name"] for e in found if e["name"] == "process_name"]
     assert names == ["rank 0", "rank 1", "rank 2"]
@@ -519,7 +523,9 @@ def test_a_trace_shows_what_every_rank_did(tmp_path: Path) -> None:
 
 def test_messages_under_way_at_once_have_rows_of_their_own(tmp_path: Path) -> None:
     config = digits("--method.bucket_mb=0.01", method="DataParallel")
-    simulate(2, lambda comm: fit(config, comm, None if comm.rank else lambda: tmp_path, speaks=False, trace=True))
+    simulate(
+        2, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: tmp_path, speaks=False, trace=True)
+    )
     found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     wire = sorted(
         (e["tid"], e["ts"], e["dur"]) for e in found if e["ph"] == "X" and e["cat"] == "wire" and e["pid"] == 0

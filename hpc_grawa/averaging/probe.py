@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .. import attributes, buffers, random_streams
-from ..eager import eagerly
+from ..forward import NoDropout, eagerly
 from ..hooks import gradients_aside
 from ..vector import ParameterVector
 
-#: Returns the loss (0-d tensor) of a fresh batch, or yields losses of its parts, whose gradients add up.
+#: Returns the loss (0-d tensor) of a fresh batch, or yields losses of its parts, whose gradients add up. One that has a
+#: method ``set_round(number)`` is told before which of the run's rounds it is for.
 Probe = Callable[[], Tensor | Iterable[Tensor]]
 
 
@@ -106,49 +105,3 @@ def _no_cached_casts() -> Iterator[None]:
         yield
     finally:
         torch.clear_autocast_cache()
-
-
-def _unchecked(function: Any) -> Any:
-    """A copy of a function of torch's that does not look for modes."""
-    checks = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda _: False)
-    return FunctionType(function.__code__, {**function.__globals__, **checks}, argdefs=function.__defaults__)
-
-
-class NoDropout(TorchFunctionMode):
-    """Within the block no dropout is applied, by modules or functions, whatever mode they are in."""
-
-    #: What runs backward passes, and within them the forward passes that checkpointing computes again. A function that
-    #: a mode handles runs with the mode off; these must not.
-    _BACKWARD: ClassVar[dict[Any, Any]] = {
-        function: _unchecked(function) for function in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
-    }
-    _DROPOUT = frozenset(
-        [
-            *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
-            *(nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout),
-            *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
-            *(torch.alpha_dropout, torch.alpha_dropout_),
-            *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
-        ]
-    )
-    #: Functions that apply dropout inside; a float among their positional arguments is its rate.
-    _WITH_DROPOUT = frozenset(
-        [
-            *(nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward),
-            *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
-        ]
-    )
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in self._BACKWARD:
-            with self:
-                return self._BACKWARD[function](*args, **kwargs)
-        if function in self._DROPOUT:
-            return args[0] if args else kwargs["input"]
-        if function in self._WITH_DROPOUT:
-            args = tuple(0.0 if isinstance(value, float) else value for value in args)
-            kwargs = {name: 0.0 if name == "dropout_p" else value for name, value in kwargs.items()}
-        return function(*args, **kwargs)

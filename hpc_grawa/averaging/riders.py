@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn, optim
 
-from ..batchnorm import norms, spreads
+from ..batchnorm import STATISTICS, Pooling, norms
 from ..buffers import as_bytes, from_bytes, frozen_parameters, put
-from ..comm import Communicator
 from ..errors import ConfigError
 from ..vector import ParameterVector
 
@@ -87,69 +86,11 @@ def _refuse_codes(key: str, value: object) -> None:
         )
 
 
-#: Of the digits that numbers travel as: |digit| <= 2^13, so that sums over a thousand ranks are exact in fp32.
-_PLACES = tuple(2.0**exponent for exponent in range(70, -57, -14))
-
-
-def digits(x: Tensor) -> Tensor:
-    """Numbers ``[...]`` in float64 as digits ``[10, ...]`` to the base 2^14, of 2^70 (any size) down to 2^-56."""
-    found = []
-    for place in _PLACES:
-        digit = torch.round(x / place)
-        x = x - digit * place
-        found.append(digit)
-    return torch.stack(found)
-
-
-def number(digits: Tensor) -> Tensor:
-    """The numbers ``[...]`` that sums and differences of such digits stand for."""
-    return torch.stack([digit * place for digit, place in zip(digits, _PLACES, strict=True)]).sum(0)
-
-
-class RunningStatistics(Rider):
-    """BatchNorm's running mean and variance, pooled: mean of means, mean(var + mean²) - mean².
-
-    They ride as digits, whose sums are exact: in fp32 the squares of means far from zero leave no digit of a variance.
-    Those of ranks where all are finite count; where no rank's are, each keeps its own.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._norms = norms(model)
-        self._sizes = [m.num_features for m in self._norms]
-        self._spreads = torch.tensor([spreads(m) for m in self._norms]).repeat_interleave(torch.tensor(self._sizes))
-
-    def _tensors(self) -> list[Tensor]:
-        held = [m.running_mean for m in self._norms] + [m.running_var for m in self._norms]
-        return [t for t in held if t is not None]
+class RunningStatistics(Pooling, Rider):
+    """BatchNorm's running statistics, pooled over the ranks where all are finite."""
 
     def shares(self, weights: Tensor, alive: Tensor) -> Tensor:
         return alive.double()
-
-    def pack(self) -> list[Tensor]:
-        own = torch.cat(self._tensors()).double()
-        finite = own.isfinite().all()
-        mean, var = own.where(finite, 0).view(2, -1)
-        self._spreads = self._spreads.to(mean)
-        return [finite.reshape(1), digits(mean), digits(var) + digits(mean.square()) * self._spreads]
-
-    def unpack(self, sums: list[Tensor]) -> None:
-        count, means, seconds = (t.double() for t in sums)
-        mean = number(means) / count
-        var = (number(seconds - count * digits(mean.square()) * self._spreads) / count).clamp_(min=0)
-        own = self._tensors()
-        pooled = torch.cat((mean, var)).where(count > 0, torch.cat(own))
-        torch._foreach_copy_(own, torch.split(pooled, self._sizes * 2))
-
-
-def pool(model: nn.Module, comm: Communicator) -> None:
-    """Give the model the statistics that a round would pool now; all must call it."""
-    if norms(model):
-        rider = RunningStatistics(model)
-        packed = rider.pack()
-        message = torch.cat([t.double().flatten() for t in packed])
-        comm.allreduce(message, "evaluate").wait()
-        parts = torch.split(message, [t.numel() for t in packed])
-        rider.unpack([part.view_as(t) for part, t in zip(parts, packed, strict=True)])
 
 
 class WeightBuffers(Rider):
@@ -165,7 +106,7 @@ class WeightBuffers(Rider):
     """
 
     def __init__(self, vector: ParameterVector) -> None:
-        statistics = {id(m): ("running_mean", "running_var", "num_batches_tracked") for m in norms(vector.model)}
+        statistics = {id(m): STATISTICS for m in norms(vector.model)}
         self._exact, self._device = vector.exact_dtype, vector.data.device
         self._held: list[tuple[Mapping[str, Tensor | None], str, torch.Size, torch.dtype]] = [
             (module._buffers, name, buffer.shape, buffer.dtype)

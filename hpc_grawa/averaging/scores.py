@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal
 
@@ -256,7 +256,8 @@ class GradientNorm(_GradientScore):
     Args:
         vector: the parameters; the gradient is taken at their current values.
         layers: the L layers.
-        probe: see ``probe_gradient``; called with dropout off, and nothing that it does remains.
+        probe: see ``probe_gradient``; called with dropout off, and nothing that it does remains. Its ``set_round``, if
+            it has one, is told the round's number before: from 0 on, and on where the run is resumed.
         reduction: ``vector``, ``sum`` or ``layers``.
         momentum: b in [0, 1).
         batches: calls of the probe that a gradient is the mean of.
@@ -277,9 +278,11 @@ class GradientNorm(_GradientScore):
     ) -> None:
         super().__init__(vector, layers, reduction, momentum)
         self._vector, self._probe, self._batches, self._rank = vector, probe, batches, rank
+        self._set_round: Callable[[int], None] = getattr(probe, "set_round", lambda number: None)
         self._seed, self._taken = torch.initial_seed(), 0
 
     def take(self) -> Tensor:
+        self._set_round(self._taken)
         gradient = probe_gradient(self._vector, self._probe, self._batches, (self._seed, self._rank, self._taken))
         self._taken += 1
         raw = self._norms(gradient).to("cpu", torch.float64)

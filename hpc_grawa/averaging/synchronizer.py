@@ -135,7 +135,8 @@ class Synchronizer:
         self.period: float = math.inf
         #: This rank's local steps since the last round.
         self.position = 0
-        self.rounds = 0
+        #: Rounds, and ranks that were healed in them.
+        self.completed = 0
         self.healed = 0
         self.on_round: Callable[[Round], None] = lambda _: None
         control.columns = max(control.columns, score.size)
@@ -211,7 +212,7 @@ class Synchronizer:
             return
         if any(word.finite < 0 for word in table.words):
             averager.mend(int(alive.int().argmax()))
-        averager.agree(self.rounds + 1)
+        averager.agree(self.completed + 1)
         averager.start(averager.source, weights, alive)
         self._opened = _Opened(table, weights, staying)
 
@@ -229,11 +230,11 @@ class Synchronizer:
         averager.finish(averager.source, healed=not here)
         if self._reset_momentum:
             self.optimizer.state.clear()
-        self.rounds += 1
+        self.completed += 1
         self.healed += len(healed)
         self.on_round(
             Round(
-                number=self.rounds,
+                number=self.completed,
                 step=control.facts.step,
                 period=int(table.period) if table.period < math.inf else sum(table.made) // len(table.made),
                 lr=control.facts.lr,
@@ -259,7 +260,7 @@ class Synchronizer:
             "position": self.position,
             "period": self.period,
             "pooled": self._pooled,
-            "rounds": self.rounds,
+            "rounds": self.completed,
             "healed": self.healed,
             "averager": self.averager.state_dict(),
             "score": self.score.state_dict(),
@@ -268,7 +269,7 @@ class Synchronizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave, right after it was built."""
         self.position, self.period = state["position"], state["period"]
-        self.rounds, self.healed = state["rounds"], state["healed"]
+        self.completed, self.healed = state["rounds"], state["healed"]
         self.averager.load_state_dict(state["averager"])
         self.score.load_state_dict(state["score"])
         if state["pooled"] and self.pool is not None:
@@ -277,15 +278,15 @@ class Synchronizer:
         elif self._pooled:
             self._begin()
 
-    def restart(self, rounds: int, healed: int) -> None:
+    def restart(self, completed: int, healed: int) -> None:
         """Begin a round anew where the facts are now, right after it was built.
 
         Args:
-            rounds: that there were before.
+            completed: rounds that there were before.
             healed: ranks that were healed in them.
         """
-        self.rounds, self.healed = rounds, healed
-        self.score.begin_after(rounds)
+        self.completed, self.healed = completed, healed
+        self.score.begin_after(completed)
         if self._pooled:
             self._begin()
 

@@ -131,7 +131,7 @@ class Comparison:
             if not there[number]:
                 # A run that was cut off keeps its folder; the next attempt gets a numbered one.
                 folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
-                if fit(config, comm, None if comm.rank else folder)["state"] != "finished":
+                if fit(config, comm, new_folder=None if comm.rank else folder)["state"] != "finished":
                     break
         return [path for config in self.configs if (path := self._finished(config))] if comm.rank == 0 else []
 

@@ -18,7 +18,7 @@ import torch
 
 from ..comm import Backend, Communicator, choose, connect
 from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line
-from ..launch import RankFacts, default_threads, local_device, rank_facts
+from ..launch import Slot, default_threads, local_device, own_slot
 from ..methods import Method
 from ..runs.log import Log, say
 from ..runs.reading import parse_settings, read_text
@@ -35,20 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
     spell_unknown_characters()
     words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    facts = rank_facts()
+    slot = own_slot()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # own classes may lie where the program is started
     command = COMMANDS.get(words[0]) if words else None
     if command is None:
         wanted = words[:1] in (["-h"], ["--help"])
-        if facts.rank == 0:
+        if slot.rank == 0:
             print(__doc__.splitlines()[0] if wanted else _usage(words), file=sys.stdout if wanted else sys.stderr)
             if wanted:
                 print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
-        raise SystemExit(0 if wanted or facts.rank else 2)
-    if facts.rank and any(w in ("-h", "--help") or w.startswith("--print_") for w in words):
+        raise SystemExit(0 if wanted or slot.rank else 2)
+    if slot.rank and any(w in ("-h", "--help") or w.startswith("--print_") for w in words):
         raise SystemExit(0)
-    command(words[1:], facts)
+    command(words[1:], slot)
 
 
 def _underscored(word: str) -> str:
@@ -62,10 +62,10 @@ def _usage(words: list[str]) -> str:
     return f"hpc-grawa: error: {what}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)"
 
 
-def train(words: list[str], facts: RankFacts) -> None:
+def train(words: list[str], slot: Slot) -> None:
     """Train with one method (--dry_run only says what would happen)."""
     program = "hpc-grawa train"
-    own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
+    own = LineParser(prog=program, speaks=slot.rank == 0, add_help=False, allow_abbrev=False)
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
     own.add_argument("--ranks_per_host", type=int)
@@ -73,39 +73,43 @@ def train(words: list[str], facts: RankFacts) -> None:
     own.add_argument("--resume_world", choices=("same", "any"), default="same")
     own.add_argument("--allow_change", action="append", default=[])
     options, words = own.parse_known_args(words)
-    config = parse(words, program, speaks=facts.rank == 0)
+    config = parse(words, program, speaks=slot.rank == 0)
     # Ranks that only a dry run speaks of are on one host unless it says otherwise.
-    size, here = (facts.size, facts.local_size) if options.world_size is None else (options.world_size,) * 2
-    with named_errors(program, facts):
+    size, here = (slot.size, slot.local_size) if options.world_size is None else (options.world_size,) * 2
+    with named_errors(program, slot):
         for name, given in (("world_size", options.world_size), ("ranks_per_host", options.ranks_per_host)):
             if given is not None and not options.dry_run:
                 raise ConfigError(f"{name} is {given}: must come with --dry_run; in training the launcher decides")
             if given is not None and given < 1:
                 raise ConfigError(f"{name} is {given}: must be at least 1 rank")
         config.check(size)
-        first_line = "" if options.dry_run else backend_line(config, facts)
+        first_line = "" if options.dry_run else backend_line(config, slot)
         place = RunPlace(config, options.allow_change)
         if place.finished and not options.dry_run:
-            if facts.rank == 0:
+            if slot.rank == 0:
                 say(f"{program}: {place.path} is finished")
             return
-        if not options.dry_run and facts.rank == 0:
+        if not options.dry_run and slot.rank == 0:
             place.check(None if options.resume_world == "any" else size)
-    set_threads(facts)
+    set_threads(slot)
     if options.dry_run:
         from ..training.dry_run import plan
 
-        if facts.rank == 0:
-            with named_errors(program, facts):
+        if slot.rank == 0:
+            with named_errors(program, slot):
                 for line in plan(config, size, min(size, options.ranks_per_host or here)).splitlines():
                     print(wrapped(line, others=" " * 18))
         return
-    with together(program, config, facts, first_line) as comm:
+    with together(program, config, slot, first_line) as comm:
         from ..training.loop import fit
 
         try:
             found = fit(
-                config, comm, None if comm.rank else place.open, None, options.trace, options.resume_world == "any"
+                config,
+                comm,
+                new_folder=None if comm.rank else place.open,
+                trace=options.trace,
+                any_world=options.resume_world == "any",
             )
         finally:
             place.close()
@@ -115,39 +119,39 @@ def train(words: list[str], facts: RankFacts) -> None:
         raise SystemExit(130 if found["cause"] == "SIGINT" else TRY_AGAIN)
 
 
-def evaluate(words: list[str], facts: RankFacts) -> None:
+def evaluate(words: list[str], slot: Slot) -> None:
     """Evaluate a run's center on the test set."""
     program = "hpc-grawa evaluate"
-    facts = dataclasses.replace(facts, tasks=1)  # one process is enough, however many the job is to have
-    parser = LineParser(prog=program, speaks=facts.rank == 0, description=evaluate.__doc__)
+    slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
+    parser = LineParser(prog=program, speaks=slot.rank == 0, description=evaluate.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data.path", dest="data_path", help="where the data are now")
     parser.add_argument("--backend", default="auto", help="how ranks communicate")
     options = parser.parse_args(words)
-    with named_errors(program, facts):
+    with named_errors(program, slot):
         for name in ("config.yaml", "center.pt"):
             if not (options.run / name).is_file():
                 raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {name}")
         file = options.run / "config.yaml"
         settings = parse_settings(read_text(file) or "", str(file))
         if missing := CLASS_SECTIONS.keys() - settings:
-            raise ConfigError(f"{file} is not whole: it has no {min(missing)}")
+            raise Damaged(f"{file} is not whole: it has no {min(missing)}")
     again = [f"--config={file}", f"--backend={options.backend}"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
-    config = parse(again, program, speaks=facts.rank == 0)
-    with named_errors(program, facts):
+    config = parse(again, program, speaks=slot.rank == 0)
+    with named_errors(program, slot):
         config.data.check(1)
-        first_line = backend_line(config, facts)
-    set_threads(facts)
-    with together(program, config, facts, first_line) as comm:
+        first_line = backend_line(config, slot)
+    set_threads(slot)
+    with together(program, config, slot, first_line) as comm:
         from .. import buffers
-        from ..training.evaluate import Judge
+        from ..training.evaluate import Evaluator
         from ..training.preflight import new_model
 
-        judge = Judge(config.loss, config.metric, config.precision, config.eval.batch_size)
+        evaluator = Evaluator(config.loss, config.metric, config.precision, config.eval.batch_size)
         splits = config.data.load()
-        model = new_model(config, splits, comm, local_device(facts, config.device))
+        model = new_model(config, splits, comm, local_device(slot, config.device))
         file = options.run / "center.pt"
         try:
             center = torch.load(file, weights_only=True)
@@ -157,15 +161,15 @@ def evaluate(words: list[str], facts: RankFacts) -> None:
         except Exception as error:  # a damaged file can raise anything
             why = in_a_line(error)[:200] or type(error).__name__
             raise ConfigError(f"{file} is damaged, or of another model: {why}") from None
-        scores = judge.judge(model, splits.test, comm)
-        if facts.rank == 0:
+        scores = evaluator.evaluate(model, splits.test, comm)
+        if slot.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
 
 
-def table(words: list[str], facts: RankFacts) -> None:
+def table(words: list[str], slot: Slot) -> None:
     """Put any runs into one table (Markdown, CSV) and figure."""
     program = "hpc-grawa table"
-    parser = LineParser(prog=program, speaks=facts.rank == 0, description=table.__doc__)
+    parser = LineParser(prog=program, speaks=slot.rank == 0, description=table.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
     parser.add_argument("--figure", type=Path, help="draw the metric over training time, and weights, to this file")
@@ -173,34 +177,34 @@ def table(words: list[str], facts: RankFacts) -> None:
         "--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)"
     )
     options = parser.parse_args(words)
-    if facts.rank:
+    if slot.rank:
         return
     from .compare import report
 
-    with named_errors(program, facts):
+    with named_errors(program, slot):
         report(options.runs, options.target, options.csv, options.figure)
 
 
-def status(words: list[str], facts: RankFacts) -> None:
+def status(words: list[str], slot: Slot) -> None:
     """Say what runs are doing, from any host: state, ETA, last metrics, and what every rank does."""
     program = "hpc-grawa status"
-    parser = LineParser(prog=program, speaks=facts.rank == 0, description=status.__doc__)
+    parser = LineParser(prog=program, speaks=slot.rank == 0, description=status.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     options = parser.parse_args(words)
-    if facts.rank:
+    if slot.rank:
         return
     from ..report.status import describe
 
-    with named_errors(program, facts):
+    with named_errors(program, slot):
         print("\n\n".join(describe(run) for run in options.runs))
 
 
-def compare(words: list[str], facts: RankFacts) -> None:
+def compare(words: list[str], slot: Slot) -> None:
     """Train with several methods and seeds, one after the other, and compare them."""
     from .compare import Comparison, report
 
     program = "hpc-grawa compare"
-    own = LineParser(prog=program, speaks=facts.rank == 0, add_help=False, allow_abbrev=False)
+    own = LineParser(prog=program, speaks=slot.rank == 0, add_help=False, allow_abbrev=False)
     own.add_argument("--methods", help="names, separated by commas")
     own.add_argument("--seeds", help="numbers, separated by commas")
     own.add_argument("--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)")
@@ -208,17 +212,17 @@ def compare(words: list[str], facts: RankFacts) -> None:
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
         raise SystemExit(0)
     options, words = own.parse_known_args(words)
-    with named_errors(program, facts):
-        comparison = Comparison.read(options.methods, options.seeds, options.target, words, program, facts.rank == 0)
+    with named_errors(program, slot):
+        comparison = Comparison.read(options.methods, options.seeds, options.target, words, program, slot.rank == 0)
         for config in comparison.configs:
-            config.check(facts.size)
-        first_line = backend_line(comparison.configs[0], facts)
-        if facts.rank == 0:
-            comparison.check_folders(facts.size)
-    set_threads(facts)
-    with together(program, comparison.configs[0], facts, first_line) as comm:
+            config.check(slot.size)
+        first_line = backend_line(comparison.configs[0], slot)
+        if slot.rank == 0:
+            comparison.check_folders(slot.size)
+    set_threads(slot)
+    with together(program, comparison.configs[0], slot, first_line) as comm:
         folders = comparison.train(comm)
-        if facts.rank == 0:
+        if slot.rank == 0:
             report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
 
 
@@ -230,11 +234,11 @@ KNOW = (
 )
 
 
-def methods(words: list[str], facts: RankFacts) -> None:
+def methods(words: list[str], slot: Slot) -> None:
     """Say what each method does, and its settings."""
     from .. import methods as package
 
-    if facts.rank:
+    if slot.rank:
         return
     for name in sorted(package.__all__):
         method = getattr(package, name)
@@ -246,12 +250,12 @@ def methods(words: list[str], facts: RankFacts) -> None:
     print(*(wrapped(line, 120, "- ", "  ") for line in KNOW), sep="\n")
 
 
-def toy(words: list[str], facts: RankFacts) -> None:
+def toy(words: list[str], slot: Slot) -> None:
     """Let methods go down a function of flat and sharp valleys, on 4 simulated ranks, and draw their ways."""
     program = "hpc-grawa toy"
     parser = LineParser(
         prog=program,
-        speaks=facts.rank == 0,
+        speaks=slot.rank == 0,
         description=toy.__doc__,
         epilog="A setting goes to the methods that have it; whatever else they have keeps its default.",
         allow_abbrev=False,
@@ -268,14 +272,14 @@ def toy(words: list[str], facts: RankFacts) -> None:
     settings.add_argument("--power", type=float, default=1.0, help="weights are inverse to this power of scores (1)")
     settings.add_argument("--score_momentum", type=float, default=0.0, help="of scores over rounds (0)")
     options = parser.parse_args(words)
-    if facts.rank:
+    if slot.rank:
         return
     from ..report.figure import check_drawable
     from ..toy import descend, draw, table
 
     log = Log(None, speaks=True)
     try:
-        with named_errors(program, facts):
+        with named_errors(program, slot):
             chosen = _toy_methods(options)
             check_drawable(options.figure)
             descents = {}
@@ -298,10 +302,10 @@ def toy(words: list[str], facts: RankFacts) -> None:
         raise SystemExit(130) from None
 
 
-def doctor(words: list[str], facts: RankFacts) -> None:
+def doctor(words: list[str], slot: Slot) -> None:
     """Say whether ranks can train here, and what is missing, alone or under a launcher; status 1 if they cannot."""
     program = "hpc-grawa doctor"
-    parser = LineParser(prog=program, speaks=facts.rank == 0, description=doctor.__doc__, allow_abbrev=False)
+    parser = LineParser(prog=program, speaks=slot.rank == 0, description=doctor.__doc__, allow_abbrev=False)
     parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="the one to try (auto)")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
     parser.add_argument("--patience", type=float, default=90, help="seconds to wait for a silent rank (90)")
@@ -309,7 +313,7 @@ def doctor(words: list[str], facts: RankFacts) -> None:
     from ..doctor.examine import doctor as examine
 
     try:
-        status = examine(options.backend, options.folder, options.patience, facts)
+        status = examine(options.backend, options.folder, options.patience, slot)
     except KeyboardInterrupt:
         status = 130
     raise SystemExit(status)
@@ -332,7 +336,7 @@ def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
     return methods
 
 
-COMMANDS: dict[str, Callable[[list[str], RankFacts], None]] = {
+COMMANDS: dict[str, Callable[[list[str], Slot], None]] = {
     "train": train,
     "evaluate": evaluate,
     "table": table,
@@ -359,47 +363,48 @@ class LineParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def named_errors(program: str, facts: RankFacts) -> Iterator[None]:
+def named_errors(program: str, slot: Slot) -> Iterator[None]:
     """Within the block bad input ends the program: one line and status 2 on rank 0, silence and 0 on the others.
 
-    (If they left with an error first, mpirun would kill rank 0 before it has spoken.) What is wrong on another host
-    only, a path say, rank 0 cannot know: the first rank there says it, unless the launcher ends it before.
+    So does a damaged file. (If they left with an error first, mpirun would kill rank 0 before it has spoken.) What is
+    wrong on another host only, a path say, rank 0 cannot know: the first rank there says it, unless the launcher ends
+    it before.
     """
     try:
         yield
-    except ConfigError as error:
-        elsewhere = facts.rank > 0 and facts.local_rank == 0 and facts.local_size < facts.size
+    except (ConfigError, Damaged) as error:
+        elsewhere = slot.rank > 0 and slot.local_rank == 0 and slot.local_size < slot.size
         if elsewhere:
             time.sleep(5)
-        if facts.rank == 0 or elsewhere:
+        if slot.rank == 0 or elsewhere:
             where = f"on {platform.node()}: " if elsewhere else ""
             print(f"{program}: error: {where}{error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         raise SystemExit(0) from None
 
 
-def backend_line(config: Config, facts: RankFacts) -> str:
+def backend_line(config: Config, slot: Slot) -> str:
     """Which backend and why; raises ``ConfigError`` where it cannot run."""
-    backend, why = choose(config.backend, facts)
-    ranks = "1 rank" if facts.size == 1 else f"{facts.size} ranks"
-    where = ", on GPUs" if local_device(facts, config.device).type == "cuda" else ""
+    backend, why = choose(config.backend, slot)
+    ranks = "1 rank" if slot.size == 1 else f"{slot.size} ranks"
+    where = ", on GPUs" if local_device(slot, config.device).type == "cuda" else ""
     return f"backend    {backend} ({why}), {ranks}{where}"
 
 
-def set_threads(facts: RankFacts) -> None:
+def set_threads(slot: Slot) -> None:
     """Give this rank its share of the host's processors, unless OMP_NUM_THREADS says otherwise."""
-    threads = default_threads(facts)
+    threads = default_threads(slot)
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 @contextmanager
-def together(program: str, config: Config, facts: RankFacts, first_line: str) -> Iterator[Communicator]:
+def together(program: str, config: Config, slot: Slot, first_line: str) -> Iterator[Communicator]:
     """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
-    if facts.rank == 0:
+    if slot.rank == 0:
         say(first_line)
-    with named_errors(program, facts):
-        comm = connect(config.backend, facts, config.comm_timeout)
+    with named_errors(program, slot):
+        comm = connect(config.backend, slot, config.comm_timeout)
     try:
         yield comm
     except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:

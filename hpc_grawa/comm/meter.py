@@ -55,7 +55,7 @@ class Meter:
         self.hidden_seconds = 0.0
         #: What this rank stands still for, since when on the clock of ``time.perf_counter``, and for which ranks.
         self.waits_for: tuple[str, float, Sequence[int]] | None = None
-        #: How far it has come, for its signs of life; asked for by another thread.
+        #: How far it has come, for its heartbeats; asked for by another thread.
         self.said: Callable[[], dict[str, Any]] = not_begun
         #: What it does else.
         self.activity = "computes"

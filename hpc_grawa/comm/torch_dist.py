@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from ..errors import ConfigError, LostContact
-from ..launch import RankFacts, local_device, rank_facts
+from ..launch import Slot, local_device, own_slot
 from ..network import first_host, first_port, interface_of, own_name_is_reachable, way_to
 from .base import Communicator, Work
 from .meter import Purpose, Verb
@@ -34,7 +34,7 @@ class TorchCommunicator(Communicator):
 
     Args:
         backend: ``gloo`` or ``nccl``.
-        facts: of the launcher.
+        slot: of this process.
         part: a communicator and the group of some of its ranks.
 
     Raises:
@@ -46,7 +46,7 @@ class TorchCommunicator(Communicator):
     def __init__(
         self,
         backend: Literal["gloo", "nccl"],
-        facts: RankFacts | None = None,
+        slot: Slot | None = None,
         part: tuple[TorchCommunicator, Any, list[int]] | None = None,
     ) -> None:
         self.backend = backend
@@ -55,11 +55,11 @@ class TorchCommunicator(Communicator):
             self._group: Any = group
             super().__init__(ranks.index(root.ranks[root.rank]), len(ranks), ranks)
             return
-        facts, ours = facts or rank_facts(), not dist.is_initialized()
-        if backend == "nccl" and (ours or facts.launcher is not None):
-            torch.cuda.set_device(local_device(facts))
+        slot, ours = slot or own_slot(), not dist.is_initialized()
+        if backend == "nccl" and (ours or slot.launcher is not None):
+            torch.cuda.set_device(local_device(slot))
         if ours:
-            self._start_group(facts)
+            self._start_group(slot)
         super().__init__(dist.get_rank(), dist.get_world_size())
         # Where a program has started the default group itself, its messages and ours must not meet.
         self._group = dist.group.WORLD if ours else dist.new_group(timeout=_A_DAY, backend=_KINDS[backend])
@@ -67,17 +67,15 @@ class TorchCommunicator(Communicator):
             self._check_devices()
         self._end_together()
 
-    def _start_group(self, facts: RankFacts) -> None:
+    def _start_group(self, slot: Slot) -> None:
         """Start the default process group on all ranks of the launcher."""
-        if facts.local_size == facts.size and sys.platform == "linux":
+        if slot.local_size == slot.size and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve to an address it has
-        store = find_each_other(facts)
-        name = shared_interface(facts, store) if sys.platform == "linux" else None
+        store = find_each_other(slot)
+        name = shared_interface(slot, store) if sys.platform == "linux" else None
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
-        dist.init_process_group(
-            _KINDS[self.backend], store=store, rank=facts.rank, world_size=facts.size, timeout=_A_DAY
-        )
+        dist.init_process_group(_KINDS[self.backend], store=store, rank=slot.rank, world_size=slot.size, timeout=_A_DAY)
 
     def _check_devices(self) -> None:
         sharing = self.ranks_sharing_a_gpu()
@@ -142,7 +140,7 @@ class TorchCommunicator(Communicator):
             dist.destroy_process_group()
 
 
-def find_each_other(facts: RankFacts) -> Store:
+def find_each_other(slot: Slot) -> Store:
     """Where the ranks of a job find each other, from what their launcher says.
 
     torchrun serves a store itself. Else rank 0 serves one, at a port that comes from the job's name and moves on where
@@ -153,29 +151,29 @@ def find_each_other(facts: RankFacts) -> Store:
         ConfigError: the launcher does not say where rank 0 is.
         TimeoutError: rank 0 was not found there.
     """
-    if facts.launcher == "torchrun":
+    if slot.launcher == "torchrun":
         # Unlike ours it is there already, at the port it says.
-        store, _, _ = next(rendezvous("env://", facts.rank, facts.size))
+        store, _, _ = next(rendezvous("env://", slot.rank, slot.size))
         return store  # type: ignore[no-any-return]
-    if facts.size == 1:
-        return serve(0, facts.job)
-    host = first_host(facts)
+    if slot.size == 1:
+        return serve(0, slot.job)
+    host = first_host(slot)
     if host is not None:
-        port = first_port(facts)
-        return serve(port, facts.job) if facts.rank == 0 else join([host], port, facts.job)
-    if facts.launcher == "mpirun" and find_spec("mpi4py") is not None:
+        port = first_port(slot)
+        return serve(port, slot.job) if slot.rank == 0 else join([host], port, slot.job)
+    if slot.launcher == "mpirun" and find_spec("mpi4py") is not None:
         from .mpi import MPICommunicator
 
         comm = MPICommunicator()
-        if comm.size == facts.size:
+        if comm.size == slot.size:
             return shared_store(comm)
     raise ConfigError(
-        f"backend is gloo or nccl under {facts.launcher}, which does not say on which host rank 0 is: set MASTER_ADDR "
+        f"backend is gloo or nccl under {slot.launcher}, which does not say on which host rank 0 is: set MASTER_ADDR "
         f"to that host's name"
     )
 
 
-def shared_interface(facts: RankFacts, store: Store) -> str | None:
+def shared_interface(slot: Slot, store: Store) -> str | None:
     """The network interface between the hosts, where none is set and Gloo would not find it; all ranks must call it.
 
     Gloo listens where the host's name points, which may be at the host itself. The ranks of other hosts than rank 0's
@@ -183,11 +181,11 @@ def shared_interface(facts: RankFacts, store: Store) -> str | None:
     """
     host = os.environ.get("MASTER_ADDR") or str(getattr(store, "host", ""))
     way = next((address for address in way_to(host) if not address.startswith(("127.", "0."))), "")
-    store.set(f"way of {facts.rank}", way)
+    store.set(f"way of {slot.rank}", way)
     if "GLOO_SOCKET_IFNAME" in os.environ or own_name_is_reachable():
         return None
     if not way:
-        ways = store.multi_get([f"way of {rank}" for rank in range(facts.size)])
+        ways = store.multi_get([f"way of {rank}" for rank in range(slot.size)])
         there = next((found.decode() for found in ways if found), "")  # none where the hosts are one after all
         way = next(iter(way_to(there)), "") if there else ""
     return interface_of(way)

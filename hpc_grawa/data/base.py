@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..comm import Communicator
 from ..errors import ConfigError
-from .nests import Nest
+from ..nests import Nest
 from .sharding import Sampler, Split, shard_size
 
 CPU = torch.device("cpu")

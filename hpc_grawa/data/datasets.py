@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ..errors import ConfigError, in_a_line
+from ..nests import Nest
 from ..random_streams import seeded
 from .base import CPU, Data, Splits
-from .nests import Nest
 from .sharding import held_out
 from .workers import Workers, make_batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .nests import Nest, leaves, mapped
+from ..nests import Nest, leaves, mapped
 
 
 class TensorExamples:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ConfigError, in_a_line
+from ..nests import Nest, leaves
 from ..random_streams import seeded
-from .nests import Nest, leaves
 
 #: Signals by which a rank is told to save, or to end.
 _OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)

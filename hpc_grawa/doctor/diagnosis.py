@@ -1,4 +1,4 @@
-"""What ``hpc-grawa doctor`` has found, and what it means: `judge`, a function of the facts alone."""
+"""What ``hpc-grawa doctor`` has found, and what it means: `diagnose`, a function of the examination alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from ..comm import Backend, Library
-from ..launch import RankFacts
+from ..launch import Slot
 from ..runs.log import human_bytes
 
 #: Seconds for a file to be seen by other ranks.
@@ -66,10 +66,10 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Examination:
     """All that was found; of several ranks where they could be asked, else of rank 0."""
 
-    launcher: RankFacts = field(default_factory=RankFacts)
+    slot: Slot = field(default_factory=Slot)
     backend: Backend = "single"
     why: str = ""
     refused: str = ""  # why this backend is not even tried
@@ -97,8 +97,8 @@ class Finding:
     fix: str = ""
 
 
-def judge(facts: Facts) -> list[Finding]:
-    """What the facts mean, in the order of the report."""
+def diagnose(exam: Examination) -> list[Finding]:
+    """What was found and what it means, in the order of the report."""
     parts = {
         "software": _software,
         "launcher and ranks": _ranks,
@@ -107,41 +107,41 @@ def judge(facts: Facts) -> list[Finding]:
         "files": _files,
         "messages": _messages,
     }
-    return [Finding(section, *line) for section, part in parts.items() for line in part(facts)]
+    return [Finding(section, *line) for section, part in parts.items() for line in part(exam)]
 
 
-def verdict(facts: Facts, findings: list[Finding]) -> tuple[str, int]:
+def verdict(exam: Examination, findings: list[Finding]) -> tuple[str, int]:
     """The last line, and the exit status."""
     broken = next((f for f in findings if f.mark == "fails"), None)
     if broken is not None:
-        why = shorten(broken.value.removeprefix(f"{facts.backend}: "), 120, placeholder=" ...")
-        return f"backend {facts.backend} would fail: {why}", 1
-    count = len(facts.ranks)
-    later = f"; under mpirun or srun auto takes {facts.later[0]}" if facts.later else ""
-    return f"backend {facts.backend} works here, on {count} {'rank' if count == 1 else 'ranks'}{later}", 0
+        why = shorten(broken.value.removeprefix(f"{exam.backend}: "), 120, placeholder=" ...")
+        return f"backend {exam.backend} would fail: {why}", 1
+    count = len(exam.ranks)
+    later = f"; under mpirun or srun auto takes {exam.later[0]}" if exam.later else ""
+    return f"backend {exam.backend} works here, on {count} {'rank' if count == 1 else 'ranks'}{later}", 0
 
 
 _Lines = Iterator[tuple[Any, ...]]
 
 
-def _software(f: Facts) -> _Lines:
-    first = f.ranks[0]
+def _software(exam: Examination) -> _Lines:
+    first = exam.ranks[0]
     for name in ("hpc-grawa", "python", "torch"):
         yield name, first.versions.get(name, "not installed, used from a checkout")
     yield "CUDA", f"torch is built for {first.cuda}, NCCL {first.nccl or 'none'}" if first.cuda else "torch has none"
-    for name in sorted({name for rank in f.ranks for name in rank.versions}):
+    for name in sorted({name for rank in exam.ranks for name in rank.versions}):
         found: dict[str, list[int]] = {}
-        for rank in f.ranks:
+        for rank in exam.ranks:
             found.setdefault(rank.versions.get(name, "none"), []).append(rank.rank)
         if len(found) > 1:
             told = "; ".join(f"{version} on {_numbers(ranks)}" for version, ranks in found.items())
             yield name, f"differs: {told}", "lack", "activate the same environment on all nodes, before the ranks start"
-    mpi, horovod = (f.libraries.get(backend, Library()) for backend in ("mpi", "horovod"))
-    gpus = any(rank.gpus for rank in f.ranks)
+    mpi, horovod = (exam.libraries.get(backend, Library()) for backend in ("mpi", "horovod"))
+    gpus = any(rank.gpus for rank in exam.ranks)
     slow = "; GPU tensors go through page-locked host memory"
     if not mpi.release:
         yield "MPI", mpi.error or "no mpi4py", "note", "pip install mpi4py, with your site's mpicc on PATH"
-    elif gpus and f.backend == "mpi" and not mpi.has.get("CUDA"):
+    elif gpus and exam.backend == "mpi" and not mpi.has.get("CUDA"):
         yield (
             "MPI",
             _library(mpi) + slow,
@@ -160,7 +160,7 @@ def _software(f: Facts) -> _Lines:
         )
     elif not horovod.release:
         yield "Horovod", "not built (optional)", "note", build
-    elif gpus and f.backend == "horovod" and not horovod.has.get("NCCL"):
+    elif gpus and exam.backend == "horovod" and not horovod.has.get("NCCL"):
         yield "Horovod", _library(horovod) + slow, "note", f"HOROVOD_GPU_OPERATIONS=NCCL {build}"
     else:
         yield "Horovod", _library(horovod)
@@ -172,16 +172,16 @@ def _library(library: Library) -> str:
     return ", ".join([library.release, *parts])
 
 
-def _ranks(f: Facts) -> _Lines:
-    facts = f.launcher
-    yield "started by", f"{facts.launcher}, {facts.size} ranks" if facts.launcher else "no launcher"
-    if f.slurm == "":
+def _ranks(exam: Examination) -> _Lines:
+    slot = exam.slot
+    yield "started by", f"{slot.launcher}, {slot.size} ranks" if slot.launcher else "no launcher"
+    if exam.slurm == "":
         yield "SLURM", "srun is on PATH, and no controller answers it", "note", "outside a cluster none is needed"
-    elif f.slurm is not None:
-        types = f"srun --mpi={'|'.join(f.mpi_types)}" if f.mpi_types else "srun names no --mpi types"
-        value = ", ".join(filter(None, (f.slurm, types, f.job)))
-        direct = "pmix" in " ".join(f.mpi_types) or "Open MPI" not in f.libraries.get("mpi", Library()).release
-        if f.mpi_types and not direct:
+    elif exam.slurm is not None:
+        types = f"srun --mpi={'|'.join(exam.mpi_types)}" if exam.mpi_types else "srun names no --mpi types"
+        value = ", ".join(filter(None, (exam.slurm, types, exam.job)))
+        direct = "pmix" in " ".join(exam.mpi_types) or "Open MPI" not in exam.libraries.get("mpi", Library()).release
+        if exam.mpi_types and not direct:
             yield (
                 "SLURM",
                 value,
@@ -190,35 +190,35 @@ def _ranks(f: Facts) -> _Lines:
             )
         else:
             yield "SLURM", value
-    alone = facts.launcher == "srun" and facts.size > 1 and not f.pmi
-    if alone and f.backend in ("mpi", "horovod"):
-        what = f"none: srun started {facts.size} tasks of which MPI learns nothing: each is a world of one, or ends"
+    alone = slot.launcher == "srun" and slot.size > 1 and not exam.pmi
+    if alone and exam.backend in ("mpi", "horovod"):
+        what = f"none: srun started {slot.size} tasks of which MPI learns nothing: each is a world of one, or ends"
         yield "PMI", what, "fails", _cure("mpi", "srun")
-    elif facts.launcher:
-        yield "PMI", f.pmi or "none"
-    if f.refused or f.failed:
-        what, fix = _split(f.refused or f.failed)
-        yield "backend", f"{f.backend}: {what}", "fails", fix or _cure(f.backend, facts.launcher)
+    elif slot.launcher:
+        yield "PMI", exam.pmi or "none"
+    if exam.refused or exam.failed:
+        what, fix = _split(exam.refused or exam.failed)
+        yield "backend", f"{exam.backend}: {what}", "fails", fix or _cure(exam.backend, slot.launcher)
     else:
-        yield "backend", f"{f.backend} ({f.why})"
-    if f.later and f.later[1]:
-        what, fix = _split(f.later[1])
-        yield "later", f"under a launcher, {f.later[0]}: {what}", "lack", fix or _cure(f.later[0], None)
-    if f.failed or f.refused:
-        yield "rank 0", f"on {f.ranks[0].host}; of the others nothing is known"
+        yield "backend", f"{exam.backend} ({exam.why})"
+    if exam.later and exam.later[1]:
+        what, fix = _split(exam.later[1])
+        yield "later", f"under a launcher, {exam.later[0]}: {what}", "lack", fix or _cure(exam.later[0], None)
+    if exam.failed or exam.refused:
+        yield "rank 0", f"on {exam.ranks[0].host}; of the others nothing is known"
     else:
-        hosts = _hosts(f)
+        hosts = _hosts(exam)
         told = [f"{len(ranks)} on {ranks[0].host}" for ranks in hosts[:8]]
         yield "ranks", ", ".join(told) + (f" and {len(hosts) - 8} more hosts" if hosts[8:] else "")
-    yield from _each_host(f, _cores)
+    yield from _each_host(exam, _cores)
 
 
-def _each_host(f: Facts, part: Callable[[Facts, list[Process]], _Lines]) -> _Lines:
+def _each_host(exam: Examination, part: Callable[[Examination, list[Process]], _Lines]) -> _Lines:
     """The lines of every host; what is the same on several of them once."""
     merged: dict[tuple[Any, ...], list[str]] = {}
-    hosts = _hosts(f)
+    hosts = _hosts(exam)
     for ranks in hosts:
-        for line in part(f, ranks):
+        for line in part(exam, ranks):
             merged.setdefault(line, []).append(ranks[0].host)
     for (name, value, *rest), names in merged.items():
         where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
@@ -226,7 +226,7 @@ def _each_host(f: Facts, part: Callable[[Facts, list[Process]], _Lines]) -> _Lin
         yield name, value if len(hosts) == 1 else f"on {where}: {value}", *rest
 
 
-def _cores(f: Facts, ranks: list[Process]) -> _Lines:
+def _cores(exam: Examination, ranks: list[Process]) -> _Lines:
     first, threads = ranks[0], sum(rank.threads for rank in ranks)
     own = {core for rank in ranks for core in rank.cores}
     value = f"{len(own)} of {first.host_cores}, for {threads} computing {'thread' if threads == 1 else 'threads'}"
@@ -240,22 +240,22 @@ def _cores(f: Facts, ranks: list[Process]) -> _Lines:
             yield "cores", value, "note", f"fewer ranks on a host{fewer}"
         else:
             yield "cores", value, "lack", fix
-    elif f.launcher.launcher and len(first.cores) == 1 and first.host_cores > len(ranks):
+    elif exam.slot.launcher and len(first.cores) == 1 and first.host_cores > len(ranks):
         yield "cores", f"{value}; ranks are bound to one each", "note", fix
     else:
         yield "cores", value
 
 
-def _gpus(f: Facts) -> _Lines:
-    yield from _each_host(f, _gpus_of_host)
+def _gpus(exam: Examination) -> _Lines:
+    yield from _each_host(exam, _gpus_of_host)
 
 
-def _gpus_of_host(f: Facts, ranks: list[Process]) -> _Lines:
+def _gpus_of_host(exam: Examination, ranks: list[Process]) -> _Lines:
     first = ranks[0]
     seen = {gpu: name for rank in ranks for gpu, name in rank.gpus.items()}
     there = max(first.gpus_there, len(seen))
     driver = f", driver {first.driver}" if first.driver else ""
-    ask = "ask for them: --gpus-per-node=N" if f.job else ""
+    ask = "ask for them: --gpus-per-node=N" if exam.job else ""
     blind = [rank for rank in ranks if not rank.gpus]
     if not there:
         yield "GPUs", "none", "note", ask or "none is needed on a login node or to train on CPUs"
@@ -287,28 +287,28 @@ def _gpus_of_host(f: Facts, ranks: list[Process]) -> _Lines:
         yield "binding", "a GPU for each rank that sees any"
 
 
-def _network(f: Facts) -> _Lines:
-    yield from _each_host(f, _interfaces)
-    if f.told:
-        yield "chosen", ", ".join(f"{name}={value}" for name, value in f.told.items())
+def _network(exam: Examination) -> _Lines:
+    yield from _each_host(exam, _interfaces)
+    if exam.told:
+        yield "chosen", ", ".join(f"{name}={value}" for name, value in exam.told.items())
 
 
-def _interfaces(f: Facts, ranks: list[Process]) -> _Lines:
+def _interfaces(exam: Examination, ranks: list[Process]) -> _Lines:
     there = ranks[0].interfaces
     yield "interfaces", ", ".join(" ".join(filter(None, (name, *told))) for name, told in there.items()) or "none found"
-    for variable, value in f.told.items():
+    for variable, value in exam.told.items():
         if value.startswith(("^", "=")) or "/" in value:
             continue  # all but these, or networks
         # NCCL's and Gloo's may be the beginning of a name
         if not all(any(name.startswith(named) for name in there) for named in value.split(",")):
             yield "chosen", f"{variable} is {value}, which is not there", "lack", f"one of {', '.join(there)}"
-    if len(_hosts(f)) > 1 and not ranks[0].name_is_reachable and not f.told:
+    if len(_hosts(exam)) > 1 and not ranks[0].name_is_reachable and not exam.told:
         what = "the host's own name stands for a loopback address, where others cannot reach it"
         yield "name", what, "note", "where ranks do not find each other: GLOO_SOCKET_IFNAME, or NET_IF in slurm/site.sh"
 
 
-def _files(f: Facts) -> _Lines:
-    folder, hosts = f.folder, len(_hosts(f))
+def _files(exam: Examination) -> _Lines:
+    folder, hosts = exam.folder, len(_hosts(exam))
     if folder is not None:
         if folder.error:
             yield (
@@ -324,10 +324,10 @@ def _files(f: Facts) -> _Lines:
             seen = f"seen on {hosts} hosts" if hosts > 1 else "one host"
             written = f"a file written and renamed in {folder.seconds * 1000:.1f} ms, {seen}"
             yield "folder", f"{folder.path}: {written}, {human_bytes(folder.free)} free"
-    yield from _each_host(f, _shared_memory)
+    yield from _each_host(exam, _shared_memory)
 
 
-def _shared_memory(f: Facts, ranks: list[Process]) -> _Lines:
+def _shared_memory(exam: Examination, ranks: list[Process]) -> _Lines:
     container = "in a container: docker run --shm-size=8g or --ipc=host, apptainer --bind /dev/shm"
     if ranks[0].shm is None:
         yield "/dev/shm", "not there", "lack", container
@@ -340,21 +340,21 @@ def _shared_memory(f: Facts, ranks: list[Process]) -> _Lines:
         yield "/dev/shm", value
 
 
-def _messages(f: Facts) -> _Lines:
-    if f.speed is None:
-        if len(f.ranks) == 1 and not (f.refused or f.failed):
+def _messages(exam: Examination) -> _Lines:
+    if exam.speed is None:
+        if len(exam.ranks) == 1 and not (exam.refused or exam.failed):
             yield "speed", "one rank sends nothing"
         return
-    latency, size, seconds = f.speed.latency, f.speed.size, f.speed.seconds
+    latency, size, seconds = exam.speed.latency, exam.speed.size, exam.speed.seconds
     yield "latency", f"{latency * 1e6:.0f} us, allreduce of one number (median)"
     yield "bandwidth", f"{size / seconds / 1e9:.3g} GB/s, allreduce of {human_bytes(size)} in {seconds:.3g} s"
     yield "a round", f"of ResNet-50 (25.6 M parameters, 102 MB) sends for about {RESNET50 / size * seconds:.2g} s"
 
 
-def _hosts(f: Facts) -> list[list[Process]]:
+def _hosts(exam: Examination) -> list[list[Process]]:
     """The ranks by host."""
     hosts: dict[str, list[Process]] = {}
-    for rank in f.ranks:
+    for rank in exam.ranks:
         hosts.setdefault(rank.identity, []).append(rank)
     return list(hosts.values())
 

@@ -29,11 +29,11 @@ import torch
 
 from ..comm import Backend, Communicator, Library, choose, connect, libraries
 from ..errors import ConfigError
-from ..launch import RankFacts, default_threads, local_device, pmi, rank_facts, slurm_job
+from ..launch import Slot, default_threads, local_device, own_slot, pmi, slurm_job
 from ..network import host_identity, interfaces, interfaces_told, own_name_is_reachable
 from ..runs.log import say, versions
 from ..screen import wrapped
-from .diagnosis import SEEN, Facts, Folder, Process, Speed, judge, verdict
+from .diagnosis import SEEN, Examination, Folder, Process, Speed, diagnose, verdict
 
 #: Seconds of the test of messages, and for SLURM's programs.
 MESSAGES, ASKED = 4.0, 10.0
@@ -41,7 +41,7 @@ MESSAGES, ASKED = 4.0, 10.0
 LARGEST = 2**26
 
 
-def look_around(facts: RankFacts) -> Process:
+def look_around(slot: Slot) -> Process:
     """What this process sees; asks CUDA."""
     shm = None
     with suppress(OSError):
@@ -69,13 +69,13 @@ def look_around(facts: RankFacts) -> Process:
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return Process(
-        rank=facts.rank,
+        rank=slot.rank,
         host=platform.node(),
         identity=host_identity(),
         versions={**versions(), "torch": torch.__version__},
         cores=tuple(sorted(os.sched_getaffinity(0))),
         host_cores=os.cpu_count() or 1,
-        threads=default_threads(facts) or torch.get_num_threads(),
+        threads=default_threads(slot) or torch.get_num_threads(),
         shm=shm,
         interfaces=interfaces(),
         name_is_reachable=own_name_is_reachable(),
@@ -84,7 +84,7 @@ def look_around(facts: RankFacts) -> Process:
         driver=driver,
         gpus_there=there,
         gpus=gpus,
-        gpu=list(gpus)[facts.local_rank % len(gpus)] if gpus else None,
+        gpu=list(gpus)[slot.local_rank % len(gpus)] if gpus else None,
         gpus_visible=visible,
         cuda_error=error,
     )
@@ -164,19 +164,19 @@ def measure(comm: Communicator, device: torch.device, seconds: float = MESSAGES)
 
 def examine(send: Callable[..., None], backend: Backend | None, folder: Path) -> None:
     """What a child of a rank does: tell of itself, then of all ranks; without a backend, of its libraries."""
-    facts = rank_facts()
-    own = look_around(facts)
+    slot = own_slot()
+    own = look_around(slot)
     send(ranks=(own,), stage="ranks look for each other")
     if backend is None:
         send(libraries=libraries())
     else:
         try:
-            comm = connect(backend, facts)
+            comm = connect(backend, slot)
             send(stage="ranks tell each other what they see")
             everyone = tuple(pickle.loads(told) for told in comm.gather_bytes(pickle.dumps(own)))
             send(ranks=everyone, stage="a file is written")
             send(folder=try_folder(comm, folder), stage="messages are sent")
-            device = local_device(facts)
+            device = local_device(slot)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             send(speed=measure(comm, device), stage="ranks part")
@@ -257,37 +257,37 @@ def ask_slurm() -> dict[str, Any]:
     return {"slurm": told("srun", "--version").strip(), "mpi_types": tuple(types)}
 
 
-def doctor(asked: Backend, folder: Path, patience: float, facts: RankFacts) -> int:
+def doctor(asked: Backend, folder: Path, patience: float, slot: Slot) -> int:
     """Examine on all ranks, and report on rank 0; returns the exit status.
 
     Args:
         asked: the backend to try.
         folder: where runs are to be written.
         patience: seconds to wait for a child that is silent.
-        facts: of the launcher.
+        slot: of this process.
     """
     backend, why, refused, later = asked, "", "", None
     try:
-        backend, why = choose(asked, facts)
+        backend, why = choose(asked, slot)
     except ConfigError as error:
         refused = str(error)
-    if facts.rank:
+    if slot.rank:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # rank 0 has spoken, its status is to count
         found = {} if refused else ask_child(backend, folder, patience)
-        if found.get("failed") and facts.local_rank == 0 and facts.local_size < facts.size:
+        if found.get("failed") and slot.local_rank == 0 and slot.local_size < slot.size:
             time.sleep(10)  # what is wrong on every host rank 0 says
-            print(f"hpc-grawa doctor: rank {facts.rank} on {platform.node()}: {found['failed']}", file=sys.stderr)
+            print(f"hpc-grawa doctor: rank {slot.rank} on {platform.node()}: {found['failed']}", file=sys.stderr)
         return 0
     alone = ask_child(None, folder, patience)
     if asked == "auto" and backend == "single" and not refused:
         with suppress(ConfigError):
-            taken = choose("auto", RankFacts("mpirun"))[0]
+            taken = choose("auto", Slot("mpirun"))[0]
             later = taken, ask_child(taken, folder, patience).get("failed", "")
     slurm = ask_slurm()
     found = {} if refused else ask_child(backend, folder, patience)
     unknown = Library(error=alone.get("failed", ""))
-    collected = Facts(
-        launcher=facts,
+    exam = Examination(
+        slot=slot,
         backend=backend,
         why=why,
         refused=refused,
@@ -302,12 +302,12 @@ def doctor(asked: Backend, folder: Path, patience: float, facts: RankFacts) -> i
         speed=found.get("speed"),
         **slurm,
     )
-    return report(collected)
+    return report(exam)
 
 
-def report(facts: Facts) -> int:
-    """Print what the facts mean; returns the exit status."""
-    findings = judge(facts)
+def report(exam: Examination) -> int:
+    """Print what was found and what it means; returns the exit status."""
+    findings = diagnose(exam)
     section = ""
     for finding in findings:
         if finding.section != section:
@@ -319,6 +319,6 @@ def report(facts: Facts) -> int:
         for start, text in lines:
             for line in wrapped(text, 120, start, " " * 21).splitlines():
                 say(line)
-    line, status = verdict(facts, findings)
+    line, status = verdict(exam, findings)
     say(line)
     return status

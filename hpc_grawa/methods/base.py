@@ -130,7 +130,7 @@ class Method(ABC):
 
 
 def _said(facts: RunFacts) -> dict[str, Any]:
-    """What signs of life say of a run."""
+    """What heartbeats say of a run."""
     return {"step": facts.step, "used": facts.progress, "training": facts.seconds}
 
 

@@ -4,7 +4,8 @@ All ranks make the same calls: ``Method.build``, ``after_step`` after every step
 
 - The probe returns the loss of a fresh batch, or yields the losses of its parts one by one, whose gradients add up
   (``probe_batches: k`` calls it k times). Its gradient is taken aside, without dropout, and nothing of it remains; what
-  it draws from torch's, NumPy's and Python's random streams differs from round to round and rank to rank.
+  it draws from torch's, NumPy's and Python's random streams differs from round to round and rank to rank. A probe with
+  a method ``set_round(number)`` is told before which of the run's rounds it is for, from 0 on, also after a resume.
 - ``value = closure()`` before ``optimizer.step()`` does what ``optimizer.step(closure)`` does, for what lies between
   the two. An optimizer may ask for parts itself, for a gradient that is not shared, or one that leaves BatchNorm's
   running statistics alone: ``closure(share=False, part=(i, M), track=False)``.

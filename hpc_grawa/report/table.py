@@ -92,7 +92,7 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
         ConfigError: if there are no runs, or they are judged by different metrics.
     """
     experiments = group(records)
-    finished = [record for record in records if record.facts["state"] == "finished"]
+    finished = [record for record in records if record.status["state"] == "finished"]
     part = evaluated_part(finished or records)
     chosen = _hardest_common_target(finished, part) if target is None and len(experiments) > 1 else target
     return Table(
@@ -169,8 +169,8 @@ def write_csv(table: Table, path: str | Path) -> None:
         seeds = " ".join(map(str, row.seeds))
         numbers = (values.get(key, "") for key in keys for values in (row.mean, row.std))
         target = "" if table.target is None else table.target
-        facts = [row.label, row.method, row.state, row.runs, seeds, row.best_part]
-        writer.writerow([*facts, *numbers, target, row.reached])
+        texts = [row.label, row.method, row.state, row.runs, seeds, row.best_part]
+        writer.writerow([*texts, *numbers, target, row.reached])
     try:
         # A label may name a folder whose bytes are no text.
         Path(path).write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
@@ -184,9 +184,9 @@ def formatter(metric: str) -> Callable[[float], str]:
 
 
 def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str) -> Row:
-    facts = [run.facts for run in runs]
-    keys = [key for key in facts[0] if key != "seed" and all(_is_number(fact.get(key)) for fact in facts)]
-    samples = {key: [float(fact[key]) for fact in facts] for key in keys}
+    found = [run.status for run in runs]
+    keys = [key for key in found[0] if key != "seed" and all(_is_number(status.get(key)) for status in found)]
+    samples = {key: [float(status[key]) for status in found] for key in keys}
     times = [] if target is None else [run.time_to(target, part) for run in runs]
     if reached := [time for time in times if time is not None]:
         samples["seconds_to_target"] = reached
@@ -194,9 +194,9 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         label=label,
         method=runs[0].method,
         runs=len(runs),
-        seeds=tuple(fact["seed"] for fact in facts if "seed" in fact),
-        state=facts[0]["state"],
-        best_part=str(facts[0].get("best_part") or ""),
+        seeds=tuple(status["seed"] for status in found if "seed" in status),
+        state=found[0]["state"],
+        best_part=str(found[0].get("best_part") or ""),
         mean={key: statistics.fmean(values) for key, values in samples.items()},
         std={key: _std(values) for key, values in samples.items() if len(values) > 1},
         reached=len(reached),

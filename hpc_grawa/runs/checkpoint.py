@@ -41,14 +41,14 @@ class Restored:
         step: at which it was saved.
         world_size: of the ranks that saved it.
         state: of this rank; of rank 0 where there were others.
-        facts: the same for all ranks, as given to ``save``.
+        manifest: what it says of itself, the same for all ranks.
         skipped: newer checkpoints that could not be read, and why.
     """
 
     step: int
     world_size: int
     state: dict[str, Any]
-    facts: dict[str, Any]
+    manifest: dict[str, Any]
     skipped: tuple[str, ...]
 
 
@@ -57,7 +57,7 @@ class _UnderWay:
     """A checkpoint that is being written."""
 
     step: int
-    facts: dict[str, Any]
+    noted: dict[str, Any]
     unfinished: Path
     #: Of this rank: its file's length and SHA-256.
     entry: Future[str]
@@ -84,13 +84,13 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: _UnderWay | None = None
 
-    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    def save(self, step: int, state: dict[str, Any], noted: dict[str, Any]) -> list[str]:
         """Begin to save every rank's state, and end what is still under way.
 
         Args:
             step: names the checkpoint; one of the same step is replaced.
             state: of this rank: tensors, numbers, strings, and lists, tuples and dictionaries of these; copied.
-            facts: what the manifest is to hold, the same on all ranks; JSON.
+            noted: what the manifest is to hold beside, the same on all ranks; JSON.
 
         Returns:
             What went wrong with this one or the one before, the same on all ranks.
@@ -110,7 +110,7 @@ class Checkpoints:
         if wrong:
             return [*told, _not_saved(step, wrong)]
         entry = self._thread.submit(_write, unfinished / _file(self._comm.rank), held)
-        self._under_way = _UnderWay(step, copied(facts), unfinished, entry)
+        self._under_way = _UnderWay(step, copied(noted), unfinished, entry)
         return told
 
     def check(self, state: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class Checkpoints:
             entry = under_way.entry.result()
 
         def publish() -> None:
-            self._publish(unfinished, {"step": under_way.step, "files": files, **under_way.facts})
+            self._publish(unfinished, {"step": under_way.step, "files": files, **under_way.noted})
 
         wrong = self._errors_of(await_file)
         if not wrong:
@@ -267,8 +267,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """What a checkpoint says about itself.
 
     Raises:
-        ConfigError: it is no JSON object.
-        Damaged: what it says of step or files cannot be.
+        Damaged: it is no JSON object, or what it says of step or files cannot be.
     """
     file = place / "manifest.json"
     found = parse_object(file.read_text(encoding="utf-8", errors="replace"), str(file))
@@ -285,7 +284,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
 def saved_world(folder: Path) -> int | None:
     """How many ranks saved the newest of the checkpoints in ``folder`` that says so; None if there is none."""
     for name in _names(folder):
-        with suppress(OSError, ConfigError, Damaged):
+        with suppress(OSError, Damaged):
             return len(read_manifest(folder / name)["files"])
     return None
 

@@ -1,4 +1,4 @@
-"""Signs of life: what every rank of a run does, in its folder for others to read; and the end of a wait without end."""
+"""Heartbeats: what every rank of a run does, in its folder for others to read; and the end of a wait without end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from ..launch import first_process, parent_of
 from .log import write_atomically
 
-#: Seconds between two signs of life.
+#: Seconds between two heartbeats.
 BEAT = 5.0
 #: Seconds in which the processes of a job may start one after the other, however short the limit for messages is.
 START = 30.0
@@ -50,8 +50,8 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A rank's last sign of life.
+class Heartbeat:
+    """A rank's last heartbeat.
 
     Attributes:
         rank: of the world.
@@ -61,7 +61,7 @@ class Sign:
         seconds: it had been doing it for.
         used: the share of the budget.
         training: seconds of training.
-        age: of the sign in seconds, by the file system's clock; what a living rank's never exceeds is a few ``BEAT``.
+        age: of the beat in seconds, by the file system's clock; what a living rank's never exceeds is a few ``BEAT``.
         told: the signal that told it to end, or how it ended; empty for a rank that fell silent without a word.
         job: the same for all ranks of one start of a job; empty until they have found each other.
         process: its number on its host.
@@ -86,9 +86,9 @@ class Sign:
 
 
 class Watch:
-    """Writes this rank's signs of life from a thread of its own, and ends the job where a message never comes.
+    """Writes this rank's heartbeats from a thread of its own, and ends the job where a message never comes.
 
-    It begins before the backend does, so that a rank that never comes is missed too. The signs lie in the temporary
+    It begins before the backend does, so that a rank that never comes is missed too. The beats lie in the temporary
     folder, where the ranks of a host see each other's, and in the folder of the run that is under way, where all do.
 
     Args:
@@ -147,12 +147,12 @@ class Watch:
         self._comm = comm
 
     def greet(self, token: str, local_size: int) -> None:
-        """All ranks have started; from here on signs count that bear the same token."""
+        """All ranks have started; from here on beats count that bear the same token."""
         self._token, self._local_size = token, local_size
         self._write("computes", 0.0)
 
     def begin(self, folder: Path | None) -> None:
-        """Write the signs into the folder of a run too, until ``end``, and tell there of signals as they come."""
+        """Write the beats into the folder of a run too, until ``end``, and tell there of signals as they come."""
         self._told = ""
         if threading.current_thread() is threading.main_thread():
             # Python's handlers wait while a rank waits in C for a message: only this tells of a signal at once.
@@ -188,8 +188,8 @@ class Watch:
         self._told = self._told or _LEFT
         self._write(_LEFT, 0.0)
         if self._host is not None:
-            signs = read_signs(self._host)
-            if len(signs) >= self._local_size and all(sign.told for sign in signs):
+            beats = read_heartbeats(self._host)
+            if len(beats) >= self._local_size and all(beat.told for beat in beats):
                 shutil.rmtree(self._host, ignore_errors=True)
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class Watch:
             self._waited = self._waited + elapsed if since == self._since else min(now - since, 2 * self._pause)
             self._since = since
             self._write(_LEFT if self._leaving else f"waits for {purpose}", self._waited)
-            self._judge(purpose, ranks)
+            self._check(purpose, ranks)
 
     def _waits(self) -> tuple[str, float, Sequence[int]] | None:
         """What this rank waits for, since when, and for which ranks."""
@@ -237,7 +237,7 @@ class Watch:
         waits_for: tuple[str, float, Sequence[int]] | None = self._comm.meter.waits_for
         return waits_for
 
-    def _judge(self, purpose: str, ranks: Sequence[int]) -> None:
+    def _check(self, purpose: str, ranks: Sequence[int]) -> None:
         """End the job if this wait can have no end, or has lasted for too long."""
         if self._leaving is not None:
             # The others may have much to do yet.
@@ -248,9 +248,9 @@ class Watch:
             return
         limit = self.timeout if self._comm is not None else max(self.timeout, START)
         if self._waited <= limit:
-            # Of this host only: in the folder of the run every rank would look at the sign of every other.
+            # Of this host only: in the folder of the run every rank would look at the beat of every other.
             left = self._late(ranks, everywhere=False).left
-            if left and any(sign.age + sign.seconds > self._pause for sign in left):
+            if left and any(beat.age + beat.seconds > self._pause for beat in left):
                 self._give_up(purpose, _named(_LEFT, left))
             return
         late = self._late(ranks)
@@ -259,19 +259,19 @@ class Watch:
             self._give_up(purpose, late.text)
 
     def _late(self, ranks: Sequence[int], everywhere: bool = True) -> _Late:
-        signs: dict[int, Sign] = {}
+        beats: dict[int, Heartbeat] = {}
         for folder in (self._host, self._run if everywhere else None):
-            for sign in [] if folder is None else read_signs(folder):
-                ours = sign.job in ("", self._token) and sign.age < time.perf_counter() - self._began + 60
-                if ours and (sign.rank not in signs or sign.age < signs[sign.rank].age):
-                    signs[sign.rank] = sign
-        sees_all = self._run is not None or len(signs) < self._local_size or self._local_size == self.size
-        return _Late([signs.get(m, m) for m in ranks if m != self.rank], 3 * self._pause, sees_all)
+            for beat in [] if folder is None else read_heartbeats(folder):
+                ours = beat.job in ("", self._token) and beat.age < time.perf_counter() - self._began + 60
+                if ours and (beat.rank not in beats or beat.age < beats[beat.rank].age):
+                    beats[beat.rank] = beat
+        sees_all = self._run is not None or len(beats) < self._local_size or self._local_size == self.size
+        return _Late([beats.get(m, m) for m in ranks if m != self.rank], 3 * self._pause, sees_all)
 
     def news(self) -> str:
         """Of whom it is known that they are gone, in words."""
         late = self._late(range(self.size))
-        gone = [sign for sign in late.there if sign.host == platform.node() and not _lives(sign.process)]
+        gone = [beat for beat in late.there if beat.host == platform.node() and not _lives(beat.process)]
         return "; ".join(filter(None, (_named(_LEFT, late.left), _named("gone", gone), _named("silent", late.silent))))
 
     def _write(self, activity: str, seconds: float) -> None:
@@ -283,10 +283,10 @@ class Watch:
     def _write_to(self, folder: Path, activity: str, seconds: float) -> None:
         if folder != self._host and _lock(folder) not in (self._holder, ""):
             return  # on a node that the scheduler has lost: another attempt speaks for this rank now
-        sign: dict[str, Any] = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "activity": activity}
-        sign |= {"seconds": seconds, "told": self._told, "job": self._token}
+        beat: dict[str, Any] = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "activity": activity}
+        beat |= {"seconds": seconds, "told": self._told, "job": self._token}
         with suppress(OSError):  # a full disk is no reason to end
-            write_atomically(folder / "ranks" / f"{self.rank:04d}.json", json.dumps({**sign, **self._said()}) + "\n")
+            write_atomically(folder / "ranks" / f"{self.rank:04d}.json", json.dumps({**beat, **self._said()}) + "\n")
 
     def _said(self) -> dict[str, Any]:
         return not_begun() if self._comm is None else self._comm.meter.said()
@@ -294,7 +294,7 @@ class Watch:
     def _give_up(self, purpose: str, whom: str) -> None:
         waits = self._waits()
         if waits is None or waits[1] != self._since:
-            return  # the message came while signs were read
+            return  # the message came while beats were read
         self._told = _GAVE_UP + (whom.removeprefix("not waiting: ") or "a rank that nobody knows")
         self._write(f"waited for {purpose}", self._waited)
         self._end(
@@ -316,24 +316,24 @@ class Watch:
 
 
 class _Late:
-    """What may keep a message from coming, by the signs of those that it is waited for.
+    """What may keep a message from coming, by the beats of those that it is waited for.
 
     Args:
-        signs: of the others, or the number of a rank that has given none.
-        old: seconds after which a sign says more by its age than by its words.
-        sees_all: whether a rank without a sign has not begun; else it may be on another host.
+        beats: of the others, or the number of a rank that has given none.
+        old: seconds after which a beat says more by its age than by its words.
+        sees_all: whether a rank without a beat has not begun; else it may be on another host.
     """
 
-    def __init__(self, signs: Sequence[Sign | int], old: float, sees_all: bool) -> None:
-        given = [sign for sign in signs if isinstance(sign, Sign)]
-        self._absent = [sign for sign in signs if isinstance(sign, int)]
+    def __init__(self, beats: Sequence[Heartbeat | int], old: float, sees_all: bool) -> None:
+        given = [beat for beat in beats if isinstance(beat, Heartbeat)]
+        self._absent = [beat for beat in beats if isinstance(beat, int)]
         self._sees_all = sees_all
-        self.left = [sign for sign in given if sign.told == _LEFT]
-        self.there = there = [sign for sign in given if sign not in self.left]
-        self.silent = sorted((sign for sign in there if sign.age > old), key=lambda sign: -sign.age)
-        heard = [sign for sign in there if sign.age <= old]
-        waiting = [sign for sign in heard if sign.told.startswith(_GAVE_UP) or sign.activity.startswith("waits")]
-        self._busy = [sign for sign in heard if sign not in waiting]
+        self.left = [beat for beat in given if beat.told == _LEFT]
+        self.there = there = [beat for beat in given if beat not in self.left]
+        self.silent = sorted((beat for beat in there if beat.age > old), key=lambda beat: -beat.age)
+        heard = [beat for beat in there if beat.age <= old]
+        waiting = [beat for beat in heard if beat.told.startswith(_GAVE_UP) or beat.activity.startswith("waits")]
+        self._busy = [beat for beat in heard if beat not in waiting]
         self._waiting = waiting
 
     @property
@@ -359,11 +359,11 @@ class _Late:
         return "; ".join(filter(None, told))
 
 
-def _named(what: str, signs: Sequence[Sign]) -> str:
+def _named(what: str, beats: Sequence[Heartbeat]) -> str:
     whom = "; ".join(
         f"rank {s.rank} on {s.host} at step {s.step}"
         + (f" {s.activity}, heard of {s.age:.0f} s ago" if what in ("silent", "not waiting") else "")
-        for s in signs
+        for s in beats
     )
     return f"{what}: {whom}" if whom else ""
 
@@ -385,17 +385,17 @@ def _lock(folder: Path) -> str:
     return ""
 
 
-def read_signs(folder: Path) -> list[Sign]:
-    """The last signs of life of all ranks of the run in ``folder``, in order of rank; damaged ones are left out."""
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """The last heartbeats of all ranks of the run in ``folder``, in order of rank; damaged ones are left out."""
     place = folder / "ranks"
     if not place.is_dir():
         return []
     now = clock_of(place)
-    signs = []
+    beats = []
     for file in sorted(place.glob("[0-9]*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             found = json.loads(file.read_bytes())
-            sign = Sign(
+            beat = Heartbeat(
                 rank=int(found["rank"]),
                 host=str(found["host"]),
                 step=int(found["step"]),
@@ -408,31 +408,31 @@ def read_signs(folder: Path) -> list[Sign]:
                 job=str(found.get("job", "")),
                 process=int(found.get("pid", 0)),
             )
-            signs.append(sign)
-    return signs
+            beats.append(beat)
+    return beats
 
 
-def ending_of(summary: dict[str, Any] | None, signs: Sequence[Sign]) -> str:
+def ending_of(summary: dict[str, Any] | None, beats: Sequence[Heartbeat]) -> str:
     """How a run that nobody works on any more came to its end, or to its interruption.
 
     Args:
         summary: what ``summary.json`` holds, if there is one.
-        signs: of its ranks.
+        beats: of its ranks.
     """
     if summary is not None:
         cause = f" by {summary['cause']}" if "cause" in summary else ""
         host = f" on {summary['host']}" if "host" in summary else ""
         where = f" (rank {summary['rank']}{host})" if cause and "rank" in summary else ""
         return f"{summary.get('state', 'ended')}{cause}{where}"
-    for sign in signs:
-        if sign.told.startswith(_GAVE_UP):
-            return f"ended by rank {sign.rank} on {sign.host}, which {sign.told}"
-    silent = [sign for sign in signs if not sign.told]
-    if signs and not silent:
-        told = sorted({sign.told for sign in signs})
-        return f"ended by {', '.join(told)} before its ranks had saved, the first of them at step {signs[0].step}"
+    for beat in beats:
+        if beat.told.startswith(_GAVE_UP):
+            return f"ended by rank {beat.rank} on {beat.host}, which {beat.told}"
+    silent = [beat for beat in beats if not beat.told]
+    if beats and not silent:
+        told = sorted({beat.told for beat in beats})
+        return f"ended by {', '.join(told)} before its ranks had saved, the first of them at step {beats[0].step}"
     # Where others had time for a last word, all who left none; else the one that was silent for longest.
-    first = silent if len(silent) < len(signs) else sorted(silent, key=lambda sign: -sign.age)[:1]
+    first = silent if len(silent) < len(beats) else sorted(silent, key=lambda beat: -beat.age)[:1]
     whom = ", ".join(f"rank {s.rank} on {s.host} at step {s.step}" for s in first)
     return f"died without a word, killed or lost with its host: first {whom}" if first else ""
 

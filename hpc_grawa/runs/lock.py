@@ -17,14 +17,14 @@ from ..errors import ConfigError
 from .heartbeat import clock_of
 from .log import say, write_atomically
 
-#: Seconds between signs of life of the job that holds a folder, and without one after which it counts as dead.
+#: Seconds between heartbeats of the job that holds a folder, and without one after which it counts as dead.
 BEAT, DEAD = 5.0, 60.0
 
 
 class Lock:
     """A folder's lock: a file that the job which holds it touches every few seconds, from a thread of its own.
 
-    A job that gives no sign of life is waited for until it counts as dead; one that SLURM has started again takes over
+    A job that gives no heartbeat is waited for until it counts as dead; one that SLURM has started again takes over
     from itself at once, as what is left of it may sit on a node that SLURM cannot reach. Whoever finds that it
     lost its lock does nothing more.
 
@@ -81,7 +81,7 @@ class Lock:
                     return True
                 if holder != seen:  # the one before has released it, and another was quicker
                     seen, first, began = holder, self._touched(), time.monotonic()
-                # One of whom nothing is known gives no signs: what is newer is the file of another, still empty too.
+                # One of whom nothing is known gives no beats: what is newer is the file of another, still empty too.
                 if holder and touched > first:
                     name = self._file.parent.name
                     raise ConfigError(

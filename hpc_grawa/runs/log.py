@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Damaged
 from ..screen import is_terminal
 from .reading import read_object
 
@@ -68,7 +68,7 @@ def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` has come to its end."""
     try:
         summary = read_object(folder / "summary.json")
-    except ConfigError:
+    except Damaged:
         return False  # what was saved before it is still there
     return summary is not None and summary.get("state") == "finished"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from ..errors import ConfigError, in_a_line
+from ..errors import Damaged, in_a_line
 
 
 def read_text(file: Path, errors: str = "strict") -> str | None:
@@ -21,36 +21,36 @@ def read_text(file: Path, errors: str = "strict") -> str | None:
         errors: as ``open`` has it: what to do with bytes that are no text.
 
     Raises:
-        ConfigError: it is there, and cannot be read, or is no text; names it.
+        Damaged: it is there, and cannot be read, or is no text; names it.
     """
     try:
         return file.read_text(encoding="utf-8", errors=errors)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror})") from None
+        raise Damaged(f"{file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not text: {error}") from None
+        raise Damaged(f"{file} is not text: {error}") from None
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file of a run's folder; None if there is no file.
 
     Raises:
-        ConfigError: it is there, and holds something else; names it.
+        Damaged: it is there, and holds something else; names it.
     """
     text = read_text(file)
     return None if text is None else parse_object(text, str(file))
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object; ``ConfigError`` that names ``where`` it should be if it is none."""
+    """A JSON object; ``Damaged`` that names ``where`` it should be if it is none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from None
+        raise Damaged(f"{where} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where} is {text[:40]!r}: must be a JSON object")
+        raise Damaged(f"{where} is {text[:40]!r}: must be a JSON object")
     return found
 
 
@@ -77,11 +77,11 @@ def _in_this_locale(value: Any) -> Any:
 
 
 def parse_settings(text: str, where: str) -> dict[str, Any]:
-    """The sections in YAML; ``ConfigError`` that names ``where`` they should be if there are none."""
+    """The sections in YAML; ``Damaged`` that names ``where`` they should be if there are none."""
     try:
         found = load_yaml(text)
     except Exception as error:  # what a loader raises is its own affair
-        raise ConfigError(f"{where} is not YAML: {in_a_line(error)}") from None
+        raise Damaged(f"{where} is not YAML: {in_a_line(error)}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where} is {text[:40]!r}: must hold a run's settings")
+        raise Damaged(f"{where} is {text[:40]!r}: must hold a run's settings")
     return found

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Damaged
 from .reading import parse_object, parse_settings, read_object, read_text
 
 #: What an ``evaluate`` event says besides the metric.
@@ -37,27 +37,27 @@ class RunRecord:
     config: dict[str, Any]
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """The summary; of an unfinished run, as much of it as its events tell."""
         summary = {"state": "finished", **self.summary} if self.summary is not None else {}
         if summary.get("state") == "finished":
             return summary
         happened = [event for events in self.events.values() for event in events]
-        facts: dict[str, Any] = {"state": "unfinished", "name": self.path.name, "metric": self.metric}
-        facts.update((key, value) for key, value in self._started.items() if key not in ("event", "layers"))
-        facts["steps"] = max((event["step"] for event in happened if "step" in event), default=0)
-        facts["rounds"] = max((event["round"] for event in self.events.get("round", [])), default=0)
-        facts["training_seconds"] = max((event["seconds"] for event in happened if "seconds" in event), default=0.0)
+        status: dict[str, Any] = {"state": "unfinished", "name": self.path.name, "metric": self.metric}
+        status.update((key, value) for key, value in self._started.items() if key not in ("event", "layers"))
+        status["steps"] = max((event["step"] for event in happened if "step" in event), default=0)
+        status["rounds"] = max((event["round"] for event in self.events.get("round", [])), default=0)
+        status["training_seconds"] = max((event["seconds"] for event in happened if "seconds" in event), default=0.0)
         if curve := self.curve("test"):
-            facts[f"center_test_{self.metric}"] = curve[-1][1]
+            status[f"center_test_{self.metric}"] = curve[-1][1]
         if "run.seed" in self.config:
-            facts["seed"] = self.config["run.seed"]
-        return facts | summary
+            status["seed"] = self.config["run.seed"]
+        return status | summary
 
     @property
     def method(self) -> str:
         """The name of the method."""
-        return str(self.facts.get("method") or last(self.config.get("method")) or self.path.name)
+        return str(self.status.get("method") or last(self.config.get("method")) or self.path.name)
 
     @cached_property
     def metric(self) -> str:
@@ -108,7 +108,8 @@ def read_run(path: str | Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Raises:
-        ConfigError: if ``path`` is no run folder or a file in it cannot be read.
+        ConfigError: ``path`` is no run folder.
+        Damaged: a file in it is.
     """
     path = Path(path)
     if not path.is_dir():
@@ -144,7 +145,7 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
             )
     experiments: dict[str, list[RunRecord]] = {}
     for record in records:
-        key = json.dumps([record.method, record.facts["state"], _settings(record)], sort_keys=True, default=str)
+        key = json.dumps([record.method, record.status["state"], _settings(record)], sort_keys=True, default=str)
         experiments.setdefault(key, []).append(record)
     leaders = [members[0] for members in experiments.values()]
     labels = [_label(leader, [other for other in leaders if other.method == leader.method]) for leader in leaders]
@@ -163,7 +164,7 @@ def evaluated_part(records: Iterable[RunRecord]) -> str:
 
 def setting(records: Sequence[RunRecord]) -> str:
     """What the runs have in common, for people: "SmallCNN on Digits, 4 ranks, 20 s of training time each"."""
-    worlds = sorted({record.facts["world_size"] for record in records if record.facts.get("world_size")})
+    worlds = sorted({record.status["world_size"] for record in records if record.status.get("world_size")})
     parts = []
     if (model := _common(records, "model")) and (data := _common(records, "data")):
         parts.append(f"{last(model)} on {last(data)}")
@@ -210,10 +211,10 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def _check(found: dict[str, Any], key: str, right: Callable[[Any], bool], where: str) -> None:
-    """Raise ``ConfigError`` that names ``where`` it is unless ``found`` has a right value there."""
+    """Raise ``Damaged`` that names ``where`` it is unless ``found`` has a right value there."""
     if not right(found.get(key)):
         has = f"its {key} is {str(found[key])[:40]}" if key in found else f"it has no {key}"
-        raise ConfigError(f"{where} is damaged: {has}")
+        raise Damaged(f"{where} is damaged: {has}")
 
 
 def is_number(value: object) -> bool:
@@ -254,7 +255,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
 def _settings(record: RunRecord) -> dict[str, Any]:
     """All that makes a run another experiment, not another seed."""
     settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
-    return {**settings, "ranks": record.facts.get("world_size")}
+    return {**settings, "ranks": record.status.get("world_size")}
 
 
 def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
@@ -270,7 +271,7 @@ def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
 
 def _state(record: RunRecord) -> str:
     """What a label must add about a run that did not end as it should: `` (unfinished)``, or nothing."""
-    return "" if record.facts["state"] == "finished" else f" ({record.facts['state']})"
+    return "" if record.status["state"] == "finished" else f" ({record.status['state']})"
 
 
 def _value(value: Any) -> str:

@@ -26,6 +26,7 @@ from ..averaging.control import CONTROL_EVERY
 from ..comm import Backend
 from ..data import Data, shard_size
 from ..errors import ConfigError
+from ..forward import Precision
 from ..launch import Wanted
 from ..methods import Method
 from ..methods.base import AveragingMethod
@@ -33,7 +34,7 @@ from ..metrics import Metric
 from ..optim import LocalOptimizer
 from ..schedules import Schedule
 from .budget import Budget
-from .evaluate import BATCH, Precision
+from .evaluate import BATCH
 
 #: Sections that hold one class each: their type, and the class where none is given.
 CLASS_SECTIONS: dict[str, tuple[type, str | None]] = {

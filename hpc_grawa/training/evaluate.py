@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import attributes, buffers, random_streams
-from ..averaging.probe import NoDropout
-from ..batchnorm import Recalibration
+from .. import nests
 from ..comm import Communicator
-from ..data import Examples, Nest, in_advance, nests
-from ..eager import eagerly
+from ..data import Examples, in_advance
+from ..forward import Precision, autocast, eval_mode, undisturbed
 from ..metrics import Metric
 from . import losses
 
-Precision = Literal["fp32", "bf16"]
 BATCH = 500
 
 
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """bf16 where a layer profits from it, over fp32 parameters; nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 @dataclass(frozen=True)
-class Judge:
-    """What a model is judged by.
+class Evaluator:
+    """What a model is evaluated by.
 
     Attributes:
         loss: (output, target) → loss of a batch; see ``losses.sums`` for what that of all examples is.
@@ -44,7 +35,7 @@ class Judge:
     precision: Precision = "fp32"
     batch_size: int = BATCH
 
-    def judge(
+    def evaluate(
         self, model: nn.Module, examples: Examples, comm: Communicator | None = None, limit: int | None = None
     ) -> dict[str, float]:
         """Loss and metric of the model over ``examples`` as if they were one batch.
@@ -78,78 +69,6 @@ class Judge:
             comm.allreduce(message, "evaluate").wait()
         message = message.cpu()
         return {"loss": float(message[0] / message[1]), **self.metric.values(message[2:])}
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block all modules are in eval mode; afterwards each in its own again."""
-    with _modes_kept(model):
-        model.eval()
-        yield
-
-
-def recalibrate(model: nn.Module, batches: Iterable[Nest], comm: Communicator, precision: Precision = "fp32") -> None:
-    """Give BatchNorm layers the statistics of the model's present parameters.
-
-    The running mean becomes the mean of batch means, the running variance mean(E[x²]) - mean², over all calls of the
-    layer on all ranks; one allreduce of the sums. A layer that no pass reaches, or that trains in eval mode, keeps
-    its statistics. No dropout is applied, and random streams are left as they were. All ranks must call it.
-
-    Args:
-        model: changed in its running statistics only.
-        batches: inputs, this rank's.
-        comm: the ranks.
-        precision: of the forward pass.
-
-    Source: Izmailov et al., Averaging Weights Leads to Wider Optima (UAI 2018), section 3.2.
-    """
-    statistics = Recalibration(model)
-    if not statistics.norms:
-        return
-    device = next(model.parameters()).device
-    # Passes in training mode change parameters too: a mean teacher's, those of embeddings with max_norm.
-    held = buffers.values_kept(model.parameters())
-    with training_mode(model), undisturbed(model), held, statistics.watching(), torch.no_grad():
-        for inputs in batches:
-            with NoDropout(), eagerly(), autocast(precision, device):
-                model(nests.moved(inputs, device))
-    statistics.take_over(comm)
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block all modules are in the modes they train in: those they have, if the model is in training mode.
-
-    Otherwise ``model.train()`` says which. Afterwards each is in its own again.
-    """
-    with _modes_kept(model):
-        if not model.training:
-            model.train()
-        yield
-
-
-@contextmanager
-def undisturbed(model: nn.Module, comm: Communicator | None = None) -> Iterator[None]:
-    """Within the block buffers and attributes may change and random numbers be drawn; afterwards all are as before.
-
-    With ``comm`` the model begins the block with one set of buffers and frozen parameters on all ranks, see
-    ``buffers.shared``; ``ConfigError`` if one is of a kind that ranks cannot share.
-    """
-    if comm is not None:
-        buffers.check_kinds(model)
-    one_set = nullcontext() if comm is None else buffers.shared(model, comm)
-    with random_streams.kept(), attributes.kept(model), buffers.kept(model.modules()), one_set:
-        yield
 
 
 def uniform_mean(comm: Communicator, x: Tensor) -> tuple[Tensor, float]:

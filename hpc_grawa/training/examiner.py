@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..averaging.riders import pool
+from ..batchnorm import pool, recalibrate
 from ..buffers import shared
 from ..data import Examples, in_advance
-from .evaluate import Judge, recalibrate, undisturbed, uniform_mean
+from ..forward import undisturbed
+from .evaluate import Evaluator, uniform_mean
 from .worker import Worker
 
 
 class Examiner:
-    """Puts the evaluated models in place, one after the other, and judges them; training notices nothing of it.
+    """Puts the evaluated models in place, one after the other, and evaluates them; training notices nothing of it.
 
     A model in place has one set of buffers on all ranks: running statistics as ``method.buffers`` says, all others (and
     ``local`` statistics) and frozen parameters as they are now on rank 0, or the first rank where none is NaN.
@@ -26,7 +27,7 @@ class Examiner:
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config, self._comm = worker, worker.config, worker.comm
         self._model = worker.model
-        self._judge = Judge(
+        self._evaluator = Evaluator(
             self._config.loss, self._config.metric, self._config.precision, self._config.eval.batch_size
         )
 
@@ -56,9 +57,9 @@ class Examiner:
                     recalibrate(self._model, batches, self._comm, self._config.precision)
                 yield
 
-    def judge(self, examples: Examples, limit: int | None = None) -> dict[str, float]:
+    def evaluate(self, examples: Examples, limit: int | None = None) -> dict[str, float]:
         """Loss and metric of the model that is in place; all ranks share the work."""
-        return self._judge.judge(self._model, examples, self._comm, limit)
+        return self._evaluator.evaluate(self._model, examples, self._comm, limit)
 
     def everything(self) -> dict[str, Any]:
         """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
@@ -67,15 +68,15 @@ class Examiner:
         found: dict[str, Any] = {"consensus_distance": consensus}
         for title, parameters in (("center", self._center()), ("mean", mean)):
             with self._in_place(parameters):
-                test = self.judge(splits.test)
-                train = self.judge(splits.train, self._config.eval.train_examples)
+                test = self.evaluate(splits.test)
+                train = self.evaluate(splits.train, self._config.eval.train_examples)
                 if title == "center":
                     state = self._model.state_dict()
                     found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
             for key in test:
                 found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
         with self._worker.vector.swapped(self._worker.run.local):
-            local = self._judge.judge(self._model, splits.test)
+            local = self._evaluator.evaluate(self._model, splits.test)
         row = torch.tensor(list(local.values()), dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
         return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}

@@ -31,6 +31,7 @@ FOLDER = 120.0
 def fit(
     config: Config,
     comm: Communicator,
+    *,
     new_folder: Callable[[], Path | None] | None = None,
     speaks: bool | None = None,
     trace: bool = False,
@@ -222,7 +223,7 @@ class Training:
     def _evaluate(self) -> None:
         worker = self.worker
         with worker.clock.paused(), worker.comm.meter.busy("evaluates"), self.examiner.center():
-            scores = self.examiner.judge(self.seen)
+            scores = self.examiner.evaluate(self.seen)
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
         self.progress.on_evaluation(self.part, scores)
 
@@ -287,7 +288,7 @@ def _summary(worker: Worker, found: dict[str, Any], folder: Path | None, trainin
         "backend": comm.backend,
         "world_size": comm.size,
         "steps": facts.step,
-        "rounds": sum(s.rounds for s in run.synchronizers),
+        "rounds": sum(s.completed for s in run.synchronizers),
         "healed": sum(s.healed for s in run.synchronizers),
         "epochs": facts.step / worker.sampler.steps_per_epoch,
         "training_seconds": training_seconds,

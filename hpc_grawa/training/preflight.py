@@ -15,12 +15,12 @@ from ..buffers import check_kinds
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
-from ..data.nests import kind, moved, parts, same_shape
 from ..errors import ConfigError, in_a_line
+from ..forward import autocast, eval_mode
 from ..lazy import completing, unfinished
+from ..nests import kind, moved, parts, same_shape
 from . import losses
 from .config import Config
-from .evaluate import autocast, eval_mode
 
 EXAMPLES = 32
 

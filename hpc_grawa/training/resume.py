@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Damaged
 from ..launch import job_name, restarts
 from ..runs.checkpoint import check_world, saved_world
-from ..runs.heartbeat import ending_of, read_signs
+from ..runs.heartbeat import ending_of, read_heartbeats
 from ..runs.lock import Lock
 from ..runs.log import is_finished, new_folder, say
 from ..runs.reading import parse_settings, read_object, read_text
@@ -96,6 +96,7 @@ class RunPlace:
 
         Raises:
             ConfigError: it could not.
+            Damaged: what the run has written there cannot be read.
         """
         if not self._resumes:
             new_folder(self._config.run.dir, self._name, self._numbered).rmdir()
@@ -132,10 +133,10 @@ class RunPlace:
     def _say_how_it_ended(self) -> None:
         try:
             summary = read_object(self.path / "summary.json")
-        except ConfigError as error:
+        except Damaged as error:
             say(f"before     {error}")
             return
-        if ended := ending_of(summary, read_signs(self.path)):
+        if ended := ending_of(summary, read_heartbeats(self.path)):
             say(f"before     {ended}")
 
     def close(self) -> None:

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import buffers, optim, random_streams
+from .. import buffers, nests, optim, random_streams
 from ..comm import Communicator
-from ..data import Nest, in_advance, nests
+from ..data import Nest, in_advance
 from ..errors import ConfigError
+from ..forward import autocast
 from ..launch import local_device
 from ..methods.base import is_schedule_free
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .budget import Clock
 from .config import Config
-from .evaluate import autocast
 from .preflight import new_model
 
 
@@ -69,12 +69,11 @@ class Worker:
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
         self.local_steps = 0
         self._batches = self._in_order()
-        self._probes, self._next_probe = self._probes_from(0), 0
         self.run = config.method.build(
             comm,
             self.vector,
             self.optimizer,
-            self._probe,
+            Probe(self),
             facts=self.facts,
             clock=lambda: self.clock.seconds,
             control_every=config.run.control_every,
@@ -162,17 +161,8 @@ class Worker:
         wanted = ((sampler.indices(n), sampler.generator(n)) for n in numbers)
         yield from in_advance(self.splits.train, wanted, self.device)
 
-    def _probes_from(self, number: int) -> Iterator[tuple[Nest, Nest]]:
-        """This rank's probe batches from that of a number on, ``probe_batches`` of them for each round."""
-        method = self.config.method
-        source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
-        size = method.probe_batches
-        numbers = (divmod(n, size) for n in count(number))
-        wanted = (self.sampler.probe_indices(round_, size, source)[place] for round_, place in numbers)
-        yield from in_advance(self.splits.train, ((index, None) for index in wanted), self.device)
-
     def said(self) -> dict[str, Any]:
-        """What a sign of life says of this rank; asked for by another thread."""
+        """What a heartbeat says of this rank; asked for by another thread."""
         return {"step": self.facts.step, "used": min(1.0, self.used), "training": self.clock.seconds}
 
     @property
@@ -183,32 +173,53 @@ class Worker:
     def _part_loss(self, part: tuple[int, int] = (0, 1)) -> Tensor:
         """The loss of part (i, M) of the batch."""
         if len(self._cut) != part[1]:
-            self._cut = self._parts(self._batch, part[1])
-        return self._loss(self._cut[part[0]])
+            self._cut = self.parts(self._batch, part[1])
+        return self.loss(self._cut[part[0]])
 
-    def _probe(self) -> Iterator[Tensor]:
-        """The losses of the next probe batch, in the parts that a training batch is made in."""
-        batches = self.config.method.probe_batches
-        first = batches * sum(s.rounds for s in self.run.synchronizers)
-        if self._next_probe not in range(first, first + batches):  # resumed
-            self._next_probe = first
-            self._probes = self._probes_from(first)
-        self._next_probe += 1
-        with self.comm.meter.loading(self.device):
-            batch = nests.moved(next(self._probes), self.device)
-        parts = self.config.accumulate
-        for part in self._parts(batch, parts):
-            yield self._loss(part) / parts
-
-    def _parts(self, batch: tuple[Nest, Nest], count: int) -> list[tuple[Nest, Nest]]:
+    def parts(self, batch: tuple[Nest, Nest], count: int) -> list[tuple[Nest, Nest]]:
         """The equal parts, one after another, that the gradient of a batch is the mean of."""
         return nests.parts(batch, self.sampler.batch_size, count)
 
-    def _loss(self, batch: tuple[Nest, Nest]) -> Tensor:
+    def loss(self, batch: tuple[Nest, Nest]) -> Tensor:
+        """The mean loss of a batch, or of a part of it."""
         inputs, targets = batch
         with autocast(self.config.precision, self.vector.data.device):
             loss: Tensor = self.config.loss(self.model(inputs), targets)
         return loss
+
+
+class Probe:
+    """The losses of this rank's fresh batches, ``probe_batches`` for each round, in a training batch's parts."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._next = 0
+        self._batches = self._from(0)
+
+    def set_round(self, number: int) -> None:
+        """Go to the first batch of a round."""
+        first = number * self._worker.config.method.probe_batches
+        if self._next != first:  # resumed
+            self._next, self._batches = first, self._from(first)
+
+    def __call__(self) -> Iterator[Tensor]:
+        worker = self._worker
+        self._next += 1
+        with worker.comm.meter.loading(worker.device):
+            batch = nests.moved(next(self._batches), worker.device)
+        parts = worker.config.accumulate
+        for part in worker.parts(batch, parts):
+            yield worker.loss(part) / parts
+
+    def _from(self, number: int) -> Iterator[tuple[Nest, Nest]]:
+        """The batches from that of a number on, which are made ahead; begins when the first is asked for."""
+        worker = self._worker
+        method = worker.config.method
+        source: Literal["all", "shard"] = "shard" if method.probe_from == "shard" else "all"
+        size = method.probe_batches
+        places = (divmod(n, size) for n in count(number))
+        wanted = (worker.sampler.probe_indices(round_, size, source)[place] for round_, place in places)
+        yield from in_advance(worker.splits.train, ((index, None) for index in wanted), worker.device)
 
 
 def _own_seed(seed: int, rank: int) -> int:
