@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..launch import RankFacts, rank_facts
 from ..network import host_identity
 from ..runs.heartbeat import Watch
@@ -120,8 +120,7 @@ def connect(
     Raises:
         ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds.
     """
-    if not comm_timeout > 0:
-        raise ConfigError(f"comm_timeout is {comm_timeout}: must be positive")
+    require(comm_timeout > 0, "comm_timeout", comm_timeout, "positive")
     facts = facts or rank_facts()
     backend, _ = choose(backend, facts)
     if backend == "single":

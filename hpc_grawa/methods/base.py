@@ -23,7 +23,7 @@ from ..averaging.synchronizer import Pool, Synchronizer
 from ..batchnorm import norms
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..periods import Constant, Period, is_length
 from ..schedules import RunFacts
 from ..vector import ParameterVector
@@ -171,11 +171,8 @@ class AveragingMethod(Method):
         if isinstance(self.period, Period):
             self.period.check()
         else:
-            self._require("period", is_length(self.period), "at least 1 local step, and whole, or a Period")
-
-    def _require(self, name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            raise ConfigError(f"method.{name} is {getattr(self, name)}: must be {allowed}")
+            allowed = "at least 1 local step, and whole, or a Period"
+            require(is_length(self.period), "method.period", self.period, allowed)
 
     def _check(self, optimizer: optim.Optimizer, vector: ParameterVector) -> None:
         super()._check(optimizer, vector)
@@ -227,10 +224,12 @@ def is_schedule_free(optimizer: optim.Optimizer) -> bool:
 def unit_interval(method: AveragingMethod, *names: str) -> None:
     """Raise ``ConfigError`` unless each named field is in [0, 1] (NaN is not)."""
     for name in names:
-        method._require(name, 0 <= getattr(method, name) <= 1, "in [0, 1]")
+        value = getattr(method, name)
+        require(0 <= value <= 1, f"method.{name}", value, "in [0, 1]")
 
 
 def not_negative(method: AveragingMethod, *names: str) -> None:
     """Raise ``ConfigError`` unless each named field is a finite number ≥ 0."""
     for name in names:
-        method._require(name, 0 <= getattr(method, name) < math.inf, "a number of 0 or more")
+        value = getattr(method, name)
+        require(0 <= value < math.inf, f"method.{name}", value, "a number of 0 or more")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..aggregation import Bucketed, Mean
-from ..errors import ConfigError
+from ..errors import require
 from .base import Method, Probe
 from .run import Run
 
@@ -24,8 +24,7 @@ class DataParallel(Method):
     on_nonfinite: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        if not 0 < self.bucket_mb < float("inf"):
-            raise ConfigError(f"method.bucket_mb is {self.bucket_mb}: must be a positive number of MiB")
+        require(0 < self.bucket_mb < float("inf"), "method.bucket_mb", self.bucket_mb, "a positive number of MiB")
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
         bucket_bytes = int(self.bucket_mb * 2**20)

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
+from ..errors import require
 from ..vector import Layers, Partition
 from .base import AveragingMethod, Probe, not_negative, unit_interval
 from .run import Run
@@ -41,7 +42,7 @@ class _GradientWeighted(AveragingMethod):
         super().__post_init__()
         unit_interval(self, "pull", "prox")
         not_negative(self, "power")
-        self._require("score_momentum", 0 <= self.score_momentum < 1, "in [0, 1)")
+        require(0 <= self.score_momentum < 1, "method.score_momentum", self.score_momentum, "in [0, 1)")
 
     @property
     def partition(self) -> Partition:
@@ -76,7 +77,7 @@ class GRAWA(_GradientWeighted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("probe_batches", self.probe_batches >= 1, "at least 1")
+        require(self.probe_batches >= 1, "method.probe_batches", self.probe_batches, "at least 1")
 
     def _score(self, run: Run, layers: Layers, probe: Probe | None) -> Score:
         if probe is None:

@@ -13,6 +13,7 @@ from ..averaging.averager import Averager, argmin
 from ..averaging.control import Control
 from ..averaging.scores import TrainingLoss
 from ..averaging.synchronizer import Synchronizer
+from ..errors import require
 from ..periods import Constant, Period
 from .base import AveragingMethod, Probe, unit_interval
 from .run import Run
@@ -50,10 +51,12 @@ class LSGD(AveragingMethod):
         unit_interval(self, "pull", "prox", "group_pull", "group_prox")
         inner, ranks = self.group_period, self.ranks_per_group
         divides = inner is None or (inner >= 1 and not isinstance(self.period, Period) and self.period % inner == 0)
-        self._require("group_period", divides, f"null, or divide method.period, which is {self.period}")
-        self._require("ranks_per_group", ranks is None or ranks >= 1, "null (hosts), or at least 1")
-        self._require("ranks_per_group", ranks is None or inner is not None, "null without method.group_period")
-        self._require("rounds", inner is None or self.rounds == "lockstep", "lockstep with method.group_period")
+        divisor = f"null, or divide method.period, which is {self.period}"
+        lockstep = inner is None or self.rounds == "lockstep"
+        require(divides, "method.group_period", inner, divisor)
+        require(ranks is None or ranks >= 1, "method.ranks_per_group", ranks, "null (hosts), or at least 1")
+        require(ranks is None or inner is not None, "method.ranks_per_group", ranks, "null without method.group_period")
+        require(lockstep, "method.rounds", self.rounds, "lockstep with method.group_period")
 
     def _assemble(self, run: Run, probe: Probe | None) -> None:
         if self.group_period is not None:
