@@ -24,7 +24,7 @@ def wrong(what: str, value: object, fix: str) -> ConfigError:
         >>> wrong("data.fraction", 0, "must be in (0, 1]")
         ConfigError('data.fraction is 0: must be in (0, 1]')
     """
-    error = ConfigError(f"{what} is {value}: {fix}")
+    error = ConfigError(f"{what}: {fix}" if value == "" else f"{what} is {value}: {fix}")
     error.what, error.value, error.fix = what, value, fix
     return error
 
