@@ -9,6 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from ..comm import Backend
+from ..errors import ConfigError, in_a_line
 from ..launch import Wanted
 from ..optim import LocalOptimizer
 from ..training.config import GROUPS
@@ -38,10 +39,17 @@ def add_others(parser: ArgumentParser) -> None:
 
 
 def add_class(parser: ArgumentParser, found: type, key: str) -> None:
-    """Add a class's settings; of an optimizer of torch's, all but the parameters, and groups of them."""
+    """Add a class's settings; of an optimizer of torch's, all but the parameters, and groups of them.
+
+    Raises:
+        ConfigError: one has no type, or one that cannot be told from YAML.
+    """
     torchs = issubclass(found, torch.optim.Optimizer)
     skip: set[str | int] = {1, "groups"} if torchs else set()
-    parser.add_class_arguments(found, key, skip=skip, instantiate=False, fail_untyped=False)
+    try:
+        parser.add_class_arguments(found, key, skip=skip, instantiate=False, fail_untyped=not torchs)
+    except ValueError as error:
+        raise ConfigError(f"{found.__name__} cannot be set up from a configuration: {in_a_line(error)}") from None
     if torchs:
         kind = get_type_hints(LocalOptimizer)["groups"]
         text = "Parameters with settings of their own, as of LocalOptimizer."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from torch import Tensor
 
@@ -50,6 +51,10 @@ def _words(key: str, kind: Any, value: Any) -> str:
         return f"a list of {'whole ' if arguments[0] is int else ''}numbers"
     if origin in _WORDS:
         return _WORDS[origin]
+    if is_typeddict(origin):
+        return _WORDS[dict]
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return f"one of {', '.join(origin.__members__)}"
     if origin is Callable:
         origin, arguments = None, ()
     elif not isinstance(origin, type):
@@ -79,5 +84,7 @@ def no_setting(key: str, keys: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, keys, 1)
     neighbours = [k.removeprefix(section) for k in keys if k.startswith(section)]
     allowed = neighbours or list(dict.fromkeys(k.partition(".")[0] for k in keys))
+    if not allowed:
+        return f"{key} is no setting: there are none here"
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{key} is no setting: {hint}must be one of {', '.join(allowed)}"

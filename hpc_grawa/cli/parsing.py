@@ -17,7 +17,7 @@ from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .arguments import PLAIN, actions, add_class, add_others
-from .classes import find_class, imported, short
+from .classes import find_class, imported, is_class, short
 from .gate import named_errors
 from .help import help_text
 from .messages import must_be, no_setting
@@ -152,8 +152,12 @@ def _check_type(key: str, kind: Any, value: Any) -> None:
     try:
         _alone(kind).parse_object({"it": value})
     except ArgumentError:
-        if isinstance(value, str) and Callable in {get_origin(one) for one in (kind, *get_args(kind))}:
-            _check_class(imported(value)[0], {}, key, whole=True)
+        found = imported(value)[0] if isinstance(value, str) and "." in value else None
+        kinds = [get_origin(one) or one for one in (kind, *get_args(kind))]
+        if isinstance(found, type) and any(
+            one is Callable or (isinstance(one, type) and is_class(found, one)) for one in kinds
+        ):
+            _check_class(found, {}, key, whole=True)
         why = _FP16 if (key, value) == ("precision", "fp16") else ""
         raise wrong(key, value, must_be(short(key), kind, None if value == "null" else value) + why) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -42,13 +43,13 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, s
 
 def read_sections(
     files: Sequence[str], options: Sequence[tuple[str, str]]
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """What files hold, with the classes that options choose; the last that is named for a section wins.
 
     Naming another class for a section, or for a method's ``period``, forgets the settings of the class before.
 
     Returns:
-        The sections, with values as they were written; and the other options.
+        The sections, with values as they were written; and the other options, dotted keys of files among them.
 
     Raises:
         ConfigError: a file or recipe cannot be read, or a class cannot be what it is given for.
@@ -76,10 +77,11 @@ def read_sections(
                 raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
             settings[name] = class_section(name, default)
     _merge(settings["method"].setdefault("init_args", {}), period)
-    return settings, others
+    dotted = [(key, settings.pop(key)) for key in [*settings] if "." in key]
+    return settings, [*dotted, *others]
 
 
-def set_options(settings: dict[str, Any], options: Sequence[tuple[str, str]]) -> dict[str, str]:
+def set_options(settings: dict[str, Any], options: Sequence[tuple[str, Any]]) -> dict[str, str]:
     """Set what options say, later ones over earlier ones; returns by which name they called a setting of a step.
 
     Raises:
@@ -92,9 +94,14 @@ def set_options(settings: dict[str, Any], options: Sequence[tuple[str, str]]) ->
             called[name] = name if key == name else f"optimizer.{name}"
             key = name
         path = [part for part in key.split(".") if part != "init_args"]
-        if path[:2] == ["method", "period"] and not isinstance(settings["method"]["init_args"].get("period"), dict):
+        if path == ["method", "period"]:
+            value = _as_period(value)
+        elif path[:2] == ["method", "period"] and not isinstance(settings["method"]["init_args"].get("period"), dict):
             kinds = " or ".join(known_classes("period"))
             raise wrong(".".join(path), value, f"must come with a class, --method.period {kinds}")
+        if len(path) == 1 and path[0] in CLASS_SECTIONS:
+            section = {"class_path": settings[path[0]]["class_path"], "init_args": _in_braces(key, value)}
+            value = class_section(path[0], section)
         _set(settings, path, value)
     return called
 
@@ -169,9 +176,9 @@ def _load(text: str, what: str, value: str) -> Any:
         raise wrong(what, value, f"must be YAML ({in_a_line(error)})") from None
 
 
-def _in_braces(what: str, value: str) -> Any:
+def _in_braces(what: str, value: Any) -> Any:
     """An option's value: settings in braces, or else as it was written."""
-    return _load(value, what, value) if value.startswith("{") else value
+    return _load(value, what, value) if isinstance(value, str) and value.startswith("{") else value
 
 
 def _section(name: str, section: Any, where: str) -> Any:
@@ -258,7 +265,10 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     """Give a setting that an option names; classes on the way to it take it among their ``init_args``."""
     name, *inner = path
     if not inner:
-        value = _section(name, _in_braces(name, value), "an option") if name in GROUPS else value
+        if name in GROUPS:
+            value = _section(name, _in_braces(name, value), "an option")
+        elif isinstance(value, str) and re.match(r"\{\s*['\"]?class_path\b", value):
+            value = _load(value, name, value)
         if name.endswith("+"):
             name, more = name[:-1], load_yaml(value)
             value = [*(settings.get(name) or []), *(more if isinstance(more, list) else [more])]
