@@ -23,6 +23,17 @@ _WORDS: dict[Any, str] = {
 }
 
 
+def alternatives(kind: Any) -> list[tuple[Any, Any]]:
+    """The types of a union, or the type itself; each with what it is without arguments.
+
+    Example:
+        >>> alternatives(int | list[float])
+        [(<class 'int'>, <class 'int'>), (list[float], <class 'list'>)]
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [(one, get_origin(one) or one) for one in kinds]
+
+
 def must_be(key: str, kind: Any, value: Any) -> str:
     """What a value of a type must be.
 
@@ -35,14 +46,14 @@ def must_be(key: str, kind: Any, value: Any) -> str:
         >>> must_be("steps", int | None, "x"), must_be("unit", Literal["steps", "epochs"], 3)
         ('must be a whole number or null', 'must be one of steps, epochs')
     """
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = alternatives(kind)
     # torch's lr: float | Tensor
-    kinds = tuple(one for one in kinds if one is not Tensor) or kinds
-    return "must be " + " or ".join(dict.fromkeys(_words(key, one, value) for one in kinds))
+    kinds = [one for one in kinds if one != (Tensor, Tensor)] or kinds
+    return "must be " + " or ".join(dict.fromkeys(_words(key, *one, value) for one in kinds))
 
 
-def _words(key: str, kind: Any, value: Any) -> str:
-    origin, arguments = get_origin(kind) or kind, get_args(kind)
+def _words(key: str, kind: Any, origin: Any, value: Any) -> str:
+    arguments = get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -56,15 +67,19 @@ def _words(key: str, kind: Any, value: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Enum):
         return f"one of {', '.join(origin.__members__)}"
     if origin is Callable:
-        origin, arguments = None, ()
-    elif not isinstance(origin, type):
-        return str(kind)
-    return _class_words(key, origin, value)
+        gives = (
+            f", of type {getattr(arguments[-1], '__name__', arguments[-1])}"
+            if arguments and arguments[-1] is not Any
+            else ""
+        )
+        return _class_words(key, "function", f"a function, or a class, that says what it returns{gives}", value)
+    if isinstance(origin, type):
+        return _class_words(key, origin.__name__, f"a class derived from {origin.__name__}", value)
+    return str(kind)
 
 
-def _class_words(key: str, base: type | None, value: Any) -> str:
+def _class_words(key: str, name: str, derived: str, value: Any) -> str:
     """Of what holds an object of a class, or a function."""
-    name = "function" if base is None else base.__name__
     if value is None:
         return f"a {name}"
     if isinstance(value, dict):
@@ -75,7 +90,7 @@ def _class_words(key: str, base: type | None, value: Any) -> str:
         _, why = imported(value)
         if why:
             return f"{PATH}: {why}"
-    return f"a class derived from {name}" if base else "a function, or a class of such objects"
+    return derived
 
 
 def no_setting(key: str, keys: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
@@ -20,7 +20,7 @@ from .arguments import PLAIN, actions, add_class, add_others
 from .classes import find_class, imported, is_class, short
 from .gate import named_errors
 from .help import help_text
-from .messages import must_be, no_setting
+from .messages import alternatives, must_be, no_setting
 from .settings import read_sections, set_options, split_config
 
 _FP16 = " (fp16 needs loss scaling: each rank's scale would be another and enter the weights)"
@@ -126,17 +126,19 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
     for name, value in given.items():
         action, key = known[name], f"{section}.{name}"
         kind = getattr(action, "_typehint", action.type)
-        kinds = {get_origin(one) or one for one in (kind, *get_args(kind))}
+        kinds = [origin for _, origin in alternatives(kind)]
         if value is None:
-            if not kinds & {None, type(None), Any, object} and (action.required or action.default is not None):
+            free = any(one in (None, type(None), Any, object) for one in kinds)
+            if not free and (action.required or action.default is not None):
                 raise wrong(key, "null", must_be(name, kind, None))
             continue
-        inner = isinstance(value, dict) and isinstance(value.get("class_path"), str) and not kinds & {dict, Any}
-        if inner:
-            found = find_class(name, value["class_path"]) if name == "period" else imported(value["class_path"])[0]
+        path = value.get("class_path") if isinstance(value, dict) else None
+        if isinstance(path, str) and not any(one in (dict, Any) for one in kinds):
+            found = find_class(name, path) if name == "period" else imported(path)[0]
             _check_class(found, value.get("init_args") or {}, key, whole)
-        if whole or not inner:  # options may give what is missing
-            _check_type(key, kind, value)
+            if not whole:
+                continue  # options may give what it is missing
+        _check_type(key, kind, value)
 
 
 def _check_class(found: object, given: dict[str, Any], key: str, whole: bool) -> None:
@@ -153,10 +155,7 @@ def _check_type(key: str, kind: Any, value: Any) -> None:
         _alone(kind).parse_object({"it": value})
     except ArgumentError:
         found = imported(value)[0] if isinstance(value, str) and "." in value else None
-        kinds = [get_origin(one) or one for one in (kind, *get_args(kind))]
-        if isinstance(found, type) and any(
-            one is Callable or (isinstance(one, type) and is_class(found, one)) for one in kinds
-        ):
+        if any(one is Callable or (isinstance(one, type) and is_class(found, one)) for _, one in alternatives(kind)):
             _check_class(found, {}, key, whole=True)
         why = _FP16 if (key, value) == ("precision", "fp16") else ""
         raise wrong(key, value, must_be(short(key), kind, None if value == "null" else value) + why) from None
