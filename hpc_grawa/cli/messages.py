@@ -67,12 +67,7 @@ def _words(key: str, kind: Any, origin: Any, value: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Enum):
         return f"one of {', '.join(origin.__members__)}"
     if origin is Callable:
-        gives = (
-            f", of type {getattr(arguments[-1], '__name__', arguments[-1])}"
-            if arguments and arguments[-1] is not Any
-            else ""
-        )
-        return _class_words(key, "function", f"a function, or a class, that says what it returns{gives}", value)
+        return _class_words(key, "function", f"a function or a class of type {kind}", value)
     if isinstance(origin, type):
         return _class_words(key, origin.__name__, f"a class derived from {origin.__name__}", value)
     return str(kind)
