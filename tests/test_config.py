@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import own
 import pytest
 import torch
 from table import plain
+from torch import Tensor, nn
 
 from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import parse
@@ -282,6 +284,73 @@ def test_an_own_class_that_cannot_be_imported(
     assert capsys.readouterr().err == (
         "hpc-grawa train: error: model is fails_here.Net: fails_here cannot be imported (RuntimeError: on purpose)\n"
     )
+
+
+class Shade(Enum):
+    LIGHT = 1
+    DARK = 2
+
+
+class Holding(own.Line):
+    """A model whose settings hold what YAML has no word for."""
+
+    def __init__(
+        self, act: nn.Module, shade: Shade = Shade.LIGHT, turn: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.act = act
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("", "model.act is missing: Holding needs it"),
+        ("--model.act=3", "model.act is 3: must be the import path of a class (package.module.Class)"),
+        ("--model.act=own.Numbers", "model.act is own.Numbers: must be a class derived from Module"),
+        (
+            "--model.act=own.No",
+            "model.act is own.No: must be the import path of a class (package.module.Class): module",
+        ),
+        ("--model.act=torch.nn.Linear", "model.act.in_features, model.act.out_features are missing: Linear needs them"),
+        (
+            "--model.act=torch.nn.ReLU --model.act.inplce=true",
+            "model.act.inplce is no setting: did you mean model.act.in",
+        ),
+        ("--model.act=torch.nn.ReLU --model.act.inplace=3", "model.act.inplace is 3: must be true or false\n"),
+        ("--model.act=torch.nn.ReLU --model.shade=RED", "model.shade is RED: must be one of LIGHT, DARK\n"),
+        (
+            "--model.act=torch.nn.ReLU --model.turn=torch.no",
+            "model.turn is torch.no: must be the import path of a class",
+        ),
+        (
+            "--model.act=torch.nn.ReLU --model.turn=own.Numbers",
+            "model.turn is own.Numbers: must be a function or a class",
+        ),
+    ],
+)
+def test_what_a_setting_cannot_hold(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse([*OWN, f"--model={__name__}.Holding", "--budget.steps=2", *words.split()])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"hpc-grawa train: error: {error}") and printed.count("\n") == 1
+
+
+def test_settings_of_what_a_setting_holds(write: Callable[[str], str]) -> None:
+    file = write(f"model: {{class_path: {__name__}.Holding, init_args: {{act: torch.nn.LeakyReLU}}}}")
+    for words in (
+        ["--model.act=torch.nn.LeakyReLU", "--model.act.negative_slope=0.5"],
+        ["--model.act={class_path: torch.nn.LeakyReLU, init_args: {negative_slope: .5}}"],
+        ["--config", file, "--model.act.negative_slope=.5"],
+    ):
+        model = parse([*OWN, f"--model={__name__}.Holding", "--budget.steps=2", *words]).build_model()
+        assert isinstance(model, Holding) and isinstance(model.act, nn.LeakyReLU) and model.act.negative_slope == 0.5
+
+
+def test_keys_of_a_file_may_be_dotted(write: Callable[[str], str]) -> None:
+    file = write("method.period: 5\noptimizer.init_args.lr: 0.25\nbudget.seconds: null\nbudget.steps: 7\nrun.seed: 3")
+    config = parse(["--config=digits", "--config", file, "--run.seed=4"])
+    assert (config.method, config.optimizer.lr) == (LGRAWA(period=5), 0.25)
+    assert (config.budget.steps, config.budget.seconds, config.run.seed) == (7, None, 4)
 
 
 def test_an_error_of_a_key_carries_it() -> None:
