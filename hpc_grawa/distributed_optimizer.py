@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from .comm import Communicator, connect
-from .errors import ConfigError
+from .errors import ConfigError, require
 from .hooks import AfterBackward
 from .methods import Method, Probe, Run
 from .methods.run import ONCE
@@ -103,8 +103,7 @@ def DistributedOptimizer(
             "the optimizer is distributed already, by DistributedOptimizer of hpc_grawa or Horovod: wrap the plain "
             "torch optimizer, once, or after optimizer.run.finish() once more"
         )
-    if backward_passes_per_step < 1:
-        raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}: must be at least 1")
+    require(backward_passes_per_step >= 1, "backward_passes_per_step", backward_passes_per_step, "at least 1")
     comm = _world() if comm is None else comm
     run = method.build(comm, ParameterVector(model), optimizer, probe, facts=facts)
     if ended is not None:

@@ -7,7 +7,34 @@ class ConfigError(ValueError):
     """What was asked for cannot work: a setting, or the folder, data or program that it names.
 
     Names key, value and what is allowed: who has asked can ask otherwise. Ends a program with one line and status 2.
+
+    Attributes:
+        what: the key, where ``wrong`` made it; else None.
+        value: of the key.
+        fix: what is allowed.
     """
+
+    what: str | None = None
+    value: object = None
+    fix: str = ""
+
+
+def wrong(what: str, value: object, fix: str) -> ConfigError:
+    """The error of a key whose value cannot be.
+
+    Example:
+        >>> wrong("data.fraction", 0, "must be in (0, 1]")
+        ConfigError('data.fraction is 0: must be in (0, 1]')
+    """
+    error = ConfigError(f"{what}: {fix}" if value == "" else f"{what} is {value}: {fix}")
+    error.what, error.value, error.fix = what, value, fix
+    return error
+
+
+def require(condition: bool, what: str, value: object, allowed: str) -> None:
+    """Raise ``ConfigError`` unless the condition holds: a key's value must be what is allowed."""
+    if not condition:
+        raise wrong(what, value, f"must be {allowed}")
 
 
 class RanksDisagree(RuntimeError):

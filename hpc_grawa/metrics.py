@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import require
 
 
 class Metric(ABC):
@@ -69,8 +69,7 @@ class TopAccuracy(Accuracy):
     """
 
     def __init__(self, k: int = 5) -> None:
-        if k < 1:
-            raise ConfigError(f"metric.k is {k}: must be at least 1")
+        require(k >= 1, "metric.k", k, "at least 1")
         self.k = k
 
     def sums(self, output: Tensor, target: Tensor) -> Tensor:

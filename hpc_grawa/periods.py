@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-from .errors import ConfigError
+from .errors import ConfigError, require
 from .schedules import RunFacts
 
 #: What a round's length must be.
@@ -36,10 +36,6 @@ class Period(ABC):
     def check(self) -> None:  # noqa: B027 - there may be nothing to check
         """Raise ``ConfigError`` for impossible values; a method does so where it is made."""
 
-    def _require(self, name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            raise ConfigError(f"method.period.{name} is {getattr(self, name)}: must be {allowed}")
-
 
 def length(period: Period, facts: RunFacts) -> float:
     """What a period answers.
@@ -64,7 +60,7 @@ class Constant(Period):
     steps: int | float = 32
 
     def check(self) -> None:
-        self._require("steps", is_length(self.steps), LENGTH)
+        require(is_length(self.steps), "method.period.steps", self.steps, LENGTH)
 
     def __call__(self, facts: RunFacts) -> float:
         return self.steps
@@ -90,9 +86,9 @@ class QSR(Period):
     power: float = 2.0
 
     def check(self) -> None:
-        self._require("base", self.base >= 1, "at least 1 local step")
-        self._require("alpha", 0 <= self.alpha < math.inf, "a number of 0 or more")
-        self._require("power", 0 < self.power < math.inf, "a positive number")
+        require(self.base >= 1, "method.period.base", self.base, "at least 1 local step")
+        require(0 <= self.alpha < math.inf, "method.period.alpha", self.alpha, "a number of 0 or more")
+        require(0 < self.power < math.inf, "method.period.power", self.power, "a positive number")
 
     def __call__(self, facts: RunFacts) -> float:
         warming = facts.step < facts.warmup_steps
@@ -122,7 +118,7 @@ class Sqrt(Period):
     c: float = 0.1
 
     def check(self) -> None:
-        self._require("c", 0 <= self.c < math.inf, "a number of 0 or more")
+        require(0 <= self.c < math.inf, "method.period.c", self.c, "a number of 0 or more")
 
     def __call__(self, facts: RunFacts) -> float:
         return max(1, math.floor(self.c * math.sqrt(facts.step)))
@@ -141,7 +137,7 @@ class _Switching(Period):
     unit: Literal["steps", "epochs"] = "steps"
 
     def check(self) -> None:
-        self._require("switch", 0 <= self.switch < math.inf, "a number of 0 or more")
+        require(0 <= self.switch < math.inf, "method.period.switch", self.switch, "a number of 0 or more")
 
     def _before(self, facts: RunFacts) -> bool:
         return facts.elapsed(self.unit) < self.switch
@@ -161,7 +157,7 @@ class PostLocal(_Switching):
 
     def check(self) -> None:
         super().check()
-        self._require("steps", self.steps >= 1, "at least 1 local step")
+        require(self.steps >= 1, "method.period.steps", self.steps, "at least 1 local step")
 
     def shares(self, facts: RunFacts) -> bool:
         return self._before(facts)
@@ -184,7 +180,8 @@ class SWAP(_Switching):
 
     def check(self) -> None:
         super().check()
-        self._require("steps", self.steps is None or self.steps >= 1, "null, or at least 1 local step")
+        allowed = self.steps is None or self.steps >= 1
+        require(allowed, "method.period.steps", self.steps, "null, or at least 1 local step")
 
     def shares(self, facts: RunFacts) -> bool:
         return self.steps is None and self._before(facts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from .errors import ConfigError
+from .errors import require
 
 Unit = Literal["steps", "epochs", "seconds"]
 
@@ -66,8 +66,7 @@ class Schedule(ABC):
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ConfigError(f"schedule.warmup is {self.warmup}: must be 0 or more steps")
+        require(self.warmup >= 0, "schedule.warmup", self.warmup, "0 or more steps")
 
     def __call__(self, facts: RunFacts) -> float:
         """The factor at ``facts``."""
@@ -104,10 +103,9 @@ class Step(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         ordered = all(a < b for a, b in pairwise([0, *self.milestones, math.inf]))  # NaN is not
-        if not self.milestones or not ordered:
-            raise ConfigError(f"schedule.milestones is {self.milestones}: must be positive and increasing")
-        if not 0 < self.gamma < math.inf:
-            raise ConfigError(f"schedule.gamma is {self.gamma}: must be positive and finite")
+        allowed = bool(self.milestones) and ordered
+        require(allowed, "schedule.milestones", self.milestones, "positive and increasing")
+        require(0 < self.gamma < math.inf, "schedule.gamma", self.gamma, "positive and finite")
 
     def factor(self, facts: RunFacts) -> float:
         now = facts.elapsed(self.unit)
@@ -126,8 +124,7 @@ class Cosine(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.final <= 1:
-            raise ConfigError(f"schedule.final is {self.final}: must be in [0, 1]")
+        require(0 <= self.final <= 1, "schedule.final", self.final, "in [0, 1]")
 
     def factor(self, facts: RunFacts) -> float:
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * facts.progress)) / 2
@@ -145,8 +142,7 @@ class Linear(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.final <= 1:
-            raise ConfigError(f"schedule.final is {self.final}: must be in [0, 1]")
+        require(0 <= self.final <= 1, "schedule.final", self.final, "in [0, 1]")
 
     def factor(self, facts: RunFacts) -> float:
         return 1 - (1 - self.final) * facts.progress

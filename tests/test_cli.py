@@ -189,12 +189,20 @@ def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @launched
-def test_what_is_wrong_on_another_host_only_is_said_there() -> None:
-    words = ("train", *LINE, "--data=own.ElsewhereMissing", "--budget.steps=9")
+@pytest.mark.parametrize(
+    ("data", "more", "error"),
+    [
+        ("own.ElsewhereMissing", (), "data.path is /there: must be a folder"),
+        ("own.Numbers", ("--config=there.yaml",), "config is there.yaml: must be a file or one of the recipes"),
+    ],
+)
+def test_what_is_wrong_on_another_host_only_is_said_there(data: str, more: tuple[str, ...], error: str) -> None:
+    words = ("train", *LINE, f"--data={data}", "--budget.steps=9")
     there = ("env", "OMPI_COMM_WORLD_LOCAL_RANK=0", "OMPI_COMM_WORLD_LOCAL_SIZE=1")  # as on a second host
-    job = launch(*words, ":", "-np", "1", *there, sys.executable, *PROGRAM, *words, ranks=1)
+    job = launch(*words, ":", "-np", "1", *there, sys.executable, *PROGRAM, *words, *more, ranks=1)
     assert job.status == 2
-    assert ours(job.errors) == [f"hpc-grawa train: error: on {platform.node()}: data.path is /there: must be a folder"]
+    assert len(lines := ours(job.errors)) == 1
+    assert lines[0].startswith(f"hpc-grawa train: error: on {platform.node()}: {error}")
 
 
 @launched
@@ -544,7 +552,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words, parts in (
         (["--help"], ("train", "evaluate", "table", "compare", "toy")),
         (["train", "--help"], ("--config", "--budget.seconds", "--dry_run", "--run.seed")),
+        (["train", "--help", "--nosuch"], ("--method", "--budget.seconds")),
+        (["train", "--config=digits", "--help"], ("--method.pull", "--model.width", "--budget.seconds")),
         (["train", "--method.help=EASGD"], ("--method.pull", "β")),
+        (["train", "--method=EASGD", "--method.help"], ("--method.pull", "β")),
+        (["train", "--method.period.help", "QSR"], ("--method.period.alpha",)),
+        (["train", "--budget.help"], ("--budget.seconds",)),
+        (["--version"], ("hpc-grawa ",)),
         (["compare", "--help"], ("--methods", "--seeds")),
         (["table", "--help"], ("--csv", "--figure")),
         (["evaluate", "--help"], ("run",)),

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import own
 import pytest
 import torch
 from table import plain
+from torch import Tensor, nn
 
 from hpc_grawa import EASGD, LGRAWA, cli
 from hpc_grawa.cli.parsing import parse
@@ -69,6 +71,10 @@ IMPOSSIBLE = {
     "--metric NoSuch": ("metric is NoSuch", "Accuracy", "import path"),
     "--loss NoSuch": ("loss is NoSuch", "CrossEntropyLoss", "import path"),
     "--model no.such.Net": ("model is no.such.Net", "No module named 'no'"),
+    "--method Method": ("method is Method", ", ".join(sorted(plain()))),
+    "--method hpc_grawa.methods.base.AveragingMethod": (
+        "AveragingMethod: must be a class derived from Method, and not",
+    ),
     "--method torch.nn.Linear": ("method is torch.nn.Linear", "derived from Method"),
     "--method.period 0": ("method.period is 0", "at least 1"),
     "--method.period 2.5": ("method.period is 2.5", "whole number"),
@@ -83,6 +89,8 @@ IMPOSSIBLE = {
     "--method.probe_batches 23 --method.probe_from shard": ("method.probe_batches is 23", "at most 22"),
     "--method.layers foo": ("method.layers is foo", "tensor, module", "a list"),
     "--optimizer.lr -1": ("optimizer.lr is -1", "0 or more"),
+    "--optimizer.lr": ("optimizer.lr is missing after --optimizer.lr", "--optimizer.lr VALUE"),
+    "--optimizer.lr --run.seed 3": ("optimizer.lr is missing after --optimizer.lr",),
     "--optimizer.lr null": ("optimizer.lr is null", "must be a number"),
     "--optimizer.lr .inf": ("optimizer.lr is inf", "0 or more"),
     "--optimizer.momentum 1": ("optimizer.momentum is 1", "[0, 1)"),
@@ -95,7 +103,7 @@ IMPOSSIBLE = {
     "--clip_norm .nan": ("error: clip_norm is nan", "positive, or null"),
     "--accumulate 5": ("error: accumulate is 5", "divide data.batch_size, which is 32"),
     "--accumulate 0": ("error: accumulate is 0", "at least 1"),
-    "--accumulate null": ("accumulate is None", "a whole number"),
+    "--accumulate null": ("accumulate is null", "a whole number"),
     "--optimizer torch.optim.NoSuch": ("optimizer is torch.optim.NoSuch", "no attribute 'NoSuch'"),
     "--optimizer torch.nn.Linear": ("optimizer is torch.nn.Linear", "LocalOptimizer or torch.optim.Optimizer"),
     "--optimizer torch.optim.RAdam --optimizer.bates 1": (
@@ -109,7 +117,7 @@ IMPOSSIBLE = {
     ),
     "--optimizer torch.optim.RAdam --optimizer.lr much": ("optimizer.lr is much", "must be a number\n"),
     "--optimizer torch.optim.RAdam --optimizer.lr -1": ("optimizer.lr is -1", "0 or more"),
-    "--optimizer torch.optim.RAdam --optimizer.lr null": ("optimizer.lr is None", "must be a number\n"),
+    "--optimizer torch.optim.RAdam --optimizer.lr null": ("optimizer.lr is null", "must be a number\n"),
     "--optimizer torch.optim.RAdam --optimizer.betas [0,1]": ("optimizer is RAdam", "beta parameter at index 1"),
     "--optimizer torch.optim.SparseAdam": ("optimizer is SparseAdam", "must take dense gradients"),
     "--optimizer test_optimizers.Own": ("optimizer.lr is None", "must be a number of 0 or more"),
@@ -128,6 +136,14 @@ IMPOSSIBLE = {
     "--data.fraction 0": ("data.fraction is 0", "(0, 1]"),
     "--data CIFAR": ("data.path is missing", "CIFAR"),
     "--data CIFAR --data.path /no/such": ("data.path is '/no/such'", "data_prep/cifar.py"),
+    "--data Datasets": ("data.train, data.test are missing: Datasets needs them",),
+    "--data Datasets --data.train datasets --data.test own.Line": ("data.train is datasets", "import path of a class"),
+    "--data.nosuch.deep 3": ("data.nosuch is no setting", "batch_size"),
+    "--schedule Step --schedule.milestones [a]": ("schedule.milestones is [a]", "a list of numbers"),
+    "--optimizer torch.optim.RAdam --optimizer.betas [1]": ("optimizer.betas is [1]", "a list of 2"),
+    "--loss.weight 3": ("loss.weight is 3: must be null\n",),
+    "--log.tensorboard maybe": ("log.tensorboard is maybe", "true or false"),
+    "--budget 5": ("budget is 5", "key: value"),
     "--budget.steps null": ("budget is empty", "budget.seconds, budget.epochs or budget.steps"),
     "--budget.steps 0": ("budget.steps is 0", "positive"),
     "--budget.seconds -2": ("budget.seconds is -2", "positive"),
@@ -204,6 +220,15 @@ IMPOSSIBLE_FILES = {
     "model: [3": ("config is", "must be YAML"),
     "optimizer: {class_path: SGD, init_args: 3}": ("optimizer.init_args is 3", "must hold settings"),
     "optimizer: {class_path: torch.optim.Adam, init_args: [clip_norm]}": ("optimizer.init_args is ['cl", "key: value"),
+    "optimizer: {class_path: SGD, init_args: {clip_norm: 1}}\nclip_norm: 2": (
+        "clip_norm is 2 and optimizer.clip_norm is 1",
+        "must be given once, as clip_norm",
+    ),
+    "optimizer: {class_path: torch.optim.Adam, init_args: {betas: null}}": ("optimizer.betas is null", "a list of 2"),
+    "model: {class_path: torch.nn.Linear, init_args: {in_features: 3}}": (
+        "model.out_features is missing: Linear needs",
+    ),
+    "3: 4": ("3 is no setting", "method, optimizer"),
     "accumulate: null\nlog: {every: 1}": ("accumulate is null", "must have a value, or be left out"),
     "comm_timeout: null\nlog: {every: 1}": ("comm_timeout is null", "must have a value"),
 }
@@ -247,6 +272,92 @@ def test_own_classes_lie_in_the_folder_where_the_program_is_started(
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", *OWN, "--model=lies_here.Net", "--budget.steps=2", "--print_config"])
     assert "class_path: lies_here.Net" in capsys.readouterr().out
+
+
+def test_an_own_class_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fails_here.py").write_text("raise RuntimeError('on\\npurpose')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *OWN, "--model=fails_here.Net", "--budget.steps=2"])
+    assert capsys.readouterr().err == (
+        "hpc-grawa train: error: model is fails_here.Net: fails_here cannot be imported (RuntimeError: on purpose)\n"
+    )
+
+
+class Shade(Enum):
+    LIGHT = 1
+    DARK = 2
+
+
+class Holding(own.Line):
+    """A model whose settings hold what YAML has no word for."""
+
+    def __init__(
+        self, act: nn.Module, shade: Shade = Shade.LIGHT, turn: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.act = act
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("", "model.act is missing: Holding needs it"),
+        ("--model.act=3", "model.act is 3: must be the import path of a class (package.module.Class)"),
+        ("--model.act=own.Numbers", "model.act is own.Numbers: must be a class derived from Module"),
+        (
+            "--model.act=own.No",
+            "model.act is own.No: must be the import path of a class (package.module.Class): module",
+        ),
+        ("--model.act=torch.nn.Linear", "model.act.in_features, model.act.out_features are missing: Linear needs them"),
+        (
+            "--model.act=torch.nn.ReLU --model.act.inplce=true",
+            "model.act.inplce is no setting: did you mean model.act.in",
+        ),
+        ("--model.act=torch.nn.ReLU --model.act.inplace=3", "model.act.inplace is 3: must be true or false\n"),
+        ("--model.act=torch.nn.ReLU --model.shade=RED", "model.shade is RED: must be one of LIGHT, DARK\n"),
+        (
+            "--model.act=torch.nn.ReLU --model.turn=torch.no",
+            "model.turn is torch.no: must be the import path of a class",
+        ),
+        (
+            "--model.act=torch.nn.ReLU --model.turn=own.Numbers",
+            "model.turn is own.Numbers: must be a function or a class",
+        ),
+    ],
+)
+def test_what_a_setting_cannot_hold(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse([*OWN, f"--model={__name__}.Holding", "--budget.steps=2", *words.split()])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"hpc-grawa train: error: {error}") and printed.count("\n") == 1
+
+
+def test_settings_of_what_a_setting_holds(write: Callable[[str], str]) -> None:
+    file = write(f"model: {{class_path: {__name__}.Holding, init_args: {{act: torch.nn.LeakyReLU}}}}")
+    for words in (
+        ["--model.act=torch.nn.LeakyReLU", "--model.act.negative_slope=0.5"],
+        ["--model.act={class_path: torch.nn.LeakyReLU, init_args: {negative_slope: .5}}"],
+        ["--config", file, "--model.act.negative_slope=.5"],
+    ):
+        model = parse([*OWN, f"--model={__name__}.Holding", "--budget.steps=2", *words]).build_model()
+        assert isinstance(model, Holding) and isinstance(model.act, nn.LeakyReLU) and model.act.negative_slope == 0.5
+
+
+def test_keys_of_a_file_may_be_dotted(write: Callable[[str], str]) -> None:
+    file = write("method.period: 5\noptimizer.init_args.lr: 0.25\nbudget.seconds: null\nbudget.steps: 7\nrun.seed: 3")
+    config = parse(["--config=digits", "--config", file, "--run.seed=4"])
+    assert (config.method, config.optimizer.lr) == (LGRAWA(period=5), 0.25)
+    assert (config.budget.steps, config.budget.seconds, config.run.seed) == (7, None, 4)
+
+
+def test_an_error_of_a_key_carries_it() -> None:
+    with pytest.raises(ConfigError) as raised:
+        LGRAWA(pull=2)
+    assert str(raised.value) == "method.pull is 2: must be in [0, 1]"
+    assert (raised.value.what, raised.value.value, raised.value.fix) == ("method.pull", 2, "must be in [0, 1]")
 
 
 RECIPE = """

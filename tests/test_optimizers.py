@@ -314,7 +314,7 @@ def test_naming_another_class_by_import_path_forgets_the_settings_of_the_one_bef
             "optimizer.weight_decay is much: must be a number of 0 or more",
         ),
         (f"{__name__}.Needing --optimizer.k=2 --optimizer.groups=3", "optimizer.groups is 3: must be a list or null"),
-        (f"{__name__}.Typed --optimizer.lr=1", "optimizer.k is missing: the optimizer needs it"),
+        (f"{__name__}.Typed --optimizer.lr=1", "optimizer.k is missing: Typed needs it"),
         (
             f"{__name__}.Stepless",
             f"optimizer is {__name__}.Stepless: must be a class derived from LocalOptimizer or torch.optim.Optimizer, "

@@ -414,7 +414,7 @@ def test_a_period_is_a_number_or_a_class(words: list[str], period: Any, tmp_path
         (["--method.period=hpc_grawa.periods.Period"], ("method.period is hpc_grawa.periods.Period: must be a whole",)),
         (["--method.period=[]"], ("method.period is []: must be a whole number or a class derived from Period\n",)),
         (["--method.period="], ("method.period: must be a whole number or", "import path of a class (package.module.")),
-        (["--method.period=Constant", "--method.period.steps=null"], ("method.period.steps is None: must be a whole",)),
+        (["--method.period=Constant", "--method.period.steps=null"], ("method.period.steps is null: must be a whole",)),
         (["--method.period.class_path=NoSuch"], ("method.period is NoSuch: must be Constant, PostLocal, QSR",)),
         (["--method.period={class_path: QSR, init_args: 3}"], ("method.period.init_args is 3: must hold settings",)),
         (["--method=DataParallel", "--method.period=QSR"], ("method.period is no setting: must be one of bucket_mb",)),

@@ -9,7 +9,8 @@ import pytest
 from test_config import cifar
 
 from hpc_grawa.cli.compare import Comparison
-from hpc_grawa.cli.parsing import RECIPES, parse, recipes
+from hpc_grawa.cli.parsing import parse
+from hpc_grawa.cli.settings import RECIPES, recipes
 from hpc_grawa.data import Digits
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, LocalSGD
 from hpc_grawa.optim import SGD, AdamW

@@ -21,7 +21,7 @@ from launcher import launch
 from PIL import Image
 
 from hpc_grawa import cli
-from hpc_grawa.cli.parsing import read_settings
+from hpc_grawa.cli.settings import read_settings
 from hpc_grawa.report import read_run
 from hpc_grawa.runs.reading import load_yaml
 from hpc_grawa.screen import as_shown, spell_unknown_characters

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_grawa.cli.parsing import recipes
+from hpc_grawa.cli.settings import recipes
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,9 @@ from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
 from ..screen import columns
 from ..training.config import Config, renamed
-from .parsing import parse, read_settings, split_config
+from .classes import short
+from .parsing import parse
+from .settings import read_settings, split_config
 
 
 @dataclass
@@ -40,7 +41,6 @@ class Comparison:
         target: float | None,
         words: Sequence[str],
         program: str,
-        speaks: bool,
     ) -> Comparison:
         """Read the command line.
 
@@ -51,13 +51,12 @@ class Comparison:
             ConfigError: no methods, or a value that cannot be.
         """
         files, options = split_config(words)
-        files_again = [f"--config={file}" for file in files]
         settings = read_settings(files)
         section = settings.get("compare", {})
         if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
             raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
-        if single := [word for word in options if re.match(r"--(method(\.class_path)?|run\.seed)(=|$)", word)]:
-            raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
+        if single := [key for key, _ in options if key in ("method", "method.class_path", "run.seed")]:
+            raise ConfigError(f"--{single[0]} is for a single run: must be --methods or --seeds in a comparison")
         names = methods.split(",") if methods else section.get("methods")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ConfigError(f"compare.methods is {names}: must be a list of names ([LGRAWA, EASGD])")
@@ -71,17 +70,17 @@ class Comparison:
         numbers = seeds.split(",") if seeds else [str(n) for n in given]
         if not all(number.isdigit() for number in numbers):
             raise ConfigError(f"seeds is {','.join(numbers)}: must be whole numbers of 0 or more, separated by commas")
-        for what, values in (("methods", [_short(name) for name in names]), ("seeds", numbers)):
+        for what, values in (("methods", [short(name) for name in names]), ("seeds", numbers)):
             if len(set(values)) < len(values):
                 raise ConfigError(f"{what} is {','.join(values)}: must not name one twice")
 
         def run(name: str, *identity: str) -> Config:
-            return parse([*files_again, f"--method={name}", *options, *identity], program, speaks)
+            return parse([*words, f"--method={name}", *identity], program)
 
         first = run(names[0]).run
         folder = Path(first.dir) / (first.name or "comparison")
         configs = [
-            run(name, f"--run.seed={seed}", f"--run.name={_short(name)}-{seed}", f"--run.dir={folder}")
+            run(name, f"--run.seed={seed}", f"--run.name={short(name)}-{seed}", f"--run.dir={folder}")
             for seed in map(int, numbers)
             for name in names
         ]
@@ -139,10 +138,6 @@ class Comparison:
         name = str(config.run.name)
         attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
         return next((path for path in attempts if is_finished(path)), None)
-
-
-def _short(method: str) -> str:
-    return method.rpartition(".")[2]
 
 
 def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure: Path | None) -> None:

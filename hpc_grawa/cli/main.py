@@ -6,18 +6,18 @@ import argparse
 import dataclasses
 import inspect
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import get_args
 
 import torch
 
 from ..comm import Backend, Communicator, choose, connect
-from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line
+from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line, wrong
 from ..launch import Slot, default_threads, local_device, own_slot
 from ..methods import Method
 from ..runs.log import Log, say
@@ -25,7 +25,9 @@ from ..runs.reading import parse_settings, read_text
 from ..screen import spell_unknown_characters, wrapped
 from ..training.config import CLASS_SECTIONS, Config
 from ..training.resume import RunPlace
-from .parsing import find_class, is_class, parse
+from .classes import find_class, is_class
+from .gate import Parser, named_errors
+from .parsing import parse
 
 #: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
@@ -38,17 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     slot = own_slot()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # own classes may lie where the program is started
-    command = COMMANDS.get(words[0]) if words else None
-    if command is None:
-        wanted = words[:1] in (["-h"], ["--help"])
-        if slot.rank == 0:
-            print(__doc__.splitlines()[0] if wanted else _usage(words), file=sys.stdout if wanted else sys.stderr)
-            if wanted:
-                print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
-        raise SystemExit(0 if wanted or slot.rank else 2)
-    if slot.rank and any(w in ("-h", "--help") or w.startswith("--print_") for w in words):
+    if slot.rank and any(w in ("-h", "--help", "--version") or w.startswith("--print_") for w in words):
         raise SystemExit(0)
-    command(words[1:], slot)
+    if words[:1] in (["-h"], ["--help"]):
+        print((__doc__ or "").splitlines()[0])
+        print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
+        raise SystemExit(0)
+    if words[:1] == ["--version"]:
+        print(f"hpc-grawa {version('hpc-grawa')}")
+        raise SystemExit(0)
+    name = words[0] if words and words[0] in COMMANDS else ""
+    with named_errors(f"hpc-grawa {name}".rstrip()):
+        if not name:
+            found = " ".join(["no command", *words[:1]])
+            raise ConfigError(f"{found}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)")
+        COMMANDS[name](words[1:], slot)
 
 
 def _underscored(word: str) -> str:
@@ -57,15 +63,10 @@ def _underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
-def _usage(words: list[str]) -> str:
-    what = f"no command {words[0]}" if words else "no command"
-    return f"hpc-grawa: error: {what}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)"
-
-
 def train(words: list[str], slot: Slot) -> None:
     """Train with one method (--dry_run only says what would happen)."""
     program = "hpc-grawa train"
-    own = LineParser(prog=program, speaks=slot.rank == 0, add_help=False, allow_abbrev=False)
+    own = Parser(prog=program, add_help=False, allow_abbrev=False)
     own.add_argument("--dry_run", action="store_true")
     own.add_argument("--world_size", type=int)
     own.add_argument("--ranks_per_host", type=int)
@@ -73,32 +74,30 @@ def train(words: list[str], slot: Slot) -> None:
     own.add_argument("--resume_world", choices=("same", "any"), default="same")
     own.add_argument("--allow_change", action="append", default=[])
     options, words = own.parse_known_args(words)
-    config = parse(words, program, speaks=slot.rank == 0)
+    config = parse(words, program)
     # Ranks that only a dry run speaks of are on one host unless it says otherwise.
     size, here = (slot.size, slot.local_size) if options.world_size is None else (options.world_size,) * 2
-    with named_errors(program, slot):
-        for name, given in (("world_size", options.world_size), ("ranks_per_host", options.ranks_per_host)):
-            if given is not None and not options.dry_run:
-                raise ConfigError(f"{name} is {given}: must come with --dry_run; in training the launcher decides")
-            if given is not None and given < 1:
-                raise ConfigError(f"{name} is {given}: must be at least 1 rank")
-        config.check(size)
-        first_line = "" if options.dry_run else backend_line(config, slot)
-        place = RunPlace(config, options.allow_change)
-        if place.finished and not options.dry_run:
-            if slot.rank == 0:
-                say(f"{program}: {place.path} is finished")
-            return
-        if not options.dry_run and slot.rank == 0:
-            place.check(None if options.resume_world == "any" else size)
+    for name, given in (("world_size", options.world_size), ("ranks_per_host", options.ranks_per_host)):
+        if given is not None and not options.dry_run:
+            raise ConfigError(f"{name} is {given}: must come with --dry_run; in training the launcher decides")
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} is {given}: must be at least 1 rank")
+    config.check(size)
+    first_line = "" if options.dry_run else backend_line(config, slot)
+    place = RunPlace(config, options.allow_change)
+    if place.finished and not options.dry_run:
+        if slot.rank == 0:
+            say(f"{program}: {place.path} is finished")
+        return
+    if not options.dry_run and slot.rank == 0:
+        place.check(None if options.resume_world == "any" else size)
     set_threads(slot)
     if options.dry_run:
         from ..training.dry_run import plan
 
         if slot.rank == 0:
-            with named_errors(program, slot):
-                for line in plan(config, size, min(size, options.ranks_per_host or here)).splitlines():
-                    print(wrapped(line, others=" " * 18))
+            for line in plan(config, size, min(size, options.ranks_per_host or here)).splitlines():
+                print(wrapped(line, others=" " * 18))
         return
     with together(program, config, slot, first_line) as comm:
         from ..training.loop import fit
@@ -123,26 +122,24 @@ def evaluate(words: list[str], slot: Slot) -> None:
     """Evaluate a run's center on the test set."""
     program = "hpc-grawa evaluate"
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
-    parser = LineParser(prog=program, speaks=slot.rank == 0, description=evaluate.__doc__)
+    parser = Parser(prog=program, description=evaluate.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data.path", dest="data_path", help="where the data are now")
     parser.add_argument("--backend", default="auto", help="how ranks communicate")
     options = parser.parse_args(words)
-    with named_errors(program, slot):
-        for name in ("config.yaml", "center.pt"):
-            if not (options.run / name).is_file():
-                raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {name}")
-        file = options.run / "config.yaml"
-        settings = parse_settings(read_text(file) or "", str(file))
-        if missing := CLASS_SECTIONS.keys() - settings:
-            raise Damaged(f"{file} is not whole: it has no {min(missing)}")
+    for name in ("config.yaml", "center.pt"):
+        if not (options.run / name).is_file():
+            raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {name}")
+    file = options.run / "config.yaml"
+    settings = parse_settings(read_text(file) or "", str(file))
+    if missing := CLASS_SECTIONS.keys() - settings:
+        raise Damaged(f"{file} is not whole: it has no {min(missing)}")
     again = [f"--config={file}", f"--backend={options.backend}"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
-    config = parse(again, program, speaks=slot.rank == 0)
-    with named_errors(program, slot):
-        config.data.check(1)
-        first_line = backend_line(config, slot)
+    config = parse(again, program)
+    config.data.check(1)
+    first_line = backend_line(config, slot)
     set_threads(slot)
     with together(program, config, slot, first_line) as comm:
         from .. import buffers
@@ -169,7 +166,7 @@ def evaluate(words: list[str], slot: Slot) -> None:
 def table(words: list[str], slot: Slot) -> None:
     """Put any runs into one table (Markdown, CSV) and figure."""
     program = "hpc-grawa table"
-    parser = LineParser(prog=program, speaks=slot.rank == 0, description=table.__doc__)
+    parser = Parser(prog=program, description=table.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
     parser.add_argument("--figure", type=Path, help="draw the metric over training time, and weights, to this file")
@@ -181,22 +178,20 @@ def table(words: list[str], slot: Slot) -> None:
         return
     from .compare import report
 
-    with named_errors(program, slot):
-        report(options.runs, options.target, options.csv, options.figure)
+    report(options.runs, options.target, options.csv, options.figure)
 
 
 def status(words: list[str], slot: Slot) -> None:
     """Say what runs are doing, from any host: state, ETA, last metrics, and what every rank does."""
     program = "hpc-grawa status"
-    parser = LineParser(prog=program, speaks=slot.rank == 0, description=status.__doc__)
+    parser = Parser(prog=program, description=status.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     options = parser.parse_args(words)
     if slot.rank:
         return
     from ..report.status import describe
 
-    with named_errors(program, slot):
-        print("\n\n".join(describe(run) for run in options.runs))
+    print("\n\n".join(describe(run) for run in options.runs))
 
 
 def compare(words: list[str], slot: Slot) -> None:
@@ -204,7 +199,7 @@ def compare(words: list[str], slot: Slot) -> None:
     from .compare import Comparison, report
 
     program = "hpc-grawa compare"
-    own = LineParser(prog=program, speaks=slot.rank == 0, add_help=False, allow_abbrev=False)
+    own = Parser(prog=program, add_help=False, allow_abbrev=False)
     own.add_argument("--methods", help="names, separated by commas")
     own.add_argument("--seeds", help="numbers, separated by commas")
     own.add_argument("--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)")
@@ -212,13 +207,12 @@ def compare(words: list[str], slot: Slot) -> None:
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
         raise SystemExit(0)
     options, words = own.parse_known_args(words)
-    with named_errors(program, slot):
-        comparison = Comparison.read(options.methods, options.seeds, options.target, words, program, slot.rank == 0)
-        for config in comparison.configs:
-            config.check(slot.size)
-        first_line = backend_line(comparison.configs[0], slot)
-        if slot.rank == 0:
-            comparison.check_folders(slot.size)
+    comparison = Comparison.read(options.methods, options.seeds, options.target, words, program)
+    for config in comparison.configs:
+        config.check(slot.size)
+    first_line = backend_line(comparison.configs[0], slot)
+    if slot.rank == 0:
+        comparison.check_folders(slot.size)
     set_threads(slot)
     with together(program, comparison.configs[0], slot, first_line) as comm:
         folders = comparison.train(comm)
@@ -253,9 +247,8 @@ def methods(words: list[str], slot: Slot) -> None:
 def toy(words: list[str], slot: Slot) -> None:
     """Let methods go down a function of flat and sharp valleys, on 4 simulated ranks, and draw their ways."""
     program = "hpc-grawa toy"
-    parser = LineParser(
+    parser = Parser(
         prog=program,
-        speaks=slot.rank == 0,
         description=toy.__doc__,
         epilog="A setting goes to the methods that have it; whatever else they have keeps its default.",
         allow_abbrev=False,
@@ -279,23 +272,22 @@ def toy(words: list[str], slot: Slot) -> None:
 
     log = Log(None, speaks=True)
     try:
-        with named_errors(program, slot):
-            chosen = _toy_methods(options)
-            check_drawable(options.figure)
-            descents = {}
-            for number, (name, method) in enumerate(chosen.items()):
+        chosen = _toy_methods(options)
+        check_drawable(options.figure)
+        descents = {}
+        for number, (name, method) in enumerate(chosen.items()):
 
-                def watch(step: int, number: int = number, name: str = name) -> None:
-                    if log.due:
-                        share = (number + step / options.steps) / len(chosen)
-                        log.progress(share, f"{name}  step {step} of {options.steps}")
+            def watch(step: int, number: int = number, name: str = name) -> None:
+                if log.due:
+                    share = (number + step / options.steps) / len(chosen)
+                    log.progress(share, f"{name}  step {step} of {options.steps}")
 
-                descents[name] = descend(method, options.steps, options.lr, watch=watch)
-            log.close()
-            print(table(descents))
-            shared = f"Gradient descent, lr {options.lr:g}, {options.steps:,} steps;\na round every {options.period}."
-            draw(descents, options.figure, shared)
-            print(f"\nfigure  {options.figure}")
+            descents[name] = descend(method, options.steps, options.lr, watch=watch)
+        log.close()
+        print(table(descents))
+        shared = f"Gradient descent, lr {options.lr:g}, {options.steps:,} steps;\na round every {options.period}."
+        draw(descents, options.figure, shared)
+        print(f"\nfigure  {options.figure}")
     except KeyboardInterrupt:
         log.close()
         print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
@@ -305,7 +297,7 @@ def toy(words: list[str], slot: Slot) -> None:
 def doctor(words: list[str], slot: Slot) -> None:
     """Say whether ranks can train here, and what is missing, alone or under a launcher; status 1 if they cannot."""
     program = "hpc-grawa doctor"
-    parser = LineParser(prog=program, speaks=slot.rank == 0, description=doctor.__doc__, allow_abbrev=False)
+    parser = Parser(prog=program, description=doctor.__doc__, allow_abbrev=False)
     parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="the one to try (auto)")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
     parser.add_argument("--patience", type=float, default=90, help="seconds to wait for a silent rank (90)")
@@ -330,7 +322,9 @@ def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
         try:
             methods[found.__name__] = found(**settings)
         except ConfigError as error:
-            raise ConfigError(str(error).removeprefix("method.")) from None
+            if error.what is None:
+                raise
+            raise wrong(error.what.removeprefix("method."), error.value, error.fix) from None
         except TypeError as error:
             raise ConfigError(f"method is {path}: {error}") from None
     return methods
@@ -346,41 +340,6 @@ COMMANDS: dict[str, Callable[[list[str], Slot], None]] = {
     "toy": toy,
     "doctor": doctor,
 }
-
-
-class LineParser(argparse.ArgumentParser):
-    """argparse with errors of one line, on the rank that speaks."""
-
-    def __init__(self, *, speaks: bool, **options: Any) -> None:
-        super().__init__(**options)
-        self._speaks = speaks
-
-    def error(self, message: str) -> NoReturn:
-        """One line and status 2, or silence and 0."""
-        if self._speaks:
-            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if self._speaks else 0)
-
-
-@contextmanager
-def named_errors(program: str, slot: Slot) -> Iterator[None]:
-    """Within the block bad input ends the program: one line and status 2 on rank 0, silence and 0 on the others.
-
-    So does a damaged file. (If they left with an error first, mpirun would kill rank 0 before it has spoken.) What is
-    wrong on another host only, a path say, rank 0 cannot know: the first rank there says it, unless the launcher ends
-    it before.
-    """
-    try:
-        yield
-    except (ConfigError, Damaged) as error:
-        elsewhere = slot.rank > 0 and slot.local_rank == 0 and slot.local_size < slot.size
-        if elsewhere:
-            time.sleep(5)
-        if slot.rank == 0 or elsewhere:
-            where = f"on {platform.node()}: " if elsewhere else ""
-            print(f"{program}: error: {where}{error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
-        raise SystemExit(0) from None
 
 
 def backend_line(config: Config, slot: Slot) -> str:
@@ -403,8 +362,7 @@ def together(program: str, config: Config, slot: Slot, first_line: str) -> Itera
     """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
     if slot.rank == 0:
         say(first_line)
-    with named_errors(program, slot):
-        comm = connect(config.backend, slot, config.comm_timeout)
+    comm = connect(config.backend, slot, config.comm_timeout)
     try:
         yield comm
     except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..launch import Slot, own_slot
 from ..network import host_identity
 from ..runs.heartbeat import Watch
@@ -118,8 +118,7 @@ def connect(backend: Backend = "auto", slot: Slot | None = None, comm_timeout: f
     Raises:
         ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds.
     """
-    if not comm_timeout > 0:
-        raise ConfigError(f"comm_timeout is {comm_timeout}: must be positive")
+    require(comm_timeout > 0, "comm_timeout", comm_timeout, "positive")
     slot = slot or own_slot()
     backend, _ = choose(backend, slot)
     if backend == "single":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import require
 from ..nests import Nest
 from .sharding import Sampler, Split, shard_size
 
@@ -124,8 +124,7 @@ class Data(ABC):
             ConfigError: the message names key, value and what is allowed.
         """
         size = self.size()
-        if not 0 <= self.validation < size:
-            raise ConfigError(f"data.validation is {self.validation}: must be 0 to {size - 1} of {size} examples")
+        require(0 <= self.validation < size, "data.validation", self.validation, f"0 to {size - 1} of {size} examples")
         shard_size(self.train_size(), self.batch_size, world_size, self.split, self.fraction)
 
     def sampler(self, rank: int, world_size: int, seed: int) -> Sampler:

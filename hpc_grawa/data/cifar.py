@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from ..errors import ConfigError, in_a_line
+from ..errors import ConfigError, in_a_line, require
 from .arrays import ArraySplit, Augmentation, splits
 from .base import ImageData, Splits
 
@@ -59,8 +59,7 @@ class CIFAR(ImageData):
             ("crop", self.crop, get_args(Crop)),
             ("normalisation", self.normalisation, get_args(Normalisation)),
         ):
-            if value not in allowed:
-                raise ConfigError(f"data.{key} is {value!r}: must be one of {', '.join(map(str, allowed))}")
+            require(value in allowed, f"data.{key}", repr(value), f"one of {', '.join(map(str, allowed))}")
         super().check(world_size)
 
     @property

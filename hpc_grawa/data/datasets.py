@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from ..errors import ConfigError, in_a_line
+from ..errors import ConfigError, in_a_line, require
 from ..nests import Nest
 from ..random_streams import seeded
 from .base import CPU, Data, Splits
@@ -63,8 +63,7 @@ class Datasets(Data):
         return Splits(train.subset(kept), train.subset(held), test)
 
     def check(self, world_size: int) -> None:
-        if self.workers < 0:
-            raise ConfigError(f"data.workers is {self.workers}: must be 0 or more processes per rank")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more processes per rank")
         super().check(world_size)
 
     @cached_property

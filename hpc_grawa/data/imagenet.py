@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..comm import Communicator
-from ..errors import ConfigError, Damaged, in_a_line
+from ..errors import ConfigError, Damaged, in_a_line, require
 from ..launch import own_processors
 from .base import CPU, ImageData, Splits
 from .sharding import held_out
@@ -347,17 +347,12 @@ class ImageNet(ImageData):
         Raises:
             ConfigError: the message names key, value and what is allowed.
         """
-        if self.resize**2 > MOST_PIXELS:
-            raise ConfigError(f"data.resize is {self.resize}: must be at most {math.isqrt(MOST_PIXELS)} pixels")
-        if not 1 <= self.crop <= self.resize:
-            raise ConfigError(f"data.crop is {self.crop}: must be 1 to {self.resize}, which data.resize is")
-        if not 0 < self.smallest <= 1:
-            raise ConfigError(f"data.smallest is {self.smallest}: must be in (0, 1]")
+        require(self.resize**2 <= MOST_PIXELS, "data.resize", self.resize, f"at most {math.isqrt(MOST_PIXELS)} pixels")
+        require(1 <= self.crop <= self.resize, "data.crop", self.crop, f"1 to {self.resize}, which data.resize is")
+        require(0 < self.smallest <= 1, "data.smallest", self.smallest, "in (0, 1]")
         most = len(os.sched_getaffinity(0))
-        if self.workers is not None and not 1 <= self.workers <= most:
-            raise ConfigError(
-                f"data.workers is {self.workers}: must be 1 to {most}, the processors this rank may run on, or null"
-            )
+        allowed = f"1 to {most}, the processors this rank may run on, or null"
+        require(self.workers is None or 1 <= self.workers <= most, "data.workers", self.workers, allowed)
         super().check(world_size)
         try:
             decoder()

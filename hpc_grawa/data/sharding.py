@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 
 #: ``disjoint``: fixed shards; ``reshuffled``: a new disjoint partition each epoch, as ``DistributedSampler`` gives;
 #: ``full``: each rank its own permutations of everything; ``fraction``: a fixed random subset per rank.
@@ -58,14 +58,11 @@ def shard_size(size: int, batch_size: int, world_size: int, split: Split = "disj
     Raises:
         ConfigError: a batch does not fit into the shard, or a value is impossible.
     """
-    if split not in get_args(Split):
-        raise ConfigError(f"data.split is {split!r}: must be one of {', '.join(get_args(Split))}")
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"data.fraction is {fraction}: must be in (0, 1]")
+    require(split in get_args(Split), "data.split", repr(split), f"one of {', '.join(get_args(Split))}")
+    require(0 < fraction <= 1, "data.fraction", fraction, "in (0, 1]")
     if fraction != 1 and split != "fraction":
         raise ConfigError(f"data.fraction is {fraction}: only data.split fraction has one, data.split is {split}")
-    if batch_size < 1:
-        raise ConfigError(f"data.batch_size is {batch_size}: must be 1 or more examples per rank")
+    require(batch_size >= 1, "data.batch_size", batch_size, "1 or more examples per rank")
     shard = {"full": size, "fraction": round(fraction * size)}.get(split, size // world_size)
     if batch_size > shard:
         raise ConfigError(
@@ -183,8 +180,7 @@ def held_out(size: int, validation: int, seed: int, labels: Tensor | None = None
     Raises:
         ConfigError: validation is outside [0, N).
     """
-    if not 0 <= validation < size:
-        raise ConfigError(f"data.validation is {validation}: must be 0 or more and below {size}, the training examples")
+    require(0 <= validation < size, "data.validation", validation, f"0 or more and below {size}, the training examples")
     order = _permutation(size, seed, _HELD_OUT)
     if labels is not None:
         drawn = labels.numpy()[order]

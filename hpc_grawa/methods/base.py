@@ -24,7 +24,7 @@ from ..averaging.synchronizer import Pool, Synchronizer
 from ..batchnorm import norms
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..periods import Constant, Period, is_length
 from ..schedules import RunFacts
 from ..vector import ParameterVector
@@ -156,8 +156,7 @@ class SharingMethod(Method):
     on_nonfinite: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        if not 0 < self.bucket_mb < math.inf:
-            raise ConfigError(f"method.bucket_mb is {self.bucket_mb}: must be a positive number of MiB")
+        require(0 < self.bucket_mb < math.inf, "method.bucket_mb", self.bucket_mb, "a positive number of MiB")
 
     @abstractmethod
     def _codec(self, run: Run) -> Codec:
@@ -224,21 +223,20 @@ class AveragingMethod(Method):
         if isinstance(self.period, Period):
             self.period.check()
         else:
-            self._require("period", is_length(self.period), "at least 1 local step, and whole, or a Period")
+            allowed = "at least 1 local step, and whole, or a Period"
+            require(is_length(self.period), "method.period", self.period, allowed)
         switches = isinstance(self.period, Period) and type(self.period).shares is not Period.shares
         never = f"null with method.period {self.period}, which never shares gradients (PostLocal, SWAP)"
-        self._require("sharing", self.sharing is None or switches, never)
+        require(self.sharing is None or switches, "method.sharing", self.sharing, never)
         inner, ranks = self.group_period, self.ranks_per_group
         steps = 0 if isinstance(self.period, Period) or self.period == math.inf else self.period
         divides = inner is None or (inner >= 1 and steps % inner == 0)
-        self._require("group_period", divides, f"null, or divide method.period, which is {self.period}")
-        self._require("ranks_per_group", ranks is None or ranks >= 1, "null (hosts), or at least 1")
-        self._require("ranks_per_group", ranks is None or inner is not None, "null without method.group_period")
-        self._require("rounds", inner is None or self.rounds == "lockstep", "lockstep with method.group_period")
-
-    def _require(self, name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            raise ConfigError(f"method.{name} is {getattr(self, name)}: must be {allowed}")
+        divisor = f"null, or divide method.period, which is {self.period}"
+        lockstep = inner is None or self.rounds == "lockstep"
+        require(divides, "method.group_period", inner, divisor)
+        require(ranks is None or ranks >= 1, "method.ranks_per_group", ranks, "null (hosts), or at least 1")
+        require(ranks is None or inner is not None, "method.ranks_per_group", ranks, "null without method.group_period")
+        require(lockstep, "method.rounds", self.rounds, "lockstep with method.group_period")
 
     def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
         super()._check(optimizer, vector, probe)
@@ -325,10 +323,12 @@ def is_schedule_free(optimizer: optim.Optimizer) -> bool:
 def unit_interval(method: AveragingMethod, *names: str) -> None:
     """Raise ``ConfigError`` unless each named field is in [0, 1] (NaN is not)."""
     for name in names:
-        method._require(name, 0 <= getattr(method, name) <= 1, "in [0, 1]")
+        value = getattr(method, name)
+        require(0 <= value <= 1, f"method.{name}", value, "in [0, 1]")
 
 
 def not_negative(method: AveragingMethod, *names: str) -> None:
     """Raise ``ConfigError`` unless each named field is a finite number ≥ 0."""
     for name in names:
-        method._require(name, 0 <= getattr(method, name) < math.inf, "a number of 0 or more")
+        value = getattr(method, name)
+        require(0 <= value < math.inf, f"method.{name}", value, "a number of 0 or more")

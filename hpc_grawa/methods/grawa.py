@@ -16,6 +16,7 @@ from torch import optim
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
 from ..comm import Communicator
+from ..errors import require
 from ..vector import Layers, ParameterVector, Partition
 from .base import AveragingMethod, Level, Probe, not_negative, unit_interval
 from .run import Run
@@ -44,7 +45,7 @@ class _GradientWeighted(AveragingMethod):
         super().__post_init__()
         unit_interval(self, "pull", "prox")
         not_negative(self, "power")
-        self._require("score_momentum", 0 <= self.score_momentum < 1, "in [0, 1)")
+        require(0 <= self.score_momentum < 1, "method.score_momentum", self.score_momentum, "in [0, 1)")
 
     @property
     def partition(self) -> Partition:
@@ -82,7 +83,7 @@ class GRAWA(_GradientWeighted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("probe_batches", self.probe_batches >= 1, "at least 1")
+        require(self.probe_batches >= 1, "method.probe_batches", self.probe_batches, "at least 1")
 
     def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
         super()._check(optimizer, vector, probe)

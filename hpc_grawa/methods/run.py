@@ -44,7 +44,7 @@ from ..averaging.probe import check_loss
 from ..averaging.synchronizer import Round, Synchronizer
 from ..batchnorm import frozen
 from ..comm import Communicator
-from ..errors import ConfigError, LostView
+from ..errors import ConfigError, LostView, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -140,15 +140,12 @@ class Run:
                 f"loss is a {type(loss).__name__}: must be a function that returns the loss of the batch "
                 f"(run.closure(loss), not run.closure(loss()))"
             )
-        if clip_norm is not None and not 0 < clip_norm < math.inf:
-            raise ConfigError(f"clip_norm is {clip_norm}: must be positive, or None")
-        if accumulate < 1:
-            raise ConfigError(f"accumulate is {accumulate}: must be at least 1 part")
+        require(clip_norm is None or 0 < clip_norm < math.inf, "clip_norm", clip_norm, "positive, or None")
+        require(accumulate >= 1, "accumulate", accumulate, "at least 1 part")
 
         def closure(share: bool = True, part: tuple[int, int] = (0, 1), track: bool = True) -> Tensor:
             i, parts = part
-            if not 0 <= i < parts:
-                raise ConfigError(f"part is {part}: must be (i, M), the i-th of M parts, counted from 0")
+            require(0 <= i < parts, "part", part, "(i, M), the i-th of M parts, counted from 0")
             if i > 0 and self._made != (i - 1, parts):
                 raise ConfigError(f"part is {part}: must come right after {(i - 1, parts)}, whose gradient it adds to")
             if self.closed:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from ..errors import ConfigError, in_a_line
+from ..errors import ConfigError, in_a_line, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -39,20 +39,15 @@ class LocalOptimizer(ABC):
     groups: list[dict[str, Any]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.require("lr", 0 <= self.lr < math.inf, "a number of 0 or more")
-        self.require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of 0 or more")
+        require(0 <= self.lr < math.inf, "optimizer.lr", self.lr, "a number of 0 or more")
+        require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "a number of 0 or more")
         for group in self.groups or []:
             if not isinstance(group.get("match"), str):
-                raise ConfigError(f"optimizer.groups is {group}: must have match, patterns of parameters' names")
-            if not is_number(factor := group.get("lr_factor", 1.0)) or factor < 0:
-                raise ConfigError(f"optimizer.groups.lr_factor is {factor}: must be a number of 0 or more")
-            if not is_number(decay := group.get("weight_decay", 0.0)) or decay < 0:
-                raise ConfigError(f"optimizer.groups.weight_decay is {decay}: must be a number of 0 or more")
-
-    def require(self, name: str, condition: bool, allowed: str) -> None:
-        """Raise a ``ConfigError`` that names the field unless the condition holds."""
-        if not condition:
-            raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: must be {allowed}")
+                raise wrong("optimizer.groups", group, "must have match, patterns of parameters' names")
+            for name in ("lr_factor", "weight_decay"):
+                value = group.get(name, 0.0)
+                allowed = is_number(value) and value >= 0
+                require(allowed, f"optimizer.groups.{name}", value, "a number of 0 or more")
 
     @property
     def label(self) -> str:
@@ -120,10 +115,9 @@ def build(settings: LocalOptimizer, vector: ParameterVector, facts: RunFacts) ->
         for key, value in group.items():
             if key not in allowed:
                 raise ConfigError(f"optimizer.groups.{key} is no setting: must be one of {', '.join(allowed)}")
-            if is_number(default := optimizer.defaults.get(key)) and not is_number(value):
-                raise ConfigError(f"optimizer.groups.{key} is {value}: must be a number")
-            if isinstance(default, bool) and not isinstance(value, bool):
-                raise ConfigError(f"optimizer.groups.{key} is {value}: must be true or false")
+            what, default = f"optimizer.groups.{key}", optimizer.defaults.get(key)
+            require(is_number(value) or not is_number(default), what, value, "a number")
+            require(isinstance(value, bool) or not isinstance(default, bool), what, value, "true or false")
             if is_number(default) or isinstance(default, tuple):
                 _check_value(type(optimizer), key, value)
     return optimizer
@@ -135,7 +129,7 @@ def _check_value(kind: type[optim.Optimizer], key: str, value: Any) -> None:
         try:
             kind([nn.Parameter(torch.zeros(2, 2))], **{key: value})
         except Exception as error:
-            raise ConfigError(f"optimizer.groups.{key} is {value}: {in_a_line(error)}") from None
+            raise wrong(f"optimizer.groups.{key}", value, in_a_line(error)) from None
 
 
 def _matches(pattern: str, name: str, p: Tensor) -> bool:

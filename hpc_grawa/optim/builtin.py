@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import optim
 
+from ..errors import require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer
@@ -28,8 +29,8 @@ class SGD(LocalOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        self.require("nesterov", not self.nesterov or self.momentum > 0, "false without momentum")
+        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
+        require(not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false without momentum")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         parameters = self.grouped(vector)
@@ -54,9 +55,9 @@ class AdamW(LocalOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("beta1", 0 <= self.beta1 < 1, "in [0, 1)")
-        self.require("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
-        self.require("eps", 0 < self.eps < math.inf, "positive")
+        require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
+        require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
+        require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "positive")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         return optim.AdamW(self.grouped(vector), self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)

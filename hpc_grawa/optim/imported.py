@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from ..errors import ConfigError, in_a_line
+from ..errors import ConfigError, in_a_line, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer, is_number
@@ -41,7 +41,7 @@ class Imported(LocalOptimizer):
         self.lr = self.arguments["lr"]
         self.weight_decay = self.arguments.get("weight_decay") or 0.0
         for name in ("lr", "weight_decay"):
-            self.require(name, is_number(getattr(self, name)), "a number of 0 or more")
+            require(is_number(getattr(self, name)), f"optimizer.{name}", getattr(self, name), "a number of 0 or more")
         super().__post_init__()
         for name, parameter in signature(self.kind).parameters.items():
             # What has neither a type nor a default jsonargparse gives as null.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from ..comm import Communicator, simulate
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..methods import Method, Run
 from ..vector import ParameterVector
 
@@ -98,10 +98,8 @@ def descend(
 
     Source: the comparison on this function in Dimlioglu and Choromanska, GRAWA (AISTATS 2024).
     """
-    if steps < 1:
-        raise ConfigError(f"steps is {steps}: must be at least 1")
-    if not 0 < lr < math.inf:
-        raise ConfigError(f"lr is {lr}: must be positive and finite")
+    require(steps >= 1, "steps", steps, "at least 1")
+    require(0 < lr < math.inf, "lr", lr, "positive and finite")
 
     def live(comm: Communicator) -> tuple[Tensor, Tensor]:
         model = Vincent(starts[comm.rank])

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..schedules import RunFacts, Unit
 
 
@@ -41,8 +41,7 @@ class Budget:
         if all(limit is None for limit in limits.values()):
             raise ConfigError("budget is empty: give budget.seconds, budget.epochs or budget.steps")
         for name, limit in limits.items():
-            if limit is not None and not 0 < limit < math.inf:
-                raise ConfigError(f"budget.{name} is {limit}: must be positive and finite")
+            require(limit is None or 0 < limit < math.inf, f"budget.{name}", limit, "positive and finite")
 
     def total_steps(self, steps_per_epoch: int) -> int | None:
         """Local steps until the limit in steps or epochs, or None where only the clock decides."""

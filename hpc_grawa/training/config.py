@@ -25,7 +25,7 @@ from torch import nn
 from ..averaging.control import CONTROL_EVERY
 from ..comm import Backend
 from ..data import Data, shard_size
-from ..errors import ConfigError
+from ..errors import require, wrong
 from ..forward import Precision
 from ..launch import Wanted
 from ..methods import Method
@@ -68,11 +68,9 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
-        if not 0 < self.every < math.inf:
-            raise ConfigError(f"eval.every is {self.every}: must be positive and finite")
+        require(0 < self.every < math.inf, "eval.every", self.every, "positive and finite")
         for name in ("batch_size", "bn_batches", "train_examples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"eval.{name} is {getattr(self, name)}: must be at least 1")
+            require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass
@@ -89,8 +87,7 @@ class Logging:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
-        if self.every < 1:
-            raise ConfigError(f"log.every is {self.every}: must be at least 1 step")
+        require(self.every >= 1, "log.every", self.every, "at least 1 step")
 
 
 @dataclass
@@ -109,10 +106,8 @@ class Saving:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
-        if not self.every > 0:
-            raise ConfigError(f"save.every is {self.every}: must be positive, .inf for no checkpoints")
-        if self.keep < 1:
-            raise ConfigError(f"save.keep is {self.keep}: must be at least 1")
+        require(self.every > 0, "save.every", self.every, "positive, .inf for no checkpoints")
+        require(self.keep >= 1, "save.keep", self.keep, "at least 1")
 
 
 @dataclass
@@ -137,12 +132,10 @@ class Identity:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
-        if self.name is not None and (not self.name or self.name != Path(self.name).name or self.name in (".", "..")):
-            raise ConfigError(f"run.name is {self.name}: must be the name of a folder, without a path (see run.dir)")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"run.seed is {self.seed}: must be 0 or more")
-        if self.control_every < 1:
-            raise ConfigError(f"run.control_every is {self.control_every}: must be at least 1 step")
+        folder = self.name is None or (self.name == Path(self.name).name and self.name not in ("", ".", ".."))
+        require(folder, "run.name", self.name, "the name of a folder, without a path (see run.dir)")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "0 or more")
+        require(self.control_every >= 1, "run.control_every", self.control_every, "at least 1 step")
 
 
 #: Settings of a step, which were the optimizer's: ``optimizer.clip_norm`` goes on being understood.
@@ -208,27 +201,22 @@ class Config:
         """
         for name in GROUPS:
             getattr(self, name).check()
-        if not self.comm_timeout > 0:
-            raise ConfigError(f"comm_timeout is {self.comm_timeout}: must be positive, .inf for no limit")
+        require(self.comm_timeout > 0, "comm_timeout", self.comm_timeout, "positive, .inf for no limit")
         self.data.check(world_size)
         batch, parts = self.data.batch_size, self.accumulate
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ConfigError(f"{self.name('clip_norm')} is {self.clip_norm:g}: must be positive, or null")
-        if parts < 1:
-            raise ConfigError(f"{self.name('accumulate')} is {parts}: must be at least 1 part")
+        if (norm := self.clip_norm) is not None:
+            require(0 < norm < math.inf, self.name("clip_norm"), f"{norm:g}", "positive, or null")
+        require(parts >= 1, self.name("accumulate"), parts, "at least 1 part")
         if batch % parts:
-            raise ConfigError(f"{self.name('accumulate')} is {parts}: must divide data.batch_size, which is {batch}")
+            raise wrong(self.name("accumulate"), parts, f"must divide data.batch_size, which is {batch}")
         size, data, method = self.data.train_size(), self.data, self.method
         if self.budget.seconds is not None and isinstance(method, AveragingMethod) and method.rounds == "pooled":
             number = "a number under pooled rounds and a budget in seconds, as ranks hear of the clock at rounds"
-            method._require("period", isinstance(method.period, int), number)
+            require(isinstance(method.period, int), "method.period", method.period, number)
         if method.probe_from == "shard":
             size = shard_size(size, batch, world_size, data.split, data.fraction)
-        if method.probe_batches * batch > size:
-            raise ConfigError(
-                f"method.probe_batches is {method.probe_batches}: must be at most {size // batch}, the batches in the "
-                f"{size} examples that the probe draws from"
-            )
+        most = f"at most {size // batch}, the batches in the {size} examples that the probe draws from"
+        require(method.probe_batches * batch <= size, "method.probe_batches", method.probe_batches, most)
 
 
 def instantiate(parsed: Namespace) -> Namespace:

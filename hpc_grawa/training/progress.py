@@ -129,7 +129,8 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
         log.say(f"device     {worker.device}, {torch.cuda.get_device_name(worker.device)}; {by}")
     clipped = "" if config.clip_norm is None else f", clipped to norm {config.clip_norm:g}"
     parts = "" if config.accumulate == 1 else f", in {config.accumulate} parts"
-    how = f"{config.precision}{parts}{clipped}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    how = f"{config.precision}{parts}{clipped}, {threads} thread{'s' if threads > 1 else ''}"
     groups = f", groups {config.optimizer.groups}" if config.optimizer.groups else ""
     log.say(f"optimizer  {config.optimizer}{groups}; {config.schedule}; {how}")
 
