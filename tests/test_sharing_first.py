@@ -281,8 +281,50 @@ def test_another_world_goes_on_from_either_side_of_the_switch(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What cannot be is named.
+# In a configuration; and what cannot be is named.
 # ---------------------------------------------------------------------------------------------------------
+
+POST = ("--method=LocalSGD", *WORDS, "--method.period.switch=6")
+
+
+@pytest.mark.parametrize(
+    ("words", "sharing"),
+    [
+        ((), DataParallel()),
+        (("--method.sharing.bucket_mb=3",), DataParallel(bucket_mb=3.0)),
+        (("--method.sharing.on_nonfinite=skip", "--method.sharing=DataParallel"), DataParallel(on_nonfinite="skip")),
+        (("--method.sharing={class_path: DataParallel, init_args: {bucket_mb: 3}}",), DataParallel(bucket_mb=3.0)),
+        (("--method.sharing=null", "--method.period=7"), None),
+    ],
+)
+def test_sharing_is_a_class_or_null(words: tuple[str, ...], sharing: Any, tmp_path: Path) -> None:
+    config = parse([*POST, *words])
+    assert isinstance(config.method, AveragingMethod) and config.method.sharing == sharing
+    (tmp_path / "config.yaml").write_text(config.text)
+    assert parse([f"--config={tmp_path / 'config.yaml'}"]).method == config.method
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method.sharing=DataParalel", "method.sharing is DataParalel: must be DataParallel or the import path"),
+        ("--method.sharing=LGRAWA", "method.sharing is LGRAWA: must be DataParallel or the import path"),
+        ("--method.sharing.bucket_mb=-1", "method.sharing.bucket_mb is -1.0: must be a positive number of MiB"),
+        ("--method.sharing.bucket_mb=x", "method.sharing.bucket_mb is x: must be a number"),
+        ("--method.sharing.bucket=1", "method.sharing.bucket is no setting: did you mean method.sharing.bucket_mb?"),
+        (
+            "--method.period=8",
+            "method.sharing is DataParallel(bucket_mb=25.0, on_nonfinite='error'): must be null with",
+        ),
+        ("--method.group_period=3", "method.group_period is 3: must be null, or divide"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--method.sharing=null", "--method.period=8"] if "group" in words else []
+    with pytest.raises(SystemExit, match="2"):
+        parse([*POST, *more, words])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error, error
 
 
 def build(comm: Communicator, method: Method, **options: Any) -> Any:

@@ -11,18 +11,21 @@ from torch import nn
 
 from .. import data, methods, metrics, models, optim, periods, schedules
 from ..errors import in_a_line, wrong
+from ..methods import SharingMethod
 from ..periods import Period
 from ..training.config import CLASS_SECTIONS
 
-_SOURCES = (methods, optim, schedules, models, data, nn.modules.loss, metrics, periods)
-#: Where the classes of each section are, and of a method's ``period``.
-_SOURCE = dict(zip((*CLASS_SECTIONS, "period"), _SOURCES, strict=True))
+#: Settings of a method that may hold a class.
+OF_METHODS: dict[str, type] = {"period": Period, "sharing": SharingMethod}
+_SOURCES = (methods, optim, schedules, models, data, nn.modules.loss, metrics, periods, methods)
+#: Where the classes of each section are, and of these settings.
+_SOURCE = dict(zip((*CLASS_SECTIONS, *OF_METHODS), _SOURCES, strict=True))
 #: What a class is that has no short name.
 PATH = "the import path of a class (package.module.Class)"
 
 
 def known_classes(section: str) -> dict[str, str]:
-    """The classes of a section, or of a method's ``period``, that need no import path, and their import paths."""
+    """The classes of a section, or of a method's setting, that need no import path, and their import paths."""
     if section not in _SOURCE:
         return {}
     source, base = _SOURCE[section], _base(section)
@@ -81,7 +84,7 @@ def choice(section: str) -> str:
 
 def key_of(section: str) -> str:
     """The section's key in a configuration."""
-    return "method.period" if section == "period" else section
+    return f"method.{section}" if section in OF_METHODS else section
 
 
 def short(path: str) -> str:
@@ -95,4 +98,4 @@ def is_class(found: object, base: type) -> bool:
 
 
 def _base(section: str) -> type:
-    return Period if section == "period" else CLASS_SECTIONS[section][0]
+    return OF_METHODS.get(section) or CLASS_SECTIONS[section][0]

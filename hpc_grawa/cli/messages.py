@@ -38,7 +38,7 @@ def must_be(key: str, kind: Any, value: Any) -> str:
     """What a value of a type must be.
 
     Args:
-        key: its last part; ``period`` has classes that need no import path.
+        key: its last part; a method's ``period`` and ``sharing`` have classes that need no import path.
         kind: the type.
         value: which it is not.
 

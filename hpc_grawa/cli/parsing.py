@@ -17,7 +17,7 @@ from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .arguments import PLAIN, actions, add_class, add_others
-from .classes import find_class, imported, is_class, short
+from .classes import OF_METHODS, find_class, imported, is_class, key_of, short
 from .gate import named_errors
 from .help import help_text
 from .messages import alternatives, must_be, no_setting
@@ -69,6 +69,8 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         parsed = parser.parse_object(settings)
     except ArgumentError as error:
         raise ConfigError(in_a_line(error)) from None
+    for name in OF_METHODS:
+        _check_made(name, parsed.method.get("init_args", {}).get(name))
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
     model, rest = parsed.model, {key: value for key, value in vars(parsed).items() if key != "model"}
     if torchs := issubclass(classes["optimizer"], torch.optim.Optimizer):
@@ -134,7 +136,7 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
             continue
         path = value.get("class_path") if isinstance(value, dict) else None
         if isinstance(path, str) and not any(one in (dict, Any) for one in kinds):
-            found = find_class(name, path) if name == "period" else imported(path)[0]
+            found = find_class(name, path) if name in OF_METHODS else imported(path)[0]
             _check_class(found, value.get("init_args") or {}, key, whole)
             if not whole:
                 continue  # options may give what it is missing
@@ -147,6 +149,18 @@ def _check_class(found: object, given: dict[str, Any], key: str, whole: bool) ->
         parser = ArgumentParser(exit_on_error=False)
         add_class(parser, found, "of")
         _check_all(actions(parser, "of"), given, key, found.__name__, whole)
+
+
+def _check_made(name: str, given: object) -> None:
+    """Raise ``ConfigError`` for what an object that a method's setting holds says of itself when it is made."""
+    if isinstance(given, Namespace):
+        arguments = given.get("init_args")
+        try:
+            find_class(name, given.class_path)(**(arguments.as_dict() if arguments else {}))
+        except ConfigError as error:
+            if error.what is None:
+                raise
+            raise wrong(f"{key_of(name)}.{short(error.what)}", error.value, error.fix) from None
 
 
 def _check_type(key: str, kind: Any, value: Any) -> None:

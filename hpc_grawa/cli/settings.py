@@ -11,10 +11,11 @@ from typing import Any
 from ..errors import ConfigError, in_a_line, wrong
 from ..runs.reading import load_yaml
 from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP
-from .classes import find_class, import_path, key_of, known_classes, short
+from .classes import OF_METHODS, find_class, import_path, key_of, known_classes, short
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-_PERIOD = ("method.period", "method.init_args.period")
+#: Options by which a method is given an object of a class.
+_HELD = {f"method.{inside}{name}": name for name in OF_METHODS for inside in ("", "init_args.")}
 
 
 def recipes() -> list[str]:
@@ -46,7 +47,7 @@ def read_sections(
 ) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """What files hold, with the classes that options choose; the last that is named for a section wins.
 
-    Naming another class for a section, or for a method's ``period``, forgets the settings of the class before.
+    Naming another class for a section, or for a method's setting, forgets the settings of the class before.
 
     Returns:
         The sections, with values as they were written; and the other options, dotted keys of files among them.
@@ -55,16 +56,16 @@ def read_sections(
         ConfigError: a file or recipe cannot be read, or a class cannot be what it is given for.
     """
     chosen: dict[str, Any] = {}
-    period: dict[str, Any] = {}
+    held: dict[str, Any] = {}
     others: list[tuple[str, str]] = []
     for key, value in options:
         name = key.removesuffix(".class_path")
         if name in CLASS_SECTIONS:
             chosen[name] = class_section(name, _in_braces(name, value))
-        elif name in _PERIOD:
+        elif name in _HELD:
             if name != key:
-                find_class("period", value)
-            period = {"period": _as_period(_in_braces("method.period", value))}
+                find_class(_HELD[name], value)
+            held[_HELD[name]] = _as_held(_HELD[name], _in_braces(key_of(_HELD[name]), value))
         else:
             others.append((key, value))
     _move_to_step(chosen, "one option")
@@ -76,7 +77,7 @@ def read_sections(
             if default is None:
                 raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
             settings[name] = class_section(name, default)
-    _merge(settings["method"].setdefault("init_args", {}), period)
+    _merge(settings["method"].setdefault("init_args", {}), held)
     dotted = [(key, settings.pop(key)) for key in [*settings] if "." in key]
     return settings, [*dotted, *others]
 
@@ -94,11 +95,12 @@ def set_options(settings: dict[str, Any], options: Sequence[tuple[str, Any]]) ->
             called[name] = name if key == name else f"optimizer.{name}"
             key = name
         path = [part for part in key.split(".") if part != "init_args"]
-        if path == ["method", "period"]:
-            value = _as_period(value)
-        elif path[:2] == ["method", "period"] and not isinstance(settings["method"]["init_args"].get("period"), dict):
-            kinds = " or ".join(known_classes("period"))
-            raise wrong(".".join(path), value, f"must come with a class, --method.period {kinds}")
+        if path[0] == "method" and len(path) > 1 and (name := path[1]) in OF_METHODS:
+            if len(path) == 2:
+                value = _as_held(name, value)
+            elif not isinstance(settings["method"]["init_args"].get(name), dict):
+                kinds = " or ".join(known_classes(name))
+                raise wrong(".".join(path), value, f"must come with a class, --method.{name} {kinds}")
         if len(path) == 1 and path[0] in CLASS_SECTIONS:
             section = {"class_path": settings[path[0]]["class_path"], "init_args": _in_braces(key, value)}
             value = class_section(path[0], section)
@@ -147,8 +149,8 @@ def class_section(name: str, section: object) -> dict[str, Any]:
         del section["init_args"]
     elif not isinstance(arguments, dict):
         raise wrong(f"{key_of(name)}.init_args", arguments, "must hold settings (key: value)")
-    elif name == "method" and "period" in arguments:
-        section["init_args"] = {**arguments, "period": _as_period(arguments["period"])}
+    elif name == "method":
+        section["init_args"] = {key: _as_held(key, value) for key, value in arguments.items()}
     return section
 
 
@@ -239,13 +241,15 @@ def _takes(section: dict[str, Any], name: str) -> bool:
         return False
 
 
-def _as_period(value: Any) -> Any:
-    """A method's period: a class spelled out, a number as it is."""
+def _as_held(name: str, value: Any) -> Any:
+    """A method's setting: a class spelled out where it may hold one, and anything else as it is."""
+    if name not in OF_METHODS:
+        return value
     try:
-        find_class("period", value["class_path"] if isinstance(value, dict) else value)
+        find_class(name, value["class_path"] if isinstance(value, dict) else value)
     except (ConfigError, KeyError, TypeError, AttributeError):  # no class; its type will say so
         return value
-    return class_section("period", value)
+    return class_section(name, value)
 
 
 def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
