@@ -284,7 +284,7 @@ def test_another_world_goes_on_from_either_side_of_the_switch(
 # In a configuration; and what cannot be is named.
 # ---------------------------------------------------------------------------------------------------------
 
-POST = ("--method=LocalSGD", *WORDS, "--method.period.switch=6")
+POST = ("--method=LocalSGD", *WORDS, "--method.period={class_path: PostLocal, init_args: {switch: 6}}")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_sharing_is_a_class_or_null(words: tuple[str, ...], sharing: Any, tmp_pa
     ],
 )
 def test_what_is_wrong_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--method.sharing=null", "--method.period=8"] if "group" in words else []
+    more = ["--method.sharing=null", "--method.period=8"] if "group_period" in words else []
     with pytest.raises(SystemExit, match="2"):
         parse([*POST, *more, words])
     error = capsys.readouterr().err
