@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,13 @@ from torch import nn
 from worlds import NET, batch, nesterov, run_method, starts
 
 from hpc_grawa import LGRAWA, LocalSGD, ParameterVector, simulate
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
+from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod
 from hpc_grawa.periods import QSR
+from hpc_grawa.training.loop import fit
 
 STEPS = 10
 
@@ -104,6 +109,37 @@ def test_groups_go_with_a_period_that_changes(on_ranks: Ranks) -> None:
     all_ = on_ranks.size
     expected = [(2, 1), (3, all_), (4, 1), (6, 1), (6, all_), (7, 1), (7, all_)]
     assert on_ranks(body) == [expected] * on_ranks.size
+
+
+def test_no_probe_of_a_run_draws_what_another_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of groups or of all, also by another world."""
+    words = ("--config=digits", "--method=LGRAWA", "--method.period=4", "--method.group_period=2", "--eval.every=.inf")
+    steps = ("--budget.seconds=null", "--budget.steps=8", "--save.unit=steps", "--save.every=4", "--save.keep=5")
+    config = parse([*words, *steps, "--method.ranks_per_group=1", f"--run.dir={tmp_path}"])
+    drawn: list[tuple[int, int]] = []
+    draw = Sampler.probe_indices
+
+    def noted(sampler: Sampler, round_: int, *rest: Any) -> Any:
+        drawn.append((sampler.rank, round_))
+        return draw(sampler, round_, *rest)
+
+    monkeypatch.setattr(Sampler, "probe_indices", noted)
+
+    def run(size: int) -> Any:
+        def body(comm: Communicator) -> Any:
+            return fit(config, comm, new_folder=None if comm.rank else lambda: tmp_path, speaks=False, any_world=True)
+
+        return simulate(size, body)
+
+    run(2)
+    # Rounds of the groups at 2, 4, 6 and 8, of all at 4 and 8; batches are made ahead.
+    assert [number for rank, number in drawn if rank == 1][:6] == [0, 1, 2, 3, 4, 5]
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints/000000008", ignore_errors=True)
+    (tmp_path / "checkpoints/latest").write_text("000000004\n")
+    drawn.clear()
+    run(1)
+    assert [number for _, number in drawn][:3] == [3, 4, 5]
 
 
 @pytest.mark.parametrize(

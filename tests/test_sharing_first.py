@@ -217,7 +217,9 @@ def test_a_run_cut_off_on_either_side_of_the_switch_equals_one_that_was_not(
 
     def run(folder: Path) -> Any:
         folder.mkdir(exist_ok=True)
-        return simulate(3, lambda comm: fit(config, comm, None if comm.rank else lambda: folder, speaks=False))
+        return simulate(
+            3, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: folder, speaks=False)
+        )
 
     run(tmp_path / "whole")
     step = Worker.step
@@ -253,7 +255,9 @@ def test_another_world_goes_on_from_either_side_of_the_switch(
 
     def run(size: int) -> Any:
         def body(comm: Communicator) -> Any:
-            return fit(config, comm, None if comm.rank else lambda: tmp_path / "a", speaks=False, any_world=True)
+            return fit(
+                config, comm, new_folder=None if comm.rank else lambda: tmp_path / "a", speaks=False, any_world=True
+            )
 
         return simulate(size, body)
 

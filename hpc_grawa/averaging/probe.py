@@ -19,6 +19,29 @@ from ..vector import ParameterVector
 Probe = Callable[[], Tensor | Iterable[Tensor]]
 
 
+class Counted:
+    """A probe that counts the rounds it is called for: those of groups and of all ranks, so that none draws alike.
+
+    Args:
+        probe: called for a loss.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._set_round: Callable[[int], None] = getattr(probe, "set_round", lambda number: None)
+        #: Rounds that it was called for.
+        self.taken = 0
+
+    def __call__(self) -> Tensor | Iterable[Tensor]:
+        return self._probe()
+
+    def begin_round(self) -> int:
+        """The number of the round that the next calls are for, from 0 on."""
+        number, self.taken = self.taken, self.taken + 1
+        self._set_round(number)
+        return number
+
+
 def probe_gradient(
     vector: ParameterVector, probe: Probe, batches: int = 1, seed: Sequence[int] = (0,)
 ) -> tuple[Tensor | None, ...]:

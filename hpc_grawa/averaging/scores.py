@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..hooks import AfterBackward
 from ..vector import Layers, ParameterVector
-from .probe import Probe, probe_gradient
+from .probe import Counted, Probe, probe_gradient
 
 #: Bias-corrected momentum of the scores in the GRAWA paper's section 5.3: .9⁸.
 SCORE_MOMENTUM = 0.9**8
@@ -277,14 +277,13 @@ class GradientNorm(_GradientScore):
         rank: int = 0,
     ) -> None:
         super().__init__(vector, layers, reduction, momentum)
-        self._vector, self._probe, self._batches, self._rank = vector, probe, batches, rank
-        self._set_round: Callable[[int], None] = getattr(probe, "set_round", lambda number: None)
-        self._seed, self._taken = torch.initial_seed(), 0
+        self._vector, self._batches, self._rank = vector, batches, rank
+        self._probe = probe if isinstance(probe, Counted) else Counted(probe)
+        self._seed = torch.initial_seed()
 
     def take(self) -> Tensor:
-        self._set_round(self._taken)
-        gradient = probe_gradient(self._vector, self._probe, self._batches, (self._seed, self._rank, self._taken))
-        self._taken += 1
+        seed = (self._seed, self._rank, self._probe.begin_round())
+        gradient = probe_gradient(self._vector, self._probe, self._batches, seed)
         raw = self._norms(gradient).to("cpu", torch.float64)
         self._momentum.update(raw)
         smooth = self._momentum.value
@@ -295,14 +294,14 @@ class GradientNorm(_GradientScore):
         self._momentum.reset()
 
     def begin_after(self, rounds: int) -> None:
-        self._taken = rounds
+        self._probe.taken += rounds
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seed": self._seed, "taken": self._taken}
+        return {**super().state_dict(), "seed": self._seed, "taken": self._probe.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._seed, self._taken = state["seed"], state["taken"]
+        self._seed, self._probe.taken = state["seed"], state["taken"]
 
 
 class RunningGradientNorm(_GradientScore):

@@ -17,6 +17,7 @@ from ..aggregation import Bucketed, Codec
 from ..averaging.agreement import agree
 from ..averaging.averager import Averager, WeightRule
 from ..averaging.control import CONTROL_EVERY, Control
+from ..averaging.probe import Counted
 from ..averaging.probe import Probe as Probe
 from ..averaging.riders import LocalMomentum, Rider, RunningStatistics, WeightBuffers
 from ..averaging.scores import Score
@@ -286,6 +287,7 @@ class AveragingMethod(Method):
 
     def _average(self, run: Run, period: Period, probe: Probe | None) -> None:
         """Set up the synchronizers: of groups, if there are any, then of all ranks."""
+        probe = None if probe is None else Counted(probe)
         if self.group_period is not None:
             comm, ranks = run.comm, self.ranks_per_group
             group = comm.node() if ranks is None else comm.split([rank // ranks for rank in range(comm.size)])
