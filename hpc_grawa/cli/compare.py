@@ -19,6 +19,10 @@ from .parsing import parse
 from .settings import read_settings, split_config
 
 
+#: What a comparison sets itself, run by run.
+_SINGLE = ("method", "method.class_path", "run.seed")
+
+
 @dataclass
 class Comparison:
     """The runs of a comparison, in the order they are made: all methods of a seed, then the next seed.
@@ -55,8 +59,8 @@ class Comparison:
         section = settings.get("compare", {})
         if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
             raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
-        if single := [key for key, _ in options if key in ("method", "method.class_path", "run.seed")]:
-            raise ConfigError(f"--{single[0]} is for a single run: must be --methods or --seeds in a comparison")
+        if single := [f"--{key}={value}" for key, value in options if key in _SINGLE]:
+            raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
         names = methods.split(",") if methods else section.get("methods")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ConfigError(f"compare.methods is {names}: must be a list of names ([LGRAWA, EASGD])")

@@ -79,7 +79,7 @@ def _class_words(key: str, name: str, derived: str, value: Any) -> str:
         return f"a {name}"
     if isinstance(value, dict):
         return "a class (class_path: CLASS with init_args: {its settings})"
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.startswith(("[", "{")):
         if "." not in value or not all(part.isidentifier() for part in value.split(".")):
             return choice(key)
         _, why = imported(value)
