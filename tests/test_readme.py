@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pydoc
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import numpy as np
 import pytest
 import torch
 from launcher import BIN, ROOT, environment
+
+from hpc_grawa import simulate
+from hpc_grawa.cli.parsing import parse
+from hpc_grawa.training.loop import fit
 
 #: In the order in which a newcomer reads them.
 PAGES = {
@@ -204,18 +209,16 @@ def test_own_model_data_loss_and_metric(tmp_path: Path) -> None:
     assert run(evaluate, tmp_path).stdout.strip().endswith(f"test r2 {found[1]}")
 
 
-def test_many_simulated_ranks(tmp_path: Path) -> None:
+def test_many_simulated_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = next(b for b in blocks("python") if "simulate(64" in b)
     (tmp_path / "many.py").write_text(program)
-    assert (
-        run(f"{shlex.quote(sys.executable)} many.py", tmp_path).stdout
-        == program.splitlines()[-1].removeprefix("# ") + "\n"
-    )
+    runpy.run_path(str(tmp_path / "many.py"))
+    assert capsys.readouterr().out == program.splitlines()[-1].removeprefix("# ") + "\n"
 
 
 def test_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_module.py").write_text(next(b for b in blocks("python") if "FollowTheLeader" in b))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run(
-        f"mpirun -np 2 hpc-grawa train --config digits --method my_module.FollowTheLeader {shlex.join(SHORT)}", tmp_path
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = parse(["--config=digits", "--method=my_module.FollowTheLeader", "--method.period=2", *SHORT])
+    summary = simulate(2, lambda comm: fit(config, comm, speaks=False))[0]
+    assert (summary["method"], summary["rounds"], summary["consensus_distance"]) == ("FollowTheLeader", 2, 0)

@@ -39,7 +39,7 @@ from hpc_grawa.training.worker import Worker
 
 WORLD, STEPS = 3, 18
 METHODS = {
-    **{name: " ".join(as_words(name)).removeprefix("--method=") for name in [*plain(), *kinds("levels")]},
+    **{name: " ".join(as_words(name)).removeprefix("--method=") for name in kinds()},
     "LGRAWA, averaged momenta and statistics": "LGRAWA --method.local_momentum=average --method.buffers=average",
     "LGRAWA, pooled": "LGRAWA --method.rounds=pooled",
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
@@ -679,14 +679,3 @@ def test_the_last_evaluation_is_made_again_where_it_was_cut_off(tmp_path: Path) 
 def rank_of(process: int) -> str | None:
     variables = Path(f"/proc/{process}/environ").read_text().split("\0")
     return next((v.partition("=")[2] for v in variables if v.startswith("OMPI_COMM_WORLD_RANK=")), None)
-
-
-@launched
-def test_a_run_that_failed_says_where_and_why(tmp_path: Path) -> None:
-    words = (*LINE, "--model=own.Failing", "--model.calls=20", f"--run.dir={tmp_path}", "--run.name=a", "--backend=mpi")
-    assert launch("train", *words, "--budget.steps=100", ranks=2)[0] != 0
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert (summary["state"], summary["rank"]) == ("failed", 1)
-    assert summary["cause"] == "ZeroDivisionError: this model has failed on purpose"
-    output = launch("table", str(tmp_path / "a"))[1]
-    assert "LGRAWA" in output and "(failed)" in output
