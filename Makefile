@@ -159,7 +159,7 @@ demo: $(READY)  ## four ranks train on digits with six methods; prints one table
 	echo "$(if $(LAUNCH_SETTINGS),$(strip $(LAUNCH_SETTINGS)) )$$*"
 	exec "$$@"
 
-test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks over MPI and Horovod
+test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks over MPI, Gloo and Horovod
 	@bash tests/run.sh
 
 test-slow: $(READY)  ## the tests marked slow

@@ -50,9 +50,7 @@ def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @launched
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_from_one_command_on_two_ranks(
-    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training, its folder, and the evaluation of what it saved; the result is that of simulated ranks."""
     status, output, errors = launch("train", *QUICK, f"--backend={backend}", "--run.name=a", "--run.seed=3", ranks=2)
     assert (status, ours(errors)) == (0, []), errors

@@ -15,7 +15,7 @@ import pytest
 import reference as ref
 import torch
 from conftest import Ranks
-from table import METHODS, kinds, plain
+from table import METHODS, kinds
 from torch import nn
 from worlds import assert_follows, batch, nesterov, replay, run_method, starts, twin
 

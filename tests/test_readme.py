@@ -25,7 +25,7 @@ PAGES = {
     p: (ROOT / p).read_text() for p in ("README.md", "slurm/README.md", "data_prep/README.md", "benchmarks/README.md")
 }
 README = "\n".join(PAGES.values())
-#: A tiny budget in place of the README's, so that what is tested is that the command works.
+#: A tiny budget in place of the README's, and 2 ranks of its 4, so that what is tested is that the command works.
 SHORT = ["--budget.seconds", "1000", "--budget.steps", "3", "--eval.train_examples", "50", "--eval.bn_batches", "1"]
 
 
@@ -54,6 +54,7 @@ def launched() -> list[tuple[str, str, str]]:
 
 
 def start(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = re.sub(r"(-np |--nproc-per-node |localhost:)4\b", r"\g<1>2", command)
     return subprocess.run(
         shlex.split(command), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
@@ -134,7 +135,7 @@ def test_links_lead_somewhere() -> None:
 def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
     """In the README's order, as one newcomer would type them, on a small set in CIFAR-10's format."""
     ran = 0
-    for command in commands():
+    for command in dict.fromkeys(commands()):  # what pages repeat once
         if not command.startswith(RUN):
             continue
         only_says = re.search(r"[-.](help|print_config)", command)
@@ -145,7 +146,7 @@ def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
         shortened = SHORT if trains else ["--steps", "8"] if words == ["hpc-grawa", "toy"] else []
         run(shlex.join(words + shortened), newcomer)
         ran += 1
-    assert ran >= 20
+    assert ran >= 17
     assert all((newcomer / file).is_file() for file in ("figure.png", "table.csv", "toy.png"))
 
 
@@ -169,7 +170,7 @@ def test_launcher_table(command: str, backend: str, said: str, tmp_path: Path) -
     taken = {"runs": backend}.get(said) or next(b for b in said.replace(";", "").split() if b != "horovod" or horovod)
     assert re.search(rf"backend +{taken} \(", run(words, tmp_path).stdout)
     summary = json.loads((tmp_path / "runs" / "x" / "summary.json").read_text())
-    assert (summary["backend"], summary["world_size"]) == (taken, 4 if "4" in command else 1)
+    assert (summary["backend"], summary["world_size"]) == (taken, 2 if "4" in command else 1)
 
 
 def scripts(*ends: str) -> str:

@@ -130,7 +130,7 @@ def test_the_valley_a_method_ends_in(name: str, end: float, tolerance: float) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", table.plain("norms", "probes"))
+@pytest.mark.parametrize("name", table.kinds("norms", "probes"))
 def test_score_momentum_ends_in_the_same_valley(name: str) -> None:
     assert pytest.approx(0.4305, abs=5e-5) == SCORE_MOMENTUM
     descent = descend(replace(METHODS[name], score_momentum=SCORE_MOMENTUM), steps=8000)  # type: ignore[call-arg]
