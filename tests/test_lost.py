@@ -14,7 +14,7 @@ from pathlib import Path
 
 import own
 import pytest
-from launcher import HOROVOD, called, environment, launch, launched, start
+from launcher import HOROVOD, environment, launch, launched, start
 from test_cli import LINE, running
 
 from hpc_grawa.report.status import describe
@@ -74,9 +74,10 @@ def test_a_rank_that_leaves_by_itself_ends_the_run_at_once_as_failed(
     assert summary(tmp_path) == ("failed", cause, 1)
 
 
-def test_a_run_alone_whose_model_calls_sys_exit_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = ("--model=own.Lost", "--model.fault=exits", "--run.name=a", "--budget.steps=30")
-    status, _, errors = called(capsys, "train", *LINE, *lost)
+def test_a_run_alone_whose_model_calls_sys_exit_has_failed(tmp_path: Path) -> None:
+    status, _, errors = launch(
+        *("train", *LINE, "--model=own.Lost", "--model.fault=exits", "--run.name=a", "--budget.steps=30")
+    )
     assert status == 1 and "rank 0 was told to leave in mid-work: sys.exit(0)" in errors
     assert summary(tmp_path) == ("failed", "SystemExit", 0)
 
