@@ -16,7 +16,6 @@ launch() { # COMMAND...
 }
 
 launch python -m pytest -q -n logical --maxprocesses 8 --dist worksteal -m "not slow"
-launch python -m pytest -q --doctest-modules hpc_grawa # the examples in docstrings
 
 # no cache: ranks would write it at once; no colours: mpirun gives ranks a terminal of their own even where none is
 ranks=(python -m pytest -p no:cacheprovider -q --color=no -m ranks)
@@ -33,8 +32,9 @@ wire=(
 verbs=(-k smoke tests/test_comm.py)
 # Sizes: 3, which halves do not fit and where a part of one rank stands beside one of two; 1; 4 for two groups of two. With
 # 2 every rank is first or last: the battery above has started many jobs of two.
+mapfile -t all < <(grep -lE 'on_(several_)?ranks' tests/test_*.py) # every rank would import the others for nothing
 
-launch mpirun -np 3 "${ranks[@]}" --backend mpi
+launch mpirun -np 3 "${ranks[@]}" --backend mpi "${all[@]}"
 launch mpirun -np 1 "${ranks[@]}" --backend mpi "${wire[@]}" # no rank to send to
 gpus=$(python -c 'import torch; print(min(4, torch.cuda.device_count()))')
 if [ "$gpus" -gt 0 ]; then
