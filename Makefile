@@ -159,11 +159,11 @@ demo: $(READY)  ## four ranks train on digits with six methods; prints one table
 	echo "$(if $(LAUNCH_SETTINGS),$(strip $(LAUNCH_SETTINGS)) )$$*"
 	exec "$$@"
 
-test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks over MPI and Horovod
+test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks over MPI, Gloo and Horovod
 	@bash tests/run.sh
 
 test-slow: $(READY)  ## the tests marked slow
-	@$(BIN)/python -m pytest -n logical --maxprocesses 8 -m slow
+	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m slow
 
 test-slurm: $(READY)  ## job templates on a SLURM controller, or on LAB, which brings one up on this machine (25 minutes)
 	@bash tests/slurm/run.sh "$(LAB)"

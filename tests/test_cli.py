@@ -50,7 +50,7 @@ def plain_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @launched
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> None:
+def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training, its folder, and the evaluation of what it saved; the result is that of simulated ranks."""
     status, output, errors = launch("train", *QUICK, f"--backend={backend}", "--run.name=a", "--run.seed=3", ranks=2)
     assert (status, ours(errors)) == (0, []), errors
@@ -74,28 +74,21 @@ def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path) -> No
         assert summary[key] == simulated[key]
     assert summary["center_test_loss"] == pytest.approx(simulated["center_test_loss"], rel=1e-3)
 
-    status, output, errors = launch("evaluate", "runs/a", f"--backend={backend}", ranks=2)
+    status, output, errors = called(capsys, "evaluate", "runs/a")
     assert status == 0, errors
     assert f"test accuracy {summary['center_test_accuracy']:.4f}" in output
 
 
 @launched
-def test_the_backend_chosen_is_named_with_the_reason(tmp_path: Path) -> None:
-    status, output, errors = launch("train", *LINE, "--budget.steps=3", ranks=1)
-    assert status == 0, errors
-    why = (
-        "horovod (started by mpirun, Horovod is built)" if HOROVOD else "mpi (started by mpirun, Horovod is not built)"
-    )
-    assert output.splitlines()[0] == f"backend    {why}, 1 rank"
-
-
-@launched
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(backend: str) -> None:
+def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run says where and why, to whoever reads its folder and in a table."""
     began = time.monotonic()
     status, _, errors = launch(
         *("train", *LINE, "--model=own.Failing", "--model.calls=20", f"--backend={backend}"),
-        *("--budget.seconds=1000", "--method=DataParallel"),
+        *("--budget.seconds=1000", "--method=DataParallel", "--run.name=a"),
         ranks=2,
     )
     assert time.monotonic() - began < 150  # of which starting takes most; the limit for messages is 600
@@ -104,6 +97,11 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(backend: str) 
     assert "ZeroDivisionError: this model has failed on purpose" in errors
     assert "in forward\n" in errors
     assert "rank 0 of 2 failed" not in errors
+    summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
+    assert (summary["state"], summary["rank"]) == ("failed", 1)
+    assert summary["cause"] == "ZeroDivisionError: this model has failed on purpose"
+    output = called(capsys, "table", "runs/a").output
+    assert "DataParallel" in output and "(failed)" in output
 
 
 @launched

@@ -394,7 +394,12 @@ print("reached the end")
 
 @pytest.mark.parametrize(
     ("backend", "failing"),
-    [("mpi", (1,)), ("mpi", (0, 1)), ("horovod", (1,)), ("gloo", (1,))],
+    [
+        ("mpi", (1,)),
+        ("mpi", (0, 1)),
+        pytest.param("horovod", (1,), marks=pytest.mark.slow),
+        pytest.param("gloo", (1,), marks=pytest.mark.slow),
+    ],
     ids=["mpi", "mpi, all", "horovod", "gloo"],
 )
 def test_a_rank_that_raises_ends_the_job(backend: str, failing: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ import own
 import pytest
 import torch
 from conftest import Ranks
-from launcher import HOROVOD, Ended, environment, launch, launched, mpirun, ours, torchrun
+from launcher import HOROVOD, Ended, called, environment, launch, launched, mpirun, ours, torchrun
 from test_cli import LINE
 
 from hpc_grawa import cli
@@ -214,7 +214,7 @@ def test_the_test_of_messages_ends_in_time_and_on_all_ranks_alike(on_several_ran
 # As it is used
 
 
-def run(*words: str, by: tuple[str, ...] = (), **variables: str) -> Ended:
+def run(*words: str, by: tuple[str, ...], **variables: str) -> Ended:
     return launch(*words, by=by, env=environment(**variables))
 
 
@@ -222,8 +222,8 @@ def sections(output: str) -> list[str]:
     return [line for line in output.splitlines() if line in SECTIONS]
 
 
-def test_a_plain_process() -> None:
-    status, output, errors = run("doctor")
+def test_a_plain_process(capsys: pytest.CaptureFixture[str]) -> None:
+    status, output, errors = called(capsys, "doctor")
     assert (status, errors) == (0, ""), output + errors
     assert sections(output) == SECTIONS
     assert re.search(r"^ +torch +" + re.escape(torch.__version__), output, re.M)
@@ -248,6 +248,7 @@ def test_ranks_of_mpirun(ranks: int, backend: str) -> None:
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HOROVOD, reason="Horovod is not built")
 def test_ranks_of_horovodrun() -> None:
     status, output, errors = run("doctor", by=("horovodrun", "--gloo", "-np", "2", "-H", "localhost:2"))
@@ -255,6 +256,7 @@ def test_ranks_of_horovodrun() -> None:
     assert "started by  horovodrun --gloo, 2 ranks" in output and "backend horovod works here, on 2 ranks" in output
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun() -> None:
     status, output, errors = run("doctor", by=torchrun(2))
     assert status == 0 and sections(output) == SECTIONS, output + errors
@@ -266,7 +268,7 @@ def test_a_horovod_that_does_not_import(tmp_path: Path) -> None:
     (tmp_path / "horovod").mkdir()
     (tmp_path / "horovod" / "__init__.py").write_text("")
     (tmp_path / "horovod" / "torch.py").write_text("raise ImportError('libtorch: undefined symbol')")
-    status, output, errors = run("doctor", by=mpirun(2), PYTHONPATH=f"{tmp_path}:{environment()['PYTHONPATH']}")
+    status, output, errors = run("doctor", by=mpirun(1), PYTHONPATH=f"{tmp_path}:{environment()['PYTHONPATH']}")
     assert status == 1, output + errors
     assert re.search("^  lack   Horovod +ImportError: libtorch: undefined symbol$", output, re.M), output
     assert output.splitlines()[-1] == "backend horovod would fail: ImportError: libtorch: undefined symbol"
@@ -276,9 +278,16 @@ def test_a_horovod_that_does_not_import(tmp_path: Path) -> None:
 TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4"}
 
 
-def test_mpi_worlds_of_one_under_srun() -> None:
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the first of four tasks that srun has started."""
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_mpi_worlds_of_one_under_srun(task: None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mpi4py")
-    status, output, errors = run("doctor", "--backend=mpi", **TASK)
+    status, output, errors = called(capsys, "doctor", "--backend=mpi")
     assert status == 1, output + errors
     assert re.search("^  fails  PMI +none: srun started 4 tasks", output, re.M)
     assert re.search("^  fails  backend +mpi: ", output, re.M)
@@ -286,9 +295,12 @@ def test_mpi_worlds_of_one_under_srun() -> None:
     assert output.splitlines()[-1].startswith("backend mpi would fail: none: srun started 4 tasks")
 
 
-def test_ranks_that_never_come_are_given_up() -> None:
+def test_ranks_that_never_come_are_given_up(
+    task: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     began = time.monotonic()
-    status, output, _ = run("doctor", "--backend=gloo", "--patience=12", MASTER_ADDR="localhost", **TASK)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    status, output, _ = called(capsys, "doctor", "--backend=gloo", "--patience=12")
     assert status == 1 and time.monotonic() - began < 100
     assert "backend gloo would fail: no answer for 12 s while ranks look for each other" in output
     assert re.search("^ +fix: GLOO_SOCKET_IFNAME", output, re.M)
@@ -324,8 +336,11 @@ def test_a_plain_process_in_a_job_of_several_tasks_does_not_train(
     assert choose("gloo", by_srun)[0] == "gloo"
 
 
-def test_doctor_says_that_a_plain_process_in_a_job_of_several_tasks_would_not_train() -> None:
-    status, output, _ = run("doctor", SLURM_NTASKS="4")
+def test_doctor_says_that_a_plain_process_in_a_job_of_several_tasks_would_not_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    status, output, _ = called(capsys, "doctor")
     assert status == 1 and "in a SLURM job of 4 tasks" in output.splitlines()[-1]
     assert re.search("^ +fix: start it by srun --mpi=pmix or mpirun, or", output, re.M)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import own
 import pytest
-from launcher import launch, launched, start
+from launcher import called, launch, launched, start
 from test_cli import LINE, running
 
 from hpc_grawa.errors import ConfigError
@@ -96,12 +96,12 @@ def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(backend: 
     ), then
 
 
-def test_the_state_of_a_run_that_has_ended(tmp_path: Path) -> None:
+def test_the_state_of_a_run_that_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = [word for word in words(tmp_path, "--budget.steps=9") if not word.startswith("--backend")]
-    assert launch(*alone)[0] == 0
-    status, output, _ = launch("status", str(tmp_path / "a"))
+    assert called(capsys, *alone)[0] == 0
+    status, output, _ = called(capsys, "status", str(tmp_path / "a"))
     assert status == 0 and output.startswith(f"{tmp_path}/a: finished\ntraining   step 8: ")
-    status, _, errors = launch("status", str(tmp_path / "none"))
+    status, _, errors = called(capsys, "status", str(tmp_path / "none"))
     assert (status, errors) == (
         2,
         f"hpc-grawa status: error: {tmp_path}/none is no run folder: there is no such folder\n",

@@ -6,6 +6,7 @@ import re
 from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -174,6 +175,7 @@ def words(form: str, **options: object) -> list[str]:
     return [f"--{key.replace('__', '.')}={value}" for key, value in {**settings, **options}.items()]
 
 
+@cache
 def trained(form: str, **options: object) -> dict[str, Any]:
     config = parse(words(form, **options))
     config.check(2)

@@ -15,7 +15,7 @@ import pytest
 import reference as ref
 import torch
 from conftest import Ranks
-from table import METHODS, plain
+from table import METHODS, kinds
 from torch import nn
 from worlds import assert_follows, batch, nesterov, replay, run_method, starts, twin
 
@@ -240,7 +240,7 @@ def loop(
 
 
 @pytest.mark.parametrize("rounds", ["lockstep", "pooled"])
-@pytest.mark.parametrize("name", plain("pools"))
+@pytest.mark.parametrize("name", kinds("pools"))
 def test_qsr_that_does_not_grow_is_a_constant_period_bit_for_bit(on_ranks: Ranks, name: str, rounds: Any) -> None:
     def body(comm: Communicator) -> list[Any]:
         return [

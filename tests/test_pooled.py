@@ -128,12 +128,12 @@ def test_steps_are_about_proportional_to_speed() -> None:
     ("method", "probe", "period", "low", "high"),
     [
         (LocalLGRAWA, 0.0, 4, 0.65, 0.77),
-        (LocalLGRAWA, 0.0, 8, 0.78, 0.91),
-        (LocalLGRAWA, 0.0, 16, 0.90, 0.98),
+        pytest.param(LocalLGRAWA, 0.0, 8, 0.78, 0.91, marks=pytest.mark.slow),
+        pytest.param(LocalLGRAWA, 0.0, 16, 0.90, 0.98, marks=pytest.mark.slow),
         (LocalLGRAWA, 0.0, 32, 0.93, 0.98),
         (LGRAWA, 1.0, 4, 0.42, 0.52),
-        (LGRAWA, 1.0, 8, 0.57, 0.72),
-        (LGRAWA, 1.0, 16, 0.74, 0.84),
+        pytest.param(LGRAWA, 1.0, 8, 0.57, 0.72, marks=pytest.mark.slow),
+        pytest.param(LGRAWA, 1.0, 16, 0.74, 0.84, marks=pytest.mark.slow),
         (LGRAWA, 1.0, 32, 0.84, 0.92),
     ],
 )

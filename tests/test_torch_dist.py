@@ -61,13 +61,14 @@ def test_a_missing_rank_0_is_a_named_error(port: int) -> None:
         join(["127.0.0.1"], store.port, "ours", ports=1, seconds=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
         "",
-        pytest.param("os.environ['MASTER_ADDR'] = 'localhost'", marks=pytest.mark.slow),
+        "os.environ['MASTER_ADDR'] = 'localhost'",
         # as if each rank were on a host of its own: MPI tells where rank 0 is
-        pytest.param("slot = Slot('mpirun', slot.rank, slot.size, 0, 1, slot.job)", marks=pytest.mark.slow),
+        "slot = Slot('mpirun', slot.rank, slot.size, 0, 1, slot.job)",
     ],
     ids=["one host", "MASTER_ADDR", "several hosts"],
 )
@@ -77,6 +78,7 @@ def test_under_mpirun(change: str) -> None:
     assert sorted(line for line in done.output.splitlines() if line.startswith("rank ")) == EXPECTED
 
 
+@pytest.mark.slow
 def test_under_torchrun() -> None:
     done = launch(program=("-c", PROGRAM.format(change="")), by=torchrun(3))
     assert done.status == 0, done.errors
