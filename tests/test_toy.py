@@ -212,8 +212,8 @@ def test_ways_out_of_the_picture_are_drawn(tmp_path: Path) -> None:
     ("words", "parts"),
     [
         (["--methods=NoSuch"], ("method is NoSuch", "LGRAWA", "import path")),
-        (["--methods="], ("method is :", "LGRAWA")),
-        (["--methods=LGRAWA,"], ("method is :",)),
+        (["--methods="], ("error: method: must be", "LGRAWA")),
+        (["--methods=LGRAWA,"], ("error: method: must be",)),
         (["--methods=no_module.Method"], ("method is no_module.Method", "No module named")),
         (["--methods=own.Line"], ("method is own.Line", "derived from Method")),
         (["--methods=hpc_grawa.methods.base.Method"], ("derived from Method, and not abstract",)),

@@ -18,7 +18,6 @@ from .classes import short
 from .parsing import parse
 from .settings import read_settings, split_config
 
-
 #: What a comparison sets itself, run by run.
 _SINGLE = ("method", "method.class_path", "run.seed")
 
