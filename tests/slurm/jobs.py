@@ -38,7 +38,7 @@ BUDGET = [
     "--eval.every=100",
     "--run.control_every=8",
 ]
-LAB = ("--cpus-per-task=1", "--time=00:10:00")
+LAB = ("--cpus-per-task=1", "--time=00:30:00")
 #: In seconds, for hangs: jobs wait for those of other tests, and share cores with them.
 LIMIT = 500.0
 
@@ -100,11 +100,13 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.jobs: list[str] = []
         shutil.copytree(ROOT / "data_prep", folder / "data_prep")
         shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.sh", "*.out", "*.chain"))
 
     def submit(self, *words: str) -> str:
-        return command("sbatch", "--parsable", *LAB, *words).strip().partition(";")[0]
+        self.jobs.append(command("sbatch", "--parsable", *LAB, *words).strip().partition(";")[0])
+        return self.jobs[-1]
 
     def completed(self, *words: str) -> str:
         """Submit from its folder, wherever the tests are, and wait for the end."""

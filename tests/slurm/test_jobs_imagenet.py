@@ -90,7 +90,7 @@ def test_imagenet_cut_by_its_time_limit_goes_on(way: str, imagenet: Site, whole_
         assert fact(jobs[0], "ExitCode") == "75:0"
     else:
         imagenet.wait(jobs[0], "PENDING")
-        command("scontrol", "update", f"JobId={jobs[0]}", "TimeLimit=10")
+        command("scontrol", "update", f"JobId={jobs[0]}", "TimeLimit=30")
         imagenet.start_again(jobs[0])
     imagenet.wait(jobs[-1], "COMPLETED")
     assert (f"images of this node's ranks to /dev/shm/{jobs[-1]}/" in imagenet.logs()) == (way == "chain")

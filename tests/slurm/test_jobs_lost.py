@@ -161,7 +161,7 @@ def test_a_job_whose_ranks_are_killed_again_and_again_is_not_requeued_without_en
     job = site.submit(*words, "--budget.steps=100000")
     run = f"cifar10-{job}"
     for attempt in range(2):
-        until(f"it trains, attempt {attempt}", lambda: (site.folder / "runs" / run / "ranks/0003.json").is_file())
+        until(f"it trains, attempt {attempt}", lambda: len(site.signs(run)) == 4)
         os.kill(int(site.signs(run)[3]["pid"]), signal.SIGKILL)
         if not attempt:
             site.wait(job, "PENDING")
