@@ -1,6 +1,6 @@
 """What tests of jobs share: ``sbatch`` and what it says, and the folder of a user.
 
-All runs start from a folder whose path has a space, on digits in place of CIFAR and ImageNet, and send over MPI.
+All runs start from a folder whose path has a space, on random images in place of CIFAR and ImageNet, and send over MPI.
 The tests of one file come one after the other, those of several files at once: their jobs queue for nodes.
 """
 
@@ -22,10 +22,12 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+#: Where ranks find the package and ``pixels``.
+PYTHONPATH = f"{ROOT}:{Path(__file__).parent}"
 #: Other data and a small model; and ranks that share what cores there are.
-DIGITS = [
+SMALL = [
     "--model=SmallCNN",
-    "--data=Digits",
+    "--data=pixels.Pixels",
     "--data.batch_size=16",
     "--metric=Accuracy",
     "--precision=fp32",
@@ -68,7 +70,11 @@ on_the_lab = pytest.mark.skipif(
 
 def command(*words: str, **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **variables}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": PYTHONPATH,
+        **variables,
+    }
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

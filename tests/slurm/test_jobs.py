@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import BUDGET, DIGITS, ROOT, Site, command, fact, on_slurm
+from jobs import BUDGET, ROOT, SMALL, Site, command, fact, on_slurm
 
 pytestmark = on_slurm
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -52,7 +52,7 @@ def test_a_template_of_each_size_runs(
     """Options behind the script win; every rank has the node's GPUs; the interface is the one of site.sh."""
     (site.folder / "slurm/site.sh").write_text(f"LAUNCHER={launcher}\nNET_IF=eth0\nRUNS='my runs'\n$UNSET\n")
     named = [] if method == "LGRAWA" else [f"--method={method}"]
-    job = site.submit(*words, f"slurm/{template}.sh", *named, *DIGITS, *BUDGET, "--budget.steps=20")
+    job = site.submit(*words, f"slurm/{template}.sh", *named, *SMALL, *BUDGET, "--budget.steps=20")
     site.wait(job, "COMPLETED")
     summary = json.loads((site.folder / "my runs" / f"{template}-{job}" / "summary.json").read_text())
     assert (summary["state"], summary["world_size"], summary["steps"]) == ("finished", size, 20)
@@ -61,20 +61,20 @@ def test_a_template_of_each_size_runs(
 
 
 def test_scaling_trains_on_more_and_more_nodes(site: Site) -> None:
-    job = site.submit("--nodes=2", "slurm/scaling.sh", *DIGITS, *BUDGET, "--budget.steps=20")
+    job = site.submit("--nodes=2", "slurm/scaling.sh", *SMALL, *BUDGET, "--budget.steps=20")
     site.wait(job, "COMPLETED")
     for nodes in (1, 2):
         assert site.summary(f"scaling-{job}-{nodes}nodes")["world_size"] == 4 * nodes
 
 
 def test_a_dry_run_ends_without_a_run(site: Site) -> None:
-    job = site.submit("slurm/lgrawa_imagenet.sh", *DIGITS, "--dry-run")
+    job = site.submit("slurm/lgrawa_imagenet.sh", *SMALL, "--dry-run")
     site.wait(job, "COMPLETED")
     assert "12 ranks" in site.logs() and not (site.folder / "runs").exists()
 
 
 def test_a_script_that_forgets_the_launcher_does_not_train(site: Site) -> None:
-    words = shlex.join([sys.executable, "-m", "hpc_grawa", "train", *DIGITS[:-1], *BUDGET, "--budget.steps=3"])
+    words = shlex.join([sys.executable, "-m", "hpc_grawa", "train", *SMALL[:-1], *BUDGET, "--budget.steps=3"])
     job = site.submit("--nodes=2", "--ntasks-per-node=2", "--output=slurm/logs/%j.out", f"--wrap={words}")
     site.wait(job, "FAILED")
     assert fact(job, "ExitCode") == "2:0"

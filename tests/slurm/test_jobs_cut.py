@@ -6,12 +6,12 @@ import re
 import time
 
 import pytest
-from jobs import BUDGET, DIGITS, LAB, Site, command, fact, on_slurm, on_the_lab, stand_in_for_ssh, until
+from jobs import BUDGET, LAB, SMALL, Site, command, fact, on_slurm, on_the_lab, stand_in_for_ssh, until
 
 pytestmark = on_slurm
 
 
-LONG = ("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=360", "--method.period=8")
+LONG = ("slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=360", "--method.period=8")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def test_a_job_cut_ahead_of_its_limit_is_requeued_and_ends_as_if_it_had_not_been
 
 
 def test_of_an_array_only_the_task_that_was_cut_is_requeued(site: Site) -> None:
-    words = (*DIGITS, *BUDGET, "--budget.steps=300")
+    words = (*SMALL, *BUDGET, "--budget.steps=300")
     submit = 'source slurm/site.sh.example; sbatch --parsable "$@"'
     array = command("bash", "-euc", submit, "-", *LAB, "--array=2,8", "slurm/seeds.sh", *words).strip()
     site.cut(f"{array}_8", f"seeds-{array}_8")
@@ -66,7 +66,7 @@ def test_of_an_array_only_the_task_that_was_cut_is_requeued(site: Site) -> None:
 
 def test_what_is_to_end_is_not_requeued(site: Site) -> None:
     """By a file STOP, or cancelled by its user: saved all the same."""
-    words = ("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=100000")
+    words = ("slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=100000")
     job = site.submit(*words)
     run = site.folder / "runs" / f"cifar10-{job}"
     until("it trains", lambda: (run / "metrics.jsonl").is_file())
@@ -100,7 +100,7 @@ def test_a_chain_goes_on_with_one_run_and_its_last_link_has_nothing_to_do(site: 
 
 
 def test_a_chain_ends_after_two_links_without_progress(site: Site) -> None:
-    said = command("bash", "slurm/chain.sh", "5", *LAB, "slurm/cifar10.sh", *DIGITS, "--optimizer.lr=-1")
+    said = command("bash", "slurm/chain.sh", "5", *LAB, "slurm/cifar10.sh", *SMALL, "--optimizer.lr=-1")
     jobs = re.findall(r"job (\d+)", said)
     for job, state in zip(jobs, ["FAILED"] * 3 + ["CANCELLED"] * 2, strict=True):
         site.wait(job, state)

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from jobs import (
     BUDGET,
-    DIGITS,
     LAB,
     LAB_SCRIPT,
     LIMIT,
+    PYTHONPATH,
     ROOT,
+    SMALL,
     Site,
     command,
     fact,
@@ -35,7 +36,7 @@ pytestmark = on_slurm
 
 
 LASTING = (
-    *("--nodes=2", "--ntasks-per-node=2", "slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=1200"),
+    *("--nodes=2", "--ntasks-per-node=2", "slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=1200"),
     *("--method.period=8", "--save.unit=steps", "--save.every=100", "--log.tensorboard=false"),
 )
 
@@ -134,7 +135,7 @@ def test_a_start_that_fails_before_any_rank_trains_is_made_once_more(works_again
     )
     program.chmod(0o755)
     (site.folder / "slurm/site.sh").write_text("PATH=$PWD/bin:$PATH\n")
-    job = site.submit("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
+    job = site.submit("slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=3")
     site.wait(job, "COMPLETED" if works_again else "FAILED")
     # Of the first that was killed, or of those that srun ends then.
     assert (
@@ -249,10 +250,10 @@ def test_hosts_without_slurm(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "HOSTS").write_text("".join(f"node{number} slots=4\n" for number in (1, 2, 3)))
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-    environment |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": path, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     own = "" if launcher.startswith("horovodrun") else "-x PYTHONPATH -x OMP_NUM_THREADS"
-    words = ["--config", "digits", *DIGITS[:-1], *BUDGET, "--budget.steps=20", "--run.name=adhoc"]
+    words = ["--config", "digits", *SMALL[:-1], *BUDGET, "--budget.steps=20", "--run.name=adhoc"]
     done = subprocess.run(
         ["bash", str(LAB_SCRIPT), "node", "1", "bash", "-c", f'{launcher} {own} hpc-grawa train "$@"', "-", *words],
         cwd=tmp_path,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import BUDGET, DIGITS, LAB, LIMIT, ROOT, Site, command, fact, on_slurm
+from jobs import BUDGET, LAB, LIMIT, ROOT, SMALL, Site, command, fact, on_slurm
 
 pytestmark = on_slurm
 
@@ -77,7 +77,7 @@ def test_in_a_container_templates_see_all_folders_and_no_environment_is_activate
     (site.folder / "slurm/site.sh").write_text(
         f"PATH=$PWD/bin:$PATH CONTAINER=image.sif VENV=/none RUNS='{other}/runs' STAGE=/dev/shm/$SLURM_JOB_ID\n"
     )
-    job = site.submit("slurm/cifar10.sh", *DIGITS, *BUDGET, "--budget.steps=3")
+    job = site.submit("slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=3")
     site.wait(job, "COMPLETED")
     assert json.loads((other / f"runs/cifar10-{job}/summary.json").read_text())["state"] == "finished"
     said = stand_in.with_name("apptainer.said").read_text().splitlines()
