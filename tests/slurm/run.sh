@@ -16,6 +16,7 @@ if ! timeout 20 sinfo -h >/dev/null 2>&1; then
 fi
 export OMPI_MCA_mpi_yield_when_idle=1 # ranks outnumber cores here: one that waits is not to hold up the others
 mkdir -p runs
-# Three at once, as each waits much. Not in /tmp, which the nodes of a cluster do not share.
+# Three files at once, as each waits much; those of most tests come first. Not in /tmp, which the nodes of a cluster do
+# not share.
 QUIET=1300 bash tests/watch.sh python -m pytest -p no:cacheprovider --basetemp=runs/test-slurm -v \
     -n 3 --dist loadfile -o faulthandler_timeout=1200 tests/slurm

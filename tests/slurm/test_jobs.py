@@ -1,8 +1,9 @@
-"""Templates of every size, run by a SLURM controller; ``make test-slurm`` brings one up where it can."""
+"""Templates of every size and doctor, by a SLURM controller; ``make test-slurm`` brings one up where it can."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import BUDGET, ROOT, SMALL, Site, command, fact, on_slurm
+from jobs import BUDGET, LAB, LIMIT, ROOT, SMALL, Site, command, fact, on_slurm
 
 pytestmark = on_slurm
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -79,3 +80,28 @@ def test_a_script_that_forgets_the_launcher_does_not_train(site: Site) -> None:
     site.wait(job, "FAILED")
     assert fact(job, "ExitCode") == "2:0"
     assert "backend is auto in a SLURM job of 4 tasks, but no launcher started this process" in site.logs()
+
+
+def test_doctor_on_two_nodes(site: Site) -> None:
+    srun = ("srun", *LAB, "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1")
+    said = command(*srun, "--mpi=pmix", "hpc-grawa", "doctor", "--backend=mpi")
+    assert re.search(r"^ +PMI +PMIx$", said, re.M) and re.search(r"^ +SLURM .*pmix.* nodes 2, tasks 2", said, re.M)
+    assert re.search(r"^ +ranks +1 on \S+, 1 on \S+$", said, re.M) and "seen on 2 hosts" in said
+    assert "backend mpi works here, on 2 ranks\n" in said
+    lacks = subprocess.run(
+        [*srun, "--mpi=none", sys.executable, "-m", "hpc_grawa", "doctor", "--backend=mpi"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert lacks.returncode == 1, lacks.stdout + lacks.stderr
+    assert re.search(r"^  fails  PMI .*\n +fix: srun --mpi=pmix", lacks.stdout, re.M)
+    assert "\nbackend mpi would fail: none: srun started 2 tasks" in lacks.stdout
+
+
+@pytest.mark.parametrize("backend", ["gloo", "horovod"])
+def test_doctor_on_two_nodes_with_other_backends(backend: str, site: Site) -> None:
+    words = (*LAB, "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--mpi=pmix")
+    said = command("srun", *words, "hpc-grawa", "doctor", f"--backend={backend}")
+    assert f"backend {backend} works here, on 2 ranks\n" in said and "seen on 2 hosts" in said

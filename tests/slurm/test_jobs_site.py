@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from jobs import BUDGET, LAB, LIMIT, ROOT, SMALL, Site, command, fact, on_slurm
+from jobs import BUDGET, ROOT, SMALL, Site, command, fact, on_slurm
 
 pytestmark = on_slurm
-
-
-def test_doctor_on_two_nodes(site: Site) -> None:
-    srun = ("srun", *LAB, "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1")
-    said = command(*srun, "--mpi=pmix", "hpc-grawa", "doctor", "--backend=mpi")
-    assert re.search(r"^ +PMI +PMIx$", said, re.M) and re.search(r"^ +SLURM .*pmix.* nodes 2, tasks 2", said, re.M)
-    assert re.search(r"^ +ranks +1 on \S+, 1 on \S+$", said, re.M) and "seen on 2 hosts" in said
-    assert "backend mpi works here, on 2 ranks\n" in said
-    lacks = subprocess.run(
-        [*srun, "--mpi=none", sys.executable, "-m", "hpc_grawa", "doctor", "--backend=mpi"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert lacks.returncode == 1, lacks.stdout + lacks.stderr
-    assert re.search(r"^  fails  PMI .*\n +fix: srun --mpi=pmix", lacks.stdout, re.M)
-    assert "\nbackend mpi would fail: none: srun started 2 tasks" in lacks.stdout
-
-
-@pytest.mark.parametrize("backend", ["gloo", "horovod"])
-def test_doctor_on_two_nodes_with_other_backends(backend: str, site: Site) -> None:
-    words = (*LAB, "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--mpi=pmix")
-    said = command("srun", *words, "hpc-grawa", "doctor", f"--backend={backend}")
-    assert f"backend {backend} works here, on 2 ranks\n" in said and "seen on 2 hosts" in said
 
 
 def test_what_the_templates_set_reaches_every_rank(site: Site) -> None:
