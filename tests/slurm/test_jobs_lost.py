@@ -240,14 +240,16 @@ def test_a_job_whose_first_node_is_cut_off_goes_on_elsewhere_whatever_its_orphan
 def test_hosts_without_slurm(launcher: str, tmp_path: Path) -> None:
     """The commands of slurm/README.md, on one host of three that reach each other by what is called ssh on PATH.
 
-    It hands on no variables; the tree under test, which is not installed, needs one.
+    It hands on no variables; the tree under test, which is not installed, needs one. Six ranks, not 12: beside those of
+    ResNet-50 in another test, memory is short.
     """
     readme = (ROOT / "slurm/README.md").read_text()
     for node, host in (("node1", "a"), ("node2", "b"), ("node3", "c")):
         readme = readme.replace(f"{host}:4", f"{node}:4")
     assert f"{launcher} hpc-grawa train" in readme
+    launcher = launcher.replace("-np 12", "-np 6").replace(":4", ":2")
     stand_in_for_ssh(tmp_path / "bin")
-    (tmp_path / "HOSTS").write_text("".join(f"node{number} slots=4\n" for number in (1, 2, 3)))
+    (tmp_path / "HOSTS").write_text("".join(f"node{number} slots=2\n" for number in (1, 2, 3)))
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     environment |= {"PATH": path, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
@@ -264,6 +266,6 @@ def test_hosts_without_slurm(launcher: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((tmp_path / "runs/adhoc/summary.json").read_text())
-    assert (summary["state"], summary["world_size"]) == ("finished", 12)
+    assert (summary["state"], summary["world_size"]) == ("finished", 6)
     hosts = [json.loads(sign.read_text())["host"] for sign in sorted((tmp_path / "runs/adhoc/ranks").iterdir())]
-    assert hosts == ["node1"] * 4 + ["node2"] * 4 + ["node3"] * 4
+    assert hosts == ["node1"] * 2 + ["node2"] * 2 + ["node3"] * 2
