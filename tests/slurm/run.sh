@@ -11,7 +11,7 @@ if ! timeout 20 sinfo -h >/dev/null 2>&1; then
         exit 0
     fi
     trap 'bash "$LAB" stop' EXIT
-    SLURMLAB_NODES=6 bash "$LAB" reset # for the jobs of several tests at once
+    SLURMLAB_NODES=5 bash "$LAB" reset # three for the largest jobs, and two beside them, which memory (24 GB) allows
     eval "$(bash "$LAB" env)"
 fi
 export OMPI_MCA_mpi_yield_when_idle=1 # ranks outnumber cores here: one that waits is not to hold up the others
