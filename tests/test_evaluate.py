@@ -158,7 +158,7 @@ def state(worker: Worker) -> list[Any]:
         copy.deepcopy(optimizer.state_dict()),
         [module.training for module in model.modules()],
         [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
-        [(s["position"], s["rounds"], None if s["center"] is None else s["center"].clone()) for s in synchronizers],
+        [(s["position"], s["completed"], None if s["center"] is None else s["center"].clone()) for s in synchronizers],
         [{k: v.clone() for k, v in s["score"].items() if isinstance(v, Tensor)} for s in synchronizers],
         [vars(worker.facts) | {"seconds": 0.0}],
     ]
