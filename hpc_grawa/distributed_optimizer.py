@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from .comm import Communicator, connect
-from .errors import ConfigError, require
+from .errors import ConfigError, require, wrong
 from .hooks import AfterBackward
 from .methods import Method, Probe, Run
 from .methods.run import ONCE
@@ -130,13 +130,13 @@ def _check_arguments(optimizer: Any, model: Any, method: Any, of_horovod: dict[s
             raise TypeError(f"DistributedOptimizer() got an unexpected keyword argument '{name}'")
         raise ConfigError(f"{name} is an argument of Horovod's DistributedOptimizer: {_HOROVOD[name]}")
     if not isinstance(optimizer, optim.Optimizer):
-        raise ConfigError(f"optimizer is {optimizer!r}: must be a torch.optim.Optimizer")
+        raise wrong("optimizer", repr(optimizer), "must be a torch.optim.Optimizer")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}: must be the torch.nn.Module that the optimizer trains")
     if not isinstance(method, Method):
         found = method.__name__ if isinstance(method, type) else repr(method)
         example = f"{found}()" if isinstance(method, type) and issubclass(method, Method) else "LGRAWA(period=32)"
-        raise ConfigError(f"method is {found}: must be an instance of a method, such as hpc_grawa.{example}")
+        raise wrong("method", found, f"must be an instance of a method, such as hpc_grawa.{example}")
 
 
 def _ended_steps(optimizer: optim.Optimizer) -> _Steps | None:

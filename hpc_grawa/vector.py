@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, LostView
+from .errors import ConfigError, LostView, wrong
 from .lazy import unfinished
 
 #: ``tensor``: every parameter tensor; ``module``: the parameters one module holds directly; or groups of name patterns.
@@ -191,7 +191,7 @@ class ParameterVector:
             names = tuple(dict.fromkeys(owners))
             return Layers(names, tuple(names.index(owner) for owner in owners))
         if isinstance(partition, str):
-            raise ConfigError(f"layers is {partition}: must be 'tensor', 'module' or a list of groups")
+            raise wrong("layers", partition, "must be 'tensor', 'module' or a list of groups")
         index = []
         for name in self.names:
             groups = [g for g, patterns in enumerate(partition) if any(fnmatch.fnmatchcase(name, x) for x in patterns)]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import ConfigError, wrong
 from ..runs.log import is_finished, new_folder
 from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
@@ -57,25 +57,25 @@ class Comparison:
         settings = read_settings(files)
         section = settings.get("compare", {})
         if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
-            raise ConfigError(f"compare is {section}: must have the keys methods, seeds, target")
+            raise wrong("compare", section, "must have the keys methods, seeds, target")
         if single := [f"--{key}={value}" for key, value in options if key in _SINGLE]:
             raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
         names = methods.split(",") if methods else section.get("methods")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ConfigError(f"compare.methods is {names}: must be a list of names ([LGRAWA, EASGD])")
+            raise wrong("compare.methods", names, "must be a list of names ([LGRAWA, EASGD])")
         if not names:
             raise ConfigError("methods is missing: give --methods LGRAWA,EASGD or a recipe with a compare section")
         given = section.get("seeds", [settings.get("run", {}).get("seed", 0)])
         if not isinstance(given, list):
-            raise ConfigError(f"compare.seeds is {given}: must be a list of numbers ([1, 2])")
+            raise wrong("compare.seeds", given, "must be a list of numbers ([1, 2])")
         if not isinstance(section.get("target", 0.0), int | float | None):
-            raise ConfigError(f"compare.target is {section['target']}: must be a number")
+            raise wrong("compare.target", section["target"], "must be a number")
         numbers = seeds.split(",") if seeds else [str(n) for n in given]
         if not all(number.isdigit() for number in numbers):
-            raise ConfigError(f"seeds is {','.join(numbers)}: must be whole numbers of 0 or more, separated by commas")
+            raise wrong("seeds", ",".join(numbers), "must be whole numbers of 0 or more, separated by commas")
         for what, values in (("methods", [short(name) for name in names]), ("seeds", numbers)):
             if len(set(values)) < len(values):
-                raise ConfigError(f"{what} is {','.join(values)}: must not name one twice")
+                raise wrong(what, ",".join(values), "must not name one twice")
 
         def run(name: str, *identity: str) -> Config:
             return parse([*words, f"--method={name}", *identity], program)
@@ -98,7 +98,7 @@ class Comparison:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"run.dir is {self.folder.parent}: cannot be used ({error.strerror})") from None
+            raise wrong("run.dir", self.folder.parent, f"cannot be used ({error.strerror})") from None
         for config in self.configs:
             run = self._finished(config)
             if run is None:
@@ -115,9 +115,11 @@ class Comparison:
                     old, new = (
                         f"{n.get(key)} ranks" if key == "ranks" else f"{short}: {n.get(key)}" for n in (there, now)
                     )
-                    raise ConfigError(
-                        f"run.name is {self.folder.name}: {run} was made with '{old}', now it is '{new}'; must be "
-                        f"another --run.name, or remove that folder"
+                    raise wrong(
+                        "run.name",
+                        self.folder.name,
+                        f"{run} was made with '{old}', now it is '{new}'; must be "
+                        f"another --run.name, or remove that folder",
                     )
 
     def train(self, comm: Communicator) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 from ..comm import Backend, Communicator, choose, connect
-from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line, wrong
+from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line, require, wrong
 from ..launch import Slot, default_threads, local_device, own_slot
 from ..methods import Method
 from ..runs.log import Log, say
@@ -79,9 +79,8 @@ def train(words: list[str], slot: Slot) -> None:
     size, here = (slot.size, slot.local_size) if options.world_size is None else (options.world_size,) * 2
     for name, given in (("world_size", options.world_size), ("ranks_per_host", options.ranks_per_host)):
         if given is not None and not options.dry_run:
-            raise ConfigError(f"{name} is {given}: must come with --dry_run; in training the launcher decides")
-        if given is not None and given < 1:
-            raise ConfigError(f"{name} is {given}: must be at least 1 rank")
+            raise wrong(name, given, "must come with --dry_run; in training the launcher decides")
+        require(given is None or given >= 1, name, given, "at least 1 rank")
     config.check(size)
     first_line = "" if options.dry_run else backend_line(config, slot)
     place = RunPlace(config, options.allow_change)
@@ -317,7 +316,7 @@ def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
     for path in options.methods.split(","):
         found = find_class("method", path)
         if found.__name__ in methods:
-            raise ConfigError(f"methods is {options.methods}: must not name one twice")
+            raise wrong("methods", options.methods, "must not name one twice")
         settings = {key: value for key, value in vars(options).items() if key in inspect.signature(found).parameters}
         try:
             methods[found.__name__] = found(**settings)
@@ -326,7 +325,7 @@ def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
                 raise
             raise wrong(error.what.removeprefix("method."), error.value, error.fix) from None
         except TypeError as error:
-            raise ConfigError(f"method is {path}: {error}") from None
+            raise wrong("method", path, str(error)) from None
     return methods
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import torch
 
-from ..errors import ConfigError, require
+from ..errors import ConfigError, require, wrong
 from ..launch import Slot, own_slot
 from ..network import host_identity
 from ..runs.heartbeat import Watch
@@ -59,9 +59,11 @@ def choose(backend: Backend = "auto", slot: Slot | None = None) -> tuple[Backend
     group = None if launcher else _own_group()
     if group is not None and backend != "single":
         if backend not in ("auto", group):
-            raise ConfigError(
-                f"backend is {backend}: must be auto or {group}, as this program has started a process group of "
-                f"{torch.distributed.get_world_size()} ranks on {group} and no launcher its processes"
+            raise wrong(
+                "backend",
+                backend,
+                f"must be auto or {group}, as this program has started a process group of "
+                f"{torch.distributed.get_world_size()} ranks on {group} and no launcher its processes",
             )
         return group, f"{by}, a process group of {torch.distributed.get_world_size()} ranks"
     if slot.tasks > 1 and backend != "single":

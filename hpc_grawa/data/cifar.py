@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from ..errors import ConfigError, in_a_line, require
+from ..errors import in_a_line, require, wrong
 from .arrays import ArraySplit, Augmentation, splits
 from .base import ImageData, Splits
 
@@ -109,8 +109,10 @@ class CIFAR(ImageData):
                         raise ValueError(f"{file.name} is {array.dtype} {array.shape}, not uint8 {shape}")
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error} in meta.json" if isinstance(error, KeyError) else in_a_line(error)
-            raise ConfigError(
-                f"data.path is {self.path!r}: must be a folder made by "
-                f"`python data_prep/cifar.py --archive cifar-10-python.tar.gz --out DIR` ({reason})"
+            raise wrong(
+                "data.path",
+                repr(self.path),
+                f"must be a folder made by "
+                f"`python data_prep/cifar.py --archive cifar-10-python.tar.gz --out DIR` ({reason})",
             ) from None
         return facts

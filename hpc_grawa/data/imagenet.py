@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..comm import Communicator
-from ..errors import ConfigError, Damaged, in_a_line, require
+from ..errors import ConfigError, Damaged, in_a_line, require, wrong
 from ..launch import own_processors
 from .base import CPU, ImageData, Splits
 from .sharding import held_out
@@ -447,7 +447,9 @@ class ImageNet(ImageData):
         return facts
 
     def _wrong(self, reason: str) -> ConfigError:
-        return ConfigError(
-            f"data.path is {self.path!r}: must be a folder made by "
-            f"`python data_prep/imagenet.py --train PATH --val PATH --devkit PATH --out DIR` ({reason})"
+        return wrong(
+            "data.path",
+            repr(self.path),
+            f"must be a folder made by "
+            f"`python data_prep/imagenet.py --train PATH --val PATH --devkit PATH --out DIR` ({reason})",
         )

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError, require
+from ..errors import ConfigError, require, wrong
 
 #: ``disjoint``: fixed shards; ``reshuffled``: a new disjoint partition each epoch, as ``DistributedSampler`` gives;
 #: ``full``: each rank its own permutations of everything; ``fraction``: a fixed random subset per rank.
@@ -61,13 +61,15 @@ def shard_size(size: int, batch_size: int, world_size: int, split: Split = "disj
     require(split in get_args(Split), "data.split", repr(split), f"one of {', '.join(get_args(Split))}")
     require(0 < fraction <= 1, "data.fraction", fraction, "in (0, 1]")
     if fraction != 1 and split != "fraction":
-        raise ConfigError(f"data.fraction is {fraction}: only data.split fraction has one, data.split is {split}")
+        raise wrong("data.fraction", fraction, f"only data.split fraction has one, data.split is {split}")
     require(batch_size >= 1, "data.batch_size", batch_size, "1 or more examples per rank")
     shard = {"full": size, "fraction": round(fraction * size)}.get(split, size // world_size)
     if batch_size > shard:
-        raise ConfigError(
-            f"data.batch_size is {batch_size}: must be at most {shard}, the examples in a rank's shard "
-            f"(split {split}, {size} examples, {world_size} ranks)"
+        raise wrong(
+            "data.batch_size",
+            batch_size,
+            f"must be at most {shard}, the examples in a rank's shard "
+            f"(split {split}, {size} examples, {world_size} ranks)",
         )
     return shard
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import ConfigError, in_a_line
+from ..errors import in_a_line, wrong
 from ..nests import Nest, leaves
 from ..random_streams import seeded
 
@@ -64,9 +64,11 @@ class Workers:
             pickled = pickle.dumps(content, protocol=5)
         except Exception as error:  # what an own class raises is its own affair
             what = in_a_line(error, named=True)
-            raise ConfigError(
-                f"data.workers is {count}: must be 0, or data sets and collate such that other processes can unpickle "
-                f"(no lambda, no open file); {what[:300]}"
+            raise wrong(
+                "data.workers",
+                count,
+                f"must be 0, or data sets and collate such that other processes can unpickle "
+                f"(no lambda, no open file); {what[:300]}",
             ) from None
         self.count = count
         context = multiprocessing.get_context(start_method)

@@ -44,7 +44,7 @@ from ..averaging.probe import check_loss
 from ..averaging.synchronizer import Round, Synchronizer
 from ..batchnorm import frozen
 from ..comm import Communicator
-from ..errors import ConfigError, LostView, require
+from ..errors import ConfigError, LostView, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -147,14 +147,16 @@ class Run:
             i, parts = part
             require(0 <= i < parts, "part", part, "(i, M), the i-th of M parts, counted from 0")
             if i > 0 and self._made != (i - 1, parts):
-                raise ConfigError(f"part is {part}: must come right after {(i - 1, parts)}, whose gradient it adds to")
+                raise wrong("part", part, f"must come right after {(i - 1, parts)}, whose gradient it adds to")
             if self.closed:
                 raise RuntimeError(f"a backward pass {_ENDED}")
             last, pieces = share and i == parts - 1, parts * accumulate
             if last and self._shared and self.aggregator.shares:
-                raise ConfigError(
-                    f"optimizer is {type(self.optimizer).__name__}: {ONCE}. (In a loop of your own: call "
-                    f"run.after_step(loss) after every step of the optimizer, before the next closure)"
+                raise wrong(
+                    "optimizer",
+                    type(self.optimizer).__name__,
+                    f"{ONCE}. (In a loop of your own: call "
+                    f"run.after_step(loss) after every step of the optimizer, before the next closure)",
                 )
             self._made = None
             if i == 0:

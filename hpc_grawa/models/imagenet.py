@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, in_a_line
+from ..errors import in_a_line, wrong
 
 
 class _Torchvision(nn.Module):
@@ -18,8 +18,8 @@ class _Torchvision(nn.Module):
         try:
             from torchvision import models
         except (ImportError, RuntimeError, OSError) as error:  # absent, or made for another torch
-            raise ConfigError(
-                f"model is {cls.__name__}: needs torchvision ({in_a_line(error)}); pip install 'hpc-grawa[vision]'"
+            raise wrong(
+                "model", cls.__name__, f"needs torchvision ({in_a_line(error)}); pip install 'hpc-grawa[vision]'"
             ) from None
         return getattr(models, cls.architecture)(num_classes=num_classes)
 

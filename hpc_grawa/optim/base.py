@@ -79,16 +79,19 @@ class LocalOptimizer(ABC):
             for pattern in group["match"].split("|"):
                 found = {name for name, p in named if _matches(pattern.strip(), name, p)}
                 if not found:
-                    raise ConfigError(
-                        f"optimizer.groups.match is {group['match']}: '{pattern.strip()}' must match a parameter of "
-                        f"the model, which has {', '.join(vector.names[:4])}{', ...' if len(named) > 4 else ''}"
+                    raise wrong(
+                        "optimizer.groups.match",
+                        group["match"],
+                        f"'{pattern.strip()}' must match a parameter of "
+                        f"the model, which has {', '.join(vector.names[:4])}{', ...' if len(named) > 4 else ''}",
                     )
                 matched |= found
             own = [left.pop(name) for name in vector.names if name in matched and name in left]
             if not own:
-                raise ConfigError(
-                    f"optimizer.groups.match is {group['match']}: must match a parameter that is in no group before it "
-                    f"(the first that matches wins)"
+                raise wrong(
+                    "optimizer.groups.match",
+                    group["match"],
+                    "must match a parameter that is in no group before it (the first that matches wins)",
                 )
             settings = {key: value for key, value in group.items() if key not in ("match", "lr_factor")}
             made.append({"params": own, "lr": self.lr * group.get("lr_factor", 1.0), **settings})
@@ -104,11 +107,12 @@ def build(settings: LocalOptimizer, vector: ParameterVector, facts: RunFacts) ->
     """
     optimizer = settings.build(vector, facts)
     if any("lr" not in group for group in optimizer.param_groups):
-        raise ConfigError(f"optimizer is {settings.label}: must have lr in its param_groups, which the schedule sets")
+        raise wrong("optimizer", settings.label, "must have lr in its param_groups, which the schedule sets")
     if settings.groups and len(optimizer.param_groups) < len(settings.groups):
-        raise ConfigError(
-            f"optimizer.groups is {settings.groups}: must be null, as {settings.label}.build does not give its "
-            f"optimizer self.grouped(vector)"
+        raise wrong(
+            "optimizer.groups",
+            settings.groups,
+            f"must be null, as {settings.label}.build does not give its optimizer self.grouped(vector)",
         )
     allowed = ["match", "lr_factor", *(key for key in optimizer.defaults if key != "lr")]
     for group in settings.groups or []:

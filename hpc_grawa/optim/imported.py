@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from ..errors import ConfigError, in_a_line, require
+from ..errors import ConfigError, in_a_line, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer, is_number
@@ -35,9 +35,9 @@ class Imported(LocalOptimizer):
 
     def __post_init__(self) -> None:
         if issubclass(self.kind, optim.SparseAdam):
-            raise ConfigError(f"optimizer is {self.label}: must take dense gradients, as torch.optim.Adam does")
+            raise wrong("optimizer", self.label, "must take dense gradients, as torch.optim.Adam does")
         if "lr" not in self.arguments:
-            raise ConfigError(f"optimizer is {self.label}: must take lr, of which the schedule is a factor")
+            raise wrong("optimizer", self.label, "must take lr, of which the schedule is a factor")
         self.lr = self.arguments["lr"]
         self.weight_decay = self.arguments.get("weight_decay") or 0.0
         for name in ("lr", "weight_decay"):
@@ -59,9 +59,7 @@ class Imported(LocalOptimizer):
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         if issubclass(self.kind, optim.LBFGS) and not all(p.is_contiguous() for p in vector.parameters):
-            raise ConfigError(
-                f"optimizer is {self.label}: must train contiguous parameters, and these are channels_last"
-            )
+            raise wrong("optimizer", self.label, "must train contiguous parameters, and these are channels_last")
         return self._made(self.grouped(vector))
 
     def _made(self, parameters: list[nn.Parameter] | list[dict[str, Any]]) -> optim.Optimizer:
@@ -69,4 +67,4 @@ class Imported(LocalOptimizer):
             return self.kind(parameters, **self.arguments)
         except Exception as error:  # what a class raises for arguments that it does not like
             named = not isinstance(error, TypeError | ValueError)
-            raise ConfigError(f"optimizer is {self.label}: {in_a_line(error, named)}") from None
+            raise wrong("optimizer", self.label, in_a_line(error, named)) from None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm import Communicator
-from ..errors import ConfigError, Damaged, in_a_line
+from ..errors import ConfigError, Damaged, in_a_line, wrong
 from .log import human_bytes, write_atomically
 from .reading import parse_object
 
@@ -186,10 +186,12 @@ class Checkpoints:
         needed = bytes_per_rank * self._comm.size * copies
         there = sum(file.lstat().st_size for name in _names(self.folder) for file in (self.folder / name).glob("*"))
         if free + there < needed:
-            raise ConfigError(
-                f"save.keep is {self._keep}: {copies} checkpoints of {self._comm.size} ranks need "
+            raise wrong(
+                "save.keep",
+                self._keep,
+                f"{copies} checkpoints of {self._comm.size} ranks need "
                 f"{human_bytes(needed)}, {place} has {human_bytes(free + there)} for them; must be fewer, "
-                f"or another run.dir, or save.every .inf"
+                f"or another run.dir, or save.every .inf",
             )
 
     def load(self) -> Restored | None:

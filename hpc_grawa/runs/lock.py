@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import wrong
 from .heartbeat import clock_of
 from .log import say, write_atomically
 
@@ -84,9 +84,11 @@ class Lock:
                 # One of whom nothing is known gives no beats: what is newer is the file of another, still empty too.
                 if holder and touched > first:
                     name = self._file.parent.name
-                    raise ConfigError(
-                        f"run.name is {name}: {whose} is at work in {self._file.parent}, its last sign of life "
-                        f"{max(age, 0):.0f} s old; wait for its end, cancel it, or give another run.name"
+                    raise wrong(
+                        "run.name",
+                        name,
+                        f"{whose} is at work in {self._file.parent}, its last sign of life "
+                        f"{max(age, 0):.0f} s old; wait for its end, cancel it, or give another run.name",
                     )
                 if not said and age > 2 * BEAT:
                     say(f"waiting    up to {DEAD - age:.0f} s for {whose}, silent for {age:.0f} s")

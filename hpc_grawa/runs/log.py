@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Damaged
+from ..errors import ConfigError, Damaged, wrong
 from ..screen import is_terminal
 from .reading import read_object
 
@@ -49,12 +49,13 @@ def new_folder(directory: str, name: str, numbered: bool = False, may_exist: boo
                 if may_exist and folder.is_dir():
                     break
                 if not numbered:
-                    raise ConfigError(
-                        f"run.name is {name}: {folder} exists and is never overwritten; must be a new one, or give "
-                        f"another run.dir"
+                    raise wrong(
+                        "run.name",
+                        name,
+                        f"{folder} exists and is never overwritten; must be a new one, or give another run.dir",
                     ) from None
     except OSError as error:
-        raise ConfigError(f"run.dir is {directory}: no folder can be made there ({error.strerror})") from None
+        raise wrong("run.dir", directory, f"no folder can be made there ({error.strerror})") from None
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from ..comm import Communicator, simulate
-from ..errors import ConfigError, require
+from ..errors import require, wrong
 from ..methods import Method, Run
 from ..vector import ParameterVector
 
@@ -113,9 +113,11 @@ def descend(
             loss = closure()
             optimizer.step()
             if not bool(vector.data.log().isfinite().all()):
-                raise ConfigError(
-                    f"lr is {lr}: must be smaller for {type(method).__name__}, under which rank {comm.rank} left the "
-                    f"function's domain (x > 0) at step {step}, to {[round(x, 4) for x in vector.data.tolist()]}"
+                raise wrong(
+                    "lr",
+                    lr,
+                    f"must be smaller for {type(method).__name__}, under which rank {comm.rank} left the "
+                    f"function's domain (x > 0) at step {step}, to {[round(x, 4) for x in vector.data.tolist()]}",
                 )
             run.after_step(loss)
             if step == steps:

@@ -15,7 +15,7 @@ from ..buffers import check_kinds
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
-from ..errors import ConfigError, in_a_line
+from ..errors import ConfigError, in_a_line, wrong
 from ..forward import autocast, eval_mode
 from ..lazy import completing, unfinished
 from ..nests import kind, moved, parts, same_shape
@@ -68,9 +68,11 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
     data, count = config.data, len(splits.train)
     found = count, 0 if splits.validation is None else len(splits.validation)
     if found != (data.train_size(), data.validation):
-        raise ConfigError(
-            f"data is {_name(data)}: must load as many examples as it says it has, {data.train_size()} to train on and "
-            f"{data.validation} for validation; found {found[0]} and {found[1]}"
+        raise wrong(
+            "data",
+            _name(data),
+            f"must load as many examples as it says it has, {data.train_size()} to train on and "
+            f"{data.validation} for validation; found {found[0]} and {found[1]}",
         )
     check_kinds(model)
     few = min(EXAMPLES, data.batch_size, count)
@@ -80,9 +82,11 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
         with _named(f"model is {config.model_name}: must take inputs {kind(inputs)}"):
             output = model(inputs)
         if (name := unfinished(model)) is not None:
-            raise ConfigError(
-                f"model is {config.model_name}: '{name}' must get its shape in the first forward pass, and has none "
-                f"after one (a lazy module that is not used in eval mode?)"
+            raise wrong(
+                "model",
+                config.model_name,
+                f"'{name}' must get its shape in the first forward pass, and has none "
+                f"after one (a lazy module that is not used in eval mode?)",
             )
         what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(data)} {kind(targets)}"
         with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError, Damaged
+from ..errors import ConfigError, Damaged, wrong
 from ..launch import job_name, restarts
 from ..runs.checkpoint import check_world, saved_world
 from ..runs.heartbeat import ending_of, read_heartbeats
@@ -44,9 +44,11 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
     for key in dict.fromkeys([*then, *now]):
         if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*_FREE, *allowed)):
             was = then.get(key, f"left out (is {file} whole?)")
-            raise ConfigError(
-                f"{key} is {now.get(key)}: must be {was}, as it was when {folder} began; give the run "
-                f"another name, or allow this with --allow-change {key}"
+            raise wrong(
+                key,
+                now.get(key),
+                f"must be {was}, as it was when {folder} began; give the run "
+                f"another name, or allow this with --allow-change {key}",
             )
 
 
@@ -111,7 +113,7 @@ class RunPlace:
             else:  # under another name: its own another job may be making at this moment
                 new_folder(self._config.run.dir, f".{self._name}.{os.getpid()}", numbered=True).rmdir()
         except OSError as error:
-            raise ConfigError(f"run.name is {self._name}: its folder cannot be used ({error})") from None
+            raise wrong("run.name", self._name, f"its folder cannot be used ({error})") from None
 
     def open(self) -> Path | None:
         """Make the folder, or find it, and hold it until ``close``; None where another job has finished the run.
@@ -127,7 +129,7 @@ class RunPlace:
                 return None
             self._say_how_it_ended()
         except OSError as error:
-            raise ConfigError(f"run.name is {self._name}: its folder cannot be used ({error})") from None
+            raise wrong("run.name", self._name, f"its folder cannot be used ({error})") from None
         return self.path
 
     def _say_how_it_ended(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import buffers, nests, optim, random_streams
 from ..comm import Communicator
 from ..data import Nest, in_advance
-from ..errors import ConfigError
+from ..errors import wrong
 from ..forward import autocast
 from ..launch import local_device
 from ..methods.base import is_schedule_free
@@ -59,10 +59,12 @@ class Worker:
         )
         self.optimizer = optim.build(config.optimizer, self.vector, self.facts)
         if is_schedule_free(self.optimizer):
-            raise ConfigError(
-                f"optimizer is {config.optimizer.label}: must not exchange the parameters by train() and "
-                f"eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
-                f"under hpc_grawa.DataParallel, call its eval() before"
+            raise wrong(
+                "optimizer",
+                config.optimizer.label,
+                "must not exchange the parameters by train() and "
+                "eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
+                "under hpc_grawa.DataParallel, call its eval() before",
             )
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.facts.lr = self.facts.peak_lr = self._peaks[0]
