@@ -67,7 +67,7 @@ summary_says() { grep -Eqs "\"$1\": \"$2\"" "$folder/summary.json"; }
 
 changed() { stat -c %y "$folder/$1" 2>/dev/null || true; } # when; ranks at work change the folder "ranks"
 
-begun() { # whether a rank has said anything, in signs of life or a summary, since the marks $1 and $2 were taken
+begun() { # whether a rank has said anything, in heartbeats or a summary, since the marks $1 and $2 were taken
     [ "$(changed ranks)" != "$1" ] || [ "$(changed summary.json)" != "$2" ]
 }
 

@@ -157,8 +157,8 @@ class Site:
         self.trains(run)
         command("scancel", "--signal=USR2", "--batch", job)
 
-    def signs(self, run: str) -> list[dict[str, object]]:
-        """The last sign of life of each rank."""
+    def beats(self, run: str) -> list[dict[str, object]]:
+        """The last heartbeat of each rank."""
         return [json.loads(f.read_text()) for f in sorted((self.folder / "runs" / run / "ranks").glob("[0-9]*.json"))]
 
     def saved(self, run: str) -> int:

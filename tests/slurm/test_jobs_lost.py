@@ -85,8 +85,8 @@ def alive(pid: int) -> bool:
 def test_a_job_whose_rank_is_killed_is_requeued_and_the_rank_is_named(site: Site, undisturbed: bytes) -> None:
     job = site.submit(*LASTING)
     run = f"cifar10-{job}"
-    until("a checkpoint", lambda: site.saved(run) and len(site.signs(run)) == 4)
-    victim, others = site.signs(run)[3], site.signs(run)[:3]
+    until("a checkpoint", lambda: site.saved(run) and len(site.beats(run)) == 4)
+    victim, others = site.beats(run)[3], site.beats(run)[:3]
     told = command("hpc-grawa", "status", f"runs/{run}")
     assert (
         re.match(rf"runs/{run}: running\n", told)
@@ -94,7 +94,7 @@ def test_a_job_whose_rank_is_killed_is_requeued_and_the_rank_is_named(site: Site
         and re.search(rf"^\| 3 +\| +{victim['host']} \|", told, re.M)
     ), told
     os.kill(int(victim["pid"]), signal.SIGKILL)
-    until("all ranks are gone", lambda: not any(alive(int(sign["pid"])) for sign in others), 120)
+    until("all ranks are gone", lambda: not any(alive(int(beat["pid"])) for beat in others), 120)
     for file in (site.folder / "runs" / run / "ranks").iterdir():  # as a minute later
         os.utime(file, (time.time() - 60,) * 2)
     died = rf"died without a word, killed or lost with its host: first rank 3 on {victim['host']} at step \d+\n"
@@ -162,8 +162,8 @@ def test_a_job_whose_ranks_are_killed_again_and_again_is_not_requeued_without_en
     job = site.submit(*words, "--budget.steps=100000")
     run = f"cifar10-{job}"
     for attempt in range(2):
-        until(f"it trains, attempt {attempt}", lambda: len(site.signs(run)) == 4)
-        os.kill(int(site.signs(run)[3]["pid"]), signal.SIGKILL)
+        until(f"it trains, attempt {attempt}", lambda: len(site.beats(run)) == 4)
+        os.kill(int(site.beats(run)[3]["pid"]), signal.SIGKILL)
         if not attempt:
             site.wait(job, "PENDING")
             (site.folder / "runs" / run / "ranks/0003.json").unlink()
@@ -177,8 +177,8 @@ def test_a_job_whose_ranks_are_killed_again_and_again_is_not_requeued_without_en
 def test_a_chain_goes_on_after_a_rank_was_killed(site: Site, undisturbed: bytes) -> None:
     (site.folder / "slurm/site.sh").write_text("LAUNCHER=mpirun\n")
     jobs = re.findall(r"job (\d+)", command("bash", "slurm/chain.sh", "2", *LAB, *LASTING, CHAIN="lasting"))
-    until("a checkpoint", lambda: site.saved("lasting") and len(site.signs("lasting")) == 4)
-    os.kill(int(site.signs("lasting")[1]["pid"]), signal.SIGKILL)
+    until("a checkpoint", lambda: site.saved("lasting") and len(site.beats("lasting")) == 4)
+    os.kill(int(site.beats("lasting")[1]["pid"]), signal.SIGKILL)
     for job, state in zip(jobs, ("FAILED", "COMPLETED"), strict=True):
         site.wait(job, state)
     assert "not requeued, as CHAIN or REQUEUE=no want it" in site.logs() and "waiting    up to" not in site.logs()
@@ -203,8 +203,8 @@ def test_a_job_whose_first_node_is_cut_off_goes_on_elsewhere_whatever_its_orphan
     """What runs on the lost node, script and rank 0 with the lock among it, lives on until its link is back."""
     job = site.submit("--exclusive", "--nodelist=node1,node2", *LASTING)
     run = f"cifar10-{job}"
-    until("a checkpoint", lambda: site.saved(run) and len(site.signs(run)) == 4)
-    orphans = [int(sign["pid"]) for sign in site.signs(run)[:2]]
+    until("a checkpoint", lambda: site.saved(run) and len(site.beats(run)) == 4)
+    orphans = [int(beat["pid"]) for beat in site.beats(run)[:2]]
     command("ip", "link", "set", "slabv1", "down")
     site.wait(job, "PENDING")
     assert all(map(alive, orphans))
@@ -213,7 +213,7 @@ def test_a_job_whose_first_node_is_cut_off_goes_on_elsewhere_whatever_its_orphan
     site.start_again(job)
     until("it goes on", lambda: site.saved(run) > before)
     elsewhere = ["node2"] * 2 + ["node3"] * 2
-    until("its ranks say so", lambda: [sign["host"] for sign in site.signs(run)] == elsewhere)
+    until("its ranks say so", lambda: [beat["host"] for beat in site.beats(run)] == elsewhere)
     stopped = f"runs/{run}/lock.json is job {job}'s now: stopped\n"
     until("the orphan that had the lock sees it", lambda: stopped in site.logs())
     join(1)
@@ -223,7 +223,7 @@ def test_a_job_whose_first_node_is_cut_off_goes_on_elsewhere_whatever_its_orphan
         site.start_again(job)
     site.wait(job, "COMPLETED")
     assert site.center(run) == undisturbed
-    assert [sign["host"] for sign in site.signs(run)] == elsewhere
+    assert [beat["host"] for beat in site.beats(run)] == elsewhere
     until("the orphans are gone", lambda: not any(map(alive, orphans)))
 
 
@@ -267,5 +267,5 @@ def test_hosts_without_slurm(launcher: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((tmp_path / "runs/adhoc/summary.json").read_text())
     assert (summary["state"], summary["world_size"]) == ("finished", 6)
-    hosts = [json.loads(sign.read_text())["host"] for sign in sorted((tmp_path / "runs/adhoc/ranks").iterdir())]
+    hosts = [json.loads(beat.read_text())["host"] for beat in sorted((tmp_path / "runs/adhoc/ranks").iterdir())]
     assert hosts == ["node1"] * 2 + ["node2"] * 2 + ["node3"] * 2
