@@ -125,18 +125,18 @@ def _rounds(levels: Sequence[Level], epoch: int, shared: int) -> str:
         return "none"
     before = f"none in {shared:,} steps, which share gradients; then " if shared else ""
     return before + "; ".join(
-        f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {_steps(level.periods)} local steps"
+        f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {_steps(level.periods, shared)} local steps"
         for level in levels
     )
 
 
-def _steps(periods: Sequence[float]) -> str:
-    """Of one period the number; of several those at quarters of the run."""
+def _steps(periods: Sequence[float], shared: int) -> str:
+    """Of one period the number; of several those at quarters of the run, of which some steps may share gradients."""
     if len(periods) == 1:
         return f"{periods[0]:g}"
-    ends = list(accumulate(periods))
-    quarters = [periods[min(bisect(ends, share * ends[-1]), len(ends) - 1)] for share in SHARES]
-    return ", ".join(f"{steps:g} (at {share:.0%})" for steps, share in zip(quarters, SHARES, strict=True))
+    ends = list(accumulate(periods, initial=shared))[1:]
+    shown = [(share, bisect(ends, share * ends[-1])) for share in SHARES if share * ends[-1] >= shared]
+    return ", ".join(f"{periods[min(at, len(ends) - 1)]:g} (at {share:.0%})" for share, at in shown)
 
 
 def _sent(levels: Sequence[Level]) -> str:
