@@ -83,6 +83,16 @@ def columns(most: int = ENDLESS) -> int:
     return min(most, shutil.get_terminal_size().columns) if is_terminal() else most
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "rank"), counted(12, "rank")
+        ('1 rank', '12 ranks')
+    """
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
 def wrapped(line: str, most: int = ENDLESS, first: str = "", others: str = "") -> str:
     """A line as several that fit the screen, the first and the others behind indents."""
     return fill(

@@ -69,6 +69,13 @@ def test_a_dry_run_tells_levels_apart(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+def test_a_dry_run_tells_how_long_gradients_are_shared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Periods after it stand at their shares of the whole run."""
+    rounds = dry_run(capsys, *FIRST, "--method.period.switch=8")["rounds"]
+    after = "0.5 per epoch, every 4 (at 50%), 4 (at 75%), 4 (at 100%) local steps"
+    assert rounds == f"none in 8 steps, which share gradients; then {after}"
+
+
 def test_hosts_of_a_dry_run_are_as_large_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     """A host of two ranks is a group of two; alone, all ranks are on one host."""
     groups = dry_run(capsys, *LEVELS, "--method.ranks_per_group=2")

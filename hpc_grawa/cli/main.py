@@ -22,7 +22,7 @@ from ..launch import Slot, default_threads, local_device, own_slot
 from ..methods import Method
 from ..runs.log import Log, say
 from ..runs.reading import parse_settings, read_text
-from ..screen import spell_unknown_characters, wrapped
+from ..screen import counted, spell_unknown_characters, wrapped
 from ..training.config import CLASS_SECTIONS, Config
 from ..training.resume import RunPlace
 from .classes import find_class, is_class
@@ -344,9 +344,8 @@ COMMANDS: dict[str, Callable[[list[str], Slot], None]] = {
 def backend_line(config: Config, slot: Slot) -> str:
     """Which backend and why; raises ``ConfigError`` where it cannot run."""
     backend, why = choose(config.backend, slot)
-    ranks = "1 rank" if slot.size == 1 else f"{slot.size} ranks"
     where = ", on GPUs" if local_device(slot, config.device).type == "cuda" else ""
-    return f"backend    {backend} ({why}), {ranks}{where}"
+    return f"backend    {backend} ({why}), {counted(slot.size, 'rank')}{where}"
 
 
 def set_threads(slot: Slot) -> None:

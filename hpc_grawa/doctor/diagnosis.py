@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..comm import Backend, Library
 from ..launch import Slot
 from ..runs.log import human_bytes
+from ..screen import counted
 
 #: Seconds for a file to be seen by other ranks.
 SEEN = 5.0
@@ -116,9 +117,9 @@ def verdict(exam: Examination, findings: list[Finding]) -> tuple[str, int]:
     if broken is not None:
         why = shorten(broken.value.removeprefix(f"{exam.backend}: "), 120, placeholder=" ...")
         return f"backend {exam.backend} would fail: {why}", 1
-    count = len(exam.ranks)
+    ranks = counted(len(exam.ranks), "rank")
     later = f"; under mpirun or srun auto takes {exam.later[0]}" if exam.later else ""
-    return f"backend {exam.backend} works here, on {count} {'rank' if count == 1 else 'ranks'}{later}", 0
+    return f"backend {exam.backend} works here, on {ranks}{later}", 0
 
 
 _Lines = Iterator[tuple[Any, ...]]
@@ -229,7 +230,7 @@ def _each_host(exam: Examination, part: Callable[[Examination, list[Process]], _
 def _cores(exam: Examination, ranks: list[Process]) -> _Lines:
     first, threads = ranks[0], sum(rank.threads for rank in ranks)
     own = {core for rank in ranks for core in rank.cores}
-    value = f"{len(own)} of {first.host_cores}, for {threads} computing {'thread' if threads == 1 else 'threads'}"
+    value = f"{len(own)} of {first.host_cores}, for {counted(threads, 'computing thread')}"
     crowded = [rank.rank for rank in ranks if rank.threads > len(rank.cores)]
     fix = "give each rank cores of its own: srun --cpus-per-task=N, mpirun --bind-to none; or a smaller OMP_NUM_THREADS"
     if crowded:

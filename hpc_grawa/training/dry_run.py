@@ -125,8 +125,8 @@ def _rounds(levels: Sequence[Level], epoch: int, shared: int) -> str:
         return "none"
     before = f"none in {shared:,} steps, which share gradients; then " if shared else ""
     return before + "; ".join(
-        f"{epoch / level.period:.4g} per epoch{_among(level, levels)}, every {_steps(level.periods, shared)} local steps"
-        for level in levels
+        f"{epoch / v.period:.4g} per epoch{_among(v, levels)}, every {_steps(v.periods, shared)} local steps"
+        for v in levels
     )
 
 

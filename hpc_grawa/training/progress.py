@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..averaging.synchronizer import Round
 from ..runs.log import Log, human_bytes
+from ..screen import counted
 from .worker import Worker
 
 
@@ -129,8 +130,7 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
         log.say(f"device     {worker.device}, {torch.cuda.get_device_name(worker.device)}; {by}")
     clipped = "" if config.clip_norm is None else f", clipped to norm {config.clip_norm:g}"
     parts = "" if config.accumulate == 1 else f", in {config.accumulate} parts"
-    threads = torch.get_num_threads()
-    how = f"{config.precision}{parts}{clipped}, {threads} thread{'s' if threads > 1 else ''}"
+    how = f"{config.precision}{parts}{clipped}, {counted(torch.get_num_threads(), 'thread')}"
     groups = f", groups {config.optimizer.groups}" if config.optimizer.groups else ""
     log.say(f"optimizer  {config.optimizer}{groups}; {config.schedule}; {how}")
 
@@ -142,9 +142,10 @@ def farewell(summary: dict[str, Any], name: str, folder: Path | None) -> str:
     prefix = "center_test_"
     others = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
     more = "".join(f", {key} {value:.4f}" for key, value in others.items() if key not in ("loss", name))
+    work = f"{counted(summary['steps'], 'step')}, {counted(summary['rounds'], 'round')}"
     return (
         f"finished   test {name}: center {test:.4f}{more}, mean {mean:.4f}; training {train:.4f}; "
-        f"{summary['steps']} steps, {summary['rounds']} rounds, {human_bytes(summary['bytes_sent'])} sent per rank in "
+        f"{work}, {human_bytes(summary['bytes_sent'])} sent per rank in "
         f"{summary['training_seconds']:.1f} s{where}"
     )
 
