@@ -27,6 +27,7 @@ from hpc_grawa.methods import AveragingMethod, Method
 from hpc_grawa.periods import QSR, SWAP, Period, PostLocal
 from hpc_grawa.schedules import RunFacts
 from hpc_grawa.training.loop import fit
+from hpc_grawa.training.worker import Worker
 
 STEPS, SWITCH = 14, 5
 SHARING = DataParallel(bucket_mb=1e-4)
@@ -205,13 +206,25 @@ class Cut(Exception):
     pass
 
 
+def cut_off(cut: int, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a run of the trainer fail before the first step from that number on."""
+    step = Worker.step
+
+    def failing(worker: Worker) -> Any:
+        if worker.facts.step >= cut:
+            raise Cut
+        return step(worker)
+
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(Worker, "step", failing)
+        run()
+
+
 @pytest.mark.parametrize("rounds", ["lockstep", "pooled"])
 @pytest.mark.parametrize("cut", [3, 6, 7, 11])
 def test_a_run_cut_off_on_either_side_of_the_switch_equals_one_that_was_not(
     cut: int, rounds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_grawa.training.worker import Worker
-
     words = ["--method=LGRAWA", "--method.period.switch=6", "--method.period.steps=4", f"--method.rounds={rounds}"]
     config = parse([*WORDS, *words, "--save.unit=steps", "--save.every=1", "--eval.every=5"])
 
@@ -222,17 +235,7 @@ def test_a_run_cut_off_on_either_side_of_the_switch_equals_one_that_was_not(
         )
 
     run(tmp_path / "whole")
-    step = Worker.step
-
-    def cut_off(worker: Worker) -> Any:
-        if worker.facts.step >= cut:
-            raise Cut
-        return step(worker)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Worker, "step", cut_off)
-        with pytest.raises(Cut):
-            run(tmp_path / "cut")
+    cut_off(cut, lambda: run(tmp_path / "cut"), monkeypatch)
     summary = run(tmp_path / "cut")[0]
     whole, other = (torch.load(tmp_path / name / "center.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], other[key]) for key in whole)
@@ -246,8 +249,6 @@ def test_a_run_cut_off_on_either_side_of_the_switch_equals_one_that_was_not(
 def test_another_world_goes_on_from_either_side_of_the_switch(
     cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_grawa.training.worker import Worker
-
     words = ["--method=EASGD", "--method.period.switch=6", "--method.period.steps=4", "--save.unit=steps"]
     config = parse([*WORDS, *words, "--save.every=1"])
 
@@ -261,17 +262,7 @@ def test_another_world_goes_on_from_either_side_of_the_switch(
 
         return simulate(size, body)
 
-    step = Worker.step
-
-    def cut_off(worker: Worker) -> Any:
-        if worker.facts.step >= cut:
-            raise Cut
-        return step(worker)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Worker, "step", cut_off)
-        with pytest.raises(Cut):
-            run(3)
+    cut_off(cut, lambda: run(3), monkeypatch)
     resumed = int((tmp_path / "a/checkpoints/latest").read_text())  # the newest may not be on the disk yet
     assert cut - 2 <= resumed <= cut
     summary = run(2)[0]

@@ -1,4 +1,4 @@
-"""The one place that decides who says what is wrong with a command: rank 0, in one line."""
+"""Who says what is wrong with a command before ranks communicate: rank 0, in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods: one file per paper, each a dataclass of the paper's hyper-parameters with a short ``build``.
+"""The methods: one file per paper, each a dataclass of the paper's hyper-parameters and a few lines.
 
 What holds for all of them:
 

@@ -71,7 +71,8 @@ class Run:
 
     Attributes:
         aggregator: shares gradients; the null one does nothing.
-        synchronizers: average parameters; none under pure gradient sharing. The last averages over all ranks.
+        synchronizers: average parameters; none where, or as long as, gradients are shared. The last averages over all
+            ranks.
         control: decisions all ranks take alike.
         facts: step, learning rate and the like, the same on all ranks.
         common_start: whether all ranks began with the same parameters.
