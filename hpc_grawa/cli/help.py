@@ -30,7 +30,8 @@ def help_text(program: str, arguments: Sequence[str]) -> str:
         read = read_settings(files)
         chosen = {name: read[name]["class_path"] for name in CLASS_SECTIONS if name in read}
         chosen |= {key.removesuffix(".class_path"): value for key, value in options}
-    return _whole(program, chosen) if asked is None else _section(program, asked.removesuffix(".help"), path, chosen)
+    text = _whole(program, chosen) if asked is None else _section(program, asked.removesuffix(".help"), path, chosen)
+    return text.replace("``", "")  # marks of docstrings
 
 
 def _section(program: str, key: str, path: str, chosen: dict[str, str]) -> str:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if slot.rank and any(w in ("-h", "--help", "--version") or w.startswith("--print_") for w in words):
         raise SystemExit(0)
     if words[:1] in (["-h"], ["--help"]):
-        print((__doc__ or "").splitlines()[0])
+        print((__doc__ or "").splitlines()[0].replace("``", ""))
         print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
         raise SystemExit(0)
     if words[:1] == ["--version"]:

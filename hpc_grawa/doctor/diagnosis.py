@@ -175,7 +175,7 @@ def _library(library: Library) -> str:
 
 def _ranks(exam: Examination) -> _Lines:
     slot = exam.slot
-    yield "started by", f"{slot.launcher}, {slot.size} ranks" if slot.launcher else "no launcher"
+    yield "started by", f"{slot.launcher}, {counted(slot.size, 'rank')}" if slot.launcher else "no launcher"
     if exam.slurm == "":
         yield "SLURM", "srun is on PATH, and no controller answers it", "note", "outside a cluster none is needed"
     elif exam.slurm is not None:
