@@ -42,7 +42,7 @@ BUDGET = [
 ]
 LAB = ("--cpus-per-task=1", "--time=00:30:00")
 #: In seconds, for hangs: jobs wait for those of other tests, and share cores with them.
-LIMIT = 500.0
+LIMIT = 1000.0
 
 
 def answers() -> bool:
