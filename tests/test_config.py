@@ -570,3 +570,14 @@ def test_the_model_is_initialised_from_the_present_random_stream() -> None:
         starts.append(torch.nn.utils.parameters_to_vector(config.build_model().parameters()))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
+
+
+def test_a_file_may_name_a_class_by_a_dotted_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("method.class_path: EASGD\nmethod.period.class_path: QSR\nmethod.period.alpha: 3\n")
+    assert str(parse(["--config=digits", f"--config={file}"]).method).startswith("EASGD(period=QSR(base=4, alpha=3.0")
+    for text in ("method.class_path: 3", 'method: "a\\nb"'):
+        file.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            parse(["--config=digits", f"--config={file}"])
+        assert capsys.readouterr().err.count("\n") == 1

@@ -31,7 +31,8 @@ def named_errors(program: str) -> Iterator[None]:
             time.sleep(5)
         if slot.rank == 0 or elsewhere:
             where = f"on {platform.node()}: " if elsewhere else ""
-            print(f"{program}: error: {where}{error}", file=sys.stderr, flush=True)
+            line = " ".join(f"{where}{error}".splitlines())
+            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         raise SystemExit(0) from None
 

@@ -96,6 +96,7 @@ def set_options(settings: dict[str, Any], options: Sequence[tuple[str, Any]]) ->
             key = name
         path = [part for part in key.split(".") if part != "init_args"]
         if path[0] == "method" and len(path) > 1 and (name := path[1]) in OF_METHODS:
+            path = path[:2] if path[2:] == ["class_path"] else path
             if len(path) == 2:
                 value = _as_held(name, value)
             elif not isinstance(settings["method"]["init_args"].get(name), dict):
@@ -165,10 +166,18 @@ def _read(name: str) -> dict[str, Any]:
     settings = _load(path.read_text(encoding="utf-8", errors="replace"), "config", name)
     if not isinstance(settings, dict):
         raise wrong("config", name, f"must hold sections (key: value), found {type(settings).__name__}")
-    settings = {str(key): _section(str(key), section, name) for key, section in settings.items()}
+    # method.class_path is short for the section, too.
+    named = {_class_key(str(key)): section for key, section in settings.items()}
+    settings = {key: _section(key, section, name) for key, section in named.items()}
     settings["methods"] = _methods(settings, name)
     _move_to_step(settings, name)
     return settings
+
+
+def _class_key(key: str) -> str:
+    """A section, where a dotted key names its class; else the key."""
+    name = key.removesuffix(".class_path")
+    return name if name in CLASS_SECTIONS else key
 
 
 def _load(text: str, what: str, value: str) -> Any:
