@@ -26,6 +26,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hypothesis
@@ -133,3 +134,15 @@ def on_ranks(request: pytest.FixtureRequest) -> Ranks:
 
 
 on_several_ranks = on_ranks
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The folder that the tests of slurm/ submit jobs from. (Of modules called conftest there can be one.)"""
+    from jobs import Site
+
+    made = Site(tmp_path / "a site")
+    monkeypatch.chdir(made.folder)
+    yield made
+    made.cancel()
+    print(made.logs())  # shown where the test failed

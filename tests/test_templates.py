@@ -52,15 +52,23 @@ def test_templates_name_recipes_that_are_there() -> None:
     assert 'common.sh" cifar10_resnet20 --method "${methods[i % 6]}" --run.seed "${seeds[i / 6]}"' in seeds
 
 
+def shown(node: ast.AST) -> str:
+    """A string of the program, or what stands for one."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(shown, node.values))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
 def texts() -> str:
     """All strings of the program and the scripts; a dot of three stands for what they put in."""
     found = []
     for path in (ROOT / "hpc_grawa").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("wrong", "require"):
+                *_, what, _, fix = node.args
+                found.append(f"{shown(what)} is …: {'must be ' * (node.func.id == 'require')}{shown(fix)}")
+            elif isinstance(node, ast.JoinedStr | ast.Constant):
+                found.append(shown(node))
     found += [re.sub(r"\$\{[^}]*\}|\$\w+", "…", path.read_text()) for path in SLURM.glob("*.sh")]
     return "\n".join(found)
 

@@ -110,6 +110,10 @@ class Site:
         shutil.copytree(ROOT / "data_prep", folder / "data_prep")
         shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.sh", "*.out", "*.chain"))
 
+    def cancel(self) -> None:
+        """Have jobs that a failed test has left take no nodes and cores from others."""
+        subprocess.run(["scancel", *self.jobs], capture_output=True, timeout=LIMIT, check=False)
+
     def submit(self, *words: str) -> str:
         self.jobs.append(command("sbatch", "--parsable", *LAB, *words).strip().partition(";")[0])
         return self.jobs[-1]
