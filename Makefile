@@ -165,7 +165,7 @@ test: $(READY)  ## all tests but the slow ones: one process, then 1 to 4 ranks o
 test-slow: $(READY)  ## the tests marked slow
 	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m slow
 
-test-slurm: $(READY)  ## job templates on a SLURM controller, or on LAB, which brings one up on this machine (17 minutes)
+test-slurm: $(READY)  ## job templates on a SLURM controller, or on LAB, which brings one up on this machine (18 minutes)
 	@bash tests/slurm/run.sh "$(LAB)"
 
 lint: $(READY)  ## ruff and mypy
