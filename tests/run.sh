@@ -15,9 +15,7 @@ launch() { # COMMAND...
     [ "$status" -eq 0 ] || exit "$status"
 }
 
-# Twice as many workers as cores: many tests wait for processes that they have started.
-workers=$((2 * $(nproc) < 8 ? 2 * $(nproc) : 8))
-launch python -m pytest -q -n "$workers" --dist worksteal -m "not slow"
+launch python -m pytest -q -n logical --maxprocesses 8 --dist worksteal -m "not slow"
 
 # no cache: ranks would write it at once; no colours: mpirun gives ranks a terminal of their own even where none is
 ranks=(python -m pytest -p no:cacheprovider -q --color=no -m ranks)
