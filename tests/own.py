@@ -326,3 +326,17 @@ class R2(Metric):
     def value(self, sums: Tensor) -> float:
         count, total, squares, errors = sums.tolist()
         return 1 - errors / (squares - total**2 / count)
+
+
+def network() -> nn.Sequential:
+    """With BatchNorm of images and of vectors, and dropout."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(27, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 4),
+    ).double()

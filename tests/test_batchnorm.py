@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks
+from own import network
 from torch import Tensor, nn
 
 from hpc_grawa import LocalSGD, ParameterVector, simulate
@@ -20,19 +21,6 @@ from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.evaluate import recalibrate
 
 ALONE = SingleCommunicator()
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(27, 8),
-        nn.BatchNorm1d(8),
-        nn.Linear(8, 4),
-    ).double()
 
 
 class Calls(nn.Module):

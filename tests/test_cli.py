@@ -186,6 +186,7 @@ def test_a_language_model_of_own_classes(tmp_path: Path, capsys: pytest.CaptureF
     assert Path("f.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @launched
 @pytest.mark.parametrize(
     ("data", "more", "error"),
@@ -264,6 +265,7 @@ def wait_for(path: Path, text: str, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=launched)])
 def test_ctrl_c_ends_all_ranks(ranks: int | None, tmp_path: Path) -> None:
     job = start(

@@ -263,6 +263,7 @@ def test_ranks_of_torchrun() -> None:
     assert re.search("backend (gloo|nccl) works here, on 2 ranks$", output)
 
 
+@pytest.mark.slow
 @launched
 def test_a_horovod_that_does_not_import(tmp_path: Path) -> None:
     (tmp_path / "horovod").mkdir()
@@ -295,6 +296,7 @@ def test_mpi_worlds_of_one_under_srun(task: None, capsys: pytest.CaptureFixture[
     assert output.splitlines()[-1].startswith("backend mpi would fail: none: srun started 4 tasks")
 
 
+@pytest.mark.slow
 def test_ranks_that_never_come_are_given_up(
     task: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import own
 import pytest
 import torch
+from own import network
 from table import as_words, kinds
 from torch import Tensor, nn
 
@@ -39,19 +40,6 @@ class Images(ArraySplit):
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         inputs, labels = super().batch(index, generator)
         return inputs.double(), labels
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(27, 8),
-        nn.BatchNorm1d(8),
-        nn.Linear(8, 4),
-    ).double()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 37, BATCH + 3])

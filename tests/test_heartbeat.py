@@ -33,6 +33,7 @@ def words(tmp_path: Path, *more: str) -> tuple[str, ...]:
     return ("train", *LINE, *more, *where)
 
 
+@pytest.mark.slow
 @launched
 @pytest.mark.parametrize("activity", [pytest.param("evaluates", marks=pytest.mark.slow), "computes"])
 def test_a_rank_that_hangs_ends_the_job_and_is_named(activity: str, tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_a_process_forked_from_a_rank_cannot_send_its_messages() -> None:
     assert re.search(r"process \d+ was forked from rank 1 of 2 at step 8, whose messages it cannot send: ", output)
 
 
+@pytest.mark.slow
 @launched
 def test_ranks_on_gloo_end_with_their_launcher(tmp_path: Path) -> None:
     words = ("train", *LINE, "--model=own.Slow", "--budget.steps=100000", "--backend=gloo", "--comm-timeout=8")
@@ -150,6 +151,7 @@ def test_ranks_on_gloo_end_with_their_launcher(tmp_path: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_ranks_started_by_hand_outlive_the_shell_that_started_them(tmp_path: Path) -> None:
     rank = f"{sys.executable} {HERE / 'lost.py'} gloo LocalSGD pauses 8"
     by_hand = "WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1"
@@ -198,6 +200,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_without_a_launcher_the_program_s_own_process_group_trains_together(tmp_path: Path) -> None:
     (tmp_path / "spawned.py").write_text(SPAWNED)
     done = launch(str(tmp_path / "store"), program=(str(tmp_path / "spawned.py"),))

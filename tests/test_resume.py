@@ -547,6 +547,7 @@ def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heir", "said", "state"), [("job 6", "ending", None), ("job 5", "stopped", "T")])
 def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: str | None, tmp_path: Path) -> None:
     """Ended by itself; or stopped, until SLURM ends it, where the same job goes on elsewhere."""

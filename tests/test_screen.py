@@ -173,6 +173,7 @@ print("all done")
 """
 
 
+@pytest.mark.slow
 def test_every_command_works_in_a_locale_that_knows_ascii_only(tmp_path: Path) -> None:
     """There Python sees other names than elsewhere, for the same bytes: the folder can be read in any locale."""
     (tmp_path / "told.yaml").write_text("run:\n  dir: läufe\n", encoding="utf-8")
