@@ -104,6 +104,7 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(
     assert "DataParallel" in output and "(failed)" in output
 
 
+@pytest.mark.slow
 @launched
 def test_an_exception_on_one_rank_before_training(tmp_path: Path) -> None:
     status, _, errors = launch("train", *LINE, "--data=own.BrokenNumbers", "--budget.steps=9", "--backend=mpi", ranks=2)
@@ -309,6 +310,7 @@ compare:
 """
 
 
+@pytest.mark.slow
 def test_a_comparison_continues_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -420,6 +420,7 @@ HARNESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HARNESS)
 def test_how_a_launched_test_ends_that(case: str, tmp_path: Path) -> None:
     (tmp_path / "test_case.py").write_text(HARNESS[case])

@@ -58,6 +58,7 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(activity: str, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @launched
 @pytest.mark.parametrize("backend", ["mpi", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_job_and_its_last_step_is_known(backend: str, tmp_path: Path) -> None:

@@ -481,6 +481,7 @@ def killed_again_and_again(tmp_path: Path, per_class: int, kills: int) -> None:
     assert contents(out) == contents(straight)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     killed_again_and_again(tmp_path, per_class=40, kills=4)
 
