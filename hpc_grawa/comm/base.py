@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from traceback import format_exception
 from types import TracebackType
 from typing import Protocol
 
@@ -278,7 +279,10 @@ class Communicator(ABC):
 
         def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             time.sleep(min(self.rank, 2))  # where all ranks fail alike, the lowest speaks for them
-            speak(kind, error, trace)
+            if speak is sys.__excepthook__:  # which writes in pieces: launchers put lines of their own between them
+                print("".join(format_exception(kind, error, trace)), end="", file=sys.stderr, flush=True)
+            else:
+                speak(kind, error, trace)
             if os.getpid() != self._process:
                 os._exit(1)  # of a process that was forked: the rank itself goes on
             news = ""
@@ -287,6 +291,7 @@ class Communicator(ABC):
                 gone = self.watch.news()
                 news = f" at step {self.meter.said()['step']}" + (f" ({gone})" if gone else "")
             print(f"rank {self.rank} of {self.size} failed{news}: ending the job on all ranks", file=sys.stderr)
+            time.sleep(0.2)  # for the launcher to pass it on before its own words about the end
             self.abort()
 
         sys.excepthook = end
