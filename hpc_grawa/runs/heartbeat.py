@@ -217,7 +217,9 @@ class Watch:
             if self._first and parent_of(self._first) != self._launcher:
                 self._end(f"rank {self.rank} of {self.size} on {platform.node()} has lost its launcher: ending")
             now = time.perf_counter()
-            elapsed, last = min(now - last, 2 * self._pause), now
+            elapsed, last = now - last, now
+            if elapsed > 3 * self._pause:
+                continue  # stopped until now: launchers wake ranks to end them, whose silence others are to tell of
             waits = self._waits()
             if waits is None:
                 self._write("computes" if self._comm is None else self._comm.meter.activity, 0.0)
