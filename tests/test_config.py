@@ -72,7 +72,7 @@ IMPOSSIBLE = {
     "--loss NoSuch": ("loss is NoSuch", "CrossEntropyLoss", "import path"),
     "--model no.such.Net": ("model is no.such.Net", "No module named 'no'"),
     "--method Method": ("method is Method", ", ".join(sorted(plain()))),
-    "--method hpc_grawa.methods.base.AveragingMethod": (
+    "--method hpc_grawa.methods.averaging.AveragingMethod": (
         "AveragingMethod: must be a class derived from Method, and not",
     ),
     "--method torch.nn.Linear": ("method is torch.nn.Linear", "derived from Method"),

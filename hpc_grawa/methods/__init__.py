@@ -23,13 +23,15 @@ What holds for all of them:
 - A rank that fails ends the job on all ranks within seconds, with its traceback.
 """
 
-from .base import AveragingMethod, Level, Method, Probe, SharingMethod
+from .averaging import AveragingMethod, Level
+from .base import Method, Probe
 from .data_parallel import DataParallel
 from .easgd import EASGD
 from .grawa import GRAWA, LGRAWA, MGRAWA, LocalLGRAWA, LocalMGRAWA
 from .local_sgd import LocalSGD
 from .lsgd import LSGD
 from .run import Run
+from .sharing import SharingMethod
 
 __all__ = [
     "EASGD",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..aggregation import Codec, Mean
-from .base import SharingMethod
 from .run import Run
+from .sharing import SharingMethod
 
 
 @dataclass(kw_only=True)

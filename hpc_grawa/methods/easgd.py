@@ -14,7 +14,8 @@ from ..averaging.averager import Averager, inverse, pull
 from ..averaging.scores import Equal
 from ..comm import Communicator
 from ..periods import Period
-from .base import AveragingMethod, Level, Probe, unit_interval
+from .averaging import AveragingMethod, Level, unit_interval
+from .base import Probe
 from .run import Run
 
 

@@ -18,7 +18,8 @@ from ..averaging.scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningG
 from ..comm import Communicator
 from ..errors import require
 from ..vector import Layers, ParameterVector, Partition
-from .base import AveragingMethod, Level, Probe, not_negative, unit_interval
+from .averaging import AveragingMethod, Level, not_negative, unit_interval
+from .base import Probe
 from .run import Run
 
 

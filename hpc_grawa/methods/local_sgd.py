@@ -11,7 +11,8 @@ from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
 from ..periods import Period
-from .base import AveragingMethod, Level, Probe
+from .averaging import AveragingMethod, Level
+from .base import Probe
 from .run import Run
 
 

@@ -29,7 +29,7 @@ from ..errors import require, wrong
 from ..forward import Precision
 from ..launch import Wanted
 from ..methods import Method
-from ..methods.base import AveragingMethod
+from ..methods.averaging import AveragingMethod
 from ..metrics import Metric
 from ..optim import LocalOptimizer
 from ..schedules import Schedule

@@ -17,7 +17,7 @@ from ..data import Nest, in_advance
 from ..errors import wrong
 from ..forward import autocast
 from ..launch import local_device
-from ..methods.base import is_schedule_free
+from ..methods.averaging import is_schedule_free
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .budget import Clock
