@@ -260,6 +260,7 @@ def toy(words: list[str], slot: Slot) -> None:
     settings = parser.add_argument_group("settings of methods")
     settings.add_argument("--period", type=int, default=4, help="local steps between rounds (4)")
     settings.add_argument("--pull", type=float, default=0.5, help="of ranks to the center; EASGD: of the center (0.5)")
+    settings.add_argument("--push", type=float, default=0.1, help="DPPF's, off the mean (0.1)")
     settings.add_argument("--prox", type=float, default=0.0, help="pull between rounds (0)")
     settings.add_argument("--power", type=float, default=1.0, help="weights are inverse to this power of scores (1)")
     settings.add_argument("--score_momentum", type=float, default=0.0, help="of scores over rounds (0)")

@@ -10,26 +10,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..averaging.averager import Averager, inverse, pull
+from ..averaging.averager import inverse, pull
 from ..averaging.scores import Equal
 from ..comm import Communicator
 from ..periods import Period
-from .averaging import AveragingMethod, Level, unit_interval
+from .averaging import AveragingMethod, CenteredAverager, Level, unit_interval
 from .base import Probe
 from .run import Run
 
 
-class ElasticAverager(Averager):
+class ElasticAverager(CenteredAverager):
     """x_m ← x_m - α(x_m - c); c ← (1-β)c + β·x̄, both from the old values, with α = β/W."""
 
     def __init__(self, run: Run, comm: Communicator, beta: float) -> None:
-        super().__init__(comm, run.vector, beta / comm.size)
+        super().__init__(run, comm, beta / comm.size)
         self._beta = beta
-        center = run.vector.data.to(run.vector.exact_dtype, copy=True)
-        if not run.common_start:
-            center.div_(comm.size)
-            comm.allreduce(center, "setup").wait()
-        self.center = self.kept["center"] = center
 
     def _mix(self, x: Tensor, average: Tensor) -> None:
         center = self.kept["center"]
