@@ -41,8 +41,11 @@ class PushingAverager(Averager):
 class DPPF(AveragingMethod):
     """x_m ← x_m + (x̄ - x_m)(α - λ/‖x_m - x̄‖): a pull to the mean, and a push off it of constant length.
 
-    The distance of each rank to the mean settles at λ/α, which is the width of valley that it looks for. Push 0 and
-    pull 1 make it LocalSGD. Evaluate the center: a single rank stays off it on purpose.
+    The distance of each rank to the mean settles at λ/α, which is the width of valley that it looks for.
+
+    Limits: push 0 and pull 1 make it LocalSGD; one rank, training alone.
+
+    Not for: whoever uses the model of a single rank, which stays off the center on purpose.
 
     Attributes:
         period: local steps between rounds, τ.

@@ -34,13 +34,17 @@ class ElasticAverager(CenteredAverager):
 
 @dataclass(kw_only=True)
 class EASGD(AveragingMethod):
-    """Ranks and a center attract each other; the center is state, replicated on all ranks.
+    """x_m ← x_m - (β/W)(x_m - c), c ← (1-β)c + β·x̄: ranks and a center attract each other, an elastic force.
 
-    x_m ← x_m - (β/W)(x_m - c); c ← (1-β)c + β·x̄.
+    The center is state, replicated on all ranks, and moves slowly.
+
+    Limits: pull 0 is training alone, at the start's center; where ranks and center agree it rests.
+
+    Not for: many ranks and few rounds: each moves by β/W only, so that they drift apart.
 
     Attributes:
-        period: local steps between rounds, τ.
-        pull: β, the center's step to the mean; each rank moves by β/W.
+        period: local steps between rounds, τ; 4, 8 or 16 in the papers.
+        pull: β, the center's step to the mean, in [0, 1]; each rank moves by β/W; .1, .3 or .43 in GRAWA's paper.
     """
 
     period: int | Period = 8

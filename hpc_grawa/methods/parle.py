@@ -107,16 +107,19 @@ class Parle(AveragingMethod):
     """y ← y - η(∇f(y) + (y - x)/γ), z ← d·z + (1-d)·y; at a round x ← (1-t)z + t·z̄ with t = γ/(ρ + γ).
 
     y is the model that the local optimizer steps (SGD with Nesterov's momentum of .9 in the paper), x the one that the
-    rank stands for, z̄ the center. γ and ρ fall at every round, by ``scoping``, to their floors (1 and .1 in the paper).
-    With one rank it is EntropySGD without noise, at its γ_E = 1/γ. It keeps three more vectors of P on each rank.
+    rank stands for, z̄ the center. γ and ρ fall at every round, by ``scoping``, to their floors.
+
+    Limits: one rank is EntropySGD without noise, at its γ_E = 1/γ.
+
+    Not for: a lack of memory; own loops without ``run.closure(loss)`` whose ``step`` is given a closure.
 
     Attributes:
-        period: local steps between rounds, L.
-        gamma: γ at the start; smaller holds y closer to x.
-        rho: ρ at the start; smaller holds ranks closer to each other.
-        gamma_floor: the smallest γ.
-        rho_floor: the smallest ρ.
-        scoping: factor of both at each round; null: 1 - 1/(2B), B the steps of an epoch.
+        period: local steps between rounds, L; 25 in the paper.
+        gamma: γ at the start, positive; smaller holds y closer to x; 100 in the paper.
+        rho: ρ at the start, 0 or more; smaller holds ranks closer to each other; 1 in the paper.
+        gamma_floor: the smallest γ; 1 in the paper.
+        rho_floor: the smallest ρ; .1 in the paper.
+        scoping: factor of both at each round, in (0, 1]; null: 1 - 1/(2B), B the steps of an epoch, as in the paper.
         decay: d of z, in [0, 1).
         reference: what x is drawn to: the ``mean`` of all z, the fixed point of the paper's; or, as printed there, the
             mean of the ``previous`` x of all ranks, which as a center is a round behind.

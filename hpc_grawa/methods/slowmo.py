@@ -44,12 +44,16 @@ class SlowAverager(CenteredAverager):
 class SlowMo(AveragingMethod):
     """u ← βu + (c - x̄)/η, c ← c - αηu, and all ranks go on from c: Local SGD whose rounds have a momentum.
 
-    β 0 and α 1 make it LocalSGD. The center takes no part in the steps between rounds.
+    η is that of the round's last step; a round at η = 0 is one of LocalSGD.
+
+    Limits: slow_momentum 0 and slow_lr 1 make it LocalSGD.
+
+    Not for: few rounds: after fewer than 1/(1-β) of them the momentum has hardly begun.
 
     Attributes:
         period: local steps between rounds, τ; 12 in the paper, 48 where communication is dear.
-        slow_lr: α.
-        slow_momentum: β, in [0, 1); .4 to .8 in the paper.
+        slow_lr: α, 0 or more; 1 in the paper.
+        slow_momentum: β, in [0, 1); .4 to .7 in the paper.
     """
 
     period: int | Period = 12
