@@ -13,12 +13,12 @@ split that cross hosts are taken to send at the same time, so those that leave o
 
 from __future__ import annotations
 
-import math
 import queue
 import re
 import threading
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from typing import Literal
 
@@ -31,8 +31,8 @@ from .base import Communicator, SharedCounter, Work
 from .meter import Meter, Purpose, Verb
 from .simulated import SimulatedCommunicator
 
-_BITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_BITS = {"bit": "1", "kbit": "1e3", "mbit": "1e6", "gbit": "1e9"}
+_SECONDS = {"us": "1e-6", "ms": "1e-3", "s": "1"}
 _MUST = (
     "must be the bandwidth and latency of a link (1gbit,100us), and perhaps those between ranks of one host, and how "
     "many share one (1gbit,100us,100gbit,1us,4); positive, in bit, kbit, mbit or gbit, and us, ms or s"
@@ -93,11 +93,10 @@ def _pair(bandwidth: str, latency: str) -> Pair | None:
     return Pair(seconds, 8 / bits) if bits and seconds else None
 
 
-def _amount(text: str, units: dict[str, float]) -> float | None:
+def _amount(text: str, units: dict[str, str]) -> float | None:
     """A positive number with its unit, or None."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)", text)
-    amount = float(found[1]) * units.get(found[2], 0.0) if found else 0.0
-    return amount if 0 < amount < math.inf else None
+    return float(Fraction(found[1]) * Fraction(units.get(found[2], "0"))) or None if found else None
 
 
 def cost(verb: Verb | Literal["barrier", "counter"], payload: int, world_size: int) -> tuple[int, float]:
