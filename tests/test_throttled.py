@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from collections.abc import Callable
@@ -302,3 +303,52 @@ def test_the_first_line_of_output_says_the_link(tmp_path: Path, capsys: pytest.C
     assert first.startswith("backend    single")
     assert first.endswith(", over an emulated network of 1gbit,100us")
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["network"] == "1gbit,100us"
+
+
+def test_runs_over_another_network_go_on_but_are_not_compared_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.plain_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(
+        "{model: own.Line, data: own.Numbers, loss: MSELoss, metric: own.R2, budget: {steps: 4}, run: {name: study},"
+        " log: {tensorboard: false}, eval: {unit: steps, every: 1},"
+        " compare: {methods: [LocalSGD, EASGD], seeds: [1, 2], networks: {'1gbit,.5us': [EASGD]}}}"
+    )
+    words = ("compare", "--config=study.yaml", "--device=cpu")
+    ended = called(capsys, *words)
+    assert ended.status == 0, ended.said
+    names = ["LocalSGD-1", "EASGD-1", "LocalSGD-2", "EASGD-2", "EASGD-1-1gbit,.5us", "EASGD-2-1gbit,.5us"]
+    assert sorted(path.name for path in Path("runs/study").iterdir() if path.is_dir()) == sorted(names)
+    assert "\nEASGD-2-1gbit,.5us (6 of 6) over an emulated network of 1gbit,.5us\n" in ended.output
+    with Path("runs/study/table.csv").open() as file:
+        rows = [(row["experiment"], row["seeds"]) for row in csv.DictReader(file)]
+    assert rows == [("LocalSGD", "1 2"), ("EASGD", "1 2"), ("EASGD network=1gbit,.5us", "1 2")]
+    from matplotlib.image import imread
+
+    assert imread("runs/study/figure.png").shape[:2] == (1080 + 780, 2400)  # a row for the other network
+    assert called(capsys, *words).output.count(" already\n") == 6
+    assert called(capsys, *words, "--methods=LocalSGD").output.count(" already\n") == 2
+
+    # Made over none, it cannot go on as one of a comparison over another once it has gone on by itself.
+    summary = Path("runs/study/EASGD-1/summary.json")
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "network": "1mbit,1s"}))
+    ended = called(capsys, *words)
+    assert ended.status == 2
+    assert "runs/study/EASGD-1 was made with 'network: 1mbit,1s', now it is 'network: None'" in ended.errors
+
+
+def test_a_run_goes_on_over_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.plain_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    words = ("train", "--model=own.Line", "--data=own.Numbers", "--loss=MSELoss", "--metric=own.R2", "--device=cpu")
+    words += ("--run.name=a", "--run.resume=auto", "--save.unit=steps", "--save.every=2", "--log.tensorboard=false")
+    words += ("--method=LocalSGD", "--budget.steps=4", "--optimizer.lr=0.01")
+    assert called(capsys, *words, "--network=1gbit,1us").status == 0
+    Path("runs/a/summary.json").unlink()  # as if it had been cut off
+    ended = called(capsys, *words, "--network=null")
+    assert ended.status == 0 and "resumed    at step 2" in ended.output, ended.said
+    assert json.loads(Path("runs/a/summary.json").read_text())["network"] is None
+    assert called(capsys, "evaluate", "runs/a").status == 0

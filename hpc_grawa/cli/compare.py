@@ -24,7 +24,7 @@ _SINGLE = ("method", "method.class_path", "run.seed")
 
 @dataclass
 class Comparison:
-    """The runs of a comparison, in the order they are made: all methods of a seed, then the next seed.
+    """The runs of a comparison, in their order: all methods of a seed, then the next seed; then over other networks.
 
     Attributes:
         folder: holds one run folder per method and seed.
@@ -48,7 +48,8 @@ class Comparison:
         """Read the command line.
 
         A recipe's ``compare`` section may hold ``methods`` (names, or for each name what stands in the recipe's
-        ``methods`` else), ``seeds`` and ``target``; the command line wins.
+        ``methods`` else), ``seeds`` and ``target``; the command line wins. It may also hold ``networks``, such as
+        ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -56,8 +57,8 @@ class Comparison:
         files, options = split_config(words)
         settings = read_settings(files)
         section = settings.get("compare", {})
-        if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
-            raise wrong("compare", section, "must have the keys methods, seeds, target")
+        if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target", "networks"}:
+            raise wrong("compare", section, "must have the keys methods, seeds, target, networks")
         if single := [f"--{key}={value}" for key, value in options if key in _SINGLE]:
             raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
         names = methods.split(",") if methods else section.get("methods")
@@ -73,6 +74,12 @@ class Comparison:
         numbers = seeds.split(",") if seeds else [str(n) for n in given]
         if not all(number.isdigit() for number in numbers):
             raise wrong("seeds", ",".join(numbers), "must be whole numbers of 0 or more, separated by commas")
+        networks = section.get("networks") or {}
+        known = section.get("methods") or names
+        if not isinstance(networks, dict) or not all(
+            isinstance(again, list) and all(name in known for name in again) for again in networks.values()
+        ):
+            raise wrong("compare.networks", networks, "must hold those of the methods ({'1gbit,100us': [LGRAWA]})")
         for what, values in (("methods", [short(name) for name in names]), ("seeds", numbers)):
             if len(set(values)) < len(values):
                 raise wrong(what, ",".join(values), "must not name one twice")
@@ -87,6 +94,19 @@ class Comparison:
             for seed in map(int, numbers)
             for name in names
         ]
+        for network, again in networks.items():
+            configs += [
+                run(
+                    name,
+                    f"--run.seed={seed}",
+                    f"--run.name={short(name)}-{seed}-{network}",
+                    f"--run.dir={folder}",
+                    f"--network={network}",
+                )
+                for seed in map(int, numbers)
+                for name in names
+                if name in again
+            ]
         return cls(folder, configs, section.get("target") if target is None else target)
 
     def check_folders(self, world_size: int) -> None:
@@ -109,6 +129,8 @@ class Comparison:
                 renamed(flatten(parse_settings(text, str(run / "config.yaml")))) | {"ranks": size}
                 for text, size in texts
             )
+            # Resumed by itself, it may have gone on over another.
+            there["network"] = (read_object(run / "summary.json") or {}).get("network")
             for key in dict.fromkeys([*now, *there]):
                 if there.get(key) != now.get(key):
                     short = key.rpartition(".")[2]
@@ -131,7 +153,8 @@ class Comparison:
         for number, config in enumerate(self.configs):
             title = f"{config.run.name} ({number + 1} of {len(self.configs)})"
             if comm.rank == 0:
-                print(f"\n{title}" + (f" is in {done[number]} already" if there[number] else ""), flush=True)
+                link = f" over an emulated network of {config.network}" if config.network else ""
+                print(f"\n{title}{link}" + (f" is in {done[number]} already" if there[number] else ""), flush=True)
             if not there[number]:
                 # A run that was cut off keeps its folder; the next attempt gets a numbered one.
                 folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)

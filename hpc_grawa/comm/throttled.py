@@ -33,7 +33,8 @@ from .simulated import SimulatedCommunicator
 
 _BITS = {"bit": "1", "kbit": "1e3", "mbit": "1e6", "gbit": "1e9"}
 _SECONDS = {"us": "1e-6", "ms": "1e-3", "s": "1"}
-_MUST = (
+#: What is said of any other text.
+MUST = (
     "must be the bandwidth and latency of a link (1gbit,100us), and perhaps those between ranks of one host, and how "
     "many share one (1gbit,100us,100gbit,1us,4); positive, in bit, kbit, mbit or gbit, and us, ms or s"
 )
@@ -84,7 +85,7 @@ class Network:
         ranks = int(words[4]) if len(words) == 5 and words[4].isdecimal() else 0
         known = [pair for pair in pairs if pair is not None]
         if len(words) not in (2, 4, 5) or len(known) < len(words) // 2 or (len(words) == 5 and not ranks):
-            raise wrong("network", text, _MUST)
+            raise wrong("network", text, MUST)
         return cls(text, known[0], known[1] if known[1:] else None, ranks or None)
 
 
