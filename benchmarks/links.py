@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIDE, LAYERS, STEPS, REPEATS, PERIOD = 1000, 4, 24, 3, 4
+SIDE, LAYERS, STEPS, REPEATS, PERIOD = 1000, 4, 16, 3, 1
 BRIDGE, NET, PORT = "grawabr", "10.88.7", "29517"
 
 

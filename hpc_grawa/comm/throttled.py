@@ -88,6 +88,10 @@ class Network:
             raise wrong("network", text, MUST)
         return cls(text, known[0], known[1] if known[1:] else None, ranks or None)
 
+    def pair(self, crosses: bool) -> Pair:
+        """What holds among ranks that cross hosts, or that are all on one."""
+        return self.between if crosses or self.within is None else self.within
+
 
 def _pair(bandwidth: str, latency: str) -> Pair | None:
     bits, seconds = _amount(bandwidth, _BITS), _amount(latency, _SECONDS)
@@ -290,7 +294,7 @@ class ThrottledCommunicator(Communicator):
             crossing = [there for p in parts if len(there := {whole._hosts[m] for m in p}) > 1]
             streams = max(1, *(sum(host in there for there in crossing) for host in self._hosts))
         crosses = len(set(self._hosts)) > 1
-        self._pair = network.between if crosses or network.within is None else network.within
+        self._pair = network.pair(crosses)
         self._line = self._lines[crosses]
         self._streams = streams if crosses else 1
 
