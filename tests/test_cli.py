@@ -25,6 +25,7 @@ from table import is_, plain
 from hpc_grawa import LGRAWA, cli, simulate
 from hpc_grawa.cli.compare import Comparison, Planned
 from hpc_grawa.cli.parsing import parse
+from hpc_grawa.comm import throttled
 from hpc_grawa.runs import log
 from hpc_grawa.training.loop import fit
 
@@ -353,6 +354,7 @@ def test_a_comparison_continues_where_it_stopped(
     for words, difference in (
         (["--optimizer.lr=0.2"], "was made with 'lr: 0.05', now it is 'lr: 0.2'"),
         (["--data.noise=0.5"], "was made with 'noise: 0.1', now it is 'noise: 0.5'"),
+        (["--network=1gbit,1us"], "was made with 'network: None', now it is 'network: 1gbit,1us'"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["compare", "--config=recipe.yaml", *words])
@@ -475,6 +477,11 @@ def test_what_cannot_be_compared(words: list[str], parts: tuple[str, ...], capsy
         ("{methods: [LGRAWA, 3]}", "compare.methods is ['LGRAWA', 3]: must be a list of names ([LGRAWA, EASGD])"),
         ("{methods: [LGRAWA], seeds: 36}", "compare.seeds is 36: must be a list of numbers ([1, 2])"),
         ("{methods: [LGRAWA], target: high}", "compare.target is high: must be a number"),
+        (
+            "{methods: [LGRAWA], networks: {'1gbit,1us': [EASGD]}}",
+            "compare.networks is {'1gbit,1us': ['EASGD']}: must hold those of the methods ({'1gbit,100us': [LGRAWA]})",
+        ),
+        ("{methods: [LGRAWA], networks: {1foo: [LGRAWA]}}", f"network is 1foo: {throttled.MUST}"),
     ],
 )
 def test_what_a_comparison_cannot_say(

@@ -29,7 +29,7 @@ from .settings import read_settings, split_config
 
 #: What a comparison sets itself, run by run.
 _SINGLE = ("method", "method.class_path", "run.seed", "run.resume")
-_SECTION = ("methods", "seeds", "target", "grid")
+_SECTION = ("methods", "seeds", "target", "grid", "networks")
 
 
 class Planned(NamedTuple):
@@ -46,7 +46,7 @@ class Planned(NamedTuple):
 
 @dataclass
 class Comparison:
-    """The runs of a comparison, in the order they are made: of a seed all methods and settings, then the next seed.
+    """The runs of a comparison, in their order: of a seed all methods and settings, then the next seed, then networks.
 
     Attributes:
         folder: holds one run folder per method, setting and seed.
@@ -72,7 +72,8 @@ class Comparison:
 
         A recipe's ``compare`` section may hold ``methods`` (names, or for each name what stands in the recipe's
         ``methods`` else), ``seeds``, ``target`` and ``grid`` (lists of values by key); the command line wins. A setting
-        in the grid that a method does not have is left out for this method.
+        in the grid that a method does not have is left out for this method. It may also hold ``networks``, such as
+        ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -97,6 +98,12 @@ class Comparison:
         numbers = seeds.split(",") if seeds else [str(n) for n in given]
         if not all(number.isdigit() for number in numbers):
             raise wrong("seeds", ",".join(numbers), "must be whole numbers of 0 or more, separated by commas")
+        networks = section.get("networks") or {}
+        known = section.get("methods") or names
+        if not isinstance(networks, dict) or not all(
+            isinstance(again, list) and all(name in known for name in again) for again in networks.values()
+        ):
+            raise wrong("compare.networks", networks, "must hold those of the methods ({'1gbit,100us': [LGRAWA]})")
         for what, values in (("methods", [short(name) for name in names]), ("seeds", numbers)):
             if len(set(values)) < len(values):
                 raise wrong(what, ",".join(values), "must not name one twice")
@@ -111,12 +118,15 @@ class Comparison:
         first = parse([*words, f"--method={names[0]}"], program).run
         folder = Path(first.dir) / (first.name or "comparison")
         plan = []
-        for seed in map(int, numbers):
-            for name in names:
-                for point in points[name]:
-                    title = "-".join([short(name), *(_title(key, value, axes) for key, value in point), str(seed)])
-                    identity = f"--run.seed={seed}", f"--run.name={title}", f"--run.dir={folder}"
-                    plan.append(run(name, *(f"--{key}={value}" for key, value in point), *identity))
+        for network, some in {None: names, **networks}.items():
+            for seed in map(int, numbers):
+                for name in (name for name in names if name in some):
+                    for point in points[name]:
+                        told = (_title(key, value, axes) for key, value in point)
+                        title = "-".join([short(name), *told, str(seed), *([] if network is None else [network])])
+                        own = [f"--{key}={value}" for key, value in point]
+                        own += [] if network is None else [f"--network={network}"]
+                        plan.append(run(name, *own, f"--run.seed={seed}", f"--run.name={title}", f"--run.dir={folder}"))
         return cls(folder, plan, section.get("target") if target is None else target)
 
     def check_folders(self, world_size: int | None) -> None:
@@ -145,6 +155,8 @@ class Comparison:
                 renamed(flatten(parse_settings(text, str(run / "config.yaml")))) | {"ranks": size}
                 for text, size in texts
             )
+            # Resumed by itself, it may have gone on over another.
+            there["network"] = (read_object(run / "summary.json") or {}).get("network")
             for key in dict.fromkeys([*now, *there]):
                 if key == "run.resume":  # a launcher's runs go on where they were cut off
                     continue
@@ -239,7 +251,9 @@ class Comparison:
         return [path for _, config in self.plan if (path := self._finished(config))]
 
     def _announce(self, number: int, done: Path | None) -> None:
-        title = f"{self.plan[number].config.run.name} ({number + 1} of {len(self.plan)})"
+        config = self.plan[number].config
+        link = f" over an emulated network of {config.network}" if config.network else ""
+        title = f"{config.run.name} ({number + 1} of {len(self.plan)}){link}"
         print(f"\n{title}" + (f" is in {done} already" if done is not None else ""), flush=True)
 
     def _finished(self, config: Config) -> Path | None:

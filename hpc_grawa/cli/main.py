@@ -137,7 +137,7 @@ def evaluate(words: list[str], slot: Slot) -> None:
     settings = parse_settings(read_text(file) or "", str(file))
     if missing := CLASS_SECTIONS.keys() - settings:
         raise Damaged(f"{file} is not whole: it has no {min(missing)}")
-    again = [f"--config={file}", f"--backend={options.backend}"]
+    again = [f"--config={file}", f"--backend={options.backend}", "--network=null"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
     config = parse(again, program)
@@ -389,7 +389,8 @@ def backend_line(config: Config, slot: Slot) -> str:
     """Which backend and why; raises ``ConfigError`` where it cannot run."""
     backend, why = choose(config.backend, slot)
     where = ", on GPUs" if local_device(slot, config.device).type == "cuda" else ""
-    return f"backend    {backend} ({why}), {counted(slot.size, 'rank')}{where}"
+    link = f", over an emulated network of {config.network}" if config.network else ""
+    return f"backend    {backend} ({why}), {counted(slot.size, 'rank')}{where}{link}"
 
 
 def set_threads(slot: Slot) -> None:
