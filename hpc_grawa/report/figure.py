@@ -47,6 +47,7 @@ _STYLE: dict[Any, Any] = {
 }
 _SIZE = (12.0, 5.4)  # inches; 1200 pixels wide on a page at 100 per inch
 _FURTHER = 3.9  # inches, of a row below for another network
+_COURSE = 2.6  # inches, of a row below for the course of one run
 _DPI = 200
 _SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -57,7 +58,8 @@ _MOST_RANKS = 24  # with their own panel; of more, the layers' mean is shown
 def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = None) -> None:
     """Draw runs as one figure of 2400 x 1080 pixels (or the same as vectors).
 
-    Where some were made over another network (an emulated one), their curves are a row below, as wide as the figure.
+    Where some were made over another network (an emulated one), their curves are a row below, as wide as the figure. A
+    single experiment has a row of its learning rate, H and consensus distance over training instead.
 
     On the left what the center is judged by over training seconds, a line per experiment: accuracies as errors, and
     over several seeds the mean with a band of one standard deviation. On the right the weights of the first run that
@@ -87,14 +89,17 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
     weighted = _weighted_run(shown)
     # A line has its colour in every row.
     pens = {label: i for i, label in enumerate(dict.fromkeys(label for _, curves in rows for label in curves))}
-    heights = [_SIZE[1], *[_FURTHER] * (len(rows) - 1)]
+    course = records[0].course() if len(pens) == len(networks) == 1 else {}
+    heights = [_SIZE[1], *[_FURTHER] * (len(rows) - 1), *([_COURSE] if course else [])]
     with saved_figure(path, (_SIZE[0], sum(heights))) as figure:
-        first, *others = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+        first, *others = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         _draw_title(first, shown)
         right = 0.985 if weighted is None else 0.53
         _draw_curves(first, shown[0], part, rows[0][1], pens, target, _Place(right, 0.125, 0.83, 0.87, _CAPTION))
         if weighted is not None:
             _draw_weights(first, weighted, 0.565, sum(run.method == weighted.method for run in shown))
+        if course:
+            _draw_course(others.pop(), course)
         for row, (network, curves) in zip(others, rows[1:], strict=True):
             place = _Place(0.985, 0.17, 0.855, 0.92, 0.06)
             note = f"over an emulated network of {network}" if network else "over the network that there is"
@@ -295,6 +300,30 @@ def _draw_curves(
             zorder=4,
         )
     _name_ends(axes, curves, pens, ends, names)
+
+
+def _draw_course(figure: FigureBase, course: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """A small panel for each, side by side."""
+    from matplotlib.ticker import MaxNLocator
+
+    width = 0.97 / len(course)
+    for number, (name, points) in enumerate(course.items()):
+        left = 0.02 + number * width
+        seconds, values = np.array(points).T
+        figure.text(left, 0.9, f"{name[0].upper()}{name[1:]}", size=11, weight="bold", va="baseline")
+        axes = figure.add_axes((left + 0.042, 0.21, width - 0.077, 0.6))
+        axes.plot(seconds, values, color=COLOURS[1], linewidth=1.6, solid_capstyle="round")
+        axes.plot(seconds[-1:], values[-1:], "o", color=COLOURS[1], markersize=4, clip_on=False, zorder=3)
+        axes.set_xlim(0, float(seconds.max()) or 1.0)
+        axes.set_ylim(0, 1.08 * float(values[np.isfinite(values)].max(initial=0.0)) or 1.0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", color=_RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        figure.text(left + 0.042 + (width - 0.077) / 2, 0.03, "training time (s)", ha="center", va="baseline")
 
 
 def _pen(index: int) -> tuple[str, Any]:

@@ -15,7 +15,7 @@ from ..errors import ConfigError, Damaged
 from .reading import parse_object, parse_settings, read_object, read_text
 
 #: What an ``evaluate`` event says besides the metric.
-_EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss"}
+_EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
 #: Settings that tell repetitions of one experiment from each other, and where they are kept.
 _IDENTITY = {"run.name", "run.dir", "run.seed"}
 
@@ -99,6 +99,24 @@ class RunRecord:
             for event in self.events.get("evaluate", [])
             if event["part"] == part and event["model"] == "center" and event.get(self.metric) is not None
         ]
+
+    def course(self) -> dict[str, list[tuple[float, float]]]:
+        """Over training seconds the learning rate, H of rounds of all ranks, and the ranks' consensus distance.
+
+        Each under its name, if there is any.
+        """
+        rounds = self.events.get("round", [])
+        widest = max((len(event.get("ranks") or ()) for event in rounds), default=0)
+        rounds = [event for event in rounds if len(event.get("ranks") or ()) == widest]
+        steps, evaluations = self.events.get("train", []), self.events.get("evaluate", [])
+        found = {
+            "learning rate": [(e["seconds"], e["lr"]) for e in rounds or steps if is_number(e.get("lr"))],
+            "local steps of a round, H": [(e["seconds"], e["period"]) for e in rounds if is_number(e.get("period"))],
+            "consensus distance": [
+                (e["seconds"], e["consensus_distance"]) for e in evaluations if is_number(e.get("consensus_distance"))
+            ],
+        }
+        return {name: points for name, points in found.items() if points}
 
     def time_to(self, target: float, part: str) -> float | None:
         """Training seconds at the first evaluation that meets the target, or None; nothing is interpolated."""

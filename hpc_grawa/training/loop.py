@@ -223,10 +223,12 @@ class Training:
 
     def _evaluate(self) -> None:
         worker = self.worker
-        with worker.clock.paused(), worker.comm.meter.busy("evaluates"), self.examiner.center():
-            scores = self.examiner.evaluate(self.seen)
+        with worker.clock.paused(), worker.comm.meter.busy("evaluates"):
+            apart = self.examiner.consensus_distance()
+            with self.examiner.center():
+                scores = self.examiner.evaluate(self.seen)
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
-        self.progress.on_evaluation(self.part, scores)
+        self.progress.on_evaluation(self.part, scores, apart)
 
     def _save(self) -> None:
         """Begin to write a checkpoint."""
