@@ -25,7 +25,23 @@ Example:
 
 from .comm import Communicator, simulate
 from .distributed_optimizer import DistributedOptimizer
-from .methods import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalLGRAWA, LocalMGRAWA, LocalSGD, Method, Run
+from .methods import (
+    EASGD,
+    GRAWA,
+    LGRAWA,
+    LSGD,
+    MGRAWA,
+    DataParallel,
+    DeepGradientCompression,
+    EFSign,
+    LocalLGRAWA,
+    LocalMGRAWA,
+    LocalSGD,
+    Method,
+    OneBitSGD,
+    PowerSGD,
+    Run,
+)
 from .vector import ParameterVector
 
 __all__ = [
@@ -36,12 +52,16 @@ __all__ = [
     "MGRAWA",
     "Communicator",
     "DataParallel",
+    "DeepGradientCompression",
     "DistributedOptimizer",
+    "EFSign",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",
     "Method",
+    "OneBitSGD",
     "ParameterVector",
+    "PowerSGD",
     "Run",
     "simulate",
 ]

@@ -26,10 +26,14 @@ What holds for all of them:
 from .averaging import AveragingMethod, Level
 from .base import Method, Probe
 from .data_parallel import DataParallel
+from .deep_gradient_compression import DeepGradientCompression
 from .easgd import EASGD
+from .ef_sign import EFSign
 from .grawa import GRAWA, LGRAWA, MGRAWA, LocalLGRAWA, LocalMGRAWA
 from .local_sgd import LocalSGD
 from .lsgd import LSGD
+from .one_bit import OneBitSGD
+from .powersgd import PowerSGD
 from .run import Run
 from .sharing import SharingMethod
 
@@ -41,11 +45,15 @@ __all__ = [
     "MGRAWA",
     "AveragingMethod",
     "DataParallel",
+    "DeepGradientCompression",
+    "EFSign",
     "Level",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",
     "Method",
+    "OneBitSGD",
+    "PowerSGD",
     "Probe",
     "Run",
     "SharingMethod",
