@@ -18,7 +18,7 @@ and a run is, with steps, ranks and rounds counted from 0:
                      x_m <- NaN where poison(rank, step)       (a broken machine, for the tests)
         if H steps have passed since the last round, or this was the last step:  round
 
-A run may begin with steps of DataParallel (post-local): then the method begins where they have ended.
+A run may begin with steps of a method that shares gradients (post-local): then it begins where they have ended.
 
 H is the period, asked for at the start of every round. A last round cut short by the end of the run keeps
 the H it began with in prox / H.
@@ -433,6 +433,9 @@ class Method:
     def forget(self, rank: int) -> None:
         """A healed rank: drops what the method remembers of it."""
 
+    def stop(self, world: World) -> None:
+        """Called where another method takes over."""
+
 
 @dataclass
 class LocalSGD(Method):
@@ -800,6 +803,11 @@ class DeepGradientCompression(DataParallel):
                 optimizer.momentum = optimizer.weight_decay = 0.0
         self.momentum, self.decay = getattr(self, "taken", (0.0, 0.0))
 
+    def stop(self, world: World) -> None:
+        for optimizer in world.optimizers:
+            assert isinstance(optimizer, SGD)
+            optimizer.momentum, optimizer.weight_decay = self.momentum, self.decay
+
     def shared(self, world: World) -> Array:
         if not np.all(np.isfinite(world.gradients)):
             return np.full(world.x.shape[1], np.nan)
@@ -882,6 +890,7 @@ def replay(
     warmup_steps: int = 0,
     steps_per_epoch: int = 1,
     shared: int = 0,
+    first: Method | None = None,
 ) -> Replay:
     """Runs `method` for `steps` local steps on W ranks (see the top of this page) and keeps everything.
 
@@ -893,9 +902,10 @@ def replay(
     probe           (rank, round) -> the probe batch, taken at x after the local step and its proximity pull
     poison          (rank, step) -> True where the rank's parameters become NaN after that step
     local_momentum  optimizer state at a round: "keep", "reset", or "average" (uniform, over the finite ranks)
-    shared          so many steps of DataParallel come first
+    shared          so many steps of a method that shares gradients come first
+    first           that method
     """
-    method, first = copy.deepcopy(method), DataParallel()
+    method, first = copy.deepcopy(method), copy.deepcopy(first or DataParallel())
     eta = lr if callable(lr) else lambda step: lr
     every = period if callable(period) else lambda facts: period
     x = starts.copy() if independent else np.array([starts[0]] * len(starts))
@@ -907,7 +917,10 @@ def replay(
 
     for step in range(steps):
         now = first if step < shared else method
+        if step == 0:
+            first.start(world)
         if step == shared:
+            first.stop(world)
             method.start(world)
             round_begins = True
         world.lr = eta(step)

@@ -42,7 +42,7 @@ class Packed:
         self.gradients = [bucket.views[k] for k in places]
         sizes = [gradient.numel() for gradient in self.gradients]
         self.data = bucket.gradient.new_zeros(sum(sizes)) if data is None else data
-        pieces = zip(self.data.split(sizes), self.gradients, strict=True) if sizes else ()
+        pieces = zip(torch.split(self.data, sizes), self.gradients, strict=True) if sizes else ()
         self.views = [piece.view(gradient.shape) for piece, gradient in pieces]
         self.groups: list[Group] = []
         start = 0

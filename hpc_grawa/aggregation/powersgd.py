@@ -50,12 +50,12 @@ class LowRank(ErrorFeedback):
         exact = sum(bucket.views[k].numel() for k in others)
         first = self._first[bucket] = bucket.gradient.new_zeros(sum(thin) + exact)
         second = self._second[bucket] = bucket.gradient.new_zeros(sum(b * m * r for b, _, m, r in sizes))
-        ps = first.split([*thin, exact])
-        qs = second.split([b * m * r for b, _, m, r in sizes]) if sizes else ()
+        *ps, rest = torch.split(first, [*thin, exact])
+        qs = torch.split(second, [b * m * r for b, _, m, r in sizes]) if sizes else ()
         self._factors[bucket] = [
-            (p.view(b, n, r), q.view(b, m, r)) for p, q, (b, n, m, r) in zip(ps[:-1], qs, sizes, strict=True)
+            (p.view(b, n, r), q.view(b, m, r)) for p, q, (b, n, m, r) in zip(ps, qs, sizes, strict=True)
         ]
-        return ps[-1]
+        return rest
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         super().prepare(buckets)

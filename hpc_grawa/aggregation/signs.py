@@ -71,7 +71,7 @@ class _Signs(ErrorFeedback):
         exact.become_gradients()
         means = [torch.zeros_like(p) for p in rows]
         for m in range(ranks):
-            signs = unpacked(bytes_[m], len(kept.data)).split([p.numel() for p in rows]) if rows else ()
+            signs = torch.split(unpacked(bytes_[m], len(kept.data)), [p.numel() for p in rows]) if rows else ()
             for mean, sign, values in zip(means, signs, measured, strict=True):
                 low, high = self._levels(values[m].view(-1, self.numbers))
                 mean.add_(torch.where(sign.view(mean.shape), high, low))

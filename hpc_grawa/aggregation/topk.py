@@ -138,7 +138,7 @@ class TopK(Codec):
         momentum, decay, nesterov = taken.of(bucket.tensors)
         for place in bucket.absent:  # where no rank has a gradient, weight decay must not make one
             decay[place] = 0.0
-        g, u, v = bucket.views, *([of[i] for i in bucket.tensors] for of in (self._u_views, self._v_views))
+        g, u, v = list(bucket.views), *([of[i] for i in bucket.tensors] for of in (self._u_views, self._v_views))
         if any(decay):
             torch._foreach_add_(g, torch._foreach_mul([self._parameters[i] for i in bucket.tensors], decay))
         torch._foreach_mul_(u, momentum)
@@ -195,5 +195,5 @@ class TopK(Codec):
 def _span(bucket: Bucket, place: int) -> tuple[int, int]:
     """Where a tensor lies in the bucket's gradient."""
     view = bucket.views[place]
-    start = view.storage_offset() - bucket.gradient.storage_offset()
+    start = int(view.storage_offset() - bucket.gradient.storage_offset())
     return start, start + view.numel()

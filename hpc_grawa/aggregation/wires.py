@@ -21,7 +21,7 @@ def as_parts(rows: Tensor, kinds: Sequence[tuple[int, torch.dtype]]) -> list[Ten
     """What ``as_message`` has joined on each rank: of bytes ``[W, n]`` the parts ``[W, count]``, for (count, dtype)."""
     sizes = [count * dtype.itemsize for count, dtype in kinds]
     # Copied, as numbers must begin at a multiple of their size.
-    parts = [part.clone(memory_format=torch.contiguous_format).flatten() for part in rows.split(sizes, 1)]
+    parts = [part.clone(memory_format=torch.contiguous_format).flatten() for part in torch.split(rows, sizes, 1)]
     return [part.view(dtype).view(len(rows), count) for part, (count, dtype) in zip(parts, kinds, strict=True)]
 
 
