@@ -91,7 +91,7 @@ class OneBit(_Signs):
         return data.view(len(data) * data.shape[1], math.prod(data.shape[2:]))
 
     def _measure(self, rows: Tensor) -> Tensor:
-        above = (rows >= 0).sum(1)
+        above = (rows >= 0).sum(1, dtype=rows.dtype)
         low = rows.clamp(max=0).sum(1) / (rows.shape[1] - above).clamp(min=1)
         high = rows.clamp(min=0).sum(1) / above.clamp(min=1)
         return torch.stack((low, high), 1)
