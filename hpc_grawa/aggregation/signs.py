@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,16 +19,16 @@ from .wires import as_message, as_parts
 def packed(bits: Tensor) -> Tensor:
     """Bits ``[n]`` of bool as bytes ``[⌈n/8⌉]``, the first of a byte its lowest."""
     eights = pad(bits.view(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-    return eights.bitwise_left_shift(_places(bits.device)).sum(1, dtype=torch.uint8)
+    packed = eights[:, 0].clone()
+    for place in range(1, 8):
+        packed |= eights[:, place] << place
+    return packed
 
 
-def unpacked(bytes_: Tensor, n: int) -> Tensor:
-    """Of ``packed`` bytes the bits ``[n]``."""
-    return bytes_[:, None].bitwise_right_shift(_places(bytes_.device)).bitwise_and_(1).view(torch.bool).flatten()[:n]
-
-
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+def bits_of_bytes(like: Tensor) -> Tensor:
+    """The bits of all bytes, as numbers 0 and 1 ``[256, 8]``: ``bits_of_bytes(x)[bytes.int()]`` undoes ``packed``."""
+    bytes_, places = (torch.arange(n, dtype=torch.uint8, device=like.device) for n in (256, 8))
+    return ((bytes_[:, None] >> places) & 1).to(like.dtype)
 
 
 class _Signs(ErrorFeedback):
@@ -41,24 +42,33 @@ class _Signs(ErrorFeedback):
         """Tensors of one shape ``[B, *shape]`` as rows ``[R, n]``, each with levels of its own."""
 
     @abstractmethod
-    def _measure(self, rows: Tensor) -> Tensor:
-        """What tells the levels of rows ``[R, n]``: ``[R, numbers]``, not finite where an entry of the row is not."""
+    def _measure(self, p: Tensor, above: Tensor) -> Tensor:
+        """What tells the levels of rows ``[R, n]``: ``[R, numbers]``, not finite where an entry of the row is not.
+
+        ``above`` is 1 where p ≥ 0, else 0.
+        """
 
     @abstractmethod
     def _levels(self, measured: Tensor) -> tuple[Tensor, Tensor]:
         """From ``[R, numbers]`` the levels low and high, ``[R, 1]`` each."""
 
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        super().prepare(buckets)
+        self._bits = bits_of_bytes(buckets[0].gradient)
+
     def launch(self, bucket: Bucket) -> Work:
         kept, exact = self._kept[bucket], self._exact[bucket]
         kept.add_gradients()
         exact.take_gradients()
+        bits = kept.data >= 0
         rows = [self._rows(group.data) for group in kept.groups]
-        measured = [self._measure(p) for p in rows]
-        message = as_message([exact.data, *(values.flatten() for values in measured), packed(kept.data >= 0)])
+        above = self._of_groups(bits.to(kept.data.dtype), rows)
+        measured = [self._measure(*pair) for pair in zip(rows, above, strict=True)]
+        message = as_message([exact.data, *(values.flatten() for values in measured), packed(bits)])
         work = bucket.comm.allgather(message, "gradient", bucket.numbers[0])
-        for p, values in zip(rows, measured, strict=True):
+        for p, signs, values in zip(rows, above, measured, strict=True):
             low, high = self._levels(values)
-            p.sub_(torch.where(p >= 0, high, low))
+            p.sub_(signs.mul_(high - low).add_(low))
         return work
 
     def land(self, bucket: Bucket, work: Work) -> None:
@@ -69,14 +79,20 @@ class _Signs(ErrorFeedback):
         exacts, *measured, bytes_ = as_parts(work.wait(), [*kinds, (-(-len(kept.data) // 8), torch.uint8)])
         exact.data.copy_(exacts.sum(0).mul_(1 / ranks))
         exact.become_gradients()
-        means = [torch.zeros_like(p) for p in rows]
+        sums = [torch.zeros_like(p) for p in rows]
         for m in range(ranks):
-            signs = torch.split(unpacked(bytes_[m], len(kept.data)), [p.numel() for p in rows]) if rows else ()
-            for mean, sign, values in zip(means, signs, measured, strict=True):
+            above = self._bits.index_select(0, bytes_[m].int()).flatten()[: len(kept.data)]
+            for total, signs, values in zip(sums, self._of_groups(above, rows), measured, strict=True):
                 low, high = self._levels(values[m].view(-1, self.numbers))
-                mean.add_(torch.where(sign.view(mean.shape), high, low))
-        for mean, group in zip(means, kept.groups, strict=True):
-            torch._foreach_copy_(group.gradients, mean.mul_(1 / ranks).view(group.data.shape).unbind())
+                total.add_(signs.mul_(high - low).add_(low))
+        for total, group in zip(sums, kept.groups, strict=True):
+            torch._foreach_copy_(group.gradients, total.mul_(1 / ranks).view(group.data.shape).unbind())
+
+    @staticmethod
+    def _of_groups(packed: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Numbers in the order of ``Packed.data``, in the shapes of these rows."""
+        pieces = torch.split(packed, [p.numel() for p in rows]) if rows else ()
+        return [piece.view(p.shape) for piece, p in zip(pieces, rows, strict=True)]
 
 
 class OneBit(_Signs):
@@ -90,10 +106,10 @@ class OneBit(_Signs):
     def _rows(self, data: Tensor) -> Tensor:
         return data.view(len(data) * data.shape[1], math.prod(data.shape[2:]))
 
-    def _measure(self, rows: Tensor) -> Tensor:
-        above = (rows >= 0).sum(1, dtype=rows.dtype)
-        low = rows.clamp(max=0).sum(1) / (rows.shape[1] - above).clamp(min=1)
-        high = rows.clamp(min=0).sum(1) / above.clamp(min=1)
+    def _measure(self, p: Tensor, above: Tensor) -> Tensor:
+        count = above.sum(1)
+        low = p.clamp(max=0).sum(1) / (p.shape[1] - count).clamp(min=1)
+        high = p.clamp(min=0).sum(1) / count.clamp(min=1)
         return torch.stack((low, high), 1)
 
     def _levels(self, measured: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +127,8 @@ class ScaledSigns(_Signs):
     def _rows(self, data: Tensor) -> Tensor:
         return data.view(len(data), math.prod(data.shape[1:]))
 
-    def _measure(self, rows: Tensor) -> Tensor:
-        return rows.abs().mean(1, keepdim=True)
+    def _measure(self, p: Tensor, above: Tensor) -> Tensor:
+        return p.abs().mean(1, keepdim=True)
 
     def _levels(self, measured: Tensor) -> tuple[Tensor, Tensor]:
         return -measured, measured

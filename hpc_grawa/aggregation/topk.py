@@ -185,7 +185,8 @@ class TopK(Codec):
         self._v.copy_(state["v"])
         if self._u is not None and self._taken is not None and "u" in state:
             self._u.copy_(state["u"])
-            self._taken.values = [dict(values) for values in state["taken"]]
+            if state["taken"]:  # else it was saved when they had been given back
+                self._taken.values = [dict(values) for values in state["taken"]]
 
     def close(self) -> None:
         if self._taken is not None:

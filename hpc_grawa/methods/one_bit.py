@@ -17,7 +17,7 @@ class OneBitSGD(SharingMethod):
     is not quantised once more, so each sends about (P/8 + 8·rows)(W - 1) bytes. Works with any optimizer.
 
     Limits: what was sent and what is left in e add up to all gradients. Rows of one
-    entry, or of two of which one is negative, are sent exactly.
+    entry are sent exactly.
     Not for many ranks: bytes grow with W, and beyond about 64 are more than those of ``DataParallel``.
 
     Source: Seide, Fu, Droppo, Li and Yu, 1-Bit Stochastic Gradient Descent (Interspeech 2014).
