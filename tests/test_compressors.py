@@ -181,6 +181,22 @@ def test_bfloat16_parameters_are_shared_in_fp32_and_stay_alike(name: str) -> Non
     assert first.dtype == torch.bfloat16 and first.isfinite().all() and all(torch.equal(first, x) for x in others)
 
 
+@pytest.mark.parametrize("bucket_mb", [1e-9, 25.0])
+@pytest.mark.parametrize("name", [*plain("shares"), "DataParallel in bf16"])
+def test_tensors_without_entries_and_without_dimensions_are_shared(name: str, bucket_mb: float) -> None:
+    def body(comm: Communicator) -> list[Tensor]:
+        shapes = [(0, 3), (2, 0, 3), (), (3, 2), (0,), (1,)]
+        model = nn.ParameterList(nn.Parameter(torch.ones(shape)) for shape in shapes)
+        run, optimizer = begin(comm, ours(name, bucket_mb=bucket_mb, ratio=1.0), model)
+        closure: Any = run.closure(lambda: sum(p.sum() for p in model) * (comm.rank + 1))
+        for _ in range(2):
+            run.after_step(optimizer.step(closure))
+        return [run.vector.data.clone(), run.aggregator.grad.clone()]
+
+    for parameters, gradient in simulate(2, body):
+        assert (parameters < 1).all() and gradient.isfinite().all() and gradient.any()
+
+
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64, 1001])
 def test_eight_signs_are_a_byte(n: int) -> None:
     bits = torch.from_numpy(np.random.default_rng(n).random(n) < 0.5)

@@ -105,9 +105,9 @@ class TopK(Codec):
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            exact = [range(*_span(bucket, k)) for k, view in enumerate(bucket.views) if view.dim() < 2]
-            places = torch.tensor([place for span in exact for place in span], dtype=torch.int64)
-            self._exact[bucket] = places.to(self._v.device)
+            spans = [_span(bucket, k) for k, view in enumerate(bucket.views) if view.dim() < 2]
+            places = [torch.arange(*span, device=self._v.device) for span in spans or [(0, 0)]]
+            self._exact[bucket] = torch.cat(places)
         if self._taken is not None:
             self._taken.take()
 

@@ -40,7 +40,8 @@ class ReducedWire(Codec):
     def launch(self, bucket: Bucket) -> Work:
         ranks = bucket.comm.size
         whole = pad(bucket.gradient.to(self._dtype), (0, -len(bucket.gradient) % ranks))
-        return bucket.comm.alltoall(whole.view(ranks, -1).view(torch.uint8), "gradient", bucket.numbers[0])
+        rows = whole.view(ranks, len(whole) // ranks)
+        return bucket.comm.alltoall(rows.view(torch.uint8), "gradient", bucket.numbers[0])
 
     def follow(self, bucket: Bucket, work: Work) -> Work:
         parts = work.wait().view(self._dtype).to(bucket.gradient.dtype)
