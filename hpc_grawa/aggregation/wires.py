@@ -40,13 +40,14 @@ class ReducedWire(Codec):
     def launch(self, bucket: Bucket) -> Work:
         ranks = bucket.comm.size
         whole = pad(bucket.gradient.to(self._dtype), (0, -len(bucket.gradient) % ranks))
-        rows = whole.view(ranks, len(whole) // ranks)
-        return bucket.comm.alltoall(rows.view(torch.uint8), "gradient", bucket.numbers[0])
+        rows = whole.view(torch.uint8).view(ranks, 2 * len(whole) // ranks)
+        return bucket.comm.alltoall(rows, "gradient", bucket.numbers[0])
 
     def follow(self, bucket: Bucket, work: Work) -> Work:
-        parts = work.wait().view(self._dtype).to(bucket.gradient.dtype)
-        mean = parts.sum(0).mul_(1 / bucket.comm.size).to(self._dtype)
+        ranks = bucket.comm.size
+        numbers = work.wait().flatten().view(self._dtype).to(bucket.gradient.dtype)
+        mean = numbers.view(ranks, len(numbers) // ranks).sum(0).mul_(1 / ranks).to(self._dtype)
         return bucket.comm.allgather(mean.view(torch.uint8), "gradient", bucket.numbers[1])
 
     def land(self, bucket: Bucket, work: Work) -> None:
-        bucket.gradient.copy_(work.wait().view(self._dtype).flatten()[: len(bucket.gradient)])
+        bucket.gradient.copy_(work.wait().flatten().view(self._dtype)[: len(bucket.gradient)])
