@@ -21,7 +21,8 @@ from .vector import ParameterVector
 #: What Horovod's DistributedOptimizer takes and this one does not: what to write instead.
 _HOROVOD = {
     "named_parameters": "leave it out: the model names its parameters",
-    "compression": "leave it out: gradients are sent as they are; a method that averages sends less",
+    "compression": "leave it out: gradients are sent as they are, or by hpc_grawa.DataParallel(wire='fp16'); PowerSGD, "
+    "OneBitSGD and the like send less",
     "op": "leave it out: gradients are averaged, as by hvd.Average (for hvd.Sum multiply the loss by hvd.size())",
     "gradient_predivide_factor": "leave it out: gradients are summed in fp32 at least, then divided by hvd.size()",
     "num_groups": "leave it out, and say how large a message may be: hpc_grawa.DataParallel(bucket_mb=25)",

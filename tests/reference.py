@@ -18,7 +18,7 @@ and a run is, with steps, ranks and rounds counted from 0:
                      x_m <- NaN where poison(rank, step)       (a broken machine, for the tests)
         if H steps have passed since the last round, or this was the last step:  round
 
-A run may begin with steps of DataParallel (post-local): then the method begins where they have ended.
+A run may begin with steps of a method that shares gradients (post-local): then it begins where they have ended.
 
 H is the period, asked for at the start of every round. A last round cut short by the end of the run keeps
 the H it began with in prox / H.
@@ -191,6 +191,7 @@ def bytes_sent(verb: str, payload: int, world_size: int) -> float:
 
 
 class Problem(Protocol):
+    shapes: list[tuple[int, ...]]  # of the tensors
     layers: dict[str, list[Span]]  # "tensor" and "module": the two ways to cut the vector into layers
 
     def loss_and_grad(self, x: Array, *batch: Any) -> tuple[float, Array]: ...
@@ -210,6 +211,7 @@ class TwoLayer:
         self.d, self.h, self.o = d, h, o
         w1, b1, w2, b2 = h * d, h, o * h, o
         self.size = w1 + b1 + w2 + b2
+        self.shapes: list[tuple[int, ...]] = [(h, d), (h,), (o, h), (o,)]
         self.layers: dict[str, list[Span]] = {
             "tensor": [(0, w1), (w1, b1), (w1 + b1, w2), (w1 + b1 + w2, b2)],
             "module": [(0, w1 + b1), (w1 + b1, w2 + b2)],
@@ -260,6 +262,7 @@ class Vincent:
 
     def __init__(self, dimensions: int = 2) -> None:
         coordinates = [(d, 1) for d in range(dimensions)]
+        self.shapes: list[tuple[int, ...]] = [()] * dimensions
         self.layers: dict[str, list[Span]] = {"tensor": coordinates, "module": coordinates}
 
     def loss_and_grad(self, x: Array, *batch: Any) -> tuple[float, Array]:
@@ -433,6 +436,9 @@ class Method:
 
     def forget(self, rank: int) -> None:
         """A healed rank: drops what the method remembers of it."""
+
+    def stop(self, world: World) -> None:
+        """Called where another method takes over."""
 
 
 @dataclass
@@ -714,12 +720,216 @@ class DataParallel(Method):
     has_rounds: ClassVar[bool] = False
 
     def share(self, world: World) -> Array | None:
-        mean = world.gradients.mean(axis=0)
+        mean = self.shared(world)
         if not np.all(np.isfinite(mean)):
             if self.on_nonfinite == "skip":
+                self.start(world)
                 return None
             raise FloatingPointError(f"the mean gradient is not finite at step {world.step}")
         return np.array([mean] * world.size)
+
+    def shared(self, world: World) -> Array:
+        """[P]: what every rank steps with."""
+        mean: Array = world.gradients.mean(axis=0)
+        return mean
+
+    def messages(self, shapes: Sequence[tuple[int, ...]], world: int, width: int, step: int) -> list[tuple[str, int]]:
+        """(verb, bytes of payload) of a step, for numbers of so many bytes: the gradient, a flag per tensor, and 1.
+
+        Where it matters each tensor is a bucket of its own.
+        """
+        numbers = sum(map(math.prod, shapes)) + len(shapes) + 1
+        return [("allreduce", numbers * width)]
+
+
+@dataclass
+class RoundedDataParallel(DataParallel):
+    """round(mean of round(g_m)), to "float16" or to "bfloat16", the upper half of a float32."""
+
+    to: str = "float16"
+
+    def rounded(self, x: Array) -> Array:
+        single = x.astype(np.float32)
+        if self.to == "float16":
+            with np.errstate(over="ignore"):
+                return single.astype(np.float16).astype(np.float64)
+        bits = single.view(np.uint32)
+        to_even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return (to_even & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+
+    def shared(self, world: World) -> Array:
+        return self.rounded(self.rounded(world.gradients).mean(axis=0))
+
+    def messages(self, shapes: Sequence[tuple[int, ...]], world: int, width: int, step: int) -> list[tuple[str, int]]:
+        parts = [2 * -(-math.prod(shape) // world) for shape in shapes]
+        return [
+            ("allreduce", (len(shapes) + 1) * width),
+            *(("alltoall", world * part) for part in parts),
+            *(("allgather", part) for part in parts),
+        ]
+
+
+@dataclass
+class _Compressed(DataParallel):
+    """p_m = g_m + e_m;  e_m <- p_m - q(p_m);  shared is the mean of q(p_m);  each tensor by itself."""
+
+    def start(self, world: World) -> None:
+        self.left = np.zeros_like(world.x)
+
+    def compressed(self, p: Array) -> Array:
+        """q(p) of one rank's tensor."""
+        raise NotImplementedError
+
+    def payload(self, shape: tuple[int, ...], width: int) -> int:
+        """Bytes that q(p) of one tensor takes."""
+        raise NotImplementedError
+
+    def shared(self, world: World) -> Array:
+        p, mean = world.gradients + self.left, np.zeros(world.x.shape[1])
+        for (o, n), shape in zip(world.problem.layers["tensor"], world.problem.shapes, strict=True):
+            q = np.array([self.compressed(own[o : o + n].reshape(shape)).reshape(n) for own in p])
+            self.left[:, o : o + n] = p[:, o : o + n] - q
+            mean[o : o + n] = q.mean(axis=0)
+        return mean
+
+    def messages(self, shapes: Sequence[tuple[int, ...]], world: int, width: int, step: int) -> list[tuple[str, int]]:
+        gathers = [("allgather", self.payload(shape, width)) for shape in shapes]
+        return [("allreduce", (len(shapes) + 1) * width), *gathers]
+
+
+@dataclass
+class OneBitSGD(_Compressed):
+    """For each entry of a matrix's row the mean of those >= 0, or of those < 0; vectors as they are."""
+
+    def compressed(self, p: Array) -> Array:
+        if p.ndim < 2:
+            return p
+        rows = p.reshape(len(p), -1)
+        q = np.empty_like(rows)
+        for i, row in enumerate(rows):
+            q[i, row >= 0] = row[row >= 0].mean() if (row >= 0).any() else 0.0
+            q[i, row < 0] = row[row < 0].mean() if (row < 0).any() else 0.0
+            if not np.all(np.isfinite(row)):
+                q[i] = np.nan
+        return q
+
+    def payload(self, shape: tuple[int, ...], width: int) -> int:
+        n = math.prod(shape)
+        return n * width if len(shape) < 2 else -(-n // 8) + 2 * shape[0] * width
+
+
+@dataclass
+class EFSign(_Compressed):
+    """(|p|_1 / d) sign(p) with sign(0) = 1."""
+
+    def compressed(self, p: Array) -> Array:
+        return np.where(p >= 0, 1.0, -1.0) * np.abs(p).mean()
+
+    def payload(self, shape: tuple[int, ...], width: int) -> int:
+        return -(-math.prod(shape) // 8) + width
+
+
+@dataclass
+class PowerSGD(DataParallel):
+    """Of each matrix M_m = G_m + e_m:  P = orth(mean of M_m Q),  Q_m = M_m' P,  e_m = M_m - P Q_m',  Q = mean of Q_m.
+
+    Shared is P Q'. Vectors, and all in the first `warmup` steps, are the mean. Q starts as normal numbers seeded by the
+    tensor's number.
+    """
+
+    rank: int = 2
+    min_compression: float = 2.0
+    warmup: int = 0
+
+    def start(self, world: World) -> None:
+        self.left = np.zeros_like(world.x)
+        self.q: dict[int, Array] = {}
+        for i, shape in enumerate(world.problem.shapes):
+            if self.thin(shape):
+                size = math.prod(shape[1:]), self.thin(shape)
+                self.q[i] = np.random.default_rng(i).standard_normal(size)
+
+    def thin(self, shape: tuple[int, ...]) -> int:
+        """The rank that a tensor is compressed to; 0 for none."""
+        if len(shape) < 2:
+            return 0
+        n, m = shape[0], math.prod(shape[1:])
+        r = min(self.rank, n, m)
+        return r if self.min_compression * r * (n + m) < n * m else 0
+
+    def shared(self, world: World) -> Array:
+        mean = np.array(world.gradients.mean(axis=0))
+        if world.step < self.warmup or not np.all(np.isfinite(mean)):
+            return mean
+        for i, (o, n) in enumerate(world.problem.layers["tensor"]):
+            if i in self.q:
+                rows = world.problem.shapes[i][0]
+                ms = (world.gradients + self.left)[:, o : o + n].reshape(world.size, rows, -1)
+                p = np.linalg.qr(np.mean(ms @ self.q[i], axis=0))[0]
+                qs = [m.T @ p for m in ms]
+                self.left[:, o : o + n] = [(m - p @ q.T).reshape(n) for m, q in zip(ms, qs, strict=True)]
+                self.q[i] = np.mean(qs, axis=0)
+                mean[o : o + n] = (p @ self.q[i].T).reshape(n)
+        return mean
+
+    def messages(self, shapes: Sequence[tuple[int, ...]], world: int, width: int, step: int) -> list[tuple[str, int]]:
+        numbers = sum(map(math.prod, shapes))
+        if step >= self.warmup:
+            thin = [(shape, self.thin(shape)) for shape in shapes]
+            numbers = sum(r * (shape[0] + math.prod(shape[1:])) if r else math.prod(shape) for shape, r in thin)
+        return [("allreduce", (numbers + len(shapes) + 1) * width)]
+
+
+@dataclass
+class DeepGradientCompression(DataParallel):
+    """u <- mu u + g,  v <- v + u (Nesterov: v + g + mu u);  the k largest |v| of each matrix are sent, then u = v = 0.
+
+    g is clipped to clip / sqrt(W), then has the weight decay added. Of vectors all of v is sent, and u stays. mu and
+    the weight decay are the optimizers', which step without.
+    """
+
+    ratio: float = 0.25
+    clip: float = math.inf
+    masking: bool = True
+
+    def start(self, world: World) -> None:
+        self.u, self.v = np.zeros_like(world.x), np.zeros_like(world.x)
+        for optimizer in world.optimizers:
+            assert isinstance(optimizer, SGD)
+            if optimizer.momentum or optimizer.weight_decay:
+                self.taken = optimizer.momentum, optimizer.weight_decay
+                optimizer.momentum = optimizer.weight_decay = 0.0
+        self.momentum, self.decay = getattr(self, "taken", (0.0, 0.0))
+
+    def stop(self, world: World) -> None:
+        for optimizer in world.optimizers:
+            assert isinstance(optimizer, SGD)
+            optimizer.momentum, optimizer.weight_decay = self.momentum, self.decay
+
+    def shared(self, world: World) -> Array:
+        if not np.all(np.isfinite(world.gradients)):
+            return np.full(world.x.shape[1], np.nan)
+        sent = np.zeros_like(world.x)
+        for m, (x, gradient, optimizer) in enumerate(zip(world.x, world.gradients, world.optimizers, strict=True)):
+            assert isinstance(optimizer, SGD)
+            norm = float(np.linalg.norm(gradient))
+            limit = self.clip / math.sqrt(world.size)
+            g = gradient * (limit / norm if norm > limit else 1.0) + self.decay * x
+            self.u[m] = self.momentum * self.u[m] + g
+            self.v[m] += g + self.momentum * self.u[m] if optimizer.nesterov else self.u[m]
+            for (o, n), shape in zip(world.problem.layers["tensor"], world.problem.shapes, strict=True):
+                k = n if len(shape) < 2 else math.ceil(self.ratio * n)
+                largest = o + np.argsort(-np.abs(self.v[m, o : o + n]))[:k]
+                sent[m, largest] = self.v[m, largest]
+                self.v[m, largest] = 0.0
+                if self.masking and len(shape) >= 2:
+                    self.u[m, largest] = 0.0
+        return np.array(sent.mean(axis=0))
+
+    def messages(self, shapes: Sequence[tuple[int, ...]], world: int, width: int, step: int) -> list[tuple[str, int]]:
+        sizes = [(math.prod(shape), len(shape)) for shape in shapes]
+        gathers = [n * width if d < 2 else math.ceil(self.ratio * n) * (width + 4) for n, d in sizes]
+        return [("allreduce", (len(shapes) + 1) * width), *(("allgather", payload) for payload in gathers)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -778,6 +988,7 @@ def replay(
     warmup_steps: int = 0,
     steps_per_epoch: int = 1,
     shared: int = 0,
+    first: Method | None = None,
 ) -> Replay:
     """Runs `method` for `steps` local steps on W ranks (see the top of this page) and keeps everything.
 
@@ -789,9 +1000,10 @@ def replay(
     probe           (rank, round) -> the probe batch, taken at x after the local step and its proximity pull
     poison          (rank, step) -> True where the rank's parameters become NaN after that step
     local_momentum  optimizer state at a round: "keep", "reset", or "average" (uniform, over the finite ranks)
-    shared          so many steps of DataParallel come first
+    shared          so many steps of a method that shares gradients come first
+    first           that method
     """
-    method, first = copy.deepcopy(method), DataParallel()
+    method, first = copy.deepcopy(method), copy.deepcopy(first or DataParallel())
     eta = lr if callable(lr) else lambda step: lr
     every = period if callable(period) else lambda facts: period
     x = starts.copy() if independent else np.array([starts[0]] * len(starts))
@@ -803,7 +1015,10 @@ def replay(
 
     for step in range(steps):
         now = first if step < shared else method
+        if step == 0:
+            first.start(world)
         if step == shared:
+            first.stop(world)
             method.start(world)
             round_begins = True
         world.lr = eta(step)
@@ -839,7 +1054,15 @@ def _local_steps(method: Method, world: World, batches: list[tuple[Any, ...]]) -
     """Every rank's optimizer makes its step. Those that share gradients are threads, which ask for them together."""
     world.losses, world.gradients = np.zeros(world.size), np.empty_like(world.x)
     asked: set[int] = set()
-    meeting = threading.Barrier(world.size, timeout=60)
+    answer: list[Any] = []
+
+    def answered() -> None:  # by one of them, when all have asked
+        try:
+            answer[:] = [method.share(world)]
+        except FloatingPointError as error:
+            answer[:] = [error]
+
+    meeting = threading.Barrier(world.size, answered, timeout=60)
 
     def step(m: int) -> Array:
         def gradient_at(x: Array, share: bool = True) -> Array:
@@ -851,11 +1074,13 @@ def _local_steps(method: Method, world: World, batches: list[tuple[Any, ...]]) -
             if not (share and method.shares):
                 return gradient + method.force(world, m, x) if share else gradient
             meeting.wait()
-            shared = method.share(world)
-            meeting.wait()  # before anyone asks again
+            [shared] = answer
             if shared is None:
                 raise _Skipped
-            return shared[m]
+            if isinstance(shared, FloatingPointError):
+                raise shared
+            given: Array = shared[m]
+            return given
 
         try:
             return world.optimizers[m].step(world.x[m], gradient_at, world.lr)

@@ -15,6 +15,8 @@ may ask of it.
     pulls       a round is x ← x + λ(c - x), and λ its field `pull`
     centered    has a center before the first round
     equal       a run ends with all ranks alike
+    keeps       what it does not send of a gradient, and sends it later
+    momentum    is its own: the optimizer steps without
     levels      has rounds of groups beside those of all ranks
     forced      local steps feel a force of the method's own, so that a world of one is not as if alone
 """
@@ -35,12 +37,16 @@ from hpc_grawa import (
     LSGD,
     MGRAWA,
     DataParallel,
+    DeepGradientCompression,
     DiLoCo,
+    EFSign,
     LocalLGRAWA,
     LocalMGRAWA,
     LocalSGD,
     Method,
+    OneBitSGD,
     Parle,
+    PowerSGD,
     SlowMo,
 )
 
@@ -119,6 +125,29 @@ METHODS: dict[str, Row] = {
         "averages pools uniform forced",
     ),
     "DataParallel": _row(DataParallel(bucket_mb=1e-4), ref.DataParallel(), "shares equal"),
+    "DataParallel in bf16": _row(
+        DataParallel(bucket_mb=1e-9, wire="bf16"), ref.RoundedDataParallel(to="bfloat16"), "shares equal"
+    ),
+    "DataParallel in fp16": _row(
+        DataParallel(bucket_mb=1e-9, wire="fp16"), ref.RoundedDataParallel(to="float16"), "shares equal"
+    ),
+    "PowerSGD": _row(
+        PowerSGD(bucket_mb=1e-9, min_compression=0.0, warmup_steps=2),
+        ref.PowerSGD(min_compression=0.0, warmup=2),
+        "shares equal keeps",
+    ),
+    "OneBitSGD": _row(OneBitSGD(bucket_mb=1e-9), ref.OneBitSGD(), "shares equal keeps"),
+    "EFSign": _row(EFSign(bucket_mb=1e-9), ref.EFSign(), "shares equal keeps"),
+    "DeepGradientCompression": _row(
+        DeepGradientCompression(bucket_mb=1e-9, ratio=0.25, warmup_epochs=0, clip_norm=1.0),
+        ref.DeepGradientCompression(clip=1.0),
+        "shares equal keeps momentum",
+    ),
+    "DeepGradientCompression, unmasked": _row(
+        DeepGradientCompression(bucket_mb=1e-4, ratio=0.5, warmup_epochs=0, masking=False),
+        ref.DeepGradientCompression(ratio=0.5, masking=False),
+        "shares equal keeps momentum",
+    ),
 }
 
 

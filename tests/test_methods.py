@@ -599,9 +599,9 @@ def test_half_precision_parameters_are_averaged_in_fp32(on_ranks: Ranks, method:
         assert isinstance(method, EASGD) or value == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", kinds())
+@pytest.mark.parametrize("name", [*kinds("averages"), *having("shares")])
 def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str) -> None:
-    """Payload of a round: 10 + K numbers, and P parameters. Gradients: P + 4 + 1 at each step, one last word."""
+    """Payload of a round: 10 + K numbers, and P parameters. Gradients: what the oracle says, and one last word."""
     world, ours = on_ranks.size, METHODS[name].ours
     averages, levels = is_(name, "averages"), is_(name, "levels")
 
@@ -617,12 +617,13 @@ def test_a_round_is_one_small_gather_and_one_message(on_ranks: Ranks, name: str)
         assert calls["control"] == words
         assert payload["control"] == words * 8 * (10 + columns)
         assert calls[big] == rounds if averages else calls[big] > rounds  # in buckets
-        assert payload[big] == rounds * 8 * (31 if averages else 31 + 4 + 1)
+        messages = [("broadcast" if one_rank_s else "allreduce", rounds * 8 * 31)]
+        if isinstance(oracle := METHODS[name].oracle, ref.DataParallel):
+            messages = [m for step in range(rounds) for m in oracle.messages(NET.shapes, world, 8, step)]
+        assert payload[big] == sum(n for _, n in messages)
         if levels:  # among fewer ranks
             continue
-        assert sent[big] == pytest.approx(
-            ref.bytes_sent("broadcast" if one_rank_s else "allreduce", payload[big], world)
-        )
+        assert sent[big] == pytest.approx(sum(ref.bytes_sent(verb, n, world) for verb, n in messages))
         assert sent["control"] == pytest.approx(ref.bytes_sent("allgather", payload["control"], world))
 
 

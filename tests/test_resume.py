@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import DEVICES
 from launcher import called, environment, launch, launched, start
-from table import as_words, kinds
+from table import as_words, kinds, plain
 from test_cli import LINE, running
 
 from hpc_grawa import simulate
@@ -60,7 +60,7 @@ class Cut(Exception):
 
 
 def config(method: str, *words: str) -> Config:
-    period = [] if "DataParallel" in method else ["--method.period=4"]
+    period = [] if method.split()[0] in plain("shares") else ["--method.period=4"]
     often = ["--save.unit=steps", "--save.every=5", "--eval.unit=steps", "--eval.every=6", "--log.every=3"]
     shape = ["--run.control_every=3", "--schedule=Cosine", "--budget.seconds=null", f"--budget.steps={STEPS}"]
     shape += ["--eval.train_examples=50", "--eval.bn_batches=2"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ranks
-from table import is_, kinds, paced
+from table import METHODS, is_, kinds, paced
 from test_data_parallel import MIB, USES, branches, expected_run, launches_recorded
 from test_data_parallel import loss_of as branches_loss
 from test_distributed_optimizer import flat, gradient, line, linear
@@ -352,7 +352,9 @@ def test_a_loop_resumed_by_model_optimizer_and_run_is_bit_equal(on_ranks: Ranks,
 
     def begin(comm: Communicator, seed: int) -> tuple[nn.Module, Any]:
         model = linear(seed)
-        plain = optim.Adam(model.parameters(), 0.01)
+        own_momentum = name in METHODS and is_(name, "momentum")
+        p = model.parameters()
+        plain = optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.1) if own_momentum else optim.Adam(p, 0.01)
         probe = probe_of(model, comm.rank)
         return model, DistributedOptimizer(plain, model, PHASES[name], comm=comm, probe=probe)
 

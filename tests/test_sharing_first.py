@@ -299,17 +299,23 @@ def test_sharing_is_a_class_or_null(words: tuple[str, ...], sharing: Any, tmp_pa
     assert parse([f"--config={tmp_path / 'config.yaml'}"]).method == config.method
 
 
+SHARING_METHODS = ", ".join(sorted(plain("shares")))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--method.sharing=DataParalel", "method.sharing is DataParalel: must be DataParallel or the import path"),
-        ("--method.sharing=LGRAWA", "method.sharing is LGRAWA: must be DataParallel or the import path"),
+        (
+            "--method.sharing=DataParalel",
+            f"method.sharing is DataParalel: must be {SHARING_METHODS} or the import path",
+        ),
+        ("--method.sharing=LGRAWA", f"method.sharing is LGRAWA: must be {SHARING_METHODS} or the import path"),
         ("--method.sharing.bucket_mb=-1", "method.sharing.bucket_mb is -1.0: must be a positive number of MiB"),
         ("--method.sharing.bucket_mb=x", "method.sharing.bucket_mb is x: must be a number"),
         ("--method.sharing.bucket=1", "method.sharing.bucket is no setting: did you mean method.sharing.bucket_mb?"),
         (
             "--method.period=8",
-            "method.sharing is DataParallel(bucket_mb=25.0, on_nonfinite='error'): must be null with",
+            "method.sharing is DataParallel(bucket_mb=25.0, on_nonfinite='error', wire='exact'): must be null with",
         ),
         ("--method.group_period=3", "method.group_period is 3: must be null, or divide"),
     ],

@@ -127,6 +127,7 @@ class Bucketed(Aggregator):
             )
             for i, p in enumerate(vector.parameters)
         ]
+        codec.prepare(self._buckets)
         _open.add(self)
 
     def _cut(self, bucket_bytes: int) -> list[list[int]]:
@@ -248,6 +249,9 @@ class Bucketed(Aggregator):
             self._fresh -= {i for i in earlier if self._vector.parameters[i].grad is None}
             self._absent = sorted(set(range(len(self._views))) - self._fresh)
             self._zero(self._absent)
+            if self._codec.whole:
+                self._bring_home()
+                self._codec.inspect(self.grad)
             while len(self._works) < len(self._buckets):
                 self._launch(self._absent)
         return self._absent
@@ -271,6 +275,7 @@ class Bucketed(Aggregator):
         _open.discard(self)
         for handle in self._handles:
             handle.remove()
+        self._codec.close()
 
     @property
     def _place(self) -> int:
@@ -307,13 +312,20 @@ class Bucketed(Aggregator):
         self._arrived.add(i)
         self._awaited[self._bucket_of[i]] -= 1
         while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
-            if not self._comm.are_latest(self._numbers, "gradient"):
+            if self._codec.whole or not self._comm.are_latest(self._numbers, "gradient"):
                 return
             self._launch()
 
     def _launch(self, absent: Sequence[int] = ()) -> None:
+        if self._shared and self._codec.once:
+            raise RuntimeError(
+                "gradients were shared in this step already, and each time moves the momentum that the method keeps: "
+                "make one backward pass a step, or say how many (backward_passes_per_step, or accumulate=M)"
+            )
         self._bring_home()
         bucket = self._buckets[len(self._works)]
+        gone = set(absent)
+        bucket.absent[:] = [place for place, i in enumerate(bucket.tensors) if i in gone]
         if self.grad is not self._mean:
             bucket.gradient.copy_(self.grad[bucket.span])
         last = bucket is self._buckets[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class Bucket:
             step with.
         views: of ``gradient``, each in its parameter's shape, in the order of ``tensors``.
         message: ``gradient``, in the last bucket of a codec that sums with the flags before it.
+        absent: at ``launch``, which of ``tensors`` (by place) have no gradient on this rank, and count as zero.
     """
 
     comm: Communicator
@@ -34,6 +35,7 @@ class Bucket:
     gradient: Tensor
     views: Sequence[Tensor]
     message: Tensor
+    absent: list[int] = field(default_factory=list)
 
 
 class Codec(ABC):
@@ -48,6 +50,16 @@ class Codec(ABC):
     messages: int = 1
     #: Whether it sums ``bucket.message`` as it is, so that flags may ride there. Else they travel by themselves.
     sums: bool = False
+    #: Whether it must ``inspect`` a step's whole gradient before the first bucket leaves; none leaves from a hook then.
+    whole: bool = False
+    #: Whether gradients may be shared once a step only, as each time counts as a step in what it keeps.
+    once: bool = False
+
+    def prepare(self, buckets: Sequence[Bucket]) -> None:  # noqa: B027 - most keep nothing
+        """Make what is kept for these buckets, which are all that will come."""
+
+    def inspect(self, gradient: Tensor) -> None:  # noqa: B027
+        """Look at this rank's whole gradient ``[P]``, in its own dtype, if it is to be ``whole``."""
 
     @abstractmethod
     def launch(self, bucket: Bucket) -> Work:
@@ -73,3 +85,6 @@ class Codec(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take over what ``state_dict`` gave, from whatever device, right after it was built."""
+
+    def close(self) -> None:  # noqa: B027
+        """Gradients are shared no more: give back what was taken over from others."""

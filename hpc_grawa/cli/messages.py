@@ -91,8 +91,9 @@ def _class_words(key: str, name: str, derived: str, value: Any) -> str:
 def no_setting(key: str, keys: Sequence[str]) -> str:
     """A key that does not exist: the one that was meant, and its neighbours."""
     section = (key.rpartition(".")[0] or key) + "."
-    near = difflib.get_close_matches(key, keys, 1)
     neighbours = [k.removeprefix(section) for k in keys if k.startswith(section)]
+    near = [section + k for k in difflib.get_close_matches(key.removeprefix(section), neighbours, 1)]
+    near += difflib.get_close_matches(key, [k for k in keys if not k.startswith(section)], 1)
     allowed = neighbours or list(dict.fromkeys(k.partition(".")[0] for k in keys))
     if not allowed:
         return f"{key} is no setting: there are none here"

@@ -26,13 +26,17 @@ What holds for all of them:
 from .averaging import AveragingMethod, Level
 from .base import Method, Probe
 from .data_parallel import DataParallel
+from .deep_gradient_compression import DeepGradientCompression
 from .diloco import DiLoCo
 from .dppf import DPPF
 from .easgd import EASGD
+from .ef_sign import EFSign
 from .grawa import GRAWA, LGRAWA, MGRAWA, LocalLGRAWA, LocalMGRAWA
 from .local_sgd import LocalSGD
 from .lsgd import LSGD
+from .one_bit import OneBitSGD
 from .parle import Parle
+from .powersgd import PowerSGD
 from .run import Run
 from .sharing import SharingMethod
 from .slowmo import SlowMo
@@ -46,13 +50,17 @@ __all__ = [
     "MGRAWA",
     "AveragingMethod",
     "DataParallel",
+    "DeepGradientCompression",
     "DiLoCo",
+    "EFSign",
     "Level",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",
     "Method",
+    "OneBitSGD",
     "Parle",
+    "PowerSGD",
     "Probe",
     "Run",
     "SharingMethod",

@@ -6,8 +6,11 @@ Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Traini
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from ..aggregation import Codec, Mean
+import torch
+
+from ..aggregation import Codec, Mean, ReducedWire
 from .run import Run
 from .sharing import SharingMethod
 
@@ -23,7 +26,14 @@ class DataParallel(SharingMethod):
     Attributes:
         bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
         on_nonfinite: a mean gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
+        wire: how numbers travel: ``exact``, or rounded to ``bf16`` or ``fp16`` (twice: what each rank sends, and their
+            mean; summed in fp32), which halves the bytes. In fp16 what is above 65,504 is an overflow, and what is
+            below 6e-8 is lost.
     """
 
+    wire: Literal["exact", "bf16", "fp16"] = "exact"
+
     def _codec(self, run: Run) -> Codec:
-        return Mean()
+        if self.wire == "exact":
+            return Mean()
+        return ReducedWire({"bf16": torch.bfloat16, "fp16": torch.float16}[self.wire])
