@@ -232,7 +232,15 @@ class _Steps:
             self._complete(None)
             return None
 
-        def complete() -> Any:
+        def complete(*args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:
+                name, own = type(optimizer).__name__, type(self._method).__name__
+                raise ConfigError(
+                    f"the optimizer is a {name}, which asks its closure for gradients that are not shared, or of parts "
+                    f"of the batch: without DistributedOptimizer, run = hpc_grawa.{own}(...).build(comm, "
+                    f"hpc_grawa.ParameterVector(model), optimizer) and closure = run.closure(loss), then for each step "
+                    f"run.after_step(optimizer.step(closure))"
+                )
             self._evaluations += 1
             if self.run.aggregator.shares and self._evaluations > 1:
                 raise RuntimeError(ONCE)

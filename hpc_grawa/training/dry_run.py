@@ -97,7 +97,8 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     lines = [
         f"method            {config.method}",
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
-        f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}",
+        f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}"
+        f"{config.schedule.told(worker.facts.peak_lr, world_size)}",
         f"budget            {' or '.join(limits)}; {epoch:,} steps per epoch",
         f"rounds            {_rounds(levels, epoch, shared)}",
         f"sent per rank     {_sent(levels)}{human_bytes(per_step)} per step, {human_bytes(sent)} per epoch",

@@ -1,0 +1,109 @@
+"""Sharpness-aware minimization: the gradient at the worst point nearby."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from ..random_streams import set_streams, streams
+from ..schedules import RunFacts
+from ..vector import ParameterVector
+from .parts import Around, OnBase, copies, not_negative, trained
+
+
+@dataclass(kw_only=True)
+class SAM(OnBase):
+    """g ← ∇f(w + ρ∇f(w)/‖∇f(w)‖), by which ``base`` steps from w.
+
+    Two backward passes a step, both of the same dropout masks; BatchNorm statistics are those of the first, the loss is
+    the one at w. Where gradients are shared each rank ascends by its own and the second one is shared (and clipped).
+    Identities: ρ 0 is ``base``; a gradient that is zero makes no ascent. Not where time for training is short: a step
+    costs two. Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021.
+
+    Attributes:
+        rho: distance of the ascent, ρ ≥ 0; the paper's choice of .01 to .5 is .05.
+    """
+
+    rho: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative("rho", self.rho)
+
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        return Ascending(self.built_base(vector, facts), self.rho)
+
+
+@dataclass(kw_only=True)
+class ASAM(OnBase):
+    """g ← ∇f(w + ρT²∇f(w)/‖T∇f(w)‖), T = |w| + η, by which ``base`` steps from w: SAM whatever the scale of a layer.
+
+    T is 1 for biases and norms (parameters of fewer than two dimensions). Else as ``SAM``. Identity: ρ 0 is ``base``.
+    Not where time for training is short: a step costs two. Source: Kwon et al., ASAM: Adaptive Sharpness-Aware
+    Minimization for Scale-Invariant Learning of Deep Neural Networks, ICML 2021.
+
+    Attributes:
+        rho: distance of the ascent, ρ ≥ 0; the paper takes 1 on CIFAR-100 and ImageNet, .5 on CIFAR-10.
+        eta: added to |w|, η ≥ 0; the paper's is .01.
+    """
+
+    rho: float = 1.0
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative("rho", self.rho)
+        not_negative("eta", self.eta)
+
+    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
+        return Ascending(self.built_base(vector, facts), self.rho, self.eta)
+
+
+class Ascending(Around):
+    """Has ``base`` step by the gradient at the end of an ascent.
+
+    Args:
+        base: steps.
+        rho: distance of the ascent.
+        eta: of ASAM's T; None: T is 1.
+    """
+
+    def __init__(self, base: optim.Optimizer, rho: float, eta: float | None = None) -> None:
+        super().__init__(base)
+        self._rho, self._eta = rho, eta
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        begun = streams()
+        loss = closure(share=False)
+        set_streams(begun)
+        ascending = [p for p in trained(self) if p.grad is not None]
+        kept = copies(ascending)
+        if ascending:
+            self._ascend(ascending)
+        try:
+            closure(track=False)
+        finally:
+            torch._foreach_copy_(ascending, kept)  # subtraction would round, on each rank otherwise
+        self.base.step()
+        return loss
+
+    def _ascend(self, parameters: Sequence[Tensor]) -> None:
+        once = [p.grad for p in parameters if p.grad is not None]
+        twice = once
+        if self._eta is not None:
+            heavy = [i for i, p in enumerate(parameters) if p.dim() >= 2]
+            scales = torch._foreach_abs([parameters[i] for i in heavy]) if heavy else []
+            if heavy:
+                torch._foreach_add_(scales, self._eta)
+            once, twice = [*once], [*once]
+            for i, t in zip(heavy, scales, strict=True):
+                once[i] = t * once[i]
+                twice[i] = t * once[i]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(once)))
+        distance = torch.where(norm > 0, self._rho / norm, 0.0)  # on the device: nothing waits for it
+        torch._foreach_add_(list(parameters), torch._foreach_mul(twice, distance))
