@@ -228,18 +228,30 @@ KNOW = (
 
 
 def methods(words: list[str], slot: Slot) -> None:
-    """Say what each method does, and its settings."""
+    """Say what each method does; of one that is named, all: equation, settings, messages, memory, limits, source."""
     from .. import methods as package
+    from .card import card
 
+    program = "hpc-grawa methods"
+    parser = Parser(prog=program, description=methods.__doc__, allow_abbrev=False)
+    parser.add_argument("method", nargs="?", help="a name or import path; none: all, in a line each")
+    parser.add_argument("--world_size", type=int, default=4, help="ranks for which messages are counted (4)")
+    parser.epilog = "With --config FILE_OR_RECIPE and other options of train, the numbers are those of its model."
+    options, others = parser.parse_known_args(words)
+    require(options.world_size >= 1, "world_size", options.world_size, "at least 1")
+    if options.method is None and others:
+        raise wrong("method", None, "must name one, before the options of a configuration")
     if slot.rank:
+        return
+    if options.method is not None:
+        print(card(options.method, others, options.world_size, program))
         return
     for name in sorted(package.__all__):
         method = getattr(package, name)
         if not is_class(method, package.Method) or inspect.isabstract(method):
             continue
-        settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(method))
-        texts = inspect.cleandoc(method.__doc__ or "").splitlines()[0], settings
-        print(name, *(wrapped(text, 120, "    ", "    ") for text in texts), "", sep="\n")
+        text = inspect.cleandoc(method.__doc__ or "").splitlines()[0]
+        print(name, wrapped(text, 120, "    ", "    "), "", sep="\n")
     print(*(wrapped(line, 120, "- ", "  ") for line in KNOW), sep="\n")
 
 
@@ -260,6 +272,7 @@ def toy(words: list[str], slot: Slot) -> None:
     settings = parser.add_argument_group("settings of methods")
     settings.add_argument("--period", type=int, default=4, help="local steps between rounds (4)")
     settings.add_argument("--pull", type=float, default=0.5, help="of ranks to the center; EASGD: of the center (0.5)")
+    settings.add_argument("--push", type=float, default=0.1, help="DPPF's, off the mean (0.1)")
     settings.add_argument("--prox", type=float, default=0.0, help="pull between rounds (0)")
     settings.add_argument("--power", type=float, default=1.0, help="weights are inverse to this power of scores (1)")
     settings.add_argument("--score_momentum", type=float, default=0.0, help="of scores over rounds (0)")

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .single import LocalCounter
+
+
+class Message(NamedTuple):
+    """One that was sent among ``size`` ranks."""
+
+    verb: Verb
+    purpose: Purpose
+    bytes: int
+    size: int
 
 
 class MirrorCommunicator(Communicator):
@@ -27,8 +37,11 @@ class MirrorCommunicator(Communicator):
         self.ranks_per_host = ranks_per_host
         #: Whether a method has asked which ranks share a host.
         self.hosts_matter = False
+        #: What was sent, by parts of this world too.
+        self.messages: list[Message] = []
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        self.messages.append(Message(verb, purpose, x.nbytes, self.size))
         if verb == "allreduce":
             x.mul_(self.size)
         result = x.expand(self.size, *x.shape).clone() if verb == "allgather" else x
@@ -47,7 +60,9 @@ class MirrorCommunicator(Communicator):
         return True
 
     def _split(self, parts: list[list[int]], own: int) -> MirrorCommunicator:
-        return MirrorCommunicator(len(parts[own]), self.ranks_per_host, [self.ranks[m] for m in parts[own]])
+        part = MirrorCommunicator(len(parts[own]), self.ranks_per_host, [self.ranks[m] for m in parts[own]])
+        part.messages = self.messages
+        return part
 
     def abort(self, status: int = 1) -> None:
         raise SystemExit(status)
