@@ -1,4 +1,8 @@
-"""Entropy-SGD: a walk around x that pulls x to where it is wide."""
+"""Entropy-SGD: a walk around x that draws x to where the valley is wide.
+
+Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun and Zecchina, Entropy-SGD: Biasing Gradient
+Descent Into Wide Valleys, ICLR 2017.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +25,20 @@ from .parts import copies, not_negative
 class EntropySGD(LocalOptimizer):
     """y ← y - η(∇f(y) + γ(y - x)) + noise, z ← .75z + .25y; every L steps x ← z, which is the model that is meant.
 
-    η(...) has Nesterov momentum; noise is thermal·√(2η)·N(0, 1), the same on all ranks; γ = scope·(1 + growth)^rounds.
-    y is trained, x evaluated and saved; y and z are not reset. Identities: without noise it is ``Parle`` of one rank
-    whose 1/γ is this γ; γ and noise 0 is SGD in y. Not where ranks average: that is ``Parle``. Source: Chaudhari et
-    al., Entropy-SGD: Biasing Gradient Descent Into Wide Valleys, ICLR 2017.
+    What η multiplies has Nesterov's momentum; noise is thermal·√(2η)·N(0, 1), the same on all ranks; γ = scope·(1 +
+    growth)^rounds. y is trained, x evaluated and saved; y and z are not reset.
+
+    Limits: without noise it is the method ``Parle`` of one rank, whose 1/γ is this γ; γ = 0 without noise is SGD in y.
+
+    Not for: methods that average; they have ``Parle``.
 
     Attributes:
-        momentum: Nesterov's, in [0, 1); the paper's is .9.
-        period: L ≥ 1, steps of y and z for one of x; the paper's is 20.
-        scope: γ of the first round, ≥ 0; the paper's is .03.
-        growth: of γ in each round, ≥ 0; the paper's is 1e-3.
-        thermal: size of the noise, ≥ 0; the paper's is 1e-4.
-        seed: of the noise.
+        momentum: in [0, 1); .9 in the paper.
+        period: L, steps of y for one of x, 1 or more; 20 in the paper.
+        scope: γ of the first round, 0 or more; .03 in the paper.
+        growth: of γ in each round, 0 or more; 1e-3 in the paper.
+        thermal: size of the noise, 0 or more; 1e-4 in the paper.
+        seed: of the noise, 0 or more.
     """
 
     momentum: float = 0.9

@@ -1,4 +1,7 @@
-"""LAMB: Adam whose steps are as long as each layer's weights."""
+"""LAMB: Adam whose steps are as long as each layer's weights.
+
+You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes, ICLR 2020.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ class LAMB(OfTimm):
     """w ← w - η(‖w‖/‖u‖)u, u = m̂/(√v̂ + ε) + βw of each tensor, with Adam's m̂ and v̂. timm's, in extra ``[optim]``.
 
     Both moments are corrected for bias and no norm is clamped; the ratio is 1 where a norm is 0. Biases and norms (of
-    fewer than two dimensions) have neither ratio nor weight decay β. Identity: a model of such alone is trained by
-    Adam. Not for small batches, where AdamW needs fewer settings. Source: You et al., Large Batch Optimization for Deep
-    Learning: Training BERT in 76 Minutes, ICLR 2020.
+    fewer than two dimensions) have neither ratio nor weight decay β.
+
+    Limits: a model of biases and norms alone is trained by Adam.
+
+    Not for: small batches, where AdamW needs fewer settings.
 
     Attributes:
         beta1: decay of the first moment.

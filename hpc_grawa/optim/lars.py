@@ -1,4 +1,7 @@
-"""LARS: SGD whose steps are as long as each layer's weights allow."""
+"""LARS: SGD whose steps are as long as each layer's weights allow.
+
+You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, arXiv 1708.03888.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,17 @@ from .timm_optimizers import OfTimm, adapted, of_timm
 class LARS(OfTimm):
     """u ← μu + r(g + βw), r = trust·‖w‖/(‖g‖ + β‖w‖) of each tensor; w ← w - ηu. timm's, in extra ``[optim]``.
 
-    r is 1 where a norm is 0. Biases and norms (fewer than two dimensions) have neither r nor weight decay β. Identity:
-    a model of such alone is trained by SGD. Not for small batches, where SGD needs fewer settings. Source: You et al.,
-    Large Batch Training of Convolutional Networks, arXiv 1708.03888.
+    r is 1 where a norm is 0. Biases and norms (of fewer than two dimensions) have neither r nor weight decay β.
+
+    Limits: a model of biases and norms alone is trained by SGD.
+
+    Not for: small batches, where SGD needs fewer settings.
 
     Attributes:
         lr: the larger, the smaller trust is: 1 and more.
         momentum: μ, in [0, 1).
         nesterov: look ahead along the momentum.
-        trust: positive; the paper's is 1e-3.
+        trust: positive; .001 in the paper.
     """
 
     lr: float = 1.0

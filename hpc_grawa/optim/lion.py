@@ -1,4 +1,7 @@
-"""Lion: steps of one length, by the sign of a momentum."""
+"""Lion: steps of one length, by the sign of a momentum.
+
+Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from .timm_optimizers import OfTimm, of_timm
 class Lion(OfTimm):
     """w ← w - η(sign(β₁m + (1-β₁)g) + λw); m ← β₂m + (1-β₂)g. timm's, in extra ``[optim]``.
 
-    Identity: β₁ = β₂ = 0 is sign descent. Not with the lr of AdamW: take a tenth to a third of it, and a weight decay
-    larger by as much. Source: Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023.
+    Limits: β₁ = β₂ = 0 is sign descent.
+
+    Not for: the lr of AdamW; take a tenth to a third of it, and a weight decay larger by as much.
 
     Attributes:
-        beta1: of the step.
-        beta2: of the momentum.
+        beta1: β₁, in [0, 1).
+        beta2: β₂, in [0, 1).
     """
 
     lr: float = 1e-4

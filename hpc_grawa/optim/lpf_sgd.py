@@ -1,4 +1,8 @@
-"""Low-pass filtered SGD: the gradient of the loss smoothed by a Gaussian."""
+"""Low-pass filtered SGD: the gradient of the loss smoothed by a Gaussian.
+
+Bisla, Wang and Choromanska, Low-Pass Filtering SGD for Recovering Flat Optima in the Deep Learning Optimization
+Landscape, AISTATS 2022.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +25,16 @@ class LPFSGD(OnBase):
 
     f_i is the loss of the i-th of M parts of the batch. A filter is a row of a tensor of two dimensions or more; other
     parameters are one each. σ_t = σ(1 + growth·(1 - cos πs)/2), s the share of the run that is over
-    (``facts.progress``). Each rank draws its own ε, from torch's random stream; the last part is shared. Identities:
-    σ 0 and M 1 is ``base``; σ 0 is gradient accumulation. Not for batches whose M-th part is too small for BatchNorm.
-    Source: Bisla et al., Low-Pass Filtering SGD for Recovering Flat Optima in the Deep Learning Optimization Landscape,
-    AISTATS 2022.
+    (``facts.progress``). Each rank draws its own ε, from torch's random stream; gradients are shared with the last part.
+
+    Limits: σ = 0 is gradient accumulation in M parts, with M = 1 it is ``base``.
+
+    Not for: batches whose M-th part is too small for BatchNorm.
 
     Attributes:
-        parts: M ≥ 1, which divides the batch of a rank (and of each of its ``accumulate`` parts); the paper's is 8.
-        sigma: of the noise at the start, as a share of a filter's norm, σ ≥ 0; the paper's is 5e-4.
-        growth: at the end of the run σ_t is 1 + growth times that, growth ≥ 0; the paper's is 15.
+        parts: M, 1 or more, which divides a rank's batch (and each of its ``accumulate`` parts); 8 in the paper.
+        sigma: σ of the noise at the start, a share of the filter's norm, 0 or more; 5e-4 in the paper.
+        growth: at the end of the run σ_t is (1 + growth)σ; 0 or more; 15 in the paper.
     """
 
     parts: int = 8

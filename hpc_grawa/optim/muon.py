@@ -1,4 +1,8 @@
-"""Muon: steps of matrices by orthogonalised momentum, and AdamW for all else."""
+"""Muon: steps of matrices by orthogonalised momentum, and AdamW for all else.
+
+Jordan et al., Muon: An Optimizer for Hidden Layers in Neural Networks, 2024; Liu et al., Muon is Scalable for LLM
+Training, arXiv 2502.16982, has the lr that AdamW shares.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,11 @@ class Muon(LocalOptimizer):
     """M ← μM + (1-μ)G; W ← W - η·orthogonal((1-μ)G + μM), for matrices, as ``torch.optim.Muon``; AdamW for the rest.
 
     The rest is what has not two dimensions (biases, norms, convolutions), and groups that say ``adamw: true``; give it
-    embeddings and the last layer, ``--optimizer.groups '[{match: "embed*|head*", adamw: true}]'``. Identity: a model
-    without matrices is trained by AdamW. Not for convolutional networks, of which it steps the last layer alone.
-    Sources: Jordan et al., Muon, 2024; Liu et al., Muon is Scalable for LLM Training, arXiv 2502.16982.
+    embeddings and the last layer, ``--optimizer.groups '[{match: "embed*|head*", adamw: true}]'``.
+
+    Limits: a model without matrices is trained by AdamW.
+
+    Not for: convolutional networks, of which it steps the last layer alone.
 
     Attributes:
         lr: of both, where ``adjust_lr`` is match_rms_adamw.

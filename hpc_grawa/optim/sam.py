@@ -1,4 +1,9 @@
-"""Sharpness-aware minimization: the gradient at the worst point nearby."""
+"""Sharpness-aware minimization: the gradient at the worst point nearby.
+
+SAM: Foret, Kleiner, Mobahi and Neyshabur, Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR
+2021. ASAM: Kwon, Kim, Park and Choi, ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
+Neural Networks, ICML 2021.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,16 @@ from .parts import Around, OnBase, copies, not_negative, trained
 class SAM(OnBase):
     """g ← ∇f(w + ρ∇f(w)/‖∇f(w)‖), by which ``base`` steps from w.
 
-    Two backward passes a step, both of the same dropout masks; BatchNorm statistics are those of the first, the loss is
-    the one at w. Where gradients are shared each rank ascends by its own and the second one is shared (and clipped).
-    Identities: ρ 0 is ``base``; a gradient that is zero makes no ascent. Not where time for training is short: a step
-    costs two. Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021.
+    Two backward passes a step, both with the same dropout; BatchNorm statistics are those of the first, the loss is the
+    one at w. Where gradients are shared each rank ascends by its own, and the second one is shared, then clipped. A
+    gradient of zero makes no ascent.
+
+    Limits: ρ = 0 is ``base``.
+
+    Not for: short budgets of time, as a step costs two.
 
     Attributes:
-        rho: distance of the ascent, ρ ≥ 0; the paper's choice of .01 to .5 is .05.
+        rho: distance of the ascent, ρ, 0 or more; .05 in the paper.
     """
 
     rho: float = 0.05
@@ -42,13 +50,15 @@ class SAM(OnBase):
 class ASAM(OnBase):
     """g ← ∇f(w + ρT²∇f(w)/‖T∇f(w)‖), T = |w| + η, by which ``base`` steps from w: SAM whatever the scale of a layer.
 
-    T is 1 for biases and norms (parameters of fewer than two dimensions). Else as ``SAM``. Identity: ρ 0 is ``base``.
-    Not where time for training is short: a step costs two. Source: Kwon et al., ASAM: Adaptive Sharpness-Aware
-    Minimization for Scale-Invariant Learning of Deep Neural Networks, ICML 2021.
+    T is 1 for biases and norms (parameters of fewer than two dimensions). Else as ``SAM``.
+
+    Limits: ρ = 0 is ``base``.
+
+    Not for: short budgets of time, as a step costs two.
 
     Attributes:
-        rho: distance of the ascent, ρ ≥ 0; the paper takes 1 on CIFAR-100 and ImageNet, .5 on CIFAR-10.
-        eta: added to |w|, η ≥ 0; the paper's is .01.
+        rho: distance of the ascent, ρ, 0 or more; 1 in the paper on CIFAR-100 and ImageNet, .5 on CIFAR-10.
+        eta: added to |w|, 0 or more; .01 in the paper.
     """
 
     rho: float = 1.0
