@@ -386,7 +386,7 @@ class EntropySGD:
     state: dict[str, Array] = field(default_factory=dict)
 
     def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
-        y, state = x, self.state
+        y, state = x.copy(), self.state
         anchor, z, u = state.get("x", y), state.get("z", y), state.get("u", np.zeros_like(y))
         gamma = self.scope * (1 + self.growth) ** (self.t // self.period)
         g = gradient_at(y) + self.weight_decay * y + gamma * (y - anchor)

@@ -25,7 +25,7 @@ class LPFSGD(OnBase):
 
     f_i is the loss of the i-th of M parts of the batch. A filter is a row of a tensor of two dimensions or more; other
     parameters are one each. σ_t = σ(1 + growth·(1 - cos πs)/2), s the share of the run that is over
-    (``facts.progress``). Each rank draws its own ε, from torch's random stream; gradients are shared with the last part.
+    (``facts.progress``). Each rank draws its own ε, from torch's random stream; the last part shares gradients.
 
     Limits: σ = 0 is gradient accumulation in M parts, with M = 1 it is ``base``.
 
