@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -12,12 +13,13 @@ import pytest
 import reference as ref
 import torch
 from conftest import Ranks
+from own import plain_process
 from table import METHODS
 from torch import Tensor, nn, optim
 from worlds import NET, assert_follows, replay, run_method
 
 import hpc_grawa.optim.timm_optimizers as timm_optimizers
-from hpc_grawa import DataParallel, LocalSGD, ParameterVector, Parle, Run, cli, simulate
+from hpc_grawa import DataParallel, DistributedOptimizer, LocalSGD, ParameterVector, Parle, Run, cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
@@ -36,7 +38,11 @@ from hpc_grawa.optim import (
     Muon,
     build,
 )
+from hpc_grawa.runs.log import Log
 from hpc_grawa.schedules import RunFacts
+from hpc_grawa.training.examiner import Examiner
+from hpc_grawa.training.progress import greet
+from hpc_grawa.training.worker import Worker
 
 STEPS = 10
 WEIGHTS = [NET.layers["tensor"][0], NET.layers["tensor"][2]]
@@ -312,7 +318,9 @@ def test_a_base_steps_once_by_the_gradient_that_is_there(base: LocalOptimizer) -
 
 
 def test_what_is_wrong_of_a_base_is_named_after_it() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer\.base\.groups\.match is nothing: must match a parameter"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.base\.groups\.match is nothing: 'nothing' must match a parameter"
+    ):
         SAM(base=SGD(groups=[{"match": "nothing"}])).build(ParameterVector(network()), RunFacts())
 
 
@@ -329,6 +337,55 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
 # -- in the training program -------------------------------------------------------------------------------
 
 SHORT = ["--config=digits", "--budget.seconds=null", "--budget.steps=6", "--method=DataParallel"]
+
+
+MEANT = {
+    "EntropySGD": ["--optimizer=EntropySGD", "--optimizer.period=2"],
+    "schedule-free SGD": ["--optimizer=schedulefree.SGDScheduleFree", "--optimizer.lr=0.3"],
+    "schedule-free AdamW": ["--optimizer=schedulefree.AdamWScheduleFree", "--optimizer.lr=0.01"],
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_evaluated_and_saved_are_the_weights_that_are_meant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And training goes on where it was, bit for bit; also with another number of ranks."""
+    plain_process(monkeypatch)
+    config = parse([*SHORT, *MEANT[name]])
+
+    def body(comm: Communicator) -> tuple[dict[str, Any], Tensor, Tensor]:
+        worker = Worker(config, comm)
+        optimizer: Any = worker.optimizer
+        for _ in range(5):
+            worker.step()
+        trained = worker.vector.data.clone()
+        optimizer.eval()
+        meant = worker.vector.data.clone()
+        optimizer.train()
+        worker.vector.data.copy_(trained)
+        assert not torch.equal(meant, trained)
+        examiner = Examiner(worker)
+        with examiner.center():
+            assert torch.equal(worker.vector.data, meant)
+        assert torch.equal(worker.vector.data, trained)
+        saved = examiner.everything()["center_state"]
+        for key, p in zip(worker.vector.names, worker.vector.views(meant), strict=True):
+            assert torch.equal(saved[key], p)
+        assert torch.equal(worker.vector.data, trained)
+        return worker.state_dict(), trained, meant
+
+    ranks = simulate(2, body)
+    state, trained, meant = ranks[0]
+    assert all(torch.equal(trained, other) for _, other, _ in ranks)
+
+    def other_world(comm: Communicator) -> None:
+        worker = Worker(config, comm)
+        worker.start_from(copy.deepcopy(state))
+        assert torch.equal(worker.vector.data, trained)
+        with worker.meant():
+            torch.testing.assert_close(worker.vector.data, meant)
+        worker.step()
+
+    simulate(3, other_world)
 
 
 @pytest.mark.parametrize(
@@ -377,3 +434,47 @@ def test_settings_that_cannot_be(words: str, error: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *SHORT, "--dry_run", *f"--optimizer={words}".split()])
     assert capsys.readouterr().err.startswith(f"hpc-grawa train: error: {error}")
+
+
+@pytest.mark.parametrize(("scaling", "peak", "told"), [("linear", 0.4, "x 4 ranks"), ("sqrt", 0.2, "x sqrt(4 ranks)")])
+def test_the_learning_rate_is_scaled_with_the_ranks_and_printed(
+    scaling: str, peak: float, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run, and before one; with the warm-up, which it needs."""
+    plain_process(monkeypatch)
+    words = [*SHORT, "--optimizer=SAM", f"--schedule.scaling={scaling}", "--schedule.warmup=4"]
+
+    def body(comm: Communicator) -> list[float]:
+        worker = Worker(parse(words), comm)
+        rates = []
+        for _ in range(5):
+            worker.step()
+            rates.append(worker.facts.lr)
+        assert worker.facts.peak_lr == pytest.approx(peak)
+        if comm.rank == 0:
+            greet(Log(None, True, False), worker, anew=True)
+        return rates
+
+    assert simulate(4, body)[0] == pytest.approx([peak * rise for rise in (0.25, 0.5, 0.75, 1, 1)])
+    line = f"peak {peak} = 0.1 {told}; warm-up of 4 steps"
+    assert line in capsys.readouterr().out
+    cli.main(["train", *words, "--dry_run", "--world_size=4"])
+    assert line in capsys.readouterr().out
+
+
+def test_without_scaling_nothing_is_multiplied_or_said() -> None:
+    schedule = parse(SHORT).schedule
+    assert (schedule.scaling, schedule.scale(8), schedule.told(0.1, 8)) == ("none", 1.0, "")
+
+
+@pytest.mark.parametrize("method", [DataParallel(), LocalSGD(period=2)], ids=["DataParallel", "LocalSGD"])
+@pytest.mark.parametrize("settings", [SAM(), LPFSGD()], ids=["SAM", "LPFSGD"])
+def test_in_a_horovod_script_they_say_what_to_write_instead(settings: LocalOptimizer, method: Any) -> None:
+    model = network()
+    optimizer = settings.build(ParameterVector(model), RunFacts())
+    optimizer = DistributedOptimizer(optimizer, model, method, comm=SingleCommunicator())
+    name = type(optimizer).__name__
+    with pytest.raises(
+        ConfigError, match=rf"{name}, which asks its closure for .*{type(method).__name__}\(.*run.closure"
+    ):
+        optimizer.step(lambda: model(torch.ones(2, 4)).sum())

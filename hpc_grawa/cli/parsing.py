@@ -90,9 +90,8 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     for key, path in torchs_held.items():
         section, name = key.split(".")
         made = parsed[section].init_args[name].init_args
-        parsed[section].init_args[name] = Namespace(
-            class_path=path, init_args=Namespace(**made.arguments, groups=made.groups)
-        )
+        own = Namespace(**made.arguments, groups=made.groups)  # type: ignore[no-untyped-call]
+        parsed[section].init_args[name] = Namespace(class_path=path, init_args=own)  # type: ignore[no-untyped-call]
     # Without what the data settle, so that it fits other data too.
     text = parser.dump(parsed, skip_unset=False, skip_validation=True)
     for key, value in settled.items():

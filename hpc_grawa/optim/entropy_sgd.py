@@ -102,12 +102,12 @@ class Walking(optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
-            y = [p for p in group["params"] if p.grad is not None]
+            y: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if y:
                 self._walk(y, group, number)
         return loss
 
-    def _walk(self, y: list[nn.Parameter], group: dict[str, Any], number: int) -> None:
+    def _walk(self, y: list[Tensor], group: dict[str, Any], number: int) -> None:
         settings, lr = self._settings, group["lr"]
         for p in y:
             if not self.state[p]:
@@ -116,7 +116,7 @@ class Walking(optim.Optimizer):
         rounds = group["step"] // settings.period
         g = torch._foreach_sub(y, x)
         torch._foreach_mul_(g, settings.scope * (1 + settings.growth) ** rounds)
-        torch._foreach_add_(g, [p.grad for p in y])
+        torch._foreach_add_(g, [p.grad for p in y if p.grad is not None])
         torch._foreach_add_(g, y, alpha=group["weight_decay"])
         if group["momentum"]:
             for p in y:
@@ -135,11 +135,11 @@ class Walking(optim.Optimizer):
         if group["step"] % settings.period == 0:
             torch._foreach_copy_(x, z)
 
-    def _noise(self, like: list[nn.Parameter], step: int, number: int) -> list[Tensor]:
+    def _noise(self, like: list[Tensor], step: int, number: int) -> list[Tensor]:
         """N(0, 1) by seed, step and group: ranks that share gradients stay alike, and so does a resumed run."""
         words = np.random.SeedSequence(self._settings.seed, spawn_key=(step, number)).generate_state(1, np.uint64)
         p = like[0]
         generator = torch.Generator(p.device).manual_seed(int(words[0] >> np.uint64(1)))
         sizes = [q.numel() for q in like]
         drawn = torch.randn(sum(sizes), generator=generator, device=p.device, dtype=p.dtype)
-        return [part.view(q.shape) for part, q in zip(drawn.split(sizes), like, strict=True)]
+        return [part.view(q.shape) for part, q in zip(torch.split(drawn, sizes), like, strict=True)]

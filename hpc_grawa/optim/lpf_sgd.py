@@ -90,4 +90,5 @@ class Smoothing(Around):
 
 def _filter_norms(p: Tensor) -> Tensor:
     """As a tensor that multiplies one of the parameter's shape."""
-    return torch.linalg.vector_norm(p, dim=list(range(1, p.dim())) or None, keepdim=p.dim() > 0)
+    norms: Tensor = torch.linalg.vector_norm(p, dim=list(range(1, p.dim())) or None, keepdim=p.dim() > 0)
+    return norms

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from ..errors import ConfigError, require, wrong
 from ..schedules import RunFacts
@@ -117,7 +117,7 @@ class OnBase(LocalOptimizer):
         return base
 
 
-def trained(optimizer: optim.Optimizer) -> list[nn.Parameter]:
+def trained(optimizer: optim.Optimizer) -> list[Tensor]:
     """The parameters that it steps."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 

@@ -7,7 +7,6 @@ Neural Networks, ICML 2021.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,18 +101,15 @@ class Ascending(Around):
         self.base.step()
         return loss
 
-    def _ascend(self, parameters: Sequence[Tensor]) -> None:
+    def _ascend(self, parameters: list[Tensor]) -> None:
         once = [p.grad for p in parameters if p.grad is not None]
         twice = once
         if self._eta is not None:
-            heavy = [i for i, p in enumerate(parameters) if p.dim() >= 2]
-            scales = torch._foreach_abs([parameters[i] for i in heavy]) if heavy else []
-            if heavy:
-                torch._foreach_add_(scales, self._eta)
-            once, twice = [*once], [*once]
-            for i, t in zip(heavy, scales, strict=True):
-                once[i] = t * once[i]
-                twice[i] = t * once[i]
+            weights = [p for p in parameters if p.dim() >= 2]
+            scales = iter(torch._foreach_add(torch._foreach_abs(weights), self._eta) if weights else ())
+            t = [next(scales) if p.dim() >= 2 else torch.ones_like(p) for p in parameters]
+            once = list(torch._foreach_mul(once, t))
+            twice = list(torch._foreach_mul(once, t))
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(once)))
         distance = torch.where(norm > 0, self._rho / norm, 0.0)  # on the device: nothing waits for it
-        torch._foreach_add_(list(parameters), torch._foreach_mul(twice, distance))
+        torch._foreach_add_(parameters, torch._foreach_mul(twice, distance))
