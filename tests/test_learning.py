@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from table import METHODS, plain
+from table import METHODS, is_, plain
 from torch import Tensor, nn
 
 from hpc_grawa import LocalSGD, Method, ParameterVector, simulate

@@ -145,6 +145,44 @@ def test_several_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
     assert line["to 70.0 %"] == "12.0 ± 1.0 s"
 
 
+def test_rows_are_held_against_the_best_one_seed_by_seed(tmp_path: Path) -> None:
+    """Differences .01, .02, .03: t = .02 / (.01 / √3) = 2√3, with two degrees of freedom p = 1 - t / √(t² + 2)."""
+    values = {"LGRAWA": (0.95, 0.96, 0.97), "EASGD": (0.94, 0.94, 0.94), "LocalSGD": (0.95, 0.96, 0.97)}
+    runs = [
+        make_run(tmp_path, name, seed=seed, curve=((0, 0.1), (9, value)))
+        for name, found in values.items()
+        for seed, value in enumerate(found, start=36)
+    ]
+    table = rows([read_run(run) for run in runs])
+    assert table.best is table[0]
+    t = 2 * 3**0.5
+    by_row = {line["method"]: line["p"] for line in cells(markdown(table))}
+    assert by_row == {"LGRAWA": "best", "EASGD": f"{1 - t / (t**2 + 2) ** 0.5:.2g}", "LocalSGD": "1"}
+    assert "paired t-test" in markdown(table)
+    alone = make_run(tmp_path, "LSGD", seed=1, curve=((0, 0.1), (9, 0.5)))  # shares no seed
+    assert cells(markdown(rows([read_run(run) for run in [*runs, alone]])))[-1]["p"] == "-"
+    assert "p" not in cells(markdown(rows([read_run(run) for run in runs[::3]])))[0]
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_setting_is_chosen_by_what_was_evaluated_on_the_way(tmp_path: Path, part: str) -> None:
+    """Held out data choose another setting than test data would, and it is said which of them did."""
+    found = {8: (0.92, 0.97), 16: (0.96, 0.95)}  # on that data, and on test data
+    runs = [
+        make_run(
+            tmp_path, seed=seed, settings={"period": period}, part=part, curve=((0, 0.1), (9, way + seed / 1000)),
+            center_test_accuracy=test,
+        )
+        for period, (way, test) in found.items()
+        for seed in (1, 2)
+    ]  # fmt: skip
+    table = rows([read_run(run) for run in [*runs, make_run(tmp_path, "EASGD", part=part)]])
+    assert [(row.label, count) for row, count in table.chosen] == [("LGRAWA period=16", 2)]
+    said = " ".join(markdown(table).split())
+    fair = "" if part == "validation" else ", which makes its test value too good (hold out data.validation)"
+    assert f"on {part} data{fair}: LGRAWA period=16 of 2 (test 95.0 ± 0.0 %)." in said
+
+
 def test_settings_make_experiments_seeds_do_not(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, seed=seed, settings={"period": period}) for period in (8, 16) for seed in (1, 2)]
     labels = {label: len(members) for label, members in group([read_run(run) for run in runs]).items()}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, ModuleType
 from typing import Any
 
-import docstring_parser
+import docstring_parser  # comes with jsonargparse[signatures]
 import torch
 from torch import Tensor, nn, optim
 

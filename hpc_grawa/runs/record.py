@@ -75,6 +75,12 @@ class RunRecord:
         return self.metric.endswith("accuracy") if told is None else bool(told)
 
     @property
+    def network(self) -> str | None:
+        """The network that was emulated, if any; at the end, where a run went on over another."""
+        told = (self.summary or {}).get("network", self.config.get("network"))
+        return None if told is None else str(told)
+
+    @property
     def layers(self) -> list[str]:
         """The names of the layers that are weighted, from input to output."""
         return [str(name) for name in self._started.get("layers") or []]
@@ -170,6 +176,9 @@ def setting(records: Sequence[RunRecord]) -> str:
         parts.append(f"{last(model)} on {last(data)}")
     if worlds:
         parts.append(f"{' and '.join(map(str, worlds))} rank{'' if worlds == [1] else 's'}")
+    networks = {record.network for record in records}
+    if len(networks) == 1 and (network := networks.pop()):
+        parts.append(f"over an emulated network of {network}")
     units = {"seconds": "s of training time", "epochs": "epochs", "steps": "steps"}
     budgets = [{unit: record.config.get(f"budget.{unit}") for unit in units} for record in records]
     limits = [f"{limit:,g} {units[unit]}" for unit, limit in budgets[0].items() if is_number(limit)]
@@ -255,7 +264,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
 def _settings(record: RunRecord) -> dict[str, Any]:
     """All that makes a run another experiment, not another seed."""
     settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
-    return {**settings, "ranks": record.status.get("world_size")}
+    return {**settings, "network": record.network, "ranks": record.status.get("world_size")}
 
 
 def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
@@ -266,7 +275,8 @@ def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
     differing = [key for key in keys if len({str(settings.get(key)) for settings in all_settings}) > 1]
     if len(differing) > 3:
         return f"{leader.method} {leader.path.name}{state}"
-    return " ".join([leader.method, *(f"{last(key)}={_value(own.get(key))}" for key in differing)]) + state
+    told = [f"{last(key)}={_value(own[key])}" for key in differing if own.get(key) is not None]
+    return " ".join([leader.method, *told]) + state
 
 
 def _state(record: RunRecord) -> str:
@@ -277,7 +287,8 @@ def _state(record: RunRecord) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
-    return last(value) if isinstance(value, str) and "/" not in value else str(value)
+    text = str(value)
+    return last(text) if all(part.isidentifier() for part in text.split(".")) else text
 
 
 def _common(records: Sequence[RunRecord], key: str) -> Any:
