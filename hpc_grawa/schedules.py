@@ -78,11 +78,11 @@ class Schedule(ABC):
         return {"none": 1.0, "linear": float(world_size), "sqrt": math.sqrt(world_size)}[self.scaling]
 
     def told(self, peak_lr: float, world_size: int) -> str:
-        """What programs say of scaling and warm-up; nothing where there is neither."""
-        scale = self.scale(world_size)
-        by = {"none": "", "linear": f" x {world_size} ranks", "sqrt": f" x sqrt({world_size} ranks)"}[self.scaling]
-        scaled = f"; peak {peak_lr:.4g} = {peak_lr / scale:.4g}{by}" if by else ""
-        return scaled + (f"; warm-up of {self.warmup:,} steps" if self.warmup else "")
+        """What programs say of scaling; nothing where there is none."""
+        if self.scaling == "none":
+            return ""
+        by = f"{world_size} ranks" if self.scaling == "linear" else f"sqrt({world_size} ranks)"
+        return f"; peak lr {peak_lr:.4g} = {peak_lr / self.scale(world_size):.4g} x {by}"
 
     def __call__(self, facts: RunFacts) -> float:
         """The factor at ``facts``."""

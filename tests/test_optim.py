@@ -456,10 +456,10 @@ def test_the_learning_rate_is_scaled_with_the_ranks_and_printed(
         return rates
 
     assert simulate(4, body)[0] == pytest.approx([peak * rise for rise in (0.25, 0.5, 0.75, 1, 1)])
-    line = f"peak {peak} = 0.1 {told}; warm-up of 4 steps"
-    assert line in capsys.readouterr().out
+    line = f"; peak lr {peak} = 0.1 {told}; "
+    assert f"Constant(warmup=4){line}" in capsys.readouterr().out
     cli.main(["train", *words, "--dry_run", "--world_size=4"])
-    assert line in capsys.readouterr().out
+    assert f"{line}warm-up of 4 steps\n" in capsys.readouterr().out
 
 
 def test_without_scaling_nothing_is_multiplied_or_said() -> None:
@@ -478,3 +478,50 @@ def test_in_a_horovod_script_they_say_what_to_write_instead(settings: LocalOptim
         ConfigError, match=rf"{name}, which asks its closure for .*{type(method).__name__}\(.*run.closure"
     ):
         optimizer.step(lambda: model(torch.ones(2, 4)).sum())
+
+
+class OfAScript(optim.Optimizer):
+    """SAM as scripts write it: two steps around a second backward pass."""
+
+    def __init__(self, parameters: Any, base: optim.Optimizer, rho: float) -> None:
+        super().__init__(parameters, {})
+        self.base_optimizer, self.rho, self.kept = base, rho, []
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        parameters = self.param_groups[0]["params"]
+        self.kept = [p.clone() for p in parameters]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            p += self.rho * p.grad / norm
+        self.base_optimizer.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p, kept in zip(self.param_groups[0]["params"], self.kept, strict=True):
+            p.copy_(kept)
+        self.base_optimizer.step()
+
+
+@pytest.mark.parametrize("method", [DataParallel(), LocalSGD(period=2)], ids=["DataParallel", "LocalSGD"])
+def test_a_sam_of_a_horovod_script_goes_on_working_around_a_distributed_optimizer(method: Any) -> None:
+    """It moves, by both of its steps, and all ranks end alike."""
+
+    def scripts(comm: Communicator) -> Tensor:
+        job = Job(comm, SGD(), LocalSGD())
+        job.run.close()
+        base = DistributedOptimizer(optim.SGD(job.model.parameters(), 0.1, 0.9), job.model, method, comm=comm)
+        own = OfAScript(job.model.parameters(), base, 0.05)
+        for _ in range(STEPS):
+            base.zero_grad()
+            for end in (own.first_step, own.second_step):
+                job.loss().backward()
+                end()
+            job.steps += 1
+        assert base.run.facts.step == STEPS
+        base.run.finish()
+        return base.run.center.clone()
+
+    first, *others = simulate(3, scripts)
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(first, ParameterVector(network()).data)
