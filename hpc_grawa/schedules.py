@@ -61,12 +61,28 @@ class Schedule(ABC):
 
     Attributes:
         warmup: steps in which the learning rate rises linearly to its peak: (t + 1) / warmup.
+        scaling: by what the optimizer's learning rate is multiplied where W ranks train together: ``none``: 1;
+            ``linear``: W (Goyal et al., 2017; with a warm-up); ``sqrt``: √W.
     """
 
     warmup: int = 0
+    scaling: Literal["none", "linear", "sqrt"] = field(default="none", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         require(self.warmup >= 0, "schedule.warmup", self.warmup, "0 or more steps")
+        scalings = ("none", "linear", "sqrt")
+        require(self.scaling in scalings, "schedule.scaling", self.scaling, f"one of {', '.join(scalings)}")
+
+    def scale(self, world_size: int) -> float:
+        """What ``scaling`` multiplies the optimizer's learning rate by."""
+        return {"none": 1.0, "linear": float(world_size), "sqrt": math.sqrt(world_size)}[self.scaling]
+
+    def told(self, peak_lr: float, world_size: int) -> str:
+        """What programs say of scaling; nothing where there is none."""
+        if self.scaling == "none":
+            return ""
+        by = f"{world_size} ranks" if self.scaling == "linear" else f"sqrt({world_size} ranks)"
+        return f"; peak lr {peak_lr:.4g} = {peak_lr / self.scale(world_size):.4g} x {by}"
 
     def __call__(self, facts: RunFacts) -> float:
         """The factor at ``facts``."""

@@ -281,8 +281,11 @@ class Vincent:
 
 
 class GradientAt(Protocol):
-    def __call__(self, x: Array, share: bool = True) -> Array:
-        """The gradient of the step's batch at x; with `share` the one that the method makes of all ranks'."""
+    def __call__(self, x: Array, share: bool = True, part: tuple[int, int] = (0, 1)) -> Array:
+        """The gradient of the step's batch at x; with `share` the one that the method makes of all ranks'.
+
+        Of part (i, M) it is what parts 0..i have added up to, each ∇loss_i(x) / M at the x that it was asked for.
+        """
 
 
 class Optimizer(Protocol):
@@ -312,6 +315,159 @@ class SGD:
         u = g if first else self.momentum * self.state["momentum_buffer"] + g
         self.state["momentum_buffer"] = u
         return x - lr * (g + self.momentum * u) if self.nesterov else x - lr * u
+
+
+@dataclass
+class SAM:
+    """base steps from x by the gradient at x + rho g / |g|, g the rank's own; no ascent where it is zero.
+
+    With `weights` (ASAM): x + rho T^2 g / |T g|, T = |x| + eta in these spans and 1 elsewhere.
+    """
+
+    base: Optimizer
+    rho: float = 0.05
+    weights: Sequence[Span] | None = None
+    eta: float = 0.01
+
+    @property
+    def state(self) -> dict[str, Array]:
+        return self.base.state
+
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        g, t = gradient_at(x, share=False), np.ones_like(x)
+        for offset, size in self.weights or ():
+            t[offset : offset + size] = np.abs(x[offset : offset + size]) + self.eta
+        norm = np.sqrt(np.sum((t * g) ** 2))
+        above = x + (self.rho * t**2 * g / norm if norm > 0 else 0)
+        return self.base.step(x, lambda x, share=True, part=(0, 1): gradient_at(above), lr)
+
+
+@dataclass
+class LPFSGD:
+    """base steps from x by (1/M) sum_i of the gradient of part i at x + sigma |x_filter| n_i, n_i standard normal.
+
+    sigma at a step is sigma (1 + growth (1 - cos(pi t / T)) / 2), of T steps.
+    """
+
+    base: Optimizer
+    filters: Sequence[Span]
+    normal: Callable[[], Array]
+    steps: int
+    parts: int = 8
+    sigma: float = 5e-4
+    growth: float = 15.0
+    t: int = 0
+
+    @property
+    def state(self) -> dict[str, Array]:
+        return self.base.state
+
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        size = np.zeros_like(x)
+        for offset, length in self.filters:
+            size[offset : offset + length] = np.sqrt(np.sum(x[offset : offset + length] ** 2))
+        sigma = self.sigma * (1 + self.growth * (1 - math.cos(math.pi * self.t / self.steps)) / 2)
+        self.t += 1
+        for i in range(self.parts):
+            g = gradient_at(x + sigma * size * self.normal(), i == self.parts - 1, (i, self.parts))
+        return self.base.step(x, lambda x, share=True, part=(0, 1): g, lr)
+
+
+@dataclass
+class EntropySGD:
+    """y <- y - lr (g + momentum u), g = gradient + weight_decay y + gamma (y - x), u <- momentum u + g.
+
+    Then z <- .75z + .25y, and after every L steps x <- z; gamma = scope (1 + growth)^rounds. The parameters are y.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    period: int = 20
+    scope: float = 0.03
+    growth: float = 1e-3
+    t: int = 0
+    state: dict[str, Array] = field(default_factory=dict)
+
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        y, state = x.copy(), self.state
+        anchor, z, u = state.get("x", y), state.get("z", y), state.get("u", np.zeros_like(y))
+        gamma = self.scope * (1 + self.growth) ** (self.t // self.period)
+        g = gradient_at(y) + self.weight_decay * y + gamma * (y - anchor)
+        u = self.momentum * u + g
+        y = y - lr * (g + self.momentum * u)
+        z = 0.75 * z + 0.25 * y
+        self.t += 1
+        state.update(x=z if self.t % self.period == 0 else anchor, z=z, u=u)
+        return y
+
+
+@dataclass
+class LARS:
+    """u <- momentum u + r (g + weight_decay x); x <- x - lr u.
+
+    r = trust |x| / (|g| + weight_decay |x|) of each span of `weights`, 1 where |x| or |g| is 0; elsewhere r is 1 and
+    there is no weight decay.
+    """
+
+    weights: Sequence[Span]
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    trust: float = 1e-3
+    state: dict[str, Array] = field(default_factory=dict)
+
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        g = gradient_at(x)
+        d = g.copy()
+        for offset, size in self.weights:
+            own = slice(offset, offset + size)
+            w, n = np.sqrt(np.sum(x[own] ** 2)), np.sqrt(np.sum(g[own] ** 2))
+            r = self.trust * w / (n + self.weight_decay * w) if w > 0 and n > 0 else 1.0
+            d[own] = r * (g[own] + self.weight_decay * x[own])
+        self.state["u"] = u = self.momentum * self.state.get("u", np.zeros_like(x)) + d
+        return x - lr * u
+
+
+@dataclass
+class LAMB:
+    """x <- x - lr r u, u = m^ / (sqrt(v^) + eps) + weight_decay x, with Adam's m^ and v^, corrected for bias.
+
+    r = |x| / |u| of each span of `weights`, 1 where a norm is 0; elsewhere r is 1 and there is no weight decay.
+    """
+
+    weights: Sequence[Span]
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 1e-2
+    t: int = 0
+    state: dict[str, Array] = field(default_factory=dict)
+
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        g, zero, self.t = gradient_at(x), np.zeros_like(x), self.t + 1
+        self.state["m"] = m = self.beta1 * self.state.get("m", zero) + (1 - self.beta1) * g
+        self.state["v"] = v = self.beta2 * self.state.get("v", zero) + (1 - self.beta2) * g * g
+        u = m / (1 - self.beta1**self.t) / (np.sqrt(v / (1 - self.beta2**self.t)) + self.eps)
+        for offset, size in self.weights:
+            own = slice(offset, offset + size)
+            u[own] += self.weight_decay * x[own]
+            w, n = np.sqrt(np.sum(x[own] ** 2)), np.sqrt(np.sum(u[own] ** 2))
+            u[own] *= w / n if w > 0 and n > 0 else 1.0
+        return x - lr * u
+
+
+@dataclass
+class Lion:
+    """x <- x - lr (sign(beta1 m + (1 - beta1) g) + weight_decay x); m <- beta2 m + (1 - beta2) g."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    state: dict[str, Array] = field(default_factory=dict)
+
+    def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
+        g, m = gradient_at(x), self.state.get("m", np.zeros_like(x))
+        self.state["m"] = self.beta2 * m + (1 - self.beta2) * g
+        return x - lr * (np.sign(self.beta1 * m + (1 - self.beta1) * g) + self.weight_decay * x)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1065,14 +1221,16 @@ def _local_steps(method: Method, world: World, batches: list[tuple[Any, ...]]) -
     meeting = threading.Barrier(world.size, answered, timeout=60)
 
     def step(m: int) -> Array:
-        def gradient_at(x: Array, share: bool = True) -> Array:
-            loss, gradient = world.problem.loss_and_grad(x, *batches[m])
-            if m not in asked:
-                world.losses[m] = loss
+        def gradient_at(x: Array, share: bool = True, part: tuple[int, int] = (0, 1)) -> Array:
+            i, parts = part
+            loss, gradient = world.problem.loss_and_grad(x, *(np.split(whole, parts)[i] for whole in batches[m]))
+            if m not in asked or i > 0:
+                world.losses[m] += loss / parts
             asked.add(m)
-            world.gradients[m] = gradient
+            world.gradients[m] = gradient / parts + (world.gradients[m] if i > 0 else 0)
             if not (share and method.shares):
-                return gradient + method.force(world, m, x) if share else gradient
+                own = world.gradients[m].copy()
+                return own + method.force(world, m, x) if share else own
             meeting.wait()
             [shared] = answer
             if shared is None:

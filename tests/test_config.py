@@ -64,7 +64,7 @@ IMPOSSIBLE = {
         ", ".join(sorted(plain())),
         "import path",
     ),
-    "--optimizer Adam": ("optimizer is Adam", "AdamW, SGD", "import path"),
+    "--optimizer Adam": ("optimizer is Adam", "ASAM, AdamW, EntropySGD", "import path"),
     "--schedule NoSuch": ("schedule is NoSuch", "Constant, Cosine, Linear, Step", "import path"),
     "--model NoSuch": ("model is NoSuch", "ResNet152, ResNet20, ResNet50, ResNet56, SmallCNN, ViTB16", "import path"),
     "--data NoSuch": ("data is NoSuch", "CIFAR, Datasets, Digits", "import path"),

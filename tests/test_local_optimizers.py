@@ -133,11 +133,6 @@ def test_a_schedule_free_optimizer_is_refused_where_parameters_are_averaged() ->
         LocalSGD().build(SingleCommunicator(), ParameterVector(model), optimizer)
 
 
-class ScheduleFree(SGD):
-    def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
-        return ScheduleFreeSGD(vector.parameters, self.lr)
-
-
 class Part(SGD):
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         return optim.SGD(vector.parameters[1:], self.lr)
@@ -146,7 +141,6 @@ class Part(SGD):
 @pytest.mark.parametrize(
     ("optimizer", "error"),
     [
-        ("ScheduleFree", r"optimizer is ScheduleFree: must not exchange the parameters by train\(\) and eval\(\)"),
         ("Part", "the optimizer does not step parameter '.*weight' of the model"),
     ],
 )

@@ -329,7 +329,11 @@ def test_naming_another_class_by_import_path_forgets_the_settings_of_the_one_bef
             "torch.optim.Adam --optimizer.fused=true --optimizer.foreach=true",
             "optimizer is Adam: RuntimeError: `fused` and `foreach` cannot be `True` together.",
         ),
-        ("''", "optimizer: must be AdamW, SGD or the import path of a class (package.module.Class)"),
+        (
+            "''",
+            "optimizer: must be ASAM, AdamW, EntropySGD, LAMB, LARS, LPFSGD, Lion, Muon, SAM, SGD or the import path "
+            "of a class (package.module.Class)",
+        ),
     ],
 )
 def test_arguments_that_an_optimizer_does_not_take(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:

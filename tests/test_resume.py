@@ -45,6 +45,11 @@ METHODS = {
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
     "LocalSGD, NAdam in groups, averaged": "LocalSGD --optimizer=torch.optim.NAdam --method.local_momentum=average "
     '--optimizer.groups=[{"match":"ndim<2","lr_factor":2}]',
+    "LGRAWA, SAM around RAdam, averaged": "LGRAWA --method.local_momentum=average --optimizer=SAM "
+    "--optimizer.base=torch.optim.RAdam --optimizer.base.lr=.01",
+    "LocalSGD, LPFSGD": "LocalSGD --optimizer=LPFSGD",
+    "EntropySGD": "DataParallel --optimizer=EntropySGD --optimizer.period=4",
+    "schedule-free": "DataParallel --optimizer=schedulefree.AdamWScheduleFree",
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
 }

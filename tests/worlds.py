@@ -16,6 +16,9 @@ from hpc_grawa import Method, ParameterVector
 from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator
 from hpc_grawa.launch import local_device
+from hpc_grawa.optim import LocalOptimizer
+from hpc_grawa.optim import build as build_optimizer
+from hpc_grawa.schedules import RunFacts
 
 NET = ref.TwoLayer(d=3, h=4, o=3)  # 31 parameters: prime, so that no world divides it
 NET.layers["layer 2, layer 1"] = NET.layers["module"][::-1]
@@ -66,6 +69,7 @@ def run_method(
     steps: int,
     lr: float | Callable[[int], float] = 0.1,
     optimizer: Callable[[], ref.SGD] = plain,
+    settings: LocalOptimizer | None = None,
     dtype: torch.dtype = torch.float64,
     poison: Callable[[int, int], bool] = lambda rank, step: False,
     batch: Callable[[int, int], tuple[Any, ...]] = batch,
@@ -75,13 +79,20 @@ def run_method(
     device: str = "cpu",
     **build: Any,
 ) -> Trace:
-    """Train on one rank as `ref.replay` does; ranks are given different starts, which a common start must undo."""
+    """Train on one rank as `ref.replay` does; ranks are given different starts, which a common start must undo.
+
+    The optimizer is torch's SGD, set as `optimizer`'s, or the one that `settings` build.
+    """
     model = twin(starts(comm.size)[comm.rank], dtype).to(local_device(wanted=device))  # type: ignore[arg-type]
     vector = ParameterVector(model)
     like = optimizer()
+    facts = build.pop("facts", RunFacts())
     sgd = optim.SGD(
         model.parameters(), 1.0, momentum=like.momentum, nesterov=like.nesterov, weight_decay=like.weight_decay
     )
+    if settings is not None:
+        sgd = build_optimizer(settings, vector, facts)  # type: ignore[assignment]
+    torch.manual_seed(comm.rank)  # what an optimizer draws from
 
     def loss_of(inputs: Any, targets: Any) -> Tensor:
         there = vector.data.device
@@ -107,7 +118,7 @@ def run_method(
         rounds += 1
         trace.rounds.append(round_)
 
-    run = method.build(comm, vector, sgd, probe, start="independent" if independent else "common", **build)
+    run = method.build(comm, vector, sgd, probe, facts=facts, start="independent" if independent else "common", **build)
     run.on_round = on_round  # of synchronizers that there are not yet
     for synchronizer in run.synchronizers:
         synchronizer.on_round = lambda _: None
@@ -124,6 +135,7 @@ def run_method(
     for step in range(steps):
         set_lr(step)
         taken = batch(comm.rank, step)
+        facts.progress = step / steps
         loss = sgd.step(closure)
         if poison(comm.rank, step):
             vector.data[step % len(vector)] = math.nan  # one is enough

@@ -54,17 +54,27 @@ class LocalMomentum(Rider):
 
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
         self._vector, self._optimizer = vector, optimizer
-        self._keys: tuple[str, ...] = ()
+        self._keys: list[tuple[nn.Parameter, str]] = []
 
     def _state(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        state = self._optimizer.state
         if not self._keys:  # at the first round every rank has stepped
-            p = next((p for p in self._vector.parameters if state.get(p)), self._vector.parameters[0])
-            named = state.get(p, {}).items()
-            for key, value in named:
+            self._keys = self._found()
+        state = self._optimizer.state
+        return [(p, state.get(p, {}).get(key)) for p, key in self._keys]
+
+    def _found(self) -> list[tuple[nn.Parameter, str]]:
+        """Each parameter with each of its tensors' names, which those of a group share (Muon's and AdamW's differ)."""
+        state, keys = self._optimizer.state, []
+        stepped = [p for p in self._vector.parameters if state.get(p)]
+        for group in self._optimizer.param_groups:
+            params = [p for p in group["params"] if p.requires_grad]
+            # A rank may have made no gradient of what others have.
+            like = next((p for p in params if state.get(p)), stepped[0] if stepped else None)
+            for key, value in ({} if like is None else state[like]).items():
                 _refuse_codes(key, value)
-            self._keys = tuple(k for k, v in named if k != "step" and isinstance(v, Tensor) and v.shape == p.shape)
-        return [(p, state.get(p, {}).get(key)) for key in self._keys for p in self._vector.parameters]
+                if like is not None and key != "step" and isinstance(value, Tensor) and value.shape == like.shape:
+                    keys += [(p, key) for p in params]
+        return keys
 
     def pack(self) -> list[Tensor]:
         return [torch.zeros_like(p) if own is None else own for p, own in self._state()]

@@ -12,20 +12,25 @@ from torch import nn
 from .. import data, methods, metrics, models, optim, periods, schedules
 from ..errors import in_a_line, wrong
 from ..methods import SharingMethod
+from ..optim import LocalOptimizer
 from ..periods import Period
 from ..training.config import CLASS_SECTIONS
 
-#: Settings of a method that may hold a class.
-OF_METHODS: dict[str, type] = {"period": Period, "sharing": SharingMethod}
-_SOURCES = (methods, optim, schedules, models, data, nn.modules.loss, metrics, periods, methods)
+#: Settings within a section that may hold a class: its type, and the class where none is given but settings are.
+HELD: dict[str, tuple[type, str | None]] = {
+    "method.period": (Period, None),
+    "method.sharing": (SharingMethod, None),
+    "optimizer.base": (LocalOptimizer, "SGD"),
+}
+_SOURCES = (methods, optim, schedules, models, data, nn.modules.loss, metrics, periods, methods, optim)
 #: Where the classes of each section are, and of these settings.
-_SOURCE = dict(zip((*CLASS_SECTIONS, *OF_METHODS), _SOURCES, strict=True))
+_SOURCE = dict(zip((*CLASS_SECTIONS, *HELD), _SOURCES, strict=True))
 #: What a class is that has no short name.
 PATH = "the import path of a class (package.module.Class)"
 
 
 def known_classes(section: str) -> dict[str, str]:
-    """The classes of a section, or of a method's setting, that need no import path, and their import paths."""
+    """The classes of a section, or of a setting that holds one, that need no import path, and their import paths."""
     if section not in _SOURCE:
         return {}
     source, base = _SOURCE[section], _base(section)
@@ -53,15 +58,16 @@ def find_class(section: str, name: str) -> type:
     """
     base, path = _base(section), import_path(section, name)
     if "." not in path:
-        raise wrong(key_of(section), name, f"must be {choice(section)}")
+        raise wrong(section, name, f"must be {choice(section)}")
     found, why = imported(path)
     if why:
-        raise wrong(key_of(section), name, why)
-    torchs = section == "optimizer" and is_class(found, torch.optim.Optimizer)
+        raise wrong(section, name, why)
+    optimizers = base is LocalOptimizer
+    torchs = optimizers and is_class(found, torch.optim.Optimizer)
     stepless = torchs and found.step is torch.optim.Optimizer.step  # type: ignore[attr-defined]
     if not (torchs or is_class(found, base)) or isabstract(found) or stepless:
-        either = " or torch.optim.Optimizer" if section == "optimizer" else ""
-        raise wrong(key_of(section), name, f"must be a class derived from {base.__name__}{either}, and not abstract")
+        either = " or torch.optim.Optimizer" if optimizers else ""
+        raise wrong(section, name, f"must be a class derived from {base.__name__}{either}, and not abstract")
     return found  # type: ignore[return-value]
 
 
@@ -82,11 +88,6 @@ def choice(section: str) -> str:
     return f"{names} or {PATH}" if names else PATH
 
 
-def key_of(section: str) -> str:
-    """The section's key in a configuration."""
-    return f"method.{section}" if section in OF_METHODS else section
-
-
 def short(path: str) -> str:
     """A class's own name."""
     return path.rpartition(".")[2]
@@ -98,4 +99,4 @@ def is_class(found: object, base: type) -> bool:
 
 
 def _base(section: str) -> type:
-    return OF_METHODS.get(section) or CLASS_SECTIONS[section][0]
+    return {**CLASS_SECTIONS, **HELD}[section][0]

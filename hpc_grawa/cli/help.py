@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from ..errors import ConfigError
 from ..training.config import CLASS_SECTIONS, GROUPS
 from .arguments import add_class, add_others
-from .classes import OF_METHODS, find_class, imported, known_classes
+from .classes import HELD, find_class, imported, known_classes
 from .messages import no_setting
 from .settings import read_settings, recipes, split_config
 
@@ -35,10 +35,9 @@ def help_text(program: str, arguments: Sequence[str]) -> str:
 
 
 def _section(program: str, key: str, path: str, chosen: dict[str, str]) -> str:
-    section = key.removeprefix("method.")
     found: object
-    if key in CLASS_SECTIONS or (key != section and section in OF_METHODS):
-        found = find_class(section, path or chosen.get(key) or CLASS_SECTIONS.get(key, (None, ""))[1] or "")
+    if key in CLASS_SECTIONS or key in HELD:
+        found = find_class(key, path or chosen.get(key) or {**CLASS_SECTIONS, **HELD}[key][1] or "")
     else:
         found = GROUPS.get(key) or imported(path)[0]
     if not isinstance(found, type):

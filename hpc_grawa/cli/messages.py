@@ -38,7 +38,7 @@ def must_be(key: str, kind: Any, value: Any) -> str:
     """What a value of a type must be.
 
     Args:
-        key: its last part; a method's ``period`` and ``sharing`` have classes that need no import path.
+        key: some have classes that need no import path (``method.period``).
         kind: the type.
         value: which it is not.
 
@@ -92,7 +92,8 @@ def no_setting(key: str, keys: Sequence[str]) -> str:
     """A key that does not exist: the one that was meant, and its neighbours."""
     section = (key.rpartition(".")[0] or key) + "."
     neighbours = [k.removeprefix(section) for k in keys if k.startswith(section)]
-    near = [section + k for k in difflib.get_close_matches(key.removeprefix(section), neighbours, 1)]
+    inner = [k for k in keys if k != key and k.startswith(section) and k.endswith("." + key.removeprefix(section))]
+    near = inner or [section + k for k in difflib.get_close_matches(key.removeprefix(section), neighbours, 1)]
     near += difflib.get_close_matches(key, [k for k in keys if not k.startswith(section)], 1)
     allowed = neighbours or list(dict.fromkeys(k.partition(".")[0] for k in keys))
     if not allowed:

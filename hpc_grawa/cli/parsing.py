@@ -17,11 +17,11 @@ from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
 from .arguments import PLAIN, actions, add_class, add_others
-from .classes import OF_METHODS, find_class, imported, is_class, key_of, short
+from .classes import HELD, find_class, imported, is_class, short
 from .gate import named_errors
 from .help import help_text
 from .messages import alternatives, must_be, no_setting
-from .settings import read_sections, set_options, split_config
+from .settings import read_sections, set_options, split_config, takes
 
 _FP16 = " (fp16 needs loss scaling: each rank's scale would be another and enter the weights)"
 
@@ -65,12 +65,14 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     _check(parser, settings, whole=False)  # what is wrong in a file is so where an option wins, too
     called = set_options(settings, others)
     _check(parser, settings, whole=True)
+    torchs_held = _import_held(settings)
     try:
         parsed = parser.parse_object(settings)
     except ArgumentError as error:
         raise ConfigError(in_a_line(error)) from None
-    for name in OF_METHODS:
-        _check_made(name, parsed.method.get("init_args", {}).get(name))
+    for key in HELD:
+        section, name = key.split(".")
+        _check_made(key, parsed[section].get("init_args", {}).get(name))
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
     model, rest = parsed.model, {key: value for key, value in vars(parsed).items() if key != "model"}
     if torchs := issubclass(classes["optimizer"], torch.optim.Optimizer):
@@ -85,7 +87,13 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     }
     for key in settled:
         del arguments[key]
-    text = parser.dump(parsed, skip_unset=False)  # without what the data settle, so that it fits other data too
+    for key, path in torchs_held.items():
+        section, name = key.split(".")
+        made = parsed[section].init_args[name].init_args
+        own = Namespace(**made.arguments, groups=made.groups)  # type: ignore[no-untyped-call]
+        parsed[section].init_args[name] = Namespace(class_path=path, init_args=own)  # type: ignore[no-untyped-call]
+    # Without what the data settle, so that it fits other data too.
+    text = parser.dump(parsed, skip_unset=False, skip_validation=True)
     for key, value in settled.items():
         arguments[key] = value
     return Config(
@@ -120,7 +128,9 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
     """The same for the settings of a group or class; what has a class is looked into."""
     for name in given:
         if name not in known:
-            raise ConfigError(no_setting(f"{section}.{name}", [f"{section}.{key}" for key in known]))
+            keys = [f"{section}.{key}" for key in known]
+            keys += [f"{key}.{name}" for key in keys if key in HELD and takes(key, HELD[key][1], name)]
+            raise ConfigError(no_setting(f"{section}.{name}", keys))
     missing = [f"{section}.{name}" for name, action in known.items() if action.required and name not in given]
     if missing and whole:
         are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
@@ -132,14 +142,15 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
         if value is None:
             free = any(one in (None, type(None), Any, object) for one in kinds)
             if not free and (action.required or action.default is not None):
-                raise wrong(key, "null", must_be(name, kind, None))
+                raise wrong(key, "null", must_be(key, kind, None))
             continue
         path = value.get("class_path") if isinstance(value, dict) else None
         if isinstance(path, str) and not any(one in (dict, Any) for one in kinds):
-            found = find_class(name, path) if name in OF_METHODS else imported(path)[0]
+            found = find_class(key, path) if key in HELD else imported(path)[0]
             _check_class(found, value.get("init_args") or {}, key, whole)
             if not whole:
                 continue  # options may give what it is missing
+            value = _as_imported(key, value)
         _check_type(key, kind, value)
 
 
@@ -151,8 +162,36 @@ def _check_class(found: object, given: dict[str, Any], key: str, whole: bool) ->
         _check_all(actions(parser, "of"), given, key, found.__name__, whole)
 
 
+def _import_held(settings: dict[str, Any]) -> dict[str, str]:
+    """Put ``Imported`` in the place of torch's optimizers that settings hold; returns their import paths by key."""
+    paths = {}
+    for key in HELD:
+        section, name = key.split(".")
+        inside = settings[section].get("init_args") or {}
+        made = _as_imported(key, inside.get(name))
+        if made is not inside.get(name):
+            paths[key], inside[name] = inside[name]["class_path"], made
+    return paths
+
+
+def _as_imported(key: str, value: Any) -> Any:
+    """A setting that holds an optimizer: one of torch's as the class of this package that makes it."""
+    if key not in HELD or not isinstance(value, dict):
+        return value
+    if not is_class(kind := find_class(key, value["class_path"]), torch.optim.Optimizer):
+        return value
+    parser = ArgumentParser(exit_on_error=False)
+    add_class(parser, kind, "of")
+    try:
+        arguments = parser.parse_object({"of": value.get("init_args") or {}}).of.as_dict()
+    except ArgumentError as error:
+        raise ConfigError(in_a_line(error)) from None
+    inside = {"groups": arguments.pop("groups", None), "kind": value["class_path"], "arguments": arguments}
+    return {"class_path": f"{Imported.__module__}.{Imported.__name__}", "init_args": inside}
+
+
 def _check_made(name: str, given: object) -> None:
-    """Raise ``ConfigError`` for what an object that a method's setting holds says of itself when it is made."""
+    """Raise ``ConfigError`` for what an object that a setting holds says of itself when it is made."""
     if isinstance(given, Namespace):
         arguments = given.get("init_args")
         try:
@@ -160,7 +199,8 @@ def _check_made(name: str, given: object) -> None:
         except ConfigError as error:
             if error.what is None:
                 raise
-            raise wrong(f"{key_of(name)}.{short(error.what)}", error.value, error.fix) from None
+            own = "" if error.what == name.partition(".")[0] else f".{short(error.what)}"
+            raise wrong(f"{name}{own}", error.value, error.fix) from None
 
 
 def _check_type(key: str, kind: Any, value: Any) -> None:
@@ -172,7 +212,7 @@ def _check_type(key: str, kind: Any, value: Any) -> None:
         if any(one is Callable or (isinstance(one, type) and is_class(found, one)) for _, one in alternatives(kind)):
             _check_class(found, {}, key, whole=True)
         why = _FP16 if (key, value) == ("precision", "fp16") else ""
-        raise wrong(key, value, must_be(short(key), kind, None if value == "null" else value) + why) from None
+        raise wrong(key, value, must_be(key, kind, None if value == "null" else value) + why) from None
 
 
 @cache

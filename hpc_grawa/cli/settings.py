@@ -11,11 +11,11 @@ from typing import Any
 from ..errors import ConfigError, in_a_line, wrong
 from ..runs.reading import load_yaml
 from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP
-from .classes import OF_METHODS, find_class, import_path, key_of, known_classes, short
+from .classes import HELD, find_class, import_path, known_classes, short
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-#: Options by which a method is given an object of a class.
-_HELD = {f"method.{inside}{name}": name for name in OF_METHODS for inside in ("", "init_args.")}
+#: Options by which a section's class is given an object of a class.
+_HELD = {key.replace(".", inside): key for key in HELD for inside in (".", ".init_args.")}
 
 
 def recipes() -> list[str]:
@@ -47,7 +47,7 @@ def read_sections(
 ) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """What files hold, with the classes that options choose; the last that is named for a section wins.
 
-    Naming another class for a section, or for a method's setting, forgets the settings of the class before.
+    Naming another class for a section, or for a setting that holds one, forgets the settings of the class before.
 
     Returns:
         The sections, with values as they were written; and the other options, dotted keys of files among them.
@@ -65,7 +65,7 @@ def read_sections(
         elif name in _HELD:
             if name != key:
                 find_class(_HELD[name], value)
-            held[_HELD[name]] = _as_held(_HELD[name], _in_braces(key_of(_HELD[name]), value))
+            held[_HELD[name]] = _as_held(_HELD[name], _in_braces(_HELD[name], value))
         else:
             others.append((key, value))
     _move_to_step(chosen, "one option")
@@ -77,7 +77,9 @@ def read_sections(
             if default is None:
                 raise ConfigError(f"{name} is missing: give --{name} CLASS, or a recipe (--config digits)")
             settings[name] = class_section(name, default)
-    _merge(settings["method"].setdefault("init_args", {}), held)
+    for key, value in held.items():
+        section, name = key.split(".")
+        _merge(settings[section].setdefault("init_args", {}), {name: value})
     dotted = [(key, settings.pop(key)) for key in [*settings] if "." in key]
     return settings, [*dotted, *others]
 
@@ -91,17 +93,20 @@ def set_options(settings: dict[str, Any], options: Sequence[tuple[str, Any]]) ->
     called: dict[str, str] = {}
     for key, value in options:
         name = key.removeprefix("optimizer.").removeprefix("init_args.")
-        if name in OF_A_STEP and not (key != name and _takes(settings["optimizer"], name)):
+        if name in OF_A_STEP and not (key != name and takes("optimizer", settings["optimizer"]["class_path"], name)):
             called[name] = name if key == name else f"optimizer.{name}"
             key = name
         path = [part for part in key.split(".") if part != "init_args"]
-        if path[0] == "method" and len(path) > 1 and (name := path[1]) in OF_METHODS:
+        if (held := ".".join(path[:2])) in HELD and takes(path[0], settings[path[0]]["class_path"], path[1]):
             path = path[:2] if path[2:] == ["class_path"] else path
+            arguments, default = settings[path[0]].setdefault("init_args", {}), HELD[held][1]
             if len(path) == 2:
-                value = _as_held(name, value)
-            elif not isinstance(settings["method"]["init_args"].get(name), dict):
-                kinds = " or ".join(known_classes(name))
-                raise wrong(".".join(path), value, f"must come with a class, --method.{name} {kinds}")
+                value = _as_held(held, value)
+            elif not isinstance(arguments.get(path[1]), dict):
+                if default is None:
+                    kinds = " or ".join(known_classes(held))
+                    raise wrong(".".join(path), value, f"must come with a class, --{held} {kinds}")
+                arguments[path[1]] = class_section(held, default)
         if len(path) == 1 and path[0] in CLASS_SECTIONS:
             section = {"class_path": settings[path[0]]["class_path"], "init_args": _in_braces(key, value)}
             value = class_section(path[0], section)
@@ -143,15 +148,15 @@ def class_section(name: str, section: object) -> dict[str, Any]:
     section = {"class_path": section} if isinstance(section, str) else section
     keys = set(section) if isinstance(section, dict) else set()
     if not isinstance(section, dict) or "class_path" not in keys or keys - {"class_path", "init_args", "dict_kwargs"}:
-        raise wrong(key_of(name), section, "must be a class, or class_path: CLASS with init_args: {its settings}")
+        raise wrong(name, section, "must be a class, or class_path: CLASS with init_args: {its settings}")
     section = {**section, "class_path": import_path(name, str(section["class_path"]))}
     arguments = section.setdefault("init_args", None)
     if arguments is None:
         del section["init_args"]
     elif not isinstance(arguments, dict):
-        raise wrong(f"{key_of(name)}.init_args", arguments, "must hold settings (key: value)")
-    elif name == "method":
-        section["init_args"] = {key: _as_held(key, value) for key, value in arguments.items()}
+        raise wrong(f"{name}.init_args", arguments, "must hold settings (key: value)")
+    else:
+        section["init_args"] = {key: _as_held(f"{name}.{key}", value) for key, value in arguments.items()}
     return section
 
 
@@ -235,24 +240,24 @@ def _move_to_step(settings: dict[str, Any], where: str) -> None:
     """Take what belongs to the step out of the optimizer's settings, where it was, unless the optimizer knows it."""
     given = settings.get("optimizer", {}).get("init_args") or {}
     for name in OF_A_STEP:
-        if name in given and not _takes(settings["optimizer"], name):
+        if name in given and not takes("optimizer", settings["optimizer"]["class_path"], name):
             if name in settings:
                 both = f"{name} is {settings[name]} and optimizer.{name} is {given[name]}"
                 raise ConfigError(f"{both} in {where}: must be given once, as {name}")
             settings[name] = given.pop(name)
 
 
-def _takes(section: dict[str, Any], name: str) -> bool:
-    """Whether the optimizer has a setting of that name."""
+def takes(key: str, path: str | None, name: str) -> bool:
+    """Whether a class, of a section or held by one, has a setting of that name."""
     try:
-        return name in signature(find_class("optimizer", section["class_path"])).parameters
+        return name in signature(find_class(key, path or "")).parameters
     except (ConfigError, TypeError, ValueError):
         return False
 
 
 def _as_held(name: str, value: Any) -> Any:
-    """A method's setting: a class spelled out where it may hold one, and anything else as it is."""
-    if name not in OF_METHODS:
+    """A section's setting: a class spelled out where it may hold one, and anything else as it is."""
+    if name not in HELD:
         return value
     try:
         find_class(name, value["class_path"] if isinstance(value, dict) else value)

@@ -115,10 +115,14 @@ class AveragingMethod(Method):
                 f"is nothing to average: pass the plain optimizer, or take hpc_grawa.DataParallel()"
             )
         if is_schedule_free(optimizer):
+            other = (
+                "take one with a schedule, or hpc_grawa.DataParallel() with optimizer.eval() before evaluating and "
+                "saving"
+            )
             raise ConfigError(
                 f"the optimizer is a {name}, whose train() and eval() exchange the parameters for others (schedule-"
-                f"free): a round would average the ones and leave the others apart; take one with a schedule, or "
-                f"hpc_grawa.DataParallel() with optimizer.eval() before evaluating and saving"
+                f"free): a round would average the ones and leave the others apart; "
+                f"{getattr(optimizer, 'where_averaged', other)}"
             )
 
     def _riders(self, run: Run) -> list[Rider]:

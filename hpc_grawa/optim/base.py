@@ -6,6 +6,7 @@ import math
 import operator
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -34,6 +35,8 @@ class LocalOptimizer(ABC):
             group may set is what the torch optimizer keeps for each of its ``param_groups``.
     """
 
+    #: Equal parts of the batch that a step asks the closure for; optimizers that ask for several make it a field.
+    parts = 1
     lr: float = 0.1
     weight_decay: float = 0.0
     groups: list[dict[str, Any]] | None = field(default=None, repr=False)
@@ -134,6 +137,27 @@ def _check_value(kind: type[optim.Optimizer], key: str, value: Any) -> None:
             kind([nn.Parameter(torch.zeros(2, 2))], **{key: value})
         except Exception as error:
             raise wrong(f"optimizer.groups.{key}", value, in_a_line(error)) from None
+
+
+Grouped = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
+
+
+def split(
+    grouped: Grouped, first: Callable[[nn.Parameter, dict[str, Any]], bool]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups of the parameters for which ``first(parameter, its group)`` holds, and groups of the others.
+
+    Args:
+        grouped: what ``LocalOptimizer.grouped`` gave.
+        first: says which.
+    """
+    groups: Any = grouped if grouped and isinstance(grouped[0], dict) else [{"params": grouped}]
+    halves: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for group in groups:
+        for half, wanted in zip(halves, (True, False), strict=True):
+            own = [p for p in group["params"] if first(p, group) is wanted]
+            half.extend([{**group, "params": own}] if own else [])
+    return halves
 
 
 def _matches(pattern: str, name: str, p: Tensor) -> bool:

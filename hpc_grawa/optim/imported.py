@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -20,7 +20,8 @@ class Imported(LocalOptimizer):
     """A class of optimizers and its arguments, all but the parameters.
 
     An optimizer that evaluates its closure several times in a step (LBFGS) trains only where ranks average: where they
-    share gradients, ``Run.closure`` refuses it. One of matrices only (Muon) trains models that have nothing else.
+    share gradients, ``Run.closure`` refuses it. One of matrices only (torch's Muon, of which ``hpc_grawa.optim.Muon``
+    leaves the rest to AdamW) trains models that have nothing else.
 
     Attributes:
         kind: the class.
@@ -30,6 +31,8 @@ class Imported(LocalOptimizer):
         ConfigError: the constructor takes no lr, or refuses the arguments; or the class is one that cannot train here.
     """
 
+    lr: float = field(init=False)
+    weight_decay: float = field(init=False)
     kind: type[optim.Optimizer]
     arguments: dict[str, Any]
 

@@ -213,6 +213,9 @@ class Config:
         require(parts >= 1, self.name("accumulate"), parts, "at least 1 part")
         if batch % parts:
             raise wrong(self.name("accumulate"), parts, f"must divide data.batch_size, which is {batch}")
+        if batch // parts % self.optimizer.parts:
+            of = "data.batch_size" if parts == 1 else f"data.batch_size / {self.name('accumulate')}"
+            raise wrong("optimizer.parts", self.optimizer.parts, f"must divide {of}, which is {batch // parts}")
         size, data, method = self.data.train_size(), self.data, self.method
         if self.budget.seconds is not None and isinstance(method, AveragingMethod) and method.rounds == "pooled":
             number = "a number under pooled rounds and a budget in seconds, as ranks hear of the clock at rounds"

@@ -107,10 +107,12 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     over = "without the network"
     if network is not None:
         over = f"+ {link:.3g} s of messages over {network.text}, if nothing hides them"
+    warm = f"; warm-up of {config.schedule.warmup:,} steps" if config.schedule.warmup else ""
     lines = [
         f"method            {config.method}",
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
-        f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}",
+        f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}"
+        f"{config.schedule.told(worker.facts.peak_lr, world_size)}{warm}",
         f"budget            {' or '.join(limits)}; {epoch:,} steps per epoch",
         f"rounds            {_rounds(levels, epoch, shared)}",
         f"sent per rank     {_sent(levels)}{human_bytes(per_step)} per step, {human_bytes(sent)} per epoch",

@@ -34,7 +34,7 @@ class Examiner:
     @contextmanager
     def center(self) -> Iterator[None]:
         """Within the block the model is the center; before the first round, the mean of all ranks."""
-        with self._in_place(self._center()):
+        with self._worker.meant(), self._in_place(self._center()):
             yield
 
     def _center(self) -> Tensor:
@@ -68,6 +68,10 @@ class Examiner:
 
     def everything(self) -> dict[str, Any]:
         """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
+        with self._worker.meant():
+            return self._everything()
+
+    def _everything(self) -> dict[str, Any]:
         splits = self._worker.splits
         mean, consensus = uniform_mean(self._comm, self._worker.run.local)
         found: dict[str, Any] = {"consensus_distance": consensus}

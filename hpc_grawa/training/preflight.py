@@ -98,7 +98,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
                 raise ValueError(f"its sums are {kind(pair)}, not [2]")
         with _named(f"metric is {_name(config.metric)}: must take {what}"):
             config.metric.values(config.metric.sums(output, targets).double().cpu())
-        if config.accumulate > 1:
+        if config.accumulate * config.optimizer.parts > 1:
             _try_to_cut(config, splits)
 
 
@@ -113,11 +113,11 @@ def _batch(config: Config, splits: Splits, index: Tensor, device: torch.device =
 
 def _try_to_cut(config: Config, splits: Splits) -> None:
     """Whether the first of a batch's parts is what a batch of its examples alone would be."""
-    length, count = config.data.batch_size, config.accumulate
+    length, count = config.data.batch_size, config.accumulate * config.optimizer.parts
+    key = config.name("accumulate") if config.optimizer.parts == 1 else "optimizer.parts"
+    number = config.accumulate if config.optimizer.parts == 1 else config.optimizer.parts
     whole, alone = (_batch(config, splits, torch.arange(n)) for n in (length, length // count))
-    with _named(
-        f"{config.name('accumulate')} is {count}: must be 1, as batches {kind(whole)} cannot be cut by examples"
-    ):
+    with _named(f"{key} is {number}: must be 1, as batches {kind(whole)} cannot be cut by examples"):
         part = parts(whole, length, count)[0]
         if not same_shape(part, alone, whole):
             raise ValueError(f"of {length // count} examples alone it is {kind(alone)}, cut it is {kind(part)}")

@@ -134,7 +134,8 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
     parts = "" if config.accumulate == 1 else f", in {config.accumulate} parts"
     how = f"{config.precision}{parts}{clipped}, {counted(torch.get_num_threads(), 'thread')}"
     groups = f", groups {config.optimizer.groups}" if config.optimizer.groups else ""
-    log.say(f"optimizer  {config.optimizer}{groups}; {config.schedule}; {how}")
+    told = config.schedule.told(worker.facts.peak_lr, size)
+    log.say(f"optimizer  {config.optimizer}{groups}; {config.schedule}{told}; {how}")
 
 
 def farewell(summary: dict[str, Any], name: str, folder: Path | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from .. import buffers, nests, optim, random_streams
 from ..comm import Communicator
 from ..data import Nest, in_advance
-from ..errors import wrong
 from ..forward import autocast
 from ..launch import local_device
 from ..methods.averaging import is_schedule_free
@@ -59,14 +59,9 @@ class Worker:
         )
         self.optimizer = optim.build(config.optimizer, self.vector, self.facts)
         if is_schedule_free(self.optimizer):
-            raise wrong(
-                "optimizer",
-                config.optimizer.label,
-                "must not exchange the parameters by train() and "
-                "eval() (schedule-free), as those it trains would be evaluated and saved; in a loop of your own, "
-                "under hpc_grawa.DataParallel, call its eval() before",
-            )
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+            self.optimizer.train()  # type: ignore[attr-defined]
+        scale = config.schedule.scale(comm.size)
+        self._peaks = [group["lr"] * scale for group in self.optimizer.param_groups]
         self.facts.lr = self.facts.peak_lr = self._peaks[0]
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
         self.local_steps = 0
@@ -142,11 +137,27 @@ class Worker:
         center = synchronizers[-1]["averager"]["center"] if synchronizers else state["parameters"]
         self.vector.data.copy_(state["parameters"] if center is None else center)
         self._take_outside(state)
+        if is_schedule_free(self.optimizer):  # what it means is in its state
+            self.optimizer.load_state_dict(state["optimizer"])
         self.local_steps = state["run"]["facts"]["step"]
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.start_from(state["run"])
         return "the center" if center is not None else "rank 0's parameters, as there was no round yet"
+
+    @contextmanager
+    def meant(self) -> Iterator[None]:
+        """Within the block the parameters are those to use, where the optimizer trains others (schedule-free)."""
+        if not is_schedule_free(self.optimizer):
+            yield
+            return
+        trained = self.vector.data.clone()
+        self.optimizer.eval()  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self.optimizer.train()  # type: ignore[attr-defined]
+            self.vector.data.copy_(trained)  # what an optimizer computes back has round-off
 
     def _frozen(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if not p.requires_grad]
