@@ -122,6 +122,7 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
         f"data       {type(config.data).__name__}, {train:,} training and {test:,} test examples; {batch} per rank x "
         f"{size} ranks = {batch * size} per step, {worker.sampler.steps_per_epoch} steps per epoch"
     )
+    log.say(f"split      {worker.sampler}")
     log.say(f"budget     {config.budget}; the last step ends with a round")
     log.say(f"model      {config.model_name}, {len(vector):,} parameters in {len(vector.parameters)} tensors")
     if worker.device.type == "cuda":
