@@ -153,6 +153,10 @@ class Data(ABC):
         """
         return {}
 
+    def metric_arguments(self) -> dict[str, object]:
+        """The same for a metric: the bytes that each token stands for, say."""
+        return {}
+
 
 @dataclass(kw_only=True)
 class ImageData(Data):
