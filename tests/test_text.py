@@ -20,9 +20,9 @@ CONTENT = "".join(f"Zeile {n}: grüße, {n * n} Ω\n" for n in range(400))
 TOKENS = ("bytes", "characters")
 
 
-def prepared(place: Path, tokens: str) -> Path:
-    """A small text as the script leaves it."""
-    (place / "text").write_text(CONTENT, encoding="utf-8")
+def prepared(place: Path, tokens: str, times: int = 1) -> Path:
+    """A small text, so many times over, as the script leaves it."""
+    (place / "text").write_text(CONTENT * times, encoding="utf-8")
     words = ["--files", str(place / "text"), "--out", str(place / "out"), "--tokens", tokens]
     assert script("text").main(words) == 0
     return place / "out"

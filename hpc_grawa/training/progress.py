@@ -113,6 +113,8 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
             "start",
             method=type(config.method).__name__,
             world_size=size,
+            metric=config.metric.name,
+            higher_is_better=config.metric.higher_is_better,
             layers=list(layers[0] if layers else vector.names),
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
