@@ -12,6 +12,7 @@ import own
 import pytest
 import torch
 import torch.nn.functional as F
+from test_resume import Cut, cut_at
 from test_text import TOKENS, prepared
 from torch import nn
 
@@ -195,6 +196,27 @@ def test_methods_learn_a_text(folder: Path, method: str, tmp_path: Path) -> None
     ratio = summary["center_test_bits_per_byte"] / (nats / math.log(2))
     in_bytes = made.data.metric_arguments() == {"token_bytes": None}
     assert ratio == pytest.approx(1, rel=1e-6) if in_bytes else ratio < 0.99
+
+
+def test_a_run_on_text_that_was_cut_off_equals_the_uninterrupted_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shifts of windows and dropout go on where they were; in bf16, and in parts of a batch, too."""
+    words = ("--model.dropout=0.1", "--precision=bf16", "--accumulate=2", "--save.unit=steps", "--save.every=5")
+    made = parse(["--config=gpt_text", "--method.period=4", f"--data.path={folder}", *SMALL, *words])
+
+    def run(place: Path) -> None:
+        place.mkdir(exist_ok=True)
+        simulate(2, lambda comm: fit(made, comm, new_folder=None if comm.rank else lambda: place, speaks=False))
+
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        cut_at(17, patched)
+        with pytest.raises(Cut):
+            run(tmp_path / "cut")
+    run(tmp_path / "cut")
+    cut, whole = (torch.load(tmp_path / name / "center.pt", weights_only=True) for name in ("cut", "whole"))
+    assert all(torch.equal(cut[key], whole[key]) for key in whole)
 
 
 def test_what_the_data_settle_may_be_given(folder: Path) -> None:
