@@ -25,10 +25,27 @@ Example:
 
 from .comm import Communicator, simulate
 from .distributed_optimizer import DistributedOptimizer
-from .methods import EASGD, GRAWA, LGRAWA, LSGD, MGRAWA, DataParallel, LocalLGRAWA, LocalMGRAWA, LocalSGD, Method, Run
+from .methods import (
+    DPPF,
+    EASGD,
+    GRAWA,
+    LGRAWA,
+    LSGD,
+    MGRAWA,
+    DataParallel,
+    DiLoCo,
+    LocalLGRAWA,
+    LocalMGRAWA,
+    LocalSGD,
+    Method,
+    Parle,
+    Run,
+    SlowMo,
+)
 from .vector import ParameterVector
 
 __all__ = [
+    "DPPF",
     "EASGD",
     "GRAWA",
     "LGRAWA",
@@ -36,12 +53,15 @@ __all__ = [
     "MGRAWA",
     "Communicator",
     "DataParallel",
+    "DiLoCo",
     "DistributedOptimizer",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",
     "Method",
     "ParameterVector",
+    "Parle",
     "Run",
+    "SlowMo",
     "simulate",
 ]

@@ -237,6 +237,8 @@ class _Steps:
             if self.run.aggregator.shares and self._evaluations > 1:
                 raise RuntimeError(ONCE)
             loss = closure()
+            if not self.run.aggregator.shares:
+                self.run.aggregator.finish()
             self._complete(loss)
             return loss
 

@@ -405,6 +405,10 @@ class Method:
     def after_step(self, world: World) -> None:
         """Called after every step, before a round that may be due."""
 
+    def force(self, world: World, rank: int, x: Array) -> Array | float:
+        """What is added to the rank's gradient at x."""
+        return 0.0
+
     def spans(self, world: World) -> list[Span]:
         """The pieces of the vector that the K columns of the weights act on."""
         return [(0, world.x.shape[1])]
@@ -605,6 +609,100 @@ class LSGD(Method):
 
 
 @dataclass
+class SlowMo(Method):
+    """u <- beta u + (x_old - mean) / eta;  x_m <- x_old - alpha eta u;  eta of the round's last step.
+
+    x_old is where all ranks were after the last round (the mean of the starts). With eta = 0, x_m <- mean.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.6
+
+    def start(self, world: World) -> None:
+        self.old, self.u = world.x.mean(axis=0), np.zeros(world.x.shape[1])
+
+    def pull_ranks(self, world: World, average: Array) -> None:
+        if world.lr > 0:
+            self.u = self.beta * self.u + (self.old - average) / world.lr
+            average = self.old - self.alpha * world.lr * self.u
+        self.old = world.center = average
+        world.x[:] = average
+
+
+@dataclass
+class DiLoCo(Method):
+    """One step of SGD with Nesterov's momentum at x_old, whose gradient is x_old - mean."""
+
+    lr: float = 0.7
+    momentum: float = 0.9
+
+    def start(self, world: World) -> None:
+        self.old = world.x.mean(axis=0)
+        self.outer = SGD(self.momentum, nesterov=self.momentum > 0)
+
+    def pull_ranks(self, world: World, average: Array) -> None:
+        delta = self.old - average
+        self.old = world.center = self.outer.step(self.old, lambda x, share=True: delta, self.lr)
+        world.x[:] = self.old
+
+
+@dataclass
+class DPPF(Method):
+    """x_m <- x_m + (mean - x_m) (pull - push / |x_m - mean|); no push where the norm is 0."""
+
+    pull: float = 0.5
+    push: float = 0.1
+
+    def pull_ranks(self, world: World, average: Array) -> None:
+        world.center = average
+        for m in range(world.size):
+            apart = world.x[m] - average
+            norm = float(np.linalg.norm(apart))
+            world.x[m] = world.x[m] - apart * (self.pull - (self.push / norm if norm > 0 else 0.0))
+
+
+@dataclass
+class Parle(Method):
+    """y <- y - eta (grad f(y) + (y - x) / gamma);  z <- decay z + (1 - decay) y;  at a round x <- (1-t) z + t mean(z).
+
+    t = gamma / (rho + gamma); gamma and rho are multiplied by `scoping` at each round, down to their floors. y is
+    `world.x`. With `previous` the mean is that of x before the round.
+    """
+
+    gamma: float = 100.0
+    rho: float = 1.0
+    gamma_floor: float = 1.0
+    rho_floor: float = 0.1
+    scoping: float = 1.0
+    decay: float = 0.75
+    previous: bool = False
+
+    def start(self, world: World) -> None:
+        self.slow, self.z = world.x.copy(), world.x.copy()
+
+    def scoped(self, world: World, value: float, floor: float) -> float:
+        return max(value * self.scoping**world.round, floor)
+
+    def force(self, world: World, rank: int, x: Array) -> Array | float:
+        return (x - self.slow[rank]) / self.scoped(world, self.gamma, self.gamma_floor)
+
+    def after_step(self, world: World) -> None:
+        self.z = self.decay * self.z + (1.0 - self.decay) * world.x
+
+    def averaged(self, world: World) -> Array:
+        return self.slow if self.previous else self.z
+
+    def pull_ranks(self, world: World, average: Array) -> None:
+        gamma = self.scoped(world, self.gamma, self.gamma_floor)
+        t = gamma / (self.scoped(world, self.rho, self.rho_floor) + gamma)
+        self.slow[:] = (1.0 - t) * self.z + t * average
+        for m in range(world.size):
+            if not np.all(np.isfinite(world.x[m])):
+                world.x[m] = self.slow[m] = self.z[m] = average
+        world.center = average
+
+
+@dataclass
 class DataParallel(Method):
     """Every rank steps with the mean gradient. No rounds.
 
@@ -751,7 +849,7 @@ def _local_steps(method: Method, world: World, batches: list[tuple[Any, ...]]) -
             asked.add(m)
             world.gradients[m] = gradient
             if not (share and method.shares):
-                return gradient
+                return gradient + method.force(world, m, x) if share else gradient
             meeting.wait()
             shared = method.share(world)
             meeting.wait()  # before anyone asks again

@@ -24,6 +24,7 @@ ranks=(python -m pytest -p no:cacheprovider -q --color=no -m ranks)
 # tickets, words, and the messages of every method.
 wire=(
     tests/test_comm.py tests/test_control.py tests/test_data_parallel.py tests/test_doctor.py tests/test_pooled.py
+    tests/test_throttled.py
     tests/test_methods.py::test_follows_the_oracle
     tests/test_distributed_optimizer.py::test_smoke_a_script_follows_the_oracle
     --deselect tests/test_data_parallel.py::test_every_step_is_that_of_the_mean_gradient # what is summed, not how

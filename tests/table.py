@@ -16,6 +16,7 @@ may ask of it.
     centered    has a center before the first round
     equal       a run ends with all ranks alike
     levels      has rounds of groups beside those of all ranks
+    forced      local steps feel a force of the method's own, so that a world of one is not as if alone
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ from typing import Any, NamedTuple
 import reference as ref
 
 from hpc_grawa import (
+    DPPF,
     EASGD,
     GRAWA,
     LGRAWA,
     LSGD,
     MGRAWA,
     DataParallel,
+    DiLoCo,
     LocalLGRAWA,
     LocalMGRAWA,
     LocalSGD,
     Method,
+    Parle,
+    SlowMo,
 )
 
 PERIOD = 4  # of every row that averages
@@ -96,6 +101,23 @@ METHODS: dict[str, Row] = {
         "averages loss leader pulls levels",
     ),
     "LocalSGD": _row(LocalSGD(period=PERIOD), ref.LocalSGD(), "averages pools uniform equal"),
+    "SlowMo": _row(
+        SlowMo(period=PERIOD, slow_lr=0.8, slow_momentum=0.5),
+        ref.SlowMo(alpha=0.8, beta=0.5),
+        "averages pools uniform equal centered",
+    ),
+    "DiLoCo": _row(DiLoCo(period=PERIOD), ref.DiLoCo(), "averages pools uniform equal centered"),
+    "DPPF": _row(DPPF(period=PERIOD, pull=0.4, push=0.05), ref.DPPF(pull=0.4, push=0.05), "averages pools uniform"),
+    "Parle": _row(
+        Parle(period=PERIOD, gamma=2.0, gamma_floor=0.5, rho_floor=0.3, scoping=0.5),
+        ref.Parle(gamma=2.0, gamma_floor=0.5, rho_floor=0.3, scoping=0.5),
+        "averages pools uniform forced",
+    ),
+    "Parle, previous": _row(
+        Parle(period=PERIOD, gamma=0.5, gamma_floor=0.5, scoping=1.0, decay=0.5, reference="previous"),
+        ref.Parle(gamma=0.5, gamma_floor=0.5, decay=0.5, previous=True),
+        "averages pools uniform forced",
+    ),
     "DataParallel": _row(DataParallel(bucket_mb=1e-4), ref.DataParallel(), "shares equal"),
 }
 

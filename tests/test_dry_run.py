@@ -98,3 +98,24 @@ def test_ranks_per_host_belong_to_a_dry_run(words: list[str], message: str, caps
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *LINE, "--method=LSGD", f"--budget.steps={STEPS}", *words])
     assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_messages_take_over_a_network(capsys: pytest.CaptureFixture[str]) -> None:
+    """A ring for the sum, W - 1 hops for the control word, of 10 numbers; on one host by its own pair."""
+
+    def told(*words: str) -> tuple[float, str]:
+        lines = dry_run(capsys, *words)
+        taken = re.search(r"\+ ([\d.]+) s of messages over \S+, if nothing hides them$", lines["time per epoch"])
+        assert taken
+        return float(taken[1]), lines["sent per rank"]
+
+    seconds, sent = told("--method=DataParallel", "--network=1mbit,10ms")
+    per_step = re.search(r"(\d+) B per step", sent)
+    assert per_step
+    assert seconds == pytest.approx(2 * (6 * 0.01 + float(per_step[1]) * 8e-6), rel=0.01)  # 2 steps
+    rounds = "--method=LocalSGD", "--method.period=4"  # half a one per epoch
+    least = (6 * 0.01 + 8 * 1.5 * 8e-6) + 3 * (0.01 + 80 * 8e-6)
+    assert told(*rounds, "--network=1mbit,10ms")[0] == pytest.approx(least / 2, rel=0.01)
+    two_hosts = "--network=1mbit,10ms,1mbit,5ms"
+    assert told(*rounds, two_hosts, "--ranks_per_host=2")[0] == pytest.approx(least / 2, rel=0.01)
+    assert told(*rounds, two_hosts)[0] == pytest.approx((least - 9 * 0.005) / 2, rel=0.01)

@@ -16,20 +16,24 @@ import torch
 from conftest import DEVICES, Ranks
 from table import METHODS, PERIOD, Row, having, is_, kinds, paced, plain
 from torch import nn
-from worlds import NET, Trace, assert_follows, nesterov, replay, run_method, twin
+from worlds import NET, Trace, assert_follows, batch, nesterov, replay, run_method, starts, twin
 
 from hpc_grawa import (
+    DPPF,
     EASGD,
     GRAWA,
     LGRAWA,
     LSGD,
     MGRAWA,
     DataParallel,
+    DiLoCo,
     LocalLGRAWA,
     LocalSGD,
     Method,
     ParameterVector,
+    Parle,
     Run,
+    SlowMo,
     simulate,
 )
 from hpc_grawa.comm import Communicator
@@ -174,6 +178,49 @@ def test_equal_scores_and_full_pull_are_local_sgd(on_ranks: Ranks) -> None:
     same(on_ranks, LocalSGD(period=PERIOD), GRAWA(**equal), MGRAWA(**equal), LGRAWA(**equal), optimizer=nesterov)
 
 
+def test_local_sgd_is_where_moves_to_the_mean_are_whole_and_have_no_momentum(on_ranks: Ranks) -> None:
+    limits = (
+        SlowMo(slow_lr=1.0, slow_momentum=0.0),
+        DiLoCo(outer_lr=1.0, outer_momentum=0.0),
+        DPPF(pull=1.0, push=0.0),
+    )
+    methods = [replace(method, period=PERIOD) for method in limits]
+    same(on_ranks, LocalSGD(period=PERIOD), *methods, optimizer=nesterov, lr=decaying)
+
+
+def test_slowmo_at_learning_rate_zero_makes_rounds_of_local_sgd(on_ranks: Ranks) -> None:
+    follow(on_ranks, METHODS["SlowMo"], lr=lambda step: 0.1 if step < 6 else 0.0, independent=True)
+
+
+def test_dppf_settles_where_pull_and_push_are_even() -> None:
+    """Two ranks, whose pushes are opposite: their distance to the mean becomes λ/α, and the mean stays where it was."""
+    method, steps = DPPF(period=1, pull=0.5, push=0.3), 60
+    traces = simulate(2, lambda comm: run_method(comm, method, steps=steps, lr=0.0, independent=True))
+    first, second = (trace.parameters[-1] for trace in traces)
+    assert np.linalg.norm(first - second) / 2 == pytest.approx(0.3 / 0.5, rel=1e-12)
+    np.testing.assert_allclose((first + second) / 2, starts(2).mean(0), rtol=1e-12, atol=1e-12)
+
+
+def test_parle_of_one_step_without_a_slow_mean_pulls_to_the_mean_by_a_fixed_share(on_ranks: Ranks) -> None:
+    """L = 1 and d = 0: x_m is what uniform averaging with pull t = γ/(ρ + γ) makes of the first step."""
+    t = 0.75
+    parle = Parle(period=1, decay=0.0, gamma=3.0, gamma_floor=3.0, rho=1.0, rho_floor=1.0, scoping=1.0)
+
+    def body(comm: Communicator) -> tuple[list[float], list[float]]:
+        model = twin(starts(1)[0])
+        vector = ParameterVector(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = parle.build(comm, vector, optimizer)
+        inputs, targets = map(torch.as_tensor, batch(comm.rank, 0))
+        run.after_step(optimizer.step(run.closure(lambda: nn.functional.cross_entropy(model(inputs), targets))))
+        return run.local.tolist(), run.center.tolist()
+
+    pulled = on_ranks(lambda comm: run_method(comm, GRAWA(period=1, pull=t, power=0.0, prox=0.0), steps=1))
+    for (local, center), trace in zip(on_ranks(body), pulled, strict=True):
+        np.testing.assert_allclose(local, trace.parameters[0], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(center, trace.center, rtol=1e-12, atol=1e-12)
+
+
 def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
     """λ = 0 and no proximity: bit for bit what a rank does without the others."""
     for name in plain("pulls"):
@@ -198,7 +245,9 @@ def test_t4_full_pull_is_consensus(on_ranks: Ranks, name: str) -> None:
         assert not (traces[0].parameters[7] == traces[1].parameters[7]).all()
 
 
-@pytest.mark.parametrize("name", [name for name in having("averages") if not is_(name, "centered")])
+@pytest.mark.parametrize(
+    "name", [name for name in having("averages") if not (is_(name, "centered") or is_(name, "forced"))]
+)
 def test_t2_a_world_of_one_trains_as_if_alone(name: str) -> None:
     """Bit for bit, but for the proximity pull to a center that is its own past."""
     ours = METHODS[name].ours
@@ -444,6 +493,14 @@ def test_statistics_of_a_healed_rank_start_anew() -> None:
         (lambda: LSGD(group_period=4, rounds="pooled"), "method.rounds is pooled: must be lockstep with method.group"),
         (lambda: LocalLGRAWA(score_momentum=1.0), "method.score_momentum is 1.0"),
         (lambda: DataParallel(bucket_mb=0.0), "method.bucket_mb is 0.0"),
+        (lambda: SlowMo(slow_momentum=1.0), r"method.slow_momentum is 1.0: must be in \[0, 1\)"),
+        (lambda: SlowMo(slow_lr=-1.0), "method.slow_lr is -1.0"),
+        (lambda: DiLoCo(outer_momentum=-0.1), "method.outer_momentum is -0.1"),
+        (lambda: DiLoCo(outer_lr=math.nan), "method.outer_lr is nan"),
+        (lambda: DPPF(pull=0.5, push=-1.0), "method.push is -1.0"),
+        (lambda: Parle(gamma=0.0), "method.gamma is 0.0: must be a positive number"),
+        (lambda: Parle(scoping=0.0), "method.scoping is 0.0: must be null"),
+        (lambda: Parle(decay=1.0), "method.decay is 1.0"),
     ],
 )
 def test_impossible_values_are_refused(make: Callable[[], Method], message: str) -> None:

@@ -145,6 +145,68 @@ def test_several_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
     assert line["to 70.0 %"] == "12.0 ± 1.0 s"
 
 
+def test_rows_are_held_against_the_best_one_seed_by_seed(tmp_path: Path) -> None:
+    """Differences .01, .02, .03: t = .02 / (.01 / √3) = 2√3, with two degrees of freedom p = 1 - t / √(t² + 2)."""
+    values = {"LGRAWA": (0.95, 0.96, 0.97), "EASGD": (0.94, 0.94, 0.94), "LocalSGD": (0.95, 0.96, 0.97)}
+    runs = [
+        make_run(tmp_path, name, seed=seed, curve=((0, 0.1), (9, value)))
+        for name, found in values.items()
+        for seed, value in enumerate(found, start=36)
+    ]
+    table = rows([read_run(run) for run in runs])
+    assert table.best is table[0]
+    t = 2 * 3**0.5
+    by_row = {line["method"]: line["p"] for line in cells(markdown(table))}
+    assert by_row == {"LGRAWA": "best", "EASGD": f"{1 - t / (t**2 + 2) ** 0.5:.2g}", "LocalSGD": "1"}
+    assert "paired t-test" in markdown(table)
+    alone = make_run(tmp_path, "LSGD", seed=1, curve=((0, 0.1), (9, 0.5)))  # shares no seed
+    assert cells(markdown(rows([read_run(run) for run in [*runs, alone]])))[-1]["p"] == "-"
+    assert "p" not in cells(markdown(rows([read_run(run) for run in runs[::3]])))[0]
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_setting_is_chosen_by_what_was_evaluated_on_the_way(tmp_path: Path, part: str) -> None:
+    """Held out data choose another setting than test data would, and it is said which of them did."""
+    found = {8: (0.92, 0.97), 16: (0.96, 0.95)}  # on that data, and on test data
+    runs = [
+        make_run(
+            tmp_path, seed=seed, settings={"period": period}, part=part, curve=((0, 0.1), (9, way + seed / 1000)),
+            center_test_accuracy=test,
+        )
+        for period, (way, test) in found.items()
+        for seed in (1, 2)
+    ]  # fmt: skip
+    table = rows([read_run(run) for run in [*runs, make_run(tmp_path, "EASGD", part=part)]])
+    assert [(row.label, count) for row, count in table.chosen] == [("LGRAWA period=16", 2)]
+    said = " ".join(markdown(table).split())
+    fair = "" if part == "validation" else ", which makes its test value too good (hold out data.validation)"
+    assert f"on {part} data{fair}: LGRAWA period=16 of 2 (test 95.0 ± 0.0 %)." in said
+
+
+def test_a_single_run_has_a_row_of_its_course(tmp_path: Path) -> None:
+    """Learning rate and H at rounds of all ranks, and the consensus distance at evaluations."""
+    run = make_run(tmp_path)
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "evaluate":
+            line["consensus_distance"] = line["seconds"] / 10
+        if line["event"] == "round":
+            line["ranks"] = list(range(RANKS if line["round"] % 2 else 2))  # every other one is of a group
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = read_run(run)
+    assert record.course() == {
+        "learning rate": [(2.0, 0.1), (6.0, 0.1), (10.0, 0.1)],
+        "local steps of a round, H": [(2.0, 4), (6.0, 4), (10.0, 4)],
+        "consensus distance": [(0, 0), (5, 0.5), (10, 1)],
+    }
+    draw([record], tmp_path / "one.svg")
+    draw([record, read_run(make_run(tmp_path, "EASGD"))], tmp_path / "two.svg")
+    for name in record.course():
+        heading = f">{name[0].upper()}{name[1:]}</text>"
+        assert heading in (tmp_path / "one.svg").read_text() and heading not in (tmp_path / "two.svg").read_text()
+
+
 def test_settings_make_experiments_seeds_do_not(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, seed=seed, settings={"period": period}) for period in (8, 16) for seed in (1, 2)]
     labels = {label: len(members) for label, members in group([read_run(run) for run in runs]).items()}
@@ -338,7 +400,7 @@ def test_the_figure_is_a_png_that_shows_something(tmp_path: Path, methods: tuple
     draw([read_run(run) for run in runs], tmp_path / "figure.png", target=0.9)
     assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     pixels = imread(tmp_path / "figure.png")[:, :, :3]
-    assert pixels.shape[:2] == (1080, 2400)
+    assert pixels.shape[:2] == (1080 if len(methods) > 1 else 1600, 2400)  # one has a row of its course
     for half in (pixels[::2, :1200:2], pixels[::2, 1200::2]):
         colours = np.unique((half * 15).round().reshape(-1, 3), axis=0)
         assert len(colours) > 20 and 0.3 < half.mean() < 0.995

@@ -13,7 +13,6 @@ from hpc_grawa.cli.settings import recipes
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
 TEMPLATES = sorted(path.name for path in SLURM.glob("*.sh") if path.name not in ("common.sh", "chain.sh", "site.sh"))
-METHODS = ("LGRAWA", "MGRAWA", "EASGD", "LSGD", "LocalSGD", "DataParallel")
 #: Recipe, and how many nodes of four GPUs.
 SETTINGS = {
     "cifar10.sh": ("cifar10_resnet20", 1),
@@ -34,12 +33,13 @@ def test_a_template_is_a_header_and_one_line(template: str) -> None:
     lines = (SLURM / template).read_text().splitlines()
     body = [line for line in lines if not line.startswith("#")]
     assert lines[0] == "#!/usr/bin/env bash" and f"#SBATCH --job-name={template.removesuffix('.sh')}" in lines
-    assert [line.startswith("methods=(") for line in body] == ([True, False] if template == "seeds.sh" else [False])
-    assert body[-1].startswith('[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || ') and body[-1].endswith('"$@"')
+    assert [line.startswith("eval ") for line in body] == ([True, False] if template == "compare.sh" else [False])
+    assert body[-1].startswith('[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || ')
+    assert body[-1].endswith('"${run[@]}"' if template == "compare.sh" else '"$@"')
 
 
 def test_templates_name_recipes_that_are_there() -> None:
-    assert set(TEMPLATES) == {*SETTINGS, "lgrawa_imagenet.sh", "scaling.sh", "seeds.sh", "prepare_imagenet.sh"}
+    assert set(TEMPLATES) == {*SETTINGS, "lgrawa_imagenet.sh", "scaling.sh", "compare.sh", "prepare_imagenet.sh"}
     for template, (recipe, nodes) in SETTINGS.items():
         text = (SLURM / template).read_text()
         assert recipe in recipes() and f'common.sh" {recipe} "$@"' in text and f"#SBATCH --nodes={nodes}\n" in text
@@ -47,9 +47,6 @@ def test_templates_name_recipes_that_are_there() -> None:
     named, imagenet = ((SLURM / f"{name}.sh").read_text() for name in ("lgrawa_imagenet", "imagenet"))
     assert named.replace("=lgrawa_imagenet", "=imagenet").replace("_resnet50_lgrawa ", "_resnet50 ") == imagenet
     assert 'common.sh" cifar10_resnet20 --budget.seconds 900 ' in (SLURM / "scaling.sh").read_text()
-    seeds = (SLURM / "seeds.sh").read_text()
-    assert f"methods=({' '.join(METHODS)})" in seeds
-    assert 'common.sh" cifar10_resnet20 --method "${methods[i % 6]}" --run.seed "${seeds[i / 6]}"' in seeds
 
 
 def shown(node: ast.AST) -> str:

@@ -21,6 +21,12 @@ PLAIN: dict[str, tuple[Any, Any, str]] = {
     "accumulate": (int, 1, "Equal parts the batch is computed in, to save memory."),
     "precision": (Precision, "fp32", "bf16 computes under autocast."),
     "backend": (Backend, "auto", "How ranks communicate."),
+    "network": (
+        str | None,
+        None,
+        "Bandwidth and latency of a link that messages are to take as long as over, as 1gbit,100us; with a second pair "
+        "for ranks that share a host, as 1gbit,100us,100gbit,1us, and as a fifth how many share one; null: none.",
+    ),
     "device": (Wanted, "auto", "Where ranks compute; auto: on GPUs if any."),
     "comm_timeout": (
         float,

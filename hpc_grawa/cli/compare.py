@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from ..comm import Communicator
 from ..errors import ConfigError, wrong
@@ -14,26 +23,39 @@ from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
 from ..screen import columns
 from ..training.config import Config, renamed
-from .classes import short
+from .classes import find_class, short
 from .parsing import parse
 from .settings import read_settings, split_config
 
 #: What a comparison sets itself, run by run.
-_SINGLE = ("method", "method.class_path", "run.seed")
+_SINGLE = ("method", "method.class_path", "run.seed", "run.resume")
+_SECTION = ("methods", "seeds", "target", "grid", "networks")
+
+
+class Planned(NamedTuple):
+    """A run of a comparison.
+
+    Attributes:
+        words: of ``hpc-grawa train``.
+        config: what they say; ``run.name`` is the name of the run's folder.
+    """
+
+    words: list[str]
+    config: Config
 
 
 @dataclass
 class Comparison:
-    """The runs of a comparison, in the order they are made: all methods of a seed, then the next seed.
+    """The runs of a comparison, in their order: of a seed all methods and settings, then the next seed, then networks.
 
     Attributes:
-        folder: holds one run folder per method and seed.
-        configs: of the runs; ``run.name`` is the name of the run's folder.
+        folder: holds one run folder per method, setting and seed.
+        plan: the runs.
         target: value of the metric for the time to target, or None.
     """
 
     folder: Path
-    configs: list[Config]
+    plan: list[Planned]
     target: float | None
 
     @classmethod
@@ -42,13 +64,16 @@ class Comparison:
         methods: str | None,
         seeds: str | None,
         target: float | None,
+        grid: str | None,
         words: Sequence[str],
         program: str,
     ) -> Comparison:
         """Read the command line.
 
         A recipe's ``compare`` section may hold ``methods`` (names, or for each name what stands in the recipe's
-        ``methods`` else), ``seeds`` and ``target``; the command line wins.
+        ``methods`` else), ``seeds``, ``target`` and ``grid`` (lists of values by key); the command line wins. A setting
+        in the grid that a method does not have is left out for this method. It may also hold ``networks``, such as
+        ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -56,8 +81,8 @@ class Comparison:
         files, options = split_config(words)
         settings = read_settings(files)
         section = settings.get("compare", {})
-        if not isinstance(section, dict) or set(section) - {"methods", "seeds", "target"}:
-            raise wrong("compare", section, "must have the keys methods, seeds, target")
+        if not isinstance(section, dict) or set(section) - set(_SECTION):
+            raise wrong("compare", section, f"must have the keys {', '.join(_SECTION)}")
         if single := [f"--{key}={value}" for key, value in options if key in _SINGLE]:
             raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
         names = methods.split(",") if methods else section.get("methods")
@@ -73,24 +98,42 @@ class Comparison:
         numbers = seeds.split(",") if seeds else [str(n) for n in given]
         if not all(number.isdigit() for number in numbers):
             raise wrong("seeds", ",".join(numbers), "must be whole numbers of 0 or more, separated by commas")
+        networks = section.get("networks") or {}
+        known = section.get("methods") or names
+        if not isinstance(networks, dict) or not all(
+            isinstance(again, list) and all(name in known for name in again) for again in networks.values()
+        ):
+            raise wrong("compare.networks", networks, "must hold those of the methods ({'1gbit,100us': [LGRAWA]})")
         for what, values in (("methods", [short(name) for name in names]), ("seeds", numbers)):
             if len(set(values)) < len(values):
                 raise wrong(what, ",".join(values), "must not name one twice")
 
-        def run(name: str, *identity: str) -> Config:
-            return parse([*words, f"--method={name}", *identity], program)
+        axes = _axes(section.get("grid", {}) if grid is None else grid)
+        points = {name: list(product(*_of_method(axes, name, names).values())) for name in names}
 
-        first = run(names[0]).run
+        def run(name: str, *identity: str) -> Planned:
+            own = [*words, f"--method={name}", *identity]
+            return Planned(own, parse(own, program))
+
+        first = parse([*words, f"--method={names[0]}"], program).run
         folder = Path(first.dir) / (first.name or "comparison")
-        configs = [
-            run(name, f"--run.seed={seed}", f"--run.name={short(name)}-{seed}", f"--run.dir={folder}")
-            for seed in map(int, numbers)
-            for name in names
-        ]
-        return cls(folder, configs, section.get("target") if target is None else target)
+        plan = []
+        for network, some in {None: names, **networks}.items():
+            for seed in map(int, numbers):
+                for name in (name for name in names if name in some):
+                    for point in points[name]:
+                        told = (_title(key, value, axes) for key, value in point)
+                        title = "-".join([short(name), *told, str(seed), *([] if network is None else [network])])
+                        own = [f"--{key}={value}" for key, value in point]
+                        own += [] if network is None else [f"--network={network}"]
+                        plan.append(run(name, *own, f"--run.seed={seed}", f"--run.name={title}", f"--run.dir={folder}"))
+        return cls(folder, plan, section.get("target") if target is None else target)
 
-    def check_folders(self, world_size: int) -> None:
+    def check_folders(self, world_size: int | None) -> None:
         """See that finished runs of this comparison were made by the same configuration and ranks.
+
+        Args:
+            world_size: of the ranks; None where they are not known here.
 
         Raises:
             ConfigError: one was not (the message names the first line that differs), or no folder can be made.
@@ -99,17 +142,24 @@ class Comparison:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise wrong("run.dir", self.folder.parent, f"cannot be used ({error.strerror})") from None
-        for config in self.configs:
+        for _, config in self.plan:
             run = self._finished(config)
             if run is None:
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
-            texts = (read_text(run / "config.yaml") or "", ranks), (config.text, world_size)
+            texts = (
+                (read_text(run / "config.yaml") or "", ranks),
+                (config.text, ranks if world_size is None else world_size),
+            )
             there, now = (
                 renamed(flatten(parse_settings(text, str(run / "config.yaml")))) | {"ranks": size}
                 for text, size in texts
             )
+            # Resumed by itself, it may have gone on over another.
+            there["network"] = (read_object(run / "summary.json") or {}).get("network")
             for key in dict.fromkeys([*now, *there]):
+                if key == "run.resume":  # a launcher's runs go on where they were cut off
+                    continue
                 if there.get(key) != now.get(key):
                     short = key.rpartition(".")[2]
                     old, new = (
@@ -126,23 +176,163 @@ class Comparison:
         """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
         from ..training.loop import fit
 
-        done = [self._finished(config) for config in self.configs] if comm.rank == 0 else []
+        done = [self._finished(config) for _, config in self.plan] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
-        for number, config in enumerate(self.configs):
-            title = f"{config.run.name} ({number + 1} of {len(self.configs)})"
+        for number, (_, config) in enumerate(self.plan):
             if comm.rank == 0:
-                print(f"\n{title}" + (f" is in {done[number]} already" if there[number] else ""), flush=True)
+                self._announce(number, done[number])
             if not there[number]:
                 # A run that was cut off keeps its folder; the next attempt gets a numbered one.
                 folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
                 if fit(config, comm, new_folder=None if comm.rank else folder)["state"] != "finished":
                     break
-        return [path for config in self.configs if (path := self._finished(config))] if comm.rank == 0 else []
+        return self.finished if comm.rank == 0 else []
+
+    def launch(self, launcher: Sequence[str]) -> int:
+        """Start every run that is not there yet as a job step of its own; one that was cut off goes on.
+
+        Signals to end are passed on.
+
+        Args:
+            launcher: words before the program, such as ``srun --mpi=pmix``.
+
+        Returns:
+            The exit status: 0, that of the last run that failed, or of the one that was told to end.
+        """
+        if not launcher or shutil.which(launcher[0]) is None:
+            raise wrong("launcher", " ".join(launcher), "must begin with a program, which cannot be found")
+        failed = 0
+        for number, (words, config) in enumerate(self.plan):
+            done = self._finished(config)
+            self._announce(number, done)
+            if done is not None:
+                continue
+            status = _started([*launcher, sys.executable, "-m", "hpc_grawa", "train", *words, "--run.resume=auto"])
+            ended = (read_object(self.folder / str(config.run.name) / "summary.json") or {}).get("state")
+            if status and (status in (75, 130) or ended in ("timed out", "preempted", "stopped")):
+                return status
+            if status:
+                print(f"{config.run.name} has ended with status {status}", file=sys.stderr, flush=True)
+                failed = status
+        return failed
+
+    def submit(self, arguments: Sequence[str]) -> str:
+        """Submit one job array over the runs that are not there yet, with their options in ``plan.txt``.
+
+        Args:
+            arguments: of ``sbatch``: its options, then the script, which is given the plan; the task's line in it
+                (from 0) are a recipe and options of ``hpc-grawa train``.
+
+        Returns:
+            What was submitted, in words.
+
+        Raises:
+            ConfigError: the first options are not ``--config`` and a recipe, or sbatch has refused.
+        """
+        lines = [shlex.join(_recipe_first(words)) for words, _ in self.plan]
+        left = [number for number, (_, config) in enumerate(self.plan) if self._finished(config) is None]
+        if not left:
+            return f"nothing to submit: all {len(self.plan)} runs are in {self.folder}"
+        file = self.folder / "plan.txt"
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        command = ["sbatch", f"--array={','.join(map(str, left))}", *arguments, str(file)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ConfigError(f"sbatch cannot be started: {error.strerror}; submit where SLURM is") from None
+        if done.returncode:
+            refused = " ".join(done.stderr.split())
+            raise wrong("submit", shlex.join(arguments), f"must be what sbatch takes ({refused})")
+        return f"{done.stdout.strip()}: {len(left)} of {len(self.plan)} runs; hpc-grawa table {self.folder} shows them"
+
+    @property
+    def finished(self) -> list[Path]:
+        """The folders of the runs that are."""
+        return [path for _, config in self.plan if (path := self._finished(config))]
+
+    def _announce(self, number: int, done: Path | None) -> None:
+        config = self.plan[number].config
+        link = f" over an emulated network of {config.network}" if config.network else ""
+        title = f"{config.run.name} ({number + 1} of {len(self.plan)}){link}"
+        print(f"\n{title}" + (f" is in {done} already" if done is not None else ""), flush=True)
 
     def _finished(self, config: Config) -> Path | None:
         name = str(config.run.name)
         attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
         return next((path for path in attempts if is_finished(path)), None)
+
+
+def _axes(grid: object) -> dict[str, list[str]]:
+    """The values of each key of a grid: ``method.period=8,16;method.pull=.3,.5``, or lists by key.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    must = "must be KEY=VALUE,VALUE;KEY=VALUE,VALUE, or in a file {KEY: [VALUE, VALUE]}"
+    if isinstance(grid, str):
+        pairs = [part.partition("=") for part in grid.split(";") if part.strip()]
+        found = {key.strip().removeprefix("--"): [v.strip() for v in values.split(",")] for key, _, values in pairs}
+        if len(found) < len(pairs):
+            raise wrong("grid", grid, "must not name a key twice")
+    elif isinstance(grid, dict) and all(isinstance(values, list) for values in grid.values()):
+        found = {str(key): [json.dumps(v) if not isinstance(v, str) else v for v in grid[key]] for key in grid}
+    else:
+        raise wrong("compare.grid", grid, must)
+    for key, values in found.items():
+        if not key or not all(values) or not values or len(set(values)) < len(values):
+            raise wrong("grid", grid, f"{must}, with different values")
+        if key in _SINGLE or key.startswith("run."):
+            raise wrong("grid", grid, f"{key} is what a comparison sets itself")
+    return found
+
+
+def _of_method(axes: dict[str, list[str]], method: str, methods: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of key and value for each axis that a method has; a key that no method has stays, and is told as wrong."""
+
+    def has(name: str, key: str) -> bool:
+        section, _, setting = key.partition(".")
+        known = {field.name for field in fields(find_class("method", name))}
+        return section != "method" or setting.partition(".")[0] in known
+
+    return {
+        key: [(key, value) for value in values]
+        for key, values in axes.items()
+        if has(method, key) or not any(has(name, key) for name in methods)
+    }
+
+
+def _recipe_first(words: Sequence[str]) -> list[str]:
+    """The first ``--config``, without that word, then the others."""
+    for at, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            after = at + 1 + (word == "--config")
+            recipe = words[after - 1].removeprefix("--config=")
+            return [recipe, *words[:at], *words[after:]]
+    raise ConfigError("submit needs a recipe, which a job's script is given first: --config RECIPE")
+
+
+def _title(key: str, value: str, axes: dict[str, list[str]]) -> str:
+    """What a folder's name says of a setting."""
+    last = short(key)
+    name = key if sum(short(other) == last for other in axes) > 1 else last
+    return f"{name}{re.sub(r'[^A-Za-z0-9.+_]+', '_', value)}"
+
+
+def _started(command: Sequence[str]) -> int:
+    """Run a command, which gets the signals to end that this process gets; returns its exit status."""
+    process = subprocess.Popen(command)
+    signals = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in signals]
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # which a terminal has given to the command too
+                process.wait()
+                return 130
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure: Path | None) -> None:

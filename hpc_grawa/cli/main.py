@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import inspect
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -28,6 +29,9 @@ from ..training.resume import RunPlace
 from .classes import find_class, is_class
 from .gate import Parser, named_errors
 from .parsing import parse
+
+if TYPE_CHECKING:
+    from .compare import Comparison
 
 #: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
@@ -133,7 +137,7 @@ def evaluate(words: list[str], slot: Slot) -> None:
     settings = parse_settings(read_text(file) or "", str(file))
     if missing := CLASS_SECTIONS.keys() - settings:
         raise Damaged(f"{file} is not whole: it has no {min(missing)}")
-    again = [f"--config={file}", f"--backend={options.backend}"]
+    again = [f"--config={file}", f"--backend={options.backend}", "--network=null"]
     if options.data_path is not None:
         again.append(f"--data.path={options.data_path}")
     config = parse(again, program)
@@ -194,26 +198,53 @@ def status(words: list[str], slot: Slot) -> None:
 
 
 def compare(words: list[str], slot: Slot) -> None:
-    """Train with several methods and seeds, one after the other, and compare them."""
+    """Train with several methods, settings and seeds, one after the other or as a job array, and compare them."""
     from .compare import Comparison, report
 
     program = "hpc-grawa compare"
     own = Parser(prog=program, add_help=False, allow_abbrev=False)
     own.add_argument("--methods", help="names, separated by commas")
     own.add_argument("--seeds", help="numbers, separated by commas")
+    own.add_argument("--grid", help="settings to combine: 'method.period=8,16;method.pull=.3,.5'")
     own.add_argument("--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)")
+    ways = own.add_mutually_exclusive_group()
+    ways.add_argument("--launcher", help="start each run by these words: 'srun --mpi=pmix', 'mpirun -np 4'")
+    ways.add_argument("--submit", help="submit the runs as one job array: options of sbatch, and slurm/compare.sh")
     if any(word in ("-h", "--help") for word in words):
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
         raise SystemExit(0)
     options, words = own.parse_known_args(words)
-    comparison = Comparison.read(options.methods, options.seeds, options.target, words, program)
-    for config in comparison.configs:
+    comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
+    elsewhere = options.launcher or options.submit
+    if elsewhere is None:
+        _compare_here(comparison, program, slot)
+        return
+    if slot.size > 1:
+        what = "launcher" if options.launcher else "submit"
+        raise wrong(what, elsewhere, f"must not be given to {slot.size} ranks: start hpc-grawa compare by itself")
+    comparison.check_folders(None)
+    if options.submit:
+        print(comparison.submit(shlex.split(options.submit)))
+        return
+    status = comparison.launch(shlex.split(options.launcher))
+    if comparison.finished:
+        report(
+            comparison.finished, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png"
+        )
+    raise SystemExit(status)
+
+
+def _compare_here(comparison: Comparison, program: str, slot: Slot) -> None:
+    from .compare import report
+
+    for _, config in comparison.plan:
         config.check(slot.size)
-    first_line = backend_line(comparison.configs[0], slot)
+    first = comparison.plan[0].config
+    first_line = backend_line(first, slot)
     if slot.rank == 0:
         comparison.check_folders(slot.size)
     set_threads(slot)
-    with together(program, comparison.configs[0], slot, first_line) as comm:
+    with together(program, first, slot, first_line) as comm:
         folders = comparison.train(comm)
         if slot.rank == 0:
             report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
@@ -228,18 +259,30 @@ KNOW = (
 
 
 def methods(words: list[str], slot: Slot) -> None:
-    """Say what each method does, and its settings."""
+    """Say what each method does; of one that is named, all: equation, settings, messages, memory, limits, source."""
     from .. import methods as package
+    from .card import card
 
+    program = "hpc-grawa methods"
+    parser = Parser(prog=program, description=methods.__doc__, allow_abbrev=False)
+    parser.add_argument("method", nargs="?", help="a name or import path; none: all, in a line each")
+    parser.add_argument("--world_size", type=int, default=4, help="ranks for which messages are counted (4)")
+    parser.epilog = "With --config FILE_OR_RECIPE and other options of train, the numbers are those of its model."
+    options, others = parser.parse_known_args(words)
+    require(options.world_size >= 1, "world_size", options.world_size, "at least 1")
+    if options.method is None and others:
+        raise wrong("method", None, "must name one, before the options of a configuration")
     if slot.rank:
+        return
+    if options.method is not None:
+        print(card(options.method, others, options.world_size, program))
         return
     for name in sorted(package.__all__):
         method = getattr(package, name)
         if not is_class(method, package.Method) or inspect.isabstract(method):
             continue
-        settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(method))
-        texts = inspect.cleandoc(method.__doc__ or "").splitlines()[0], settings
-        print(name, *(wrapped(text, 120, "    ", "    ") for text in texts), "", sep="\n")
+        text = inspect.cleandoc(method.__doc__ or "").splitlines()[0]
+        print(name, wrapped(text, 120, "    ", "    "), "", sep="\n")
     print(*(wrapped(line, 120, "- ", "  ") for line in KNOW), sep="\n")
 
 
@@ -260,6 +303,7 @@ def toy(words: list[str], slot: Slot) -> None:
     settings = parser.add_argument_group("settings of methods")
     settings.add_argument("--period", type=int, default=4, help="local steps between rounds (4)")
     settings.add_argument("--pull", type=float, default=0.5, help="of ranks to the center; EASGD: of the center (0.5)")
+    settings.add_argument("--push", type=float, default=0.1, help="DPPF's, off the mean (0.1)")
     settings.add_argument("--prox", type=float, default=0.0, help="pull between rounds (0)")
     settings.add_argument("--power", type=float, default=1.0, help="weights are inverse to this power of scores (1)")
     settings.add_argument("--score_momentum", type=float, default=0.0, help="of scores over rounds (0)")
@@ -345,7 +389,8 @@ def backend_line(config: Config, slot: Slot) -> str:
     """Which backend and why; raises ``ConfigError`` where it cannot run."""
     backend, why = choose(config.backend, slot)
     where = ", on GPUs" if local_device(slot, config.device).type == "cuda" else ""
-    return f"backend    {backend} ({why}), {counted(slot.size, 'rank')}{where}"
+    link = f", over an emulated network of {config.network}" if config.network else ""
+    return f"backend    {backend} ({why}), {counted(slot.size, 'rank')}{where}{link}"
 
 
 def set_threads(slot: Slot) -> None:

@@ -120,7 +120,7 @@ def _check(parser: ArgumentParser, settings: dict[str, Any], whole: bool) -> Non
             outside = [f"{group}.{key}" for group in GROUPS for key in actions(parser, group)]
             full = ".".join([name, *list(value)[:1]]) if isinstance(value, dict) else name
             raise ConfigError(no_setting(full, [*CLASS_SECTIONS, *outside, *PLAIN]))
-        elif value is None and name != "clip_norm":
+        elif value is None and PLAIN[name][1] is not None:
             raise wrong(name, "null", "must have a value, or be left out")
         else:
             _check_type(name, PLAIN[name][0], value)

@@ -22,6 +22,7 @@ from .base import Communicator, SharedCounter, Work
 from .meter import Meter, Purpose
 from .simulated import simulate
 from .single import SingleCommunicator
+from .throttled import Network, slowed
 
 #: Seconds that a message may keep a rank waiting.
 COMM_TIMEOUT = 600.0
@@ -32,6 +33,7 @@ __all__ = [
     "Communicator",
     "Library",
     "Meter",
+    "Network",
     "Purpose",
     "SharedCounter",
     "Work",
@@ -39,6 +41,7 @@ __all__ = [
     "connect",
     "libraries",
     "simulate",
+    "slowed",
 ]
 
 
@@ -107,7 +110,12 @@ def choose(backend: Backend = "auto", slot: Slot | None = None) -> tuple[Backend
     return backend, by
 
 
-def connect(backend: Backend = "auto", slot: Slot | None = None, comm_timeout: float = COMM_TIMEOUT) -> Communicator:
+def connect(
+    backend: Backend = "auto",
+    slot: Slot | None = None,
+    comm_timeout: float = COMM_TIMEOUT,
+    network: str | None = None,
+) -> Communicator:
     """Start the backend; all ranks must call it. From then on no rank waits without end for one that is lost.
 
     Args:
@@ -116,15 +124,20 @@ def connect(backend: Backend = "auto", slot: Slot | None = None, comm_timeout: f
         slot: of this process.
         comm_timeout: longest wait for a message, in seconds: then the job ends, and the ranks waited for are named;
             those of other hosts where TMPDIR is a folder that all share, or a run's folder is there.
+        network: bandwidth and latency of a link that messages are to take as long as over (``1gbit,100us``; see
+            ``hpc_grawa.comm.throttled``).
 
     Raises:
-        ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds.
+        ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds, or ``network`` cannot
+            be.
     """
     require(comm_timeout > 0, "comm_timeout", comm_timeout, "positive")
+    if network is not None:
+        Network.read(network)  # before ranks are started that cannot be
     slot = slot or own_slot()
     backend, _ = choose(backend, slot)
     if backend == "single":
-        return SingleCommunicator()
+        return slowed(SingleCommunicator(), network)
     launched = slot.launcher is not None
     if not launched and _own_group() is not None:
         size = torch.distributed.get_world_size()
@@ -150,7 +163,7 @@ def connect(backend: Backend = "auto", slot: Slot | None = None, comm_timeout: f
     watch.greet(token=told[0][0], local_size=[there for _, _, there in told].count(host))
     # After what the backend has registered, so before: then it may wait for the others.
     atexit.register(watch.leave)
-    return comm
+    return slowed(comm, network)
 
 
 def _start(backend: Backend, slot: Slot) -> Communicator:

@@ -37,6 +37,8 @@ class Work:
         self._result: Tensor | None = None
         #: When the message arrived, on the clock of ``time.perf_counter``, where the backend knows it.
         self.done_at: float | None = None
+        #: When the last of the ranks had sent its part, where the backend knows it.
+        self.sent_at: float | None = None
 
     def metered(self, meter: Meter, purpose: str, on_device: bool, ranks: Sequence[int]) -> Work:
         """Have the time of the wait counted."""
@@ -58,7 +60,8 @@ class Work:
                     meter.waited_on_device(self._purpose, self._began, start, events)
                 else:
                     self._result = self._wait()
-                    meter.waited(self._purpose, self._began, start, time.perf_counter(), self.done_at)
+                    until = time.perf_counter()
+                    meter.waited(self._purpose, self._began, start, until, self.done_at, self.sent_at)
         return self._result
 
 
@@ -104,6 +107,8 @@ class Communicator(ABC):
     backend: str
     rank: int
     size: int
+    #: What link is emulated between the ranks, if any.
+    network: str | None = None
     #: Whether a thread of PyTorch's may wait for a message, as it does at the end of a backward pass on a GPU.
     waits_anywhere = True
 

@@ -40,7 +40,8 @@ class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
-    until the last rank arrives. Seconds in every other wait, for tickets of pooled rounds too, are *communication*.
+    until the last rank arrives; over an emulated link what it takes from then on is communication. Seconds in every
+    other wait, for tickets of pooled rounds too, are *communication*.
     *Hidden* seconds are those in which a message was under way while this rank went on computing. *Loading* is the time
     until the next batch is there.
 
@@ -71,8 +72,20 @@ class Meter:
         self.payload_bytes[purpose] += payload
         self.bytes_sent[purpose] += bytes_sent(verb, payload, world_size)
 
-    def waited(self, purpose: str, began: float, waited_from: float, waited_until: float, done: float | None) -> None:
-        self._seconds[purpose] += waited_until - waited_from
+    def waited(
+        self,
+        purpose: str,
+        began: float,
+        waited_from: float,
+        waited_until: float,
+        done: float | None,
+        sent: float | None = None,
+    ) -> None:
+        link = 0.0
+        if purpose == "control" and sent is not None:
+            link = waited_until - min(max(waited_from, sent), waited_until)
+            self._seconds["link"] += link
+        self._seconds[purpose] += waited_until - waited_from - link
         self._note(purpose, began, waited_from, waited_until, done)
 
     def waited_on_device(
@@ -170,7 +183,7 @@ class Meter:
 
     @property
     def communication_seconds(self) -> float:
-        return self.seconds["center"] + self.seconds["gradient"] + self.seconds["ticket"]
+        return sum(self.seconds[purpose] for purpose in ("center", "gradient", "ticket", "link"))
 
     @property
     def training_bytes_sent(self) -> int:

@@ -26,14 +26,19 @@ What holds for all of them:
 from .averaging import AveragingMethod, Level
 from .base import Method, Probe
 from .data_parallel import DataParallel
+from .diloco import DiLoCo
+from .dppf import DPPF
 from .easgd import EASGD
 from .grawa import GRAWA, LGRAWA, MGRAWA, LocalLGRAWA, LocalMGRAWA
 from .local_sgd import LocalSGD
 from .lsgd import LSGD
+from .parle import Parle
 from .run import Run
 from .sharing import SharingMethod
+from .slowmo import SlowMo
 
 __all__ = [
+    "DPPF",
     "EASGD",
     "GRAWA",
     "LGRAWA",
@@ -41,12 +46,15 @@ __all__ = [
     "MGRAWA",
     "AveragingMethod",
     "DataParallel",
+    "DiLoCo",
     "Level",
     "LocalLGRAWA",
     "LocalMGRAWA",
     "LocalSGD",
     "Method",
+    "Parle",
     "Probe",
     "Run",
     "SharingMethod",
+    "SlowMo",
 ]

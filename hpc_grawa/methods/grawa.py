@@ -28,11 +28,11 @@ class _GradientWeighted(AveragingMethod):
     """What all of them have.
 
     Attributes:
-        period: local steps between rounds, τ.
-        pull: λ of x ← x + λ(c - x) at a round.
-        prox: μ of x ← x + (μ/τ)(c - x) after each local step.
-        power: q; 1 as in the experiments, 2 as in the proof for convex functions.
-        score_momentum: b of the scores' bias-corrected momentum.
+        period: local steps between rounds, τ; 16 or 32 in the paper.
+        pull: λ of x ← x + λ(c - x) at a round, in [0, 1]; .3, .5 or .7 in the paper.
+        prox: μ of x ← x + (μ/τ)(c - x) after each local step, in [0, 1]; .01 or .05 in the paper.
+        power: q, 0 or more; 1 as in the experiments, 2 as in the proof for convex functions.
+        score_momentum: b of the scores' bias-corrected momentum, in [0, 1).
     """
 
     reduction: ClassVar[Reduction]
@@ -70,8 +70,15 @@ class _GradientWeighted(AveragingMethod):
 class GRAWA(_GradientWeighted):
     """Weights inverse to the gradient norm of the whole model: β_m ∝ ‖g_m‖₂^{-q}, c = Σ_m β_m x_m.
 
+    A round costs a forward and backward pass of a fresh batch, the probe, beside its messages.
+
+    Limits: equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD; one rank, training alone.
+
+    Not for: losses that cannot be asked for a fresh batch between steps (take LocalMGRAWA or LocalLGRAWA); rounds so
+    frequent that the probe counts.
+
     Attributes:
-        score_momentum: b of the scores' bias-corrected momentum over rounds.
+        score_momentum: b of the scores' bias-corrected momentum over rounds, in [0, 1); .9⁸ in the paper.
         probe_batches: fresh batches, one after another, that a score's gradient is the mean of; calls of an own probe.
         probe_from: draw them from the whole training set (``all``) or the rank's own ``shard``; not for an own probe.
     """
@@ -106,6 +113,12 @@ class GRAWA(_GradientWeighted):
 class MGRAWA(GRAWA):
     """One weight per model from the sum of layer norms: β_m ∝ (Σ_l ‖g_{m,l}‖_F)^{-q}, c = Σ_m β_m x_m.
 
+    A round costs a forward and backward pass of a fresh batch, the probe, beside its messages.
+
+    Limits: with one layer it is GRAWA; equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD.
+
+    Not for: losses that cannot be asked for a fresh batch between steps (take LocalMGRAWA).
+
     Attributes:
         layers: ``tensor`` (each parameter tensor), ``module``, or a list of groups of name patterns.
     """
@@ -124,7 +137,12 @@ class LGRAWA(MGRAWA):
     """One weight per layer: β_m^l ∝ ‖g_{m,l}‖_F^{-q}, c^l = Σ_m β_m^l x_m^l.
 
     A rank that has no gradient for a layer (an expert its data never reach) has weight 0 there. All weigh alike where
-    no rank has one, and where it is round-off on all (a bias before BatchNorm).
+    no rank has one, and where it is round-off on all (a bias before BatchNorm). A round costs a forward and backward
+    pass of a fresh batch, the probe, beside its messages.
+
+    Limits: with one layer it is GRAWA and MGRAWA; equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD.
+
+    Not for: losses that cannot be asked for a fresh batch between steps (take LocalLGRAWA).
     """
 
     reduction: ClassVar[Reduction] = "layers"
@@ -134,10 +152,14 @@ class LGRAWA(MGRAWA):
 class LocalMGRAWA(_GradientWeighted):
     """MGRAWA without a probe: its norms are a running mean of those of the training gradients since the last round.
 
-    Source: the GRAWA paper's appendix G.
+    The GRAWA paper's appendix G. A step costs the norms of its gradient.
+
+    Limits: equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD.
+
+    Not for: ranks whose batches differ in size or difficulty by their shard, as norms are of the rank's own data.
 
     Attributes:
-        score_momentum: b of the norms' bias-corrected running mean over the local steps of a round.
+        score_momentum: b of the norms' bias-corrected running mean over the local steps of a round, in [0, 1).
         layers: ``tensor`` (each parameter tensor), ``module``, or a list of groups of name patterns.
     """
 
@@ -158,7 +180,11 @@ class LocalMGRAWA(_GradientWeighted):
 class LocalLGRAWA(LocalMGRAWA):
     """LGRAWA without a probe: its norms are a running mean of those of the training gradients since the last round.
 
-    Source: the GRAWA paper's appendix G.
+    The GRAWA paper's appendix G. A step costs the norms of its gradient.
+
+    Limits: with one layer it is LocalMGRAWA; equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD.
+
+    Not for: ranks whose batches differ in size or difficulty by their shard, as norms are of the rank's own data.
     """
 
     reduction: ClassVar[Reduction] = "layers"

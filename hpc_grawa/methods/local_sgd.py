@@ -20,8 +20,15 @@ from .run import Run
 class LocalSGD(AveragingMethod):
     """x_m ← x̄ = (1/W) Σ_j x_j after every period of local steps.
 
+    With ``PostLocal`` it is post-local SGD (Lin et al., ICLR 2020), with ``SWAP`` stochastic weight averaging in
+    parallel, with ``QSR`` the quadratic synchronization rule, each by the period and ``sharing``.
+
+    Limits: period 1 is DataParallel, for SGD with momentum and weight decay, without clipping.
+
+    Not for: periods of hundreds of steps at a large learning rate, where ranks part too far for their mean to be good.
+
     Attributes:
-        period: local steps between rounds, H.
+        period: local steps between rounds, H; 8 is EASGD's in GRAWA's paper.
     """
 
     period: int | Period = 8

@@ -20,18 +20,22 @@ from .run import Run
 
 @dataclass(kw_only=True)
 class LSGD(AveragingMethod):
-    """The leader is argmin_m of the mean training loss since the last round; its parameters are broadcast.
+    """x_m ← x_m + λ(x_leader - x_m): the leader has the smallest mean training loss since the last round.
 
-    x_m ← x_m + λ(x_leader - x_m), and x_m ← x_m + (μ/τ)(x_leader - x_m) after each local step. On two levels
+    Its parameters are broadcast, and pull after each local step too: x_m ← x_m + (μ/τ)(x_leader - x_m). On two levels
     (``group_period``), each group has a leader of its own, and more often; where both are due, ranks are pulled to
     their group's leader first.
 
+    Limits: pull 0 and prox 0 are training alone; without pulls of groups two levels are one.
+
+    Not for: shards that differ (sorted by class, say): losses of different data say nothing of models.
+
     Attributes:
-        period: local steps between rounds of all ranks, τ.
-        pull: λ to their leader, the paper's c.
-        prox: μ to their leader, the paper's p.
-        group_pull: λ to the group's leader.
-        group_prox: μ to the group's leader.
+        period: local steps between rounds of all ranks, τ; 4, 8 or 16 in GRAWA's paper.
+        pull: λ to their leader, the paper's c, in [0, 1]; .01 or .1.
+        prox: μ to their leader, the paper's p, in [0, 1]; .01 or .1.
+        group_pull: λ to the group's leader, in [0, 1].
+        group_prox: μ to the group's leader, in [0, 1].
     """
 
     needs_loss: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,12 @@ from .table import formatter, in_words
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap, Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
     from matplotlib.text import Text
 
 Array = npt.NDArray[np.float64]
+#: Seconds, mean and standard deviation.
+_Curve: TypeAlias = tuple[Array, Array, Array]
 
 #: After Okabe and Ito: apart for colour-blind readers, the pale ones darkened to carry text, yellow left out.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#B5578F", "#C98A00", "#555555", "#4FA8DE")
@@ -44,6 +46,8 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold a $
 }
 _SIZE = (12.0, 5.4)  # inches; 1200 pixels wide on a page at 100 per inch
+_FURTHER = 3.9  # inches, of a row below for another network
+_COURSE = 2.6  # inches, of a row below for the course of one run
 _DPI = 200
 _SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -53,6 +57,9 @@ _MOST_RANKS = 24  # with their own panel; of more, the layers' mean is shown
 
 def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = None) -> None:
     """Draw runs as one figure of 2400 x 1080 pixels (or the same as vectors).
+
+    Where some were made over another network (an emulated one), their curves are a row below, as wide as the figure. A
+    single experiment has a row of its learning rate, H and consensus distance over training instead.
 
     On the left what the center is judged by over training seconds, a line per experiment: accuracies as errors, and
     over several seeds the mean with a band of one standard deviation. On the right the weights of the first run that
@@ -69,17 +76,44 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
     """
     path = Path(path)
     check_drawable(path)
-    experiments = group(records)
+    group(records)  # raises unless they are judged by one metric
     part = evaluated_part(records)
-    curves = {label: curve for label, runs in experiments.items() if (curve := _mean_curve(runs, part)) is not None}
-    if not curves:
+    networks: dict[str | None, list[RunRecord]] = {}
+    for record in records:
+        networks.setdefault(record.network, []).append(record)
+    rows = [(network, _curves(runs, part)) for network, runs in networks.items()]
+    rows = [(network, curves) for network, curves in rows if curves]
+    if not rows:
         raise ConfigError(f"there is nothing to draw in {records[0].path}: the center was not evaluated yet")
-    weighted = _weighted_run(records)
-    with saved_figure(path, _SIZE) as figure:
-        _draw_title(figure, records, experiments)
-        _draw_curves(figure, records[0], part, curves, target, right=0.985 if weighted is None else 0.53)
+    shown = networks[rows[0][0]]
+    weighted = _weighted_run(shown)
+    # A line has its colour in every row.
+    pens = {label: i for i, label in enumerate(dict.fromkeys(label for _, curves in rows for label in curves))}
+    course = records[0].course() if len(pens) == len(networks) == 1 else {}
+    heights = [_SIZE[1], *[_FURTHER] * (len(rows) - 1), *([_COURSE] if course else [])]
+    with saved_figure(path, (_SIZE[0], sum(heights))) as figure:
+        first, *others = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        _draw_title(first, shown)
+        right = 0.985 if weighted is None else 0.53
+        _draw_curves(first, shown[0], part, rows[0][1], pens, target, _Place(right, 0.125, 0.83, 0.87, _CAPTION))
         if weighted is not None:
-            _draw_weights(figure, weighted, 0.565, sum(run.method == weighted.method for run in records))
+            _draw_weights(first, weighted, 0.565, sum(run.method == weighted.method for run in shown))
+        if course:
+            _draw_course(others.pop(), course)
+        for row, (network, curves) in zip(others, rows[1:], strict=True):
+            place = _Place(0.985, 0.17, 0.855, 0.92, 0.06)
+            note = f"over an emulated network of {network}" if network else "over the network that there is"
+            _draw_curves(row, networks[network][0], part, curves, pens, target, place, note)
+
+
+class _Place(NamedTuple):
+    """Where curves are drawn, in fractions of a row: the right end with their names, the rest from below."""
+
+    right: float
+    bottom: float
+    top: float
+    heading: float
+    caption: float
 
 
 def check_drawable(path: Path) -> None:
@@ -132,7 +166,8 @@ def _pictures() -> frozenset[int]:
     return regular & bold
 
 
-def _draw_title(figure: Figure, records: Sequence[RunRecord], experiments: Mapping[str, Sequence[RunRecord]]) -> None:
+def _draw_title(figure: FigureBase, records: Sequence[RunRecord]) -> None:
+    experiments = group(records)
     title = setting(records)
     repeats = {len(runs) for runs in experiments.values()}
     if max(repeats) > 1:
@@ -141,12 +176,12 @@ def _draw_title(figure: Figure, records: Sequence[RunRecord], experiments: Mappi
     figure.text(0.02, 0.945, drawable(title), size=11, color=FAINT, va="center")
 
 
-def _draw_heading(figure: Figure, left: float, text: str, note: str = "") -> None:
-    heading = figure.text(left, 0.87, drawable(text), size=13, weight="bold", va="baseline")
-    figure.text(left + _width(heading) + 0.01, 0.87, drawable(note), size=10, color=FAINT, va="baseline")
+def _draw_heading(figure: FigureBase, left: float, text: str, note: str = "", y: float = 0.87) -> None:
+    heading = figure.text(left, y, drawable(text), size=13, weight="bold", va="baseline")
+    figure.text(left + _width(heading) + 0.01, y, drawable(note), size=10, color=FAINT, va="baseline")
 
 
-def _text_width(figure: Figure, content: str, size: float) -> float:
+def _text_width(figure: FigureBase, content: str, size: float) -> float:
     text = figure.text(0, 0, content, size=size)
     width = _width(text)
     text.remove()
@@ -161,7 +196,7 @@ def _width(text: Text) -> float:
 # Left: what was learned, and when
 
 
-def _mean_curve(runs: Sequence[RunRecord], part: str) -> tuple[Array, Array, Array] | None:
+def _mean_curve(runs: Sequence[RunRecord], part: str) -> _Curve | None:
     """Seconds ``[N]``, mean and standard deviation ``[N]`` of the metric over the runs; None without an evaluation.
 
     Every run on its own clock. One that has finished keeps its last value, so that the curve ends in the mean of the
@@ -179,15 +214,23 @@ def _mean_curve(runs: Sequence[RunRecord], part: str) -> tuple[Array, Array, Arr
     return seconds, values.mean(0), values.std(0, ddof=1) if len(every) > 1 else np.zeros(len(seconds))
 
 
+def _curves(records: Sequence[RunRecord], part: str) -> dict[str, _Curve]:
+    """Those of all experiments that were evaluated."""
+    found = {label: _mean_curve(runs, part) for label, runs in group(records).items()}
+    return {label: curve for label, curve in found.items() if curve is not None}
+
+
 def _draw_curves(
-    figure: Figure,
+    figure: FigureBase,
     record: RunRecord,
     part: str,
-    curves: Mapping[str, tuple[Array, Array, Array]],
+    curves: Mapping[str, _Curve],
+    pens: Mapping[str, int],
     target: float | None,
-    right: float,
+    place: _Place,
+    note: str = "",
 ) -> None:
-    """Lines on the left up to ``right``, each named where it ends."""
+    """Lines from the left up to the right end of their place, each named where it ends."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     as_error = record.metric.endswith("accuracy") and record.higher_is_better
@@ -202,15 +245,16 @@ def _draw_curves(
     names = {
         label: f"{_short(drawable(label.removeprefix(only).strip()), 40)}  {amount(end)}" for label, end in ends.items()
     }
-    left, bottom, top = 0.062, 0.125, 0.83
+    left, right, bottom, top = 0.062, place.right, place.bottom, place.top
     room = 0.028 + max(_text_width(figure, name, 10) for name in names.values())
     axes = figure.add_axes((left, bottom, right - room - left, top - bottom))
-    _draw_heading(figure, 0.02, f"{part.capitalize()} {name} of the center", only)
+    note = ", ".join(filter(None, (only, note)))
+    _draw_heading(figure, 0.02, f"{part.capitalize()} {name} of the center", note, place.heading)
 
     seconds_end = max(float(seconds[-1]) for seconds, _, _ in curves.values())
     axes.set_xlim(0, seconds_end or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    figure.text((left + right - room) / 2, _CAPTION, "training time (s)", ha="center", va="baseline")
+    figure.text((left + right - room) / 2, place.caption, "training time (s)", ha="center", va="baseline")
     everything = np.concatenate([shown(means) for _, means, _ in curves.values()])
     falls = as_error or not record.higher_is_better
     logarithmic = falls and bool(everything.min() > 0) and float(everything.max() / everything.min()) > 5
@@ -234,8 +278,8 @@ def _draw_curves(
         axes.spines[side].set_visible(False)
 
     floor = axes.get_ylim()[0]
-    for index, (label, (seconds, means, stds)) in enumerate(curves.items()):
-        colour, dashes = _pen(index)
+    for label, (seconds, means, stds) in curves.items():
+        colour, dashes = _pen(pens[label])
         values = shown(means)
         if stds.any():
             low = np.maximum(values - stds, floor) if logarithmic else values - stds
@@ -255,7 +299,31 @@ def _draw_curves(
             bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             zorder=4,
         )
-    _name_ends(axes, curves, ends, names)
+    _name_ends(axes, curves, pens, ends, names)
+
+
+def _draw_course(figure: FigureBase, course: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """A small panel for each, side by side."""
+    from matplotlib.ticker import MaxNLocator
+
+    width = 0.97 / len(course)
+    for number, (name, points) in enumerate(course.items()):
+        left = 0.02 + number * width
+        seconds, values = np.array(points).T
+        figure.text(left, 0.9, f"{name[0].upper()}{name[1:]}", size=11, weight="bold", va="baseline")
+        axes = figure.add_axes((left + 0.042, 0.21, width - 0.077, 0.6))
+        axes.plot(seconds, values, color=COLOURS[1], linewidth=1.6, solid_capstyle="round")
+        axes.plot(seconds[-1:], values[-1:], "o", color=COLOURS[1], markersize=4, clip_on=False, zorder=3)
+        axes.set_xlim(0, float(seconds.max()) or 1.0)
+        axes.set_ylim(0, 1.08 * float(values[np.isfinite(values)].max(initial=0.0)) or 1.0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", color=_RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        figure.text(left + 0.042 + (width - 0.077) / 2, 0.03, "training time (s)", ha="center", va="baseline")
 
 
 def _pen(index: int) -> tuple[str, Any]:
@@ -265,19 +333,20 @@ def _pen(index: int) -> tuple[str, Any]:
 
 def _name_ends(
     axes: Axes,
-    curves: Mapping[str, tuple[Array, Array, Array]],
+    curves: Mapping[str, _Curve],
+    pens: Mapping[str, int],
     ends: Mapping[str, float],
     names: Mapping[str, str],
 ) -> None:
     """Write each line's name to the right of where it ends, moved apart as little as makes them readable."""
     to_fraction = axes.transData + axes.transAxes.inverted()
     points = {label: tuple(to_fraction.transform((curves[label][0][-1], end))) for label, end in ends.items()}
-    height = axes.get_position().height * _SIZE[1] * 72
-    gap = 18 / (axes.get_position().width * _SIZE[0] * 72)
+    height, width = (72 * pixels / _DPI for pixels in (axes.bbox.height, axes.bbox.width))
+    gap = 18 / width
     order = sorted(reversed(list(ends)), key=lambda label: round(points[label][1], 6))
     heights = _spread([float(points[label][1]) for label in order], 14 / height)
     for label, y in zip(order, heights, strict=True):
-        colour, _ = _pen(list(curves).index(label))
+        colour, _ = _pen(pens[label])
         axes.annotate(
             names[label],
             xy=points[label],
@@ -327,7 +396,7 @@ def _weighted_run(records: Sequence[RunRecord]) -> RunRecord | None:
     return None
 
 
-def _draw_weights(figure: Figure, record: RunRecord, left: float, siblings: int) -> None:
+def _draw_weights(figure: FigureBase, record: RunRecord, left: float, siblings: int) -> None:
     """Weights from ``left`` on: a panel per rank, rounds to the right, layers from input (top) to output (bottom).
 
     Args:
@@ -393,7 +462,7 @@ def _scaled(weights: Array) -> tuple[Array, float]:
 
 
 def _draw_ranks(
-    figure: Figure, ratio: Array, names: Sequence[str], norm: Normalize, box: tuple[float, float, float, float]
+    figure: FigureBase, ratio: Array, names: Sequence[str], norm: Normalize, box: tuple[float, float, float, float]
 ) -> float:
     """A grid of panels, one per rank, of ``ratio`` ``[R, W, K]``; returns where they begin, right of the names."""
     rounds, ranks, layers = ratio.shape

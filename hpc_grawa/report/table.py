@@ -6,8 +6,8 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
 
@@ -32,6 +32,8 @@ class Row:
             ``seconds_to_target``, over the runs that reach it.
         std: standard deviation over the runs (n - 1 in the denominator); empty for a single run.
         reached: how many runs reach the target.
+        by_seed: the center's test metric of each seed, of finished runs.
+        last: mean over the runs of the center's last evaluation on the data that were evaluated on the way.
     """
 
     label: str
@@ -43,6 +45,8 @@ class Row:
     mean: dict[str, float]
     std: dict[str, float]
     reached: int
+    by_seed: dict[int, float]
+    last: float | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,29 @@ class Table:
     part: str
     target: float | None
     target_given: bool
+    higher_is_better: bool
+
+    @property
+    def best(self) -> Row | None:
+        """The finished row whose center is best on test data, on the mean over its runs."""
+        return self._best(lambda row: row.mean.get(f"center_test_{self.metric}"))
+
+    @property
+    def chosen(self) -> list[tuple[Row, int]]:
+        """Of each method with several rows the one whose last evaluation on the way was best; and of how many."""
+        by_method: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.state == "finished":
+                by_method.setdefault(row.method, []).append(row)
+        several = [rows for rows in by_method.values() if len(rows) > 1]
+        found = [(replace(self, rows=tuple(rows))._best(lambda row: row.last), len(rows)) for rows in several]
+        return [(row, count) for row, count in found if row is not None]
+
+    def _best(self, value: Callable[[Row], float | None]) -> Row | None:
+        sign = 1 if self.higher_is_better else -1
+        known = [(sign * v, row) for row in self.rows if row.state == "finished" and (v := value(row)) is not None]
+        known = [(v, row) for v, row in known if math.isfinite(v)]
+        return max(known, key=lambda pair: pair[0])[1] if known else None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -102,6 +129,7 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
         part=part,
         target=chosen,
         target_given=target is not None,
+        higher_is_better=records[0].higher_is_better,
     )
 
 
@@ -129,6 +157,8 @@ def markdown(table: Table, width: int = ENDLESS) -> str:
         add(f"{in_words(name)}, center, test", key, formatter(name), spread=True)
     for part in dict.fromkeys(row.best_part for row in table if row.best_part):
         columns.append((f"best, {part}", _best(part, f"best_center_{metric}", amount)))
+    if any(p is not None for p in _against_best(table).values()):
+        columns.append(("p", lambda row: _p(row, table)))
     add("mean, test", f"mean_test_{metric}", amount, spread=True)
     add("center, train", f"center_train_{metric}", amount, spread=True)
     add("gap", "gap", amount, spread=True)
@@ -205,6 +235,12 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         mean={key: statistics.fmean(values) for key, values in samples.items()},
         std={key: _std(values) for key, values in samples.items() if len(values) > 1},
         reached=len(reached),
+        by_seed={
+            int(status["seed"]): float(status[key])
+            for status in found
+            if "seed" in status and _is_number(status.get(key := f"center_test_{status['metric']}"))
+        },
+        last=statistics.fmean(ends) if (ends := [curve[-1][1] for run in runs if (curve := run.curve(part))]) else None,
     )
 
 
@@ -213,6 +249,40 @@ def _hardest_common_target(finished: Sequence[RunRecord], part: str) -> float | 
     if not ends:
         return None
     return min(ends) if finished[0].higher_is_better else max(ends)
+
+
+def p_value(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """Of the paired t-test over the seeds that both have; None with fewer than two of them, or without SciPy.
+
+    Args:
+        one: a value for each seed.
+        other: likewise.
+    """
+    pairs = [(one[seed], other[seed]) for seed in one if seed in other]
+    differences = {a - b for a, b in pairs}
+    if len(pairs) < 2 or not all(map(math.isfinite, differences)):
+        return None
+    if len(differences) == 1:
+        return 1.0 if differences == {0.0} else 0.0
+    try:
+        from scipy.stats import ttest_rel
+    except ImportError:
+        return None
+    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+
+
+def _against_best(table: Table) -> dict[str, float | None]:
+    """The p-value of each other row beside the best one."""
+    best = table.best
+    others = [row for row in table if row is not best and row.state == "finished"]
+    return {} if best is None else {row.label: p_value(best.by_seed, row.by_seed) for row in others}
+
+
+def _p(row: Row, table: Table) -> str:
+    if row is table.best:
+        return "best"
+    p = _against_best(table).get(row.label)
+    return "-" if p is None else f"{p:.2g}"
 
 
 def _std(values: Sequence[float]) -> float:
@@ -255,6 +325,18 @@ def _notes(table: Table, width: int) -> list[str]:
         entries.append(f"best, {part}: the center's best evaluation in the run, chosen on the {part} data{biased}")
     if any(row.std for row in table):
         entries.append("±: standard deviation over the runs (other columns: their mean)")
+    if any(p is not None for p in _against_best(table).values()):
+        entries.append(
+            "p: of a paired t-test, over the seeds that a row shares with the best one, that both are equally good on "
+            "test data; above 0.05 the seeds do not tell them apart"
+        )
+    if table.chosen:
+        told = "; ".join(
+            f"{row.label} of {count} (test {_cell(row, f'center_test_{metric}', amount, spread=True)})"
+            for row, count in table.chosen
+        )
+        fair = "" if table.part != "test" else ", which makes its test value too good (hold out data.validation)"
+        entries.append(f"chosen by the center's last evaluation on {table.part} data{fair}: {told}")
     if table.target is not None:
         why = "" if table.target_given else ", the hardest target that every finished run holds at its end"
         entries.append(

@@ -59,10 +59,11 @@ def new_folder(directory: str, name: str, numbered: bool = False, may_exist: boo
     return folder
 
 
-def open_run(folder: Path, configuration: str, world_size: int, backend: str) -> None:
+def open_run(folder: Path, configuration: str, world_size: int, backend: str, network: str | None = None) -> None:
     """Write what a run is into its new folder: ``config.yaml`` and ``environment.json``."""
     write_atomically(folder / "config.yaml", configuration)
-    write_atomically(folder / "environment.json", json.dumps(environment(world_size, backend), indent=1) + "\n")
+    found = environment(world_size, backend, network)
+    write_atomically(folder / "environment.json", json.dumps(found, indent=1) + "\n")
 
 
 def is_finished(folder: Path) -> bool:
@@ -113,7 +114,7 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
-def environment(world_size: int, backend: str) -> dict[str, Any]:
+def environment(world_size: int, backend: str, network: str | None) -> dict[str, Any]:
     """Where a run took place."""
     return {
         "command": sys.argv,
@@ -123,6 +124,7 @@ def environment(world_size: int, backend: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "backend": backend,
+        "network": network,
         "versions": versions(),
         "commit": commit(),
         "launcher": {

@@ -15,7 +15,7 @@ from ..errors import ConfigError, Damaged
 from .reading import parse_object, parse_settings, read_object, read_text
 
 #: What an ``evaluate`` event says besides the metric.
-_EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss"}
+_EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
 #: Settings that tell repetitions of one experiment from each other, and where they are kept.
 _IDENTITY = {"run.name", "run.dir", "run.seed"}
 
@@ -75,6 +75,12 @@ class RunRecord:
         return self.metric.endswith("accuracy") if told is None else bool(told)
 
     @property
+    def network(self) -> str | None:
+        """The network that was emulated, if any; at the end, where a run went on over another."""
+        told = (self.summary or {}).get("network", self.config.get("network"))
+        return None if told is None else str(told)
+
+    @property
     def layers(self) -> list[str]:
         """The names of the layers that are weighted, from input to output."""
         return [str(name) for name in self._started.get("layers") or []]
@@ -93,6 +99,24 @@ class RunRecord:
             for event in self.events.get("evaluate", [])
             if event["part"] == part and event["model"] == "center" and event.get(self.metric) is not None
         ]
+
+    def course(self) -> dict[str, list[tuple[float, float]]]:
+        """Over training seconds the learning rate, H of rounds of all ranks, and the ranks' consensus distance.
+
+        Each under its name, if there is any.
+        """
+        rounds = self.events.get("round", [])
+        widest = max((len(event.get("ranks") or ()) for event in rounds), default=0)
+        rounds = [event for event in rounds if len(event.get("ranks") or ()) == widest]
+        steps, evaluations = self.events.get("train", []), self.events.get("evaluate", [])
+        found = {
+            "learning rate": [(e["seconds"], e["lr"]) for e in rounds or steps if is_number(e.get("lr"))],
+            "local steps of a round, H": [(e["seconds"], e["period"]) for e in rounds if is_number(e.get("period"))],
+            "consensus distance": [
+                (e["seconds"], e["consensus_distance"]) for e in evaluations if is_number(e.get("consensus_distance"))
+            ],
+        }
+        return {name: points for name, points in found.items() if points}
 
     def time_to(self, target: float, part: str) -> float | None:
         """Training seconds at the first evaluation that meets the target, or None; nothing is interpolated."""
@@ -175,6 +199,9 @@ def setting(records: Sequence[RunRecord]) -> str:
         parts.append(f"{last(model)} on {last(data)}")
     if worlds:
         parts.append(f"{' and '.join(map(str, worlds))} rank{'' if worlds == [1] else 's'}")
+    networks = {record.network for record in records}
+    if len(networks) == 1 and (network := networks.pop()):
+        parts.append(f"over an emulated network of {network}")
     units = {"seconds": "s of training time", "epochs": "epochs", "steps": "steps"}
     budgets = [{unit: record.config.get(f"budget.{unit}") for unit in units} for record in records]
     limits = [f"{limit:,g} {units[unit]}" for unit, limit in budgets[0].items() if is_number(limit)]
@@ -260,7 +287,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
 def _settings(record: RunRecord) -> dict[str, Any]:
     """All that makes a run another experiment, not another seed."""
     settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
-    return {**settings, "ranks": record.status.get("world_size")}
+    return {**settings, "network": record.network, "ranks": record.status.get("world_size")}
 
 
 def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
@@ -271,7 +298,8 @@ def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
     differing = [key for key in keys if len({str(settings.get(key)) for settings in all_settings}) > 1]
     if len(differing) > 3:
         return f"{leader.method} {leader.path.name}{state}"
-    return " ".join([leader.method, *(f"{last(key)}={_value(own.get(key))}" for key in differing)]) + state
+    told = [f"{last(key)}={_value(own[key])}" for key in differing if own.get(key) is not None]
+    return " ".join([leader.method, *told]) + state
 
 
 def _state(record: RunRecord) -> str:
@@ -282,7 +310,8 @@ def _state(record: RunRecord) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
-    return last(value) if isinstance(value, str) and "/" not in value else str(value)
+    text = str(value)
+    return last(text) if all(part.isidentifier() for part in text.split(".")) else text
 
 
 def _common(records: Sequence[RunRecord], key: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn, optim
 from ..comm import Communicator, simulate
 from ..errors import require, wrong
 from ..methods import Method, Run
+from ..schedules import RunFacts
 from ..vector import ParameterVector
 
 #: Of each coordinate.
@@ -105,7 +106,8 @@ def descend(
         model = Vincent(starts[comm.rank])
         vector = ParameterVector(model)
         optimizer = optim.SGD(model.parameters(), lr=lr)
-        run = method.build(comm, vector, optimizer, probe=model, start="independent")
+        facts = RunFacts(total_steps=steps, steps_per_epoch=1)
+        run = method.build(comm, vector, optimizer, probe=model, facts=facts, start="independent")
         own, center = vector.data.repeat(2, steps + 1, 1)
         closure = run.closure(model)
         center[0] = _center(run)

@@ -4,8 +4,8 @@ Sections with a class each: ``method``, ``optimizer``, ``schedule``, ``model``, 
 of one's own is given by its import path. Plain sections: ``budget.{seconds,epochs,steps}`` (the first reached ends the
 run), ``eval.{every,unit,batch_size,bn_batches,train_examples}``, ``save.{every,unit,keep}``,
 ``log.{every,tensorboard}``, ``run.{name,dir,seed,start,resume,control_every}``, ``clip_norm`` (of the gradient, after
-sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``backend``, ``device``, ``comm_timeout``. On
-the command line a ``-`` within a name is as good as a ``_``.
+sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``backend``, ``network`` (a link to emulate),
+``device``, ``comm_timeout``. On the command line a ``-`` within a name is as good as a ``_``.
 
 What a method has of its own in a file stands there under ``methods``, as in ``methods: {EASGD: {method.period: 16}}``:
 where that method runs it wins over the rest of that file, elsewhere it is left out. ``--config digits_easgd`` is short
@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from ..averaging.control import CONTROL_EVERY
-from ..comm import Backend
+from ..comm import Backend, Network
 from ..data import Data, shard_size
 from ..errors import require, wrong
 from ..forward import Precision
@@ -159,6 +159,7 @@ class Config:
     Attributes:
         clip_norm: largest norm of the gradient, after sharing; None for none.
         accumulate: equal parts the batch is computed in, to save memory.
+        network: bandwidth and latency of an emulated link, as of ``hpc_grawa.comm.throttled``.
         called: settings that the command line has given by another name than today's, and that name.
     """
 
@@ -177,6 +178,7 @@ class Config:
     accumulate: int
     precision: Precision
     backend: Backend
+    network: str | None
     device: Wanted
     comm_timeout: float
     model_name: str
@@ -202,6 +204,8 @@ class Config:
         for name in GROUPS:
             getattr(self, name).check()
         require(self.comm_timeout > 0, "comm_timeout", self.comm_timeout, "positive, .inf for no limit")
+        if self.network is not None:
+            Network.read(self.network)
         self.data.check(world_size)
         batch, parts = self.data.batch_size, self.accumulate
         if (norm := self.clip_norm) is not None:

@@ -6,11 +6,12 @@ import math
 import resource
 import time
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from ..comm.base import TICKET, Communicator
+from ..comm import Network
+from ..comm.base import TICKET
 from ..comm.meter import bytes_sent
 from ..comm.mirror import MirrorCommunicator
 from ..methods import Run
@@ -34,12 +35,14 @@ class Level:
         periods: local steps of each in turn; a single number, where it is the same for all.
         bytes: that a rank sends in one, with the tickets drawn for its steps.
         seconds: that one took.
+        link: seconds that its messages take over the emulated network.
     """
 
     ranks: int
     periods: Sequence[float]
     bytes: float
     seconds: float
+    link: float
 
     @property
     def period(self) -> float:
@@ -52,7 +55,8 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
 
     Makes a few steps and one round of each level on this process, timed; writes nothing.
     """
-    comm = MirrorCommunicator(world_size, ranks_per_host)
+    network = None if config.network is None else Network.read(config.network)
+    comm = MirrorCommunicator(world_size, ranks_per_host, network)
     worker = Worker(config, comm)
     run, shares_still = worker.run, worker.run.shares_still
     run.shares_still = lambda _: True  # if at all, until rounds are to be timed
@@ -63,6 +67,7 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
         worker.step()
     seconds = (time.perf_counter() - start) / STEPS
     per_step = comm.meter.bytes_sent["gradient"] / (STEPS + 1)
+    link_per_step = comm.link_seconds["gradient"] / (STEPS + 1)
     # The steps that the budget comes to at the speed just measured.
     steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / seconds)
     whole = max(1, round(steps))
@@ -74,26 +79,34 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
         worker.step()
     levels = []
     for s, ask in zip(run.synchronizers, asked, strict=True):
-        before, start = _round_bytes(comm), time.perf_counter()
+        before, start = _of_rounds(comm.meter.bytes_sent), time.perf_counter()
+        link = _of_rounds(comm.link_seconds)
         s.round()
-        took, sent = time.perf_counter() - start, _round_bytes(comm) - before
-        level = Level(s.averager.comm.size, _periods(ask, config, worker, shared, whole, seconds), sent, took)
+        took, sent = time.perf_counter() - start, _of_rounds(comm.meter.bytes_sent) - before
+        link = _of_rounds(comm.link_seconds) - link
+        level = Level(s.averager.comm.size, _periods(ask, config, worker, shared, whole, seconds), sent, took, link)
         if pooled:  # a rank's last ticket finds none left
             level.bytes += (level.period + 1) * bytes_sent("counter", TICKET.nbytes, world_size)
+            level.link += (level.period + 1) * comm.over_network("counter", TICKET.nbytes)
         levels.append(level)
     epoch = worker.sampler.steps_per_epoch
     # Of the run as a whole.
     averaging = epoch * (1 - shared / whole)
-    sent = per_step * (epoch - averaging if shared else epoch) + sum(averaging / v.period * v.bytes for v in levels)
+    sharing = epoch - averaging if shared else epoch
+    sent = per_step * sharing + sum(averaging / v.period * v.bytes for v in levels)
+    link = link_per_step * sharing + sum(averaging / v.period * v.link for v in levels)
     round_seconds = sum(averaging / level.period * level.seconds for level in levels)
     batch = config.data.batch_size
     limits = [f"{worker.total_steps:,} steps"] if worker.total_steps else []
     limits += [f"{config.budget.seconds:g} s"] if config.budget.seconds else []
     # Likewise with rounds.
-    per_step_seconds = seconds + round_seconds / epoch
+    per_step_seconds = seconds + (round_seconds + link) / epoch
     steps = min(worker.total_steps or math.inf, (config.budget.seconds or math.inf) / per_step_seconds)
     parameters = worker.vector.data.numel() * worker.vector.data.element_size()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    over = "without the network"
+    if network is not None:
+        over = f"+ {link:.3g} s of messages over {network.text}, if nothing hides them"
     lines = [
         f"method            {config.method}",
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
@@ -104,7 +117,7 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
         f"sent per rank     {_sent(levels)}{human_bytes(per_step)} per step, {human_bytes(sent)} per epoch",
         f"memory per rank   {human_bytes(memory)} at its peak here; parameters {human_bytes(parameters)}",
         f"time per epoch    {seconds * epoch:.3g} s of local steps ({1000 * seconds:.3g} ms each, timed over {STEPS}) "
-        f"+ {round_seconds:.2g} s of rounds, without the network",
+        f"+ {round_seconds:.2g} s of rounds, {over}",
     ]
     if comm.hosts_matter:
         hosts = math.ceil(world_size / ranks_per_host)
@@ -148,8 +161,8 @@ def _among(level: Level, levels: Sequence[Level]) -> str:
     return f" among {level.ranks} ranks" if len(levels) > 1 else ""
 
 
-def _round_bytes(comm: Communicator) -> float:
-    return comm.meter.bytes_sent["center"] + comm.meter.bytes_sent["control"]
+def _of_rounds(by_purpose: Mapping[str, float]) -> float:
+    return by_purpose["center"] + by_purpose["control"]
 
 
 def _periods(ask: Period, config: Config, worker: Worker, step: float, steps: int, seconds: float) -> list[float]:

@@ -57,6 +57,11 @@ class Examiner:
                     recalibrate(self._model, batches, self._comm, self._config.precision)
                 yield
 
+    def consensus_distance(self) -> float | None:
+        """sqrt(mean_m ‖x_m - x̄‖²) of the ranks' models; None where all have one, as gradients are shared."""
+        run = self._worker.run
+        return uniform_mean(self._comm, run.local)[1] if run.synchronizers else None
+
     def evaluate(self, examples: Examples, limit: int | None = None) -> dict[str, float]:
         """Loss and metric of the model that is in place; all ranks share the work."""
         return self._evaluator.evaluate(self._model, examples, self._comm, limit)

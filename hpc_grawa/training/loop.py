@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..comm import Communicator, Meter
+from ..comm import Communicator, Meter, slowed
 from ..comm.trace import Trace
 from ..launch import signals_heeded
 from ..runs.checkpoint import Checkpoints, Restored, check_world
@@ -41,7 +41,7 @@ def fit(
 
     Args:
         config: checked, the same on all ranks.
-        comm: the ranks.
+        comm: the ranks; between them the configuration's network, if any.
         new_folder: makes the run's folder, on rank 0, once nothing is left to go wrong before the first step; nothing
             is written without it. Where it gives None, the run was finished meanwhile, and nothing is done.
         speaks: whether this rank prints; by default rank 0 does.
@@ -57,6 +57,7 @@ def fit(
         RanksDisagree: ranks do not have the same model, method, learning rate or period.
         NonFinite: training has diverged on all ranks.
     """
+    comm = slowed(comm, config.network)
     comm.meter = Meter()
     speaks = comm.rank == 0 if speaks is None else speaks
     with comm.meter.busy("loads its data"):
@@ -68,7 +69,7 @@ def fit(
     folder = None if new_folder is None else new_folder()
     anew = folder is not None and not (folder / "config.yaml").exists()
     if folder is not None and anew:
-        open_run(folder, config.text, comm.size, comm.backend)
+        open_run(folder, config.text, comm.size, comm.backend, comm.network)
     # All ranks write their checkpoints into the folder that rank 0 has made or found. (No path holds a zero byte.)
     finished = new_folder is not None and folder is None
     told = b"\0" if finished else os.fsencode(folder.resolve()) if folder else b""
@@ -222,10 +223,12 @@ class Training:
 
     def _evaluate(self) -> None:
         worker = self.worker
-        with worker.clock.paused(), worker.comm.meter.busy("evaluates"), self.examiner.center():
-            scores = self.examiner.evaluate(self.seen)
+        with worker.clock.paused(), worker.comm.meter.busy("evaluates"):
+            apart = self.examiner.consensus_distance()
+            with self.examiner.center():
+                scores = self.examiner.evaluate(self.seen)
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
-        self.progress.on_evaluation(self.part, scores)
+        self.progress.on_evaluation(self.part, scores, apart)
 
     def _save(self) -> None:
         """Begin to write a checkpoint."""
@@ -286,6 +289,7 @@ def _summary(worker: Worker, found: dict[str, Any], folder: Path | None, trainin
         "name": folder.name if folder else None,
         "method": type(config.method).__name__,
         "backend": comm.backend,
+        "network": comm.network,
         "world_size": comm.size,
         "steps": facts.step,
         "rounds": sum(s.completed for s in run.synchronizers),

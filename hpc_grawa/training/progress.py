@@ -96,11 +96,13 @@ class Progress:
             ranks = ", ".join(map(str, event.healed))
             self._log.say(f"step {event.step}: parameters of rank {ranks} were not finite and became the center")
 
-    def on_evaluation(self, part: str, scores: dict[str, float]) -> None:
-        """Write an evaluation of the center."""
+    def on_evaluation(self, part: str, scores: dict[str, float], consensus_distance: float | None) -> None:
+        """Write an evaluation of the center, and how far ranks are from their mean."""
         facts, seconds = self._facts, self._clock.seconds
         epoch = facts.step / (facts.steps_per_epoch or 1)
-        self._log.record("evaluate", step=facts.step, epoch=epoch, seconds=seconds, part=part, model="center", **scores)
+        apart = {} if consensus_distance is None else {"consensus_distance": consensus_distance}
+        where = {"step": facts.step, "epoch": epoch, "seconds": seconds, "part": part, "model": "center"}
+        self._log.record("evaluate", **where, **scores, **apart)
         self._shown = "".join(f"{part} {k} {v:.4f}  " for k, v in scores.items() if k != "loss")
 
 

@@ -18,7 +18,7 @@ from ..runs.record import flatten
 from .config import Config, renamed
 
 #: May differ when a run goes on: what says where and how fast, but not what.
-_FREE = ("run.resume", "run.dir", "comm_timeout", "data.stage", "data.workers", "data.start_method")
+_FREE = ("run.resume", "run.dir", "network", "comm_timeout", "data.stage", "data.workers", "data.start_method")
 #: In a run's folder.
 _FILES = (
     *("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "center.pt", "trace.json", "lock.json"),

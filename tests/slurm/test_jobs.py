@@ -29,7 +29,7 @@ def test_all_scripts_pass_shellcheck() -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_scheduler_takes_every_template(template: str, site: Site) -> None:
     said = command("sbatch", "--test-only", f"slurm/{template}")
-    nodes = {"cifar10.sh": 1, "cifar100.sh": 2, "scaling.sh": 3, "seeds.sh": 1}.get(template.rpartition("_")[2], 3)
+    nodes = {"cifar10.sh": 1, "cifar100.sh": 2, "scaling.sh": 3, "compare.sh": 1}.get(template.rpartition("_")[2], 3)
     processors = int(re.search(r"using (\d+) processors", said)[1])  # type: ignore[index]
     header = (site.folder / "slurm" / template).read_text()
     each, cpus = (int(re.search(rf"--{key}=(\d+)", header)[1]) for key in ("ntasks-per-node", "cpus-per-task"))  # type: ignore[index]

@@ -51,17 +51,23 @@ def test_a_job_cut_ahead_of_its_limit_is_requeued_and_ends_as_if_it_had_not_been
 
 
 def test_of_an_array_only_the_task_that_was_cut_is_requeued(site: Site) -> None:
-    words = (*SMALL, *BUDGET, "--budget.steps=300")
-    submit = 'source slurm/site.sh.example; sbatch --parsable "$@"'
-    array = command("bash", "-euc", submit, "-", *LAB, "--array=2,8", "slurm/seeds.sh", *words).strip()
-    site.cut(f"{array}_8", f"seeds-{array}_8")
-    site.start_again(f"{array}_8")
-    for task, seed, restarts in ((2, 36, "0"), (8, 720, "1")):
+    compared = "--config=cifar10_resnet20", "--methods=EASGD", "--seeds=36,720", "--run.name=compared"
+    words = (*compared, *SMALL, *BUDGET, "--budget.steps=300", f"--submit={' '.join(LAB)} slurm/compare.sh")
+    submit = 'source slurm/site.sh.example; hpc-grawa compare "$@"'
+    said = command("bash", "-euc", submit, "-", *words)
+    array = re.match(r"Submitted batch job (\d+): 2 of 2 runs; hpc-grawa table runs/compared shows them\n", said)[1]  # type: ignore[index]
+    site.cut(f"{array}_1", "compared/EASGD-720")
+    site.start_again(f"{array}_1")
+    for task, seed, restarts in ((0, 36, "0"), (1, 720, "1")):
         site.wait(f"{array}_{task}", "COMPLETED")
         assert fact(f"{array}_{task}", "Restarts") == restarts
-        assert (site.folder / f"slurm/logs/seeds-{array}_{task}.out").is_file()
-        summary = site.summary(f"seeds-{array}_{task}")
+        assert (site.folder / f"slurm/logs/compare-{array}_{task}.out").is_file()
+        summary = site.summary(f"compared/EASGD-{seed}")
         assert (summary["state"], summary["method"], summary["seed"]) == ("finished", "EASGD", seed)
+    assert command("bash", "-euc", submit, "-", *words) == "nothing to submit: all 2 runs are in runs/compared\n"
+    more = command("bash", "-euc", submit, "-", *words, "--seeds=36,720,1042")
+    assert re.search(r": 1 of 3 runs; ", more)
+    command("scancel", "--me")
 
 
 def test_what_is_to_end_is_not_requeued(site: Site) -> None:
