@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a screen may not know the letters of a folder's name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="made by cifar.py or imagenet.py")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="made by cifar.py, imagenet.py or text.py")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
     options = parser.parse_args(arguments)
     folder: Path = options.folder
@@ -158,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = problems_of(folder, facts, max(1, options.workers))
         if not found:
             counts = " + ".join(f"{count:,} {part}" for part, count in facts["counts"].items())
-            print(f"{folder}: complete and unchanged, {counts} images, {len(facts['sha256'])} files")
+            unit, files = facts.get("unit", "images"), len(facts["sha256"])
+            print(f"{folder}: complete and unchanged, {counts} {unit}, {files} files")
             return 0
         shown = "; ".join(found[:10]) + ("; ..." if len(found) > 10 else "")
         reason = f"{folder}: {len(found)} problem{'s' * (len(found) > 1)}: {shown}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import require
@@ -79,3 +81,58 @@ class TopAccuracy(Accuracy):
 
     def values(self, sums: Tensor) -> dict[str, float]:
         return {self.name: self.value(sums), f"top{self.k}_accuracy": float(sums[2] / sums[1])}
+
+
+class Perplexity(Metric):
+    """exp of the mean surprise, in nats, of targets ``[B, ...]`` under logits ``[B, classes, ...]``; classes second.
+
+    As unsure as among so many equally likely classes.
+
+    Example:
+        >>> perplexity = Perplexity()
+        >>> perplexity.value(perplexity.sums(torch.zeros(2, 4, 3), torch.tensor([[0, 1, 2], [3, 0, 1]])))
+        4.0
+    """
+
+    name = "perplexity"
+    higher_is_better = False
+
+    def sums(self, output: Tensor, target: Tensor) -> Tensor:
+        if output.shape[:1] + output.shape[2:] != target.shape or target.is_floating_point():
+            raise ValueError("surprise is of class numbers [B, ...] beside logits [B, classes, ...]")
+        surprise = F.cross_entropy(output.double(), target, reduction="sum")
+        return torch.stack((surprise, surprise.new_tensor(target.numel())))
+
+    def value(self, sums: Tensor) -> float:
+        return math.exp(min(float(sums[0] / sums[1]), 700.0))  # a float knows no more
+
+
+class BitsPerByte(Perplexity):
+    """Total surprise in bits over the bytes that the targets stand for, and beside it the perplexity of a token.
+
+    It compares models of different tokens: the size to which a model compresses the text, as a share, is an eighth.
+
+    Args:
+        token_bytes: that each token stands for; None: one each. Settled by the data.
+
+    Example:
+        >>> bits = BitsPerByte(token_bytes=[1, 1, 1, 3])
+        >>> bits.values(bits.sums(torch.zeros(1, 4, 2), torch.tensor([[0, 3]])))
+        {'bits_per_byte': 1.0, 'perplexity': 4.0}
+    """
+
+    name = "bits_per_byte"
+
+    def __init__(self, token_bytes: list[int] | None = None) -> None:
+        self._token_bytes = None if token_bytes is None else torch.tensor(token_bytes, dtype=torch.float64)
+
+    def sums(self, output: Tensor, target: Tensor) -> Tensor:
+        both = super().sums(output, target)
+        table = self._token_bytes
+        return torch.cat((both, both[1:] if table is None else table.to(target.device)[target].sum()[None]))
+
+    def value(self, sums: Tensor) -> float:
+        return float(sums[0] / (math.log(2) * sums[2]))
+
+    def values(self, sums: Tensor) -> dict[str, float]:
+        return {self.name: self.value(sums), Perplexity.name: super().value(sums)}

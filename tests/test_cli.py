@@ -529,6 +529,7 @@ def test_a_dry_run_says_what_a_run_would_be(tmp_path: Path, capsys: pytest.Captu
     lines = {line[:18].strip(): line[18:] for line in capsys.readouterr().out.splitlines()}
     assert lines["effective batch"] == "32 per rank x 12 ranks = 384"
     assert lines["learning rate"] == "0.1 at 0%, 0.1 at 25%, 0.01 at 50%, 0.001 at 75%, 0.001 at 100%"
+    assert lines["split"] == "disjoint: each rank keeps 119 or 120 examples, which no other has"
     assert lines["budget"] == "40 steps; 4 steps per epoch"
     assert lines["rounds"] == "0.5 per epoch, every 8 local steps"
     sent = 2 * 4 * 15_418 * 11 / 12 + 8 * (10 + 11) * 11  # the center; control word and scores

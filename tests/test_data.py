@@ -119,10 +119,48 @@ def test_draws_are_the_same_on_every_platform_and_release() -> None:
     assert sampler.probe_indices(0).tolist() == [[1, 13, 19, 9]]
 
 
+@pytest.mark.parametrize(("split", "fraction"), SPLITS)
 @pytest.mark.parametrize(("size", "world", "batch"), WORLDS)
-def test_an_epoch_has_as_many_steps_on_all_ranks(size: int, world: int, batch: int) -> None:
-    (steps,) = {sampler.steps_per_epoch for sampler in samplers(size, world, batch, "disjoint")}
+def test_an_epoch_has_as_many_steps_on_all_ranks_and_under_every_split(
+    size: int, world: int, batch: int, split: Split, fraction: float
+) -> None:
+    batch = min(batch, round(0.3 * size))
+    (steps,) = {sampler.steps_per_epoch for sampler in samplers(size, world, batch, split, fraction)}
     assert (steps - 1) * world * batch < size <= steps * world * batch
+
+
+def test_fractions_of_two_ranks_are_drawn_apart() -> None:
+    """Two shares of p have p² in common, four together see 1 - (1-p)⁴: within 5 standard deviations."""
+    shares = [set(s.shard.tolist()) for s in samplers(4000, 4, 1, "fraction", 0.25)]
+    for i, one in enumerate(shares):
+        assert all(abs(len(one & other) - 250) < 5 * 12 for other in shares[i + 1 :])
+    assert abs(len(set().union(*shares)) - 4000 * (1 - 0.75**4)) < 5 * 20
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_fraction_of_everything_is_full(world: int) -> None:
+    for one, other in zip(samplers(103, world, 5, "fraction"), samplers(103, world, 5, "full"), strict=True):
+        assert all(torch.equal(one.indices(step), other.indices(step)) for step in range(60))
+
+
+@pytest.mark.parametrize("split", ["disjoint", "reshuffled", "full"])
+def test_only_the_split_fraction_has_a_fraction(split: Split) -> None:
+    message = rf"data\.fraction is 0\.5: only data\.split fraction has one, data\.split is {split}"
+    with pytest.raises(ConfigError, match=message):
+        Sampler(103, 5, 0, 4, 36, split, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("split", "fraction", "said"),
+    [
+        ("disjoint", 1.0, "disjoint: each rank keeps 25 or 26 examples, which no other has"),
+        ("reshuffled", 1.0, "reshuffled: each epoch gives each rank another 25 or 26 examples, which no other gets "),
+        ("full", 1.0, "full: each rank goes through all examples, in an order of its own"),
+        ("fraction", 0.3, "fraction 0.3: each rank keeps 31 examples, which others may have too"),
+    ],
+)
+def test_a_split_says_what_each_rank_gets(split: Split, fraction: float, said: str) -> None:
+    assert {str(s)[: len(said)] for s in samplers(103, 4, 5, split, fraction)} == {said}
 
 
 def test_probes_are_fresh_draws_without_replacement() -> None:

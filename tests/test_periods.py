@@ -476,6 +476,6 @@ def test_a_run_and_its_dry_run_have_the_rounds_of_the_schedule(rounds: str) -> N
     assert (summary["steps"], summary["rounds"]) == (40, 5)  # 4, 4, 4, 16, 12
     halves = ["--optimizer.lr=0.08", "--optimizer.groups=[{match: '*', lr_factor: 0.5}]"]  # η is the first group's
     told = plan(parse([*LINE, *words, *halves, "--method.period=QSR", "--method.period.alpha=0.08"]), 4, 4)
-    assert plan(config, 4, 4).splitlines()[2:6] == told.splitlines()[2:6]
+    assert plan(config, 4, 4).splitlines()[3:7] == told.splitlines()[3:7]
     epoch = round(40 / summary["epochs"])
     assert f"{epoch / 8:.4g} per epoch, every 4 (at 0%), 4 (at 25%), 16 (at 50%), 12 (at 75%), 12 (at 100%)" in told

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from launcher import BIN, ROOT, environment
+from test_text import prepared
 
 from hpc_grawa import simulate
 from hpc_grawa.cli.parsing import parse
@@ -68,7 +69,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def newcomer(tmp_path: Path) -> Path:
-    """A folder in which the README's commands find what they need: a small set as ``data_prep/cifar.py`` leaves it."""
+    """A folder in which the README's commands find what they need: small sets as ``data_prep`` leaves them."""
     data = tmp_path / "data" / "cifar10"
     data.mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -78,6 +79,7 @@ def newcomer(tmp_path: Path) -> Path:
         np.save(data / f"{part}_labels.npy", draw.integers(0, 10, count, dtype=np.uint8))
     facts = {"name": "CIFAR-10", "counts": counts, "classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
     (data / "meta.json").write_text(json.dumps(facts))
+    prepared(tmp_path, "bytes", times=80).rename(data.with_name("text"))
     write_own_file("diabetes.py", tmp_path)
     write_own_file("waves.py", tmp_path)
     return tmp_path

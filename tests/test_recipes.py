@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from table import plain
 from test_config import cifar
+from test_text import prepared
 
 from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
@@ -76,6 +77,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cifar10_resnet20": cifar(folder / "ten", 10, train=1000),
         "cifar100_resnet56": cifar(folder / "hundred", 100, train=1000),
         "imagenet_resnet50": imagenet,
+        "gpt_text": prepared(folder, "bytes", times=80),
     }
 
 
@@ -97,12 +99,14 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
     assert config.text == then
 
 
-def test_every_recipe_says_its_goal_and_is_valid() -> None:
-    assert set(recipes()) == {*SAID, "digits", "demo"}
+def test_every_recipe_says_its_goal_and_is_valid(paths: dict[str, Path]) -> None:
+    assert set(recipes()) == {*SAID, "digits", "demo", "gpt_text"}
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
         if name not in SAID:
-            parse([f"--config={name}"]).check(4)
+            for method in METHODS:
+                data = [f"--data.path={paths[name]}"] if name in paths else []
+                parse([f"--config={name}", f"--method={method}", *data]).check(4)
 
 
 SETTING = """

@@ -347,6 +347,26 @@ def test_another_metric_lower_is_better(tmp_path: Path) -> None:
         assert "accuracy" not in output.lower() and "error" not in output.lower() and "%" not in markdown(table)
 
 
+@pytest.mark.parametrize(("metric", "higher", "seconds"), [("bits_per_byte", False, 10.0), ("r2", True, 0.0)])
+def test_a_run_that_is_not_finished_says_by_itself_what_is_better(
+    metric: str, higher: bool, seconds: float, tmp_path: Path
+) -> None:
+    """Ended early or still under way, whatever the metric is called; people read its name in words."""
+    folder = make_run(tmp_path, metric=metric, curve=((0, 4.5), (10, 2.5)), finished=False)
+    log = folder / "metrics.jsonl"
+    first, *lines = log.read_text().splitlines()
+    start = json.loads(first) | {"metric": metric, "higher_is_better": higher}
+    log.write_text("\n".join([json.dumps(start), *lines]) + "\n")
+    for ended in (False, True):
+        if ended:
+            (folder / "summary.json").write_text(json.dumps({"state": "stopped", "steps": 9}))
+        record = read_run(folder)
+        assert (record.metric, record.higher_is_better, record.time_to(3.0, "test")) == (metric, higher, seconds)
+        assert markdown(rows([record])).startswith(f"{metric.replace('_', ' ').capitalize()}: ")
+    draw([record], tmp_path / "figure.svg")
+    assert f"Test {metric.replace('_', ' ')} of the center" in (tmp_path / "figure.svg").read_text()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_the_mean_of_seeds_stretches_no_clock(tmp_path: Path, finished: bool) -> None:
     """One seed takes 10 s, the other 20: on its way from .1 to .5 that one has .3 when the first has its .9."""

@@ -50,6 +50,8 @@ METHODS = {
     "LocalSGD, LPFSGD": "LocalSGD --optimizer=LPFSGD",
     "EntropySGD": "DataParallel --optimizer=EntropySGD --optimizer.period=4",
     "schedule-free": "DataParallel --optimizer=schedulefree.AdamWScheduleFree",
+    **{f"LGRAWA, {split}": f"LGRAWA --data.batch_size=100 --data.split={split}" for split in ("reshuffled", "full")},
+    "LGRAWA, fraction": "LGRAWA --data.split=fraction --data.fraction=0.1",
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
 }
@@ -397,6 +399,31 @@ def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypa
     assert [(event["step"], len(event["ranks"])) for event in rounds] == expected[resumed]
     assert summary["center_test_accuracy"] > 0.3
     assert sorted(p.name for p in (tmp_path / "ranks").iterdir()) == ["0000.json", "0001.json"]
+
+
+@pytest.mark.parametrize("split", ["disjoint", "reshuffled", "full", "fraction"])
+def test_another_world_shares_the_data_anew(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its batches are those that a run of so many ranks has from that step on; a line says how they share."""
+    share = ("--data.split=fraction", "--data.fraction=0.1") if split == "fraction" else (f"--data.split={split}",)
+    made, seen, draw = config("LocalSGD", "--log.tensorboard=false", *share), {}, Sampler.indices
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(made, tmp_path)
+    resumed = int((tmp_path / "checkpoints/latest").read_text())
+
+    def noted(sampler: Sampler, step: int) -> torch.Tensor:
+        return seen.setdefault((sampler.rank, step), draw(sampler, step))
+
+    monkeypatch.setattr(Sampler, "indices", noted)
+    simulate(2, lambda comm: fit(made, comm, new_folder=None if comm.rank else lambda: tmp_path, any_world=True))
+    for rank in range(2):
+        alone = made.data.sampler(rank, 2, made.run.seed)
+        steps = [step for m, step in seen if m == rank and step >= resumed]
+        assert steps == list(range(resumed, STEPS)) and all(torch.equal(draw(alone, n), seen[rank, n]) for n in steps)
+    assert f"split      {made.data.sampler(0, 2, 0)}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["LGRAWA", "LGRAWA, pooled", *kinds("levels")])

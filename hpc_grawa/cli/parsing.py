@@ -74,18 +74,18 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         section, name = key.split(".")
         _check_made(key, parsed[section].get("init_args", {}).get(name))
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
-    model, rest = parsed.model, {key: value for key, value in vars(parsed).items() if key != "model"}
+    model, metric = parsed.model, parsed.metric
+    rest = {key: value for key, value in vars(parsed).items() if key not in ("model", "metric")}
     if torchs := issubclass(classes["optimizer"], torch.optim.Optimizer):
         own = rest.pop("optimizer").init_args.as_dict()
     built = instantiate(Namespace(**rest))  # type: ignore[no-untyped-call]
     if torchs:
         built.optimizer = Imported(kind=classes["optimizer"], groups=own.pop("groups", None), arguments=own)
-    given = settings["model"].get("init_args") or {}
-    arguments = model.get("init_args", {})  # a model may take none
-    settled = {
-        key: value for key, value in built.data.model_arguments().items() if key in arguments and key not in given
-    }
-    for key in settled:
+    settled = [
+        *_settled(model, settings["model"], built.data.model_arguments()),
+        *_settled(metric, settings["metric"], built.data.metric_arguments()),
+    ]
+    for arguments, key, _ in settled:
         del arguments[key]
     for key, path in torchs_held.items():
         section, name = key.split(".")
@@ -94,8 +94,9 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         parsed[section].init_args[name] = Namespace(class_path=path, init_args=own)  # type: ignore[no-untyped-call]
     # Without what the data settle, so that it fits other data too.
     text = parser.dump(parsed, skip_unset=False, skip_validation=True)
-    for key, value in settled.items():
+    for arguments, key, value in settled:
         arguments[key] = value
+    built.metric = instantiate(Namespace(metric=metric)).metric  # type: ignore[no-untyped-call]
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
         **{name: built[name] for name in (*GROUPS, *PLAIN)},
@@ -104,6 +105,15 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         called=called,
         _model=model,
     )
+
+
+def _settled(
+    section: Namespace, written: dict[str, Any], found: dict[str, object]
+) -> list[tuple[Namespace, str, object]]:
+    """What the data settle of a class: its arguments, and key and value of those it has and was not given."""
+    arguments = section.get("init_args", Namespace())  # type: ignore[no-untyped-call]
+    given = written.get("init_args") or {}  # a class may take none
+    return [(arguments, key, value) for key, value in found.items() if key in arguments and key not in given]
 
 
 def _check(parser: ArgumentParser, settings: dict[str, Any], whole: bool) -> None:

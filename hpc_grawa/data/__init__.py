@@ -9,6 +9,7 @@ from .digits import Digits
 from .imagenet import ImageNet
 from .sharding import Sampler, Split, held_out, shard_size
 from .tensors import TensorExamples
+from .text import Text
 
 __all__ = [
     "CIFAR",
@@ -26,6 +27,7 @@ __all__ = [
     "Split",
     "Splits",
     "TensorExamples",
+    "Text",
     "held_out",
     "in_advance",
     "shard_size",

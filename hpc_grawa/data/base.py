@@ -96,7 +96,8 @@ class Data(ABC):
         batch_size: examples per rank and step.
         validation: training examples held out for validation; the same ones in every run.
         split: disjoint (fixed shards), reshuffled (a new disjoint partition each epoch), full (each rank sees
-            everything) or fraction (each rank keeps a random subset).
+            everything) or fraction (each rank keeps a random subset). An epoch is as many examples as there are, of all
+            ranks together.
         fraction: of the examples that a rank keeps under the split fraction, in (0, 1].
     """
 
@@ -150,6 +151,10 @@ class Data(ABC):
 
         A model gets those that it has a default for and was not given.
         """
+        return {}
+
+    def metric_arguments(self) -> dict[str, object]:
+        """The same for a metric: the bytes that each token stands for, say."""
         return {}
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import ConfigError, require, wrong
 
 #: ``disjoint``: fixed shards; ``reshuffled``: a new disjoint partition each epoch, as ``DistributedSampler`` gives;
-#: ``full``: each rank its own permutations of everything; ``fraction``: a fixed random subset per rank.
+#: ``full``: each rank its own permutations of everything; ``fraction``: a fixed random subset per rank, drawn by
+#: (seed, rank) from everything: two ranks share about p²·N examples, and all W together see about (1 - (1-p)^W)·N.
 Split = Literal["disjoint", "reshuffled", "full", "fraction"]
 
 Index = NDArray[np.int64]
@@ -81,6 +82,10 @@ class Sampler:
     across the seams. In the split ``reshuffled`` the ranks deal one common stream among themselves like cards, so every
     N consecutive positions of it, an epoch, hold every example once; shards differ in size by at most one.
 
+    An epoch is N examples of all ranks together under every split, so that budgets, schedules and evaluations in epochs
+    mean the same work. In one a rank goes once through its shard (``disjoint``), through a W-th of everything
+    (``full``), or 1/(W·p) times through its fraction p.
+
     Args:
         size: examples in the training set, N.
         batch_size: examples per rank and step, B.
@@ -107,6 +112,7 @@ class Sampler:
         """Draws the shard; the permutations follow when they are needed."""
         shard = shard_size(size, batch_size, world_size, split, fraction)
         self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
+        self.split, self.fraction = split, fraction
         if split == "disjoint":
             self._shard = np.sort(_permutation(size, seed, _SHARD)[rank::world_size])
         elif split == "fraction":
@@ -116,6 +122,17 @@ class Sampler:
         common = split == "reshuffled"
         self._stream, self._first, self._stride = (0, rank, world_size) if common else (rank, 0, 1)
         self._orders: dict[int, Index] = {}
+
+    def __str__(self) -> str:
+        least, most = self.size // self.world_size, math.ceil(self.size / self.world_size)
+        own = f"{least:,}" if least == most else f"{least:,} or {most:,}"
+        return {
+            "disjoint": f"disjoint: each rank keeps {own} examples, which no other has",
+            "reshuffled": f"reshuffled: each epoch gives each rank another {own} examples, which no other gets in it",
+            "full": "full: each rank goes through all examples, in an order of its own",
+            "fraction": f"fraction {self.fraction:g}: each rank keeps {len(self._shard):,} examples, which others may "
+            "have too",
+        }[self.split]
 
     @property
     def steps_per_epoch(self) -> int:

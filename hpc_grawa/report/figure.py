@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..runs.record import RunRecord, evaluated_part, group, setting
-from .table import formatter
+from .table import formatter, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -234,7 +234,7 @@ def _draw_curves(
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     as_error = record.metric.endswith("accuracy") and record.higher_is_better
-    name = record.metric.replace("accuracy", "error") if as_error else record.metric
+    name = in_words(record.metric.replace("accuracy", "error") if as_error else record.metric)
     amount = formatter(record.metric)
 
     def shown(values: Array) -> Array:

@@ -154,7 +154,7 @@ def markdown(table: Table, width: int = ENDLESS) -> str:
     numbers = dict.fromkeys(key for row in table for key in row.mean if key.startswith(prefix))
     for key in (key for key in numbers if key not in (f"{prefix}loss", f"{prefix}{metric}")):
         name = key.removeprefix(prefix)
-        add(f"{name.replace('_', ' ')}, center, test", key, formatter(name), spread=True)
+        add(f"{in_words(name)}, center, test", key, formatter(name), spread=True)
     for part in dict.fromkeys(row.best_part for row in table if row.best_part):
         columns.append((f"best, {part}", _best(part, f"best_center_{metric}", amount)))
     if any(p is not None for p in _against_best(table).values()):
@@ -176,7 +176,7 @@ def markdown(table: Table, width: int = ENDLESS) -> str:
     grid = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in table)]
     shapes = aligned(grid), aligned([list(column) for column in zip(*grid, strict=True)])
     lines = next((shape for shape in shapes if len(shape[0]) <= width), shapes[0])
-    title = ": ".join(filter(None, (metric.capitalize(), table.setting)))
+    title = ": ".join(filter(None, (in_words(metric).capitalize(), table.setting)))
     return "\n".join([f"{title}.", "", *lines, "", *_notes(table, width)])
 
 
@@ -206,6 +206,11 @@ def write_csv(table: Table, path: str | Path) -> None:
         Path(path).write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"the table {path} cannot be written: {error.strerror}") from error
+
+
+def in_words(metric: str) -> str:
+    """What people call a metric: ``bits per byte``."""
+    return metric.replace("_", " ")
 
 
 def formatter(metric: str) -> Callable[[float], str]:
@@ -310,7 +315,7 @@ def _reached(row: Row) -> str:
 
 def _notes(table: Table, width: int) -> list[str]:
     """What the columns say."""
-    metric, amount = table.metric, formatter(table.metric)
+    metric, amount = in_words(table.metric), formatter(table.metric)
     entries = [
         f"center, mean: {metric} of the method's center after the last round, and of the uniform mean of all ranks",
         "gap: by how much the center is better on training data than on test data",

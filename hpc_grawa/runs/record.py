@@ -62,7 +62,7 @@ class RunRecord:
     @cached_property
     def metric(self) -> str:
         """The name of what the model is judged by."""
-        told = (self.summary or self._started).get("metric")
+        told = self._told.get("metric")
         if told is None:
             keys = (key for event in self.events.get("evaluate", []) for key in event if key not in _EVALUATION)
             told = next(keys, "accuracy")
@@ -71,7 +71,7 @@ class RunRecord:
     @property
     def higher_is_better(self) -> bool:
         """Whether larger values of the metric are better."""
-        told = (self.summary or self._started).get("higher_is_better")
+        told = self._told.get("higher_is_better")
         return self.metric.endswith("accuracy") if told is None else bool(told)
 
     @property
@@ -122,6 +122,11 @@ class RunRecord:
         """Training seconds at the first evaluation that meets the target, or None; nothing is interpolated."""
         sign = 1 if self.higher_is_better else -1
         return next((seconds for seconds, value in self.curve(part) if sign * value >= sign * target), None)
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        """What the run said when it began, and, of one that has ended, what came of it."""
+        return {**self._started, **(self.summary or {})}
 
     @property
     def _started(self) -> dict[str, Any]:

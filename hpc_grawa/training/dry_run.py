@@ -111,6 +111,7 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     lines = [
         f"method            {config.method}",
         f"effective batch   {batch} per rank x {world_size} ranks = {batch * world_size}",
+        f"split             {worker.sampler}",
         f"learning rate     {_rates(config, worker, max(1, round(steps)), per_step_seconds)}"
         f"{config.schedule.told(worker.facts.peak_lr, world_size)}{warm}",
         f"budget            {' or '.join(limits)}; {epoch:,} steps per epoch",
@@ -122,7 +123,7 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
     ]
     if comm.hosts_matter:
         hosts = math.ceil(world_size / ranks_per_host)
-        lines.insert(4, f"hosts             {hosts} of {ranks_per_host} ranks (--ranks_per_host)")
+        lines.insert(5, f"hosts             {hosts} of {ranks_per_host} ranks (--ranks_per_host)")
     return "\n".join(lines)
 
 

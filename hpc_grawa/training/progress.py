@@ -115,6 +115,8 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
             "start",
             method=type(config.method).__name__,
             world_size=size,
+            metric=config.metric.name,
+            higher_is_better=config.metric.higher_is_better,
             layers=list(layers[0] if layers else vector.names),
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
@@ -124,6 +126,7 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
         f"data       {type(config.data).__name__}, {train:,} training and {test:,} test examples; {batch} per rank x "
         f"{size} ranks = {batch * size} per step, {worker.sampler.steps_per_epoch} steps per epoch"
     )
+    log.say(f"split      {worker.sampler}")
     log.say(f"budget     {config.budget}; the last step ends with a round")
     log.say(f"model      {config.model_name}, {len(vector):,} parameters in {len(vector.parameters)} tensors")
     if worker.device.type == "cuda":
