@@ -99,7 +99,7 @@ def shape(count: int, mbit: int | None) -> None:
         tc = ["ip", "netns", "exec", f"grawa{n}", "tc", "qdisc"]
         subprocess.run([*tc, "del", "dev", "eth0", "root"], check=False, stderr=subprocess.DEVNULL)
         if mbit is not None:
-            bucket = ["rate", f"{mbit}mbit", "burst", "256kb", "latency", "50ms"]
+            bucket = ["rate", f"{mbit}mbit", "burst", f"{max(32, mbit // 4)}kb", "latency", "50ms"]
             subprocess.run([*tc, "add", "dev", "eth0", "root", "tbf", *bucket], check=True)
 
 

@@ -107,6 +107,11 @@ def test_what_a_link_takes_of_a_control_word_is_communication() -> None:
     assert meter.communication_seconds == 2.0 + 0.5
 
 
+def test_links_are_not_put_one_behind_another() -> None:
+    with pytest.raises(ConfigError, match=r"network is 1mbit,1s: must be null where .* of 1gbit,1us"):
+        slowed(connect("single", network="1gbit,1us"), "1mbit,1s")
+
+
 # On real ranks, whose launches run these tests (simulated ones refuse a link). No time has an upper bound that a busy
 # machine breaks.
 

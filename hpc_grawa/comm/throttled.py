@@ -364,6 +364,12 @@ def slowed(comm: Communicator, network: str | None) -> Communicator:
     """The communicator itself, or as ``network`` says over an emulated link (``1gbit,100us``); all ranks must call it.
 
     Raises:
-        ConfigError: the network cannot be, or ranks are simulated.
+        ConfigError: the network cannot be, another is emulated already, or ranks are simulated.
     """
-    return comm if network is None else ThrottledCommunicator(comm, Network.read(network))
+    if network is None:
+        return comm
+    if comm.network is not None:
+        raise wrong(
+            "network", network, f"must be null where ranks are on an emulated network of {comm.network} already"
+        )
+    return ThrottledCommunicator(comm, Network.read(network))
