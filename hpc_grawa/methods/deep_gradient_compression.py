@@ -23,7 +23,8 @@ class DeepGradientCompression(SharingMethod):
 
     Limits: at ratio 1 matrices are trained by SGD without momentum, or, without ``masking``, with it, as by
     ``DataParallel``. Without ``momentum_correction`` what was sent and what is left in v add up to all gradients.
-    Not for gradients that are shared more than once a step, and not where ratio · W comes near 1.
+
+    Not for: gradients that are shared more than once a step, and not where ratio · W comes near 1.
 
     Source: Lin, Han, Mao, Wang and Dally, Deep Gradient Compression (ICLR 2018).
 

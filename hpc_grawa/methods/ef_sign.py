@@ -16,7 +16,8 @@ class EFSign(SharingMethod):
     The sign of 0 is +. Each rank sends P/8 bytes and a number for each tensor, W - 1 times. Works with any optimizer.
 
     Limits: what was sent and what is left in e add up to all gradients; tensors of one entry are shared exactly.
-    Not for many ranks: bytes grow with W, and beyond 64 are more than those of ``DataParallel``. e is in units of the
+
+    Not for: many ranks: bytes grow with W, and beyond 64 are more than those of ``DataParallel``. e is in units of the
     gradient, so where the learning rate falls the rest of earlier steps falls with it (the paper's e has it in it).
 
     Source: Karimireddy, Rebjock, Stich and Jaggi, Error Feedback Fixes SignSGD (ICML 2019), one worker; each rank's p̂

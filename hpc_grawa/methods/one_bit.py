@@ -16,9 +16,10 @@ class OneBitSGD(SharingMethod):
     A tensor is the matrix [out, rest] with a row for each output; vectors are shared exactly. What all ranks make of it
     is not quantised once more, so each sends about (P/8 + 8·rows)(W - 1) bytes. Works with any optimizer.
 
-    Limits: what was sent and what is left in e add up to all gradients. Rows of one
-    entry are sent exactly.
-    Not for many ranks: bytes grow with W, and beyond about 64 are more than those of ``DataParallel``.
+    Limits: what was sent and what is left in e add up to all gradients; rows of one entry are sent
+    exactly.
+
+    Not for: many ranks: bytes grow with W, and beyond about 64 are more than those of ``DataParallel``.
 
     Source: Seide, Fu, Droppo, Li and Yu, 1-Bit Stochastic Gradient Descent (Interspeech 2014).
 

@@ -21,7 +21,8 @@ class PowerSGD(SharingMethod):
 
     Limits: at full rank with ``min_compression`` 0 it is ``DataParallel``; as long as it warms up, too. What all have
     sent and what is left in e add up to all gradients.
-    Not for networks that send a gradient within a backward pass anyway, models of vectors and small matrices, or ranks
+
+    Not for: networks that send a gradient within a backward pass anyway, models of vectors and small matrices, or ranks
     on processors of different kinds, whose P may differ in the last place.
 
     Source: Vogels, Karimireddy and Jaggi, PowerSGD (NeurIPS 2019); the warm-up is that of PyTorch's hook.
