@@ -174,9 +174,9 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("method", ["LGRAWA", "LocalSGD", "DataParallel"])
+@pytest.mark.parametrize("method", ["LGRAWA", "LocalSGD", "DiLoCo", "DataParallel"])
 def test_methods_learn_a_text(folder: Path, method: str, tmp_path: Path) -> None:
-    period = ["--method.period=8"] if method == "LGRAWA" else []
+    period = ["--method.period=8"] if method in ("LGRAWA", "DiLoCo") else []
     made = parse(["--config=gpt_text", f"--method={method}", *period, f"--data.path={folder}", *SMALL])
     made.check(2)
     assert "token_bytes" not in made.text and "vocabulary" not in made.text  # it fits other texts, too
