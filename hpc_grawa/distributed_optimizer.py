@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from .comm import Communicator, connect
-from .errors import ConfigError, require, wrong
+from .errors import ConfigError, label, require, wrong
 from .hooks import AfterBackward
 from .methods import Method, Probe, Run
 from .methods.run import ONCE
@@ -237,7 +237,7 @@ class _Steps:
 
         def complete(*args: Any, **kwargs: Any) -> Any:
             if args or kwargs:
-                name, own = type(optimizer).__name__, type(self._method).__name__
+                name, own = label(optimizer), type(self._method).__name__
                 raise ConfigError(
                     f"the optimizer is a {name}, which asks its closure for gradients that are not shared, or of parts "
                     f"of the batch: without DistributedOptimizer, run = hpc_grawa.{own}(...).build(comm, "

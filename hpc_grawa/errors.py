@@ -72,3 +72,8 @@ def in_a_line(error: BaseException, named: bool = False) -> str:
         ('two lines', 'ValueError: two')
     """
     return " ".join((f"{type(error).__name__}: {error}" if named else str(error)).split())
+
+
+def label(thing: object) -> str:
+    """What messages call an optimizer: the name of the class that it was made by, if it says one, else of its own."""
+    return str(getattr(thing, "label", type(thing).__name__))

@@ -303,7 +303,7 @@ def test_any_optimizer_trains_by_any_method_or_says_why_not(row: str) -> None:
             return trace.parameters[-1]
 
         if name == "EntropySGD" and "averages" in tags:
-            with pytest.raises(ConfigError, match=r"Walking, .*; take the method Parle, which is EntropySGD"):
+            with pytest.raises(ConfigError, match=r"EntropySGD, .*; take the method Parle, which is EntropySGD"):
                 simulate(2, body)
         else:
             for parameters in simulate(2, body):

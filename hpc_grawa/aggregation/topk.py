@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, optim
 
 from ..comm import Work
-from ..errors import ConfigError
+from ..errors import ConfigError, label
 from ..vector import ParameterVector
 from .codec import Bucket, Codec
 from .wires import as_message, as_parts
@@ -32,7 +32,7 @@ class TakenOver:
         groups = optimizer.param_groups
         if not all({*self._KEYS, "nesterov", "dampening"} <= group.keys() for group in groups):
             raise ConfigError(
-                f"the optimizer is a {type(optimizer).__name__}: deep gradient compression takes over the momentum of "
+                f"the optimizer is a {label(optimizer)}: deep gradient compression takes over the momentum of "
                 f"SGD, which this one has not; take SGD, method.momentum_correction: false, or PowerSGD, which both "
                 f"leave any optimizer as it is"
             )

@@ -267,12 +267,18 @@ def methods(words: list[str], slot: Slot) -> None:
     parser = Parser(prog=program, description=methods.__doc__, allow_abbrev=False)
     parser.add_argument("method", nargs="?", help="a name or import path; none: all, in a line each")
     parser.add_argument("--world_size", type=int, default=4, help="ranks for which messages are counted (4)")
+    parser.add_argument("--combinations", action="store_true", help="say what goes together: each pair is tried")
     parser.epilog = "With --config FILE_OR_RECIPE and other options of train, the numbers are those of its model."
     options, others = parser.parse_known_args(words)
     require(options.world_size >= 1, "world_size", options.world_size, "at least 1")
     if options.method is None and others:
         raise wrong("method", None, "must name one, before the options of a configuration")
     if slot.rank:
+        return
+    if options.combinations:
+        from .combinations import combinations
+
+        print(combinations())
         return
     if options.method is not None:
         print(card(options.method, others, options.world_size, program))

@@ -18,7 +18,7 @@ from ..averaging.scores import Score
 from ..averaging.synchronizer import Pool, Synchronizer
 from ..batchnorm import norms
 from ..comm import Communicator
-from ..errors import ConfigError, require
+from ..errors import ConfigError, label, require
 from ..periods import Constant, Period, is_length
 from ..vector import ParameterVector
 from .base import Method, Probe
@@ -108,7 +108,7 @@ class AveragingMethod(Method):
 
     def _check(self, optimizer: optim.Optimizer, vector: ParameterVector, probe: Probe | None) -> None:
         super()._check(optimizer, vector, probe)
-        name, kinds = type(optimizer).__name__, [kind.__name__ for kind in type(optimizer).__mro__]
+        name, kinds = label(optimizer), [kind.__name__ for kind in type(optimizer).__mro__]
         if "ZeroRedundancyOptimizer" in kinds:
             raise ConfigError(
                 f"the optimizer is a {name}, which makes all ranks' parameters the same at every step, so that there "

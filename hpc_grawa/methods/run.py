@@ -44,7 +44,7 @@ from ..averaging.probe import check_loss
 from ..averaging.synchronizer import Round, Synchronizer
 from ..batchnorm import frozen
 from ..comm import Communicator
-from ..errors import ConfigError, LostView, require, wrong
+from ..errors import ConfigError, LostView, label, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -155,7 +155,7 @@ class Run:
             if last and self._shared and self.aggregator.shares:
                 raise wrong(
                     "optimizer",
-                    type(self.optimizer).__name__,
+                    label(self.optimizer),
                     f"{ONCE}. (In a loop of your own: call "
                     f"run.after_step(loss) after every step of the optimizer, before the next closure)",
                 )

@@ -68,6 +68,7 @@ class Walking(optim.Optimizer):
         settings: all but groups.
     """
 
+    label = "EntropySGD"
     #: What to train by where ranks average (read by ``AveragingMethod``).
     where_averaged = "take the method Parle, which is EntropySGD on every rank where ranks average"
 

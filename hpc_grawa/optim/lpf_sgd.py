@@ -60,6 +60,8 @@ class Smoothing(Around):
         facts: of the run.
     """
 
+    label = "LPFSGD"
+
     def __init__(self, base: optim.Optimizer, settings: LPFSGD, facts: RunFacts) -> None:
         super().__init__(base)
         self._settings, self._facts = settings, facts

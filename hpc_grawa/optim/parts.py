@@ -50,6 +50,8 @@ class Combined(optim.Optimizer):
         defaults: what a group may set, beside what each of them keeps.
     """
 
+    label = "Muon"
+
     def __init__(self, parts: Sequence[optim.Optimizer], **defaults: Any) -> None:
         for part in parts:
             defaults |= part.defaults

@@ -83,6 +83,7 @@ class Ascending(Around):
 
     def __init__(self, base: optim.Optimizer, rho: float, eta: float | None = None) -> None:
         super().__init__(base)
+        self.label = "SAM" if eta is None else "ASAM"
         self._rho, self._eta = rho, eta
 
     @torch.no_grad()
