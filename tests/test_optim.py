@@ -88,7 +88,7 @@ def eight(rank: int, step: int) -> tuple[Any, ...]:
     return NET.random_batch(8, 1, rank, step)
 
 
-@pytest.mark.parametrize("row", ["LocalSGD", "DataParallel"])
+@pytest.mark.parametrize("row", ["LocalSGD", "Parle", "DataParallel"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_optimizers_follow_the_oracle(name: str, row: str, on_ranks: Ranks) -> None:
     settings, oracle = PAIRS[name]
@@ -218,6 +218,10 @@ SETTINGS: dict[str, LocalOptimizer] = {
 }
 
 
+#: Those that step by the momentum of SGD, which a method may take over.
+MOMENTA = ("SAM", "ASAM", "LPFSGD", "LARS")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_replicas_that_share_gradients_stay_alike(name: str, on_several_ranks: Ranks) -> None:
     """Also where they draw noise of their own, and accumulate and clip gradients."""
@@ -304,6 +308,9 @@ def test_any_optimizer_trains_by_any_method_or_says_why_not(row: str) -> None:
 
         if name == "EntropySGD" and "averages" in tags:
             with pytest.raises(ConfigError, match=r"EntropySGD, .*; take the method Parle, which is EntropySGD"):
+                simulate(2, body)
+        elif "momentum" in tags and name not in MOMENTA:
+            with pytest.raises(ConfigError, match="takes over the momentum of SGD, which this one has not; take "):
                 simulate(2, body)
         else:
             for parameters in simulate(2, body):

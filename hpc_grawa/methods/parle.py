@@ -45,17 +45,21 @@ class _Replica(Aggregator):
         self._handle = run.optimizer.register_step_pre_hook(self._before)
 
     def _before(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Complete the gradient of a loop that makes it without ``Run.closure``."""
+        """Begin before the optimizer asks for gradients elsewhere; complete one made without ``Run.closure``."""
+        self._begin()
         if not (self._complete or "closure" in kwargs or len(args) > 1):
             self.finish()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self.x.copy_(self._vector.data)
+            self.z.copy_(self._vector.data)
 
     def finish(self) -> None:
         """∇f(y) + (y - x)/γ; a parameter without a gradient, which is not stepped, is not drawn either."""
         y = self._vector.data
-        if not self._begun:
-            self._begun = True
-            self.x.copy_(y)
-            self.z.copy_(y)
+        self._begin()
         torch.sub(y, self.x, out=self._apart)
         pairs = zip(self._vector.parameters, self._views, strict=True)
         given = [(p.grad, view) for p, view in pairs if p.grad is not None]
