@@ -237,8 +237,7 @@ class _SlowWork(Work):
 
     def _take(self) -> Tensor:
         result = self._work.wait()
-        real = self._work.done_at or time.perf_counter()
-        self.done_at = max(real, self._message.wait())
+        self.done_at = max(self._work.done_at or 0.0, self._message.wait())
         self.sent_at = self._message.sent_at
         return result
 
