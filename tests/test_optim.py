@@ -480,9 +480,8 @@ def test_in_a_horovod_script_they_say_what_to_write_instead(settings: LocalOptim
     model = network()
     optimizer = settings.build(ParameterVector(model), RunFacts())
     optimizer = DistributedOptimizer(optimizer, model, method, comm=SingleCommunicator())
-    name = type(optimizer).__name__
     with pytest.raises(
-        ConfigError, match=rf"{name}, which asks its closure for .*{type(method).__name__}\(.*run.closure"
+        ConfigError, match=rf"{settings.label}, which asks its closure for .*{type(method).__name__}\(.*run.closure"
     ):
         optimizer.step(lambda: model(torch.ones(2, 4)).sum())
 
