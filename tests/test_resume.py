@@ -45,6 +45,11 @@ METHODS = {
     "LGRAWA, AdamW, bf16": "LGRAWA --optimizer=AdamW --optimizer.clip_norm=1 --optimizer.accumulate=2 --precision=bf16",
     "LocalSGD, NAdam in groups, averaged": "LocalSGD --optimizer=torch.optim.NAdam --method.local_momentum=average "
     '--optimizer.groups=[{"match":"ndim<2","lr_factor":2}]',
+    "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
+    "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
+}
+#: What lies apart from the method.
+OTHERS = {
     "LGRAWA, SAM around RAdam, averaged": "LGRAWA --method.local_momentum=average --optimizer=SAM "
     "--optimizer.base=torch.optim.RAdam --optimizer.base.lr=.01",
     "LocalSGD, LPFSGD": "LocalSGD --optimizer=LPFSGD",
@@ -52,8 +57,6 @@ METHODS = {
     "schedule-free": "DataParallel --optimizer=schedulefree.AdamWScheduleFree",
     **{f"LGRAWA, {split}": f"LGRAWA --data.batch_size=100 --data.split={split}" for split in ("reshuffled", "full")},
     "LGRAWA, fraction": "LGRAWA --data.split=fraction --data.fraction=0.1",
-    "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
-    "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
 }
 
 
@@ -111,13 +114,13 @@ def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_run_cut_off_twice_equals_the_uninterrupted_one(
     name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With momentum, a schedule, words under way at the saves, saves between rounds (pooled: after the next one)."""
     monkeypatch.setattr("torch.backends.cudnn.deterministic", True)
-    made = config(METHODS[name], f"--device={device}")
+    made = config((METHODS | OTHERS)[name], f"--device={device}")
     run(made, tmp_path / "whole")
     for step in (9, 17):
         with monkeypatch.context() as patched:
