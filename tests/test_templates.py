@@ -33,7 +33,7 @@ def test_a_template_is_a_header_and_one_line(template: str) -> None:
     lines = (SLURM / template).read_text().splitlines()
     body = [line for line in lines if not line.startswith("#")]
     assert lines[0] == "#!/usr/bin/env bash" and f"#SBATCH --job-name={template.removesuffix('.sh')}" in lines
-    assert [line.startswith("declare -a run=") for line in body] == ([True, False] if template == "compare.sh" else [False])
+    assert len(body) == (3 if template == "compare.sh" else 1)  # it reads its words from a plan
     assert body[-1].startswith('[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || ')
     assert body[-1].endswith('"${run[@]}"' if template == "compare.sh" else '"$@"')
 
