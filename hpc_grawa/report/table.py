@@ -332,7 +332,7 @@ def _notes(table: Table, width: int) -> list[str]:
         )
     if table.chosen:
         told = "; ".join(
-            f"{row.label} of {count} (test {_cell(row, f'center_test_{metric}', amount, spread=True)})"
+            f"{row.label} of {count} (test {_cell(row, f'center_test_{table.metric}', amount, spread=True)})"
             for row, count in table.chosen
         )
         fair = "" if table.part != "test" else ", which makes its test value too good (hold out data.validation)"
