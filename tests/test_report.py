@@ -186,7 +186,7 @@ def test_a_setting_is_chosen_by_what_was_evaluated_on_the_way(tmp_path: Path, pa
 def test_a_setting_is_chosen_by_a_metric_of_several_words_too(tmp_path: Path) -> None:
     runs = [
         make_run(
-            tmp_path, settings={"period": period}, metric="bits_per_byte", part="validation", curve=((0, 4.5), (9, way)),
+            tmp_path, settings={"period": period}, metric="bits_per_byte", part="validation", curve=((0, 4), (9, way)),
             center_test_bits_per_byte=way + 1, higher_is_better=False,
         )
         for period, way in ((8, 2.5), (16, 2.25))

@@ -18,9 +18,9 @@ from ..aggregation import Aggregator
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
-from ..errors import require
+from ..errors import below_one, not_negative, require
 from ..periods import Period
-from .averaging import AveragingMethod, Level, not_negative
+from .averaging import AveragingMethod, Level
 from .base import Probe
 from .run import Run
 
@@ -124,7 +124,7 @@ class Parle(AveragingMethod):
         gamma_floor: the smallest γ; 1 in the paper.
         rho_floor: the smallest ρ; .1 in the paper.
         scoping: factor of both at each round, in (0, 1]; null: 1 - 1/(2B), B the steps of an epoch, as in the paper.
-        decay: d of z, in [0, 1).
+        decay: d of z, in [0, 1); .75 in the paper.
         reference: what x is drawn to: the ``mean`` of all z, the fixed point of the paper's; or, as printed there, the
             mean of the ``previous`` x of all ranks, which as a center is a round behind.
     """
@@ -140,13 +140,13 @@ class Parle(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative(self, "rho", "rho_floor")
+        not_negative("method", self, "rho", "rho_floor")
         for name in ("gamma", "gamma_floor"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"method.{name}", value, "a positive number")
         allowed = self.scoping is None or 0 < self.scoping <= 1
         require(allowed, "method.scoping", self.scoping, "null (by the steps of an epoch), or in (0, 1]")
-        require(0 <= self.decay < 1, "method.decay", self.decay, "in [0, 1)")
+        below_one("method", self, "decay")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         steps = run.facts.steps_per_epoch
