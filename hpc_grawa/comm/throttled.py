@@ -324,9 +324,6 @@ class ThrottledCommunicator(Communicator):
             self._node = self.split([rank // per_host for rank in self.ranks])
         return super().node()
 
-    def carries(self, x: Tensor, verb: Verb) -> bool:
-        return not x.is_cuda
-
     def barrier(self) -> None:
         self._check_process()
         self.meter.started("allreduce", "setup", torch.zeros(1, dtype=torch.int64), self.size)

@@ -47,7 +47,8 @@ class _Replica(Aggregator):
     def _before(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin before the optimizer asks for gradients elsewhere; complete one made without ``Run.closure``."""
         self._begin()
-        if not (self._complete or "closure" in kwargs or len(args) > 1):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer itself
+        if not self._complete and closure is None:
             self.finish()
 
     def _begin(self) -> None:

@@ -65,4 +65,4 @@ class Muon(LocalOptimizer):
             parts.append(optim.Muon(matrices, *own, adjust_lr_fn=self.adjust_lr))
         if others:
             parts.append(optim.AdamW(others, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay))
-        return Combined(parts, adamw=False)
+        return Combined("Muon", parts, adamw=False)

@@ -46,13 +46,13 @@ class Combined(optim.Optimizer):
     """Several optimizers, each of a part of the model, as one.
 
     Args:
+        label: what messages call it.
         parts: in the order of their ``param_groups``.
         defaults: what a group may set, beside what each of them keeps.
     """
 
-    label = "Muon"
-
-    def __init__(self, parts: Sequence[optim.Optimizer], **defaults: Any) -> None:
+    def __init__(self, label: str, parts: Sequence[optim.Optimizer], **defaults: Any) -> None:
+        self.label = label
         for part in parts:
             defaults |= part.defaults
         super().__init__([group for part in parts for group in part.param_groups], defaults)
