@@ -183,6 +183,18 @@ def test_a_setting_is_chosen_by_what_was_evaluated_on_the_way(tmp_path: Path, pa
     assert f"on {part} data{fair}: LGRAWA period=16 of 2 (test 95.0 ± 0.0 %)." in said
 
 
+def test_a_setting_is_chosen_over_each_network(tmp_path: Path) -> None:
+    runs = {
+        (period, network): read_run(
+            make_run(tmp_path, settings={"period": period}, curve=((0, 0.1), (9, way)), seed=n, network=network)
+        )
+        for n, (period, network, way) in enumerate(((8, None, 0.9), (8, "10mbit,1ms", 0.6), (16, "10mbit,1ms", 0.7)))
+    }
+    assert rows(list(runs.values())[:2]).chosen == []
+    table = rows(list(runs.values()))
+    assert [(row.mean["center_test_accuracy"], count) for row, count in table.chosen] == [(0.7, 2)]
+
+
 def test_a_setting_is_chosen_by_a_metric_of_several_words_too(tmp_path: Path) -> None:
     runs = [
         make_run(
