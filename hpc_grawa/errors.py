@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class ConfigError(ValueError):
     """What was asked for cannot work: a setting, or the folder, data or program that it names.
@@ -35,6 +37,27 @@ def require(condition: bool, what: str, value: object, allowed: str) -> None:
     """Raise ``ConfigError`` unless the condition holds: a key's value must be what is allowed."""
     if not condition:
         raise wrong(what, value, f"must be {allowed}")
+
+
+def not_negative(section: str, settings: object, *names: str) -> None:
+    """Raise ``ConfigError`` unless each of these settings of a section is a finite number ≥ 0."""
+    for name in names:
+        value = getattr(settings, name)
+        require(0 <= value < math.inf, f"{section}.{name}", value, "a number of 0 or more")
+
+
+def unit_interval(section: str, settings: object, *names: str) -> None:
+    """Likewise, unless each is in [0, 1] (NaN is not)."""
+    for name in names:
+        value = getattr(settings, name)
+        require(0 <= value <= 1, f"{section}.{name}", value, "in [0, 1]")
+
+
+def below_one(section: str, settings: object, *names: str) -> None:
+    """Likewise, unless each is in [0, 1), as momenta and decays are."""
+    for name in names:
+        value = getattr(settings, name)
+        require(0 <= value < 1, f"{section}.{name}", value, "in [0, 1)")
 
 
 class RanksDisagree(RuntimeError):

@@ -456,6 +456,7 @@ def test_a_comparison_by_a_launcher_goes_on_where_it_was_cut(tmp_path: Path) -> 
         (["--methods=LGRAWA", "--method=EASGD"], ("--method=EASGD", "--methods")),
         (["--methods=LGRAWA", "--method.class_path", "EASGD"], ("--method.class_path", "--methods")),
         (["--methods=LGRAWA", "--run.seed", "3"], ("--run.seed", "--seeds")),
+        (["--methods=LGRAWA", "--run.resume", "auto"], ("--run.resume=auto", "left out", "goes on by itself")),
         (["--methods=EASGD,LGRAWA", "--method.power=2"], ("method.power is no setting", "pull")),
         (["--methods=EASGD", "--data.batch_size=2000"], ("data.batch_size is 2000", "at most 1437")),
         (["--methods=EASGD", "--run.dir=/dev/null"], ("run.dir is /dev/null", "Not a directory")),
@@ -482,6 +483,11 @@ def test_what_cannot_be_compared(words: list[str], parts: tuple[str, ...], capsy
             "compare.networks is {'1gbit,1us': ['EASGD']}: must hold those of the methods ({'1gbit,100us': [LGRAWA]})",
         ),
         ("{methods: [LGRAWA], networks: {1foo: [LGRAWA]}}", f"network is 1foo: {throttled.MUST}"),
+        (
+            "{methods: [LGRAWA], grid: {optimizer.groups: [[{match: ndim<2}], [{match: ndim>2}]]}}",
+            "grid is {'optimizer.groups': [[{'match': 'ndim<2'}], [{'match': 'ndim>2'}]]}: gives two runs the name "
+            "LGRAWA-groups_match_ndim_2_-0: must have one of them in a comparison of its own",
+        ),
     ],
 )
 def test_what_a_comparison_cannot_say(

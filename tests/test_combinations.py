@@ -35,7 +35,7 @@ def test_the_tables_are_those_of_the_code(capsys: pytest.CaptureFixture[str], mo
         for methods, cell in zip(columns, cells, strict=True):
             for method in methods:
                 refused = name in (SHARES_ONLY if is_(method, "averages") else AVERAGES_ONLY)
-                own_momentum = is_(method, "momentum") and name not in ("SGD", "SAM", "ASAM", "LPFSGD", "LARS")
+                own_momentum = is_(method, "momentum") and name not in ("SGD", "SAM", "ASAM", "LPFSGD")
                 assert (cell == "yes") is not (refused or own_momentum), (name, method)
 
     sharing = [name for name in plain() if name in having("shares")]

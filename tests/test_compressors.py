@@ -15,6 +15,7 @@ from conftest import Ranks
 from table import METHODS, having, plain
 from test_aggregation import begin, step
 from test_data_parallel import branches, loss_of
+from timm.optim import Lars
 from torch import Tensor, nn, optim
 from worlds import NET, assert_follows, batch, nesterov, replay, run_method, starts, twin
 
@@ -417,6 +418,7 @@ def test_a_schedule_of_momentum_is_followed(on_ranks: Ranks) -> None:
     [
         (lambda p: optim.AdamW(p), "the optimizer is a AdamW: .*take SGD, method.momentum_correction: false, or Power"),
         (lambda p: optim.RMSprop(p, momentum=0.9), "the optimizer is a RMSprop"),
+        (lambda p: Lars(p, momentum=0.9), "the optimizer is a Lars: .*takes over the momentum of SGD, "),
         (lambda p: optim.SGD(p, 0.1, momentum=0.9, dampening=0.1), "the optimizer has dampening or maximize"),
         (lambda p: optim.SGD(p, 0.1, maximize=True), "the optimizer has dampening or maximize"),
     ],
@@ -473,6 +475,9 @@ def test_the_share_that_is_sent_falls_over_the_first_epochs() -> None:
     assert [at(step=n) for n in (0, 9, 10, 20, 30, 40, 500)] == [0.251, 0.251, 0.063, 0.016, 0.004, 0.001, 0.001]
     without = {"steps_per_epoch": None, "total_steps": 1000}
     assert [at(step=n, **without) for n in (0, 9, 10, 40, 900)] == [0.251, 0.251, 0.063, 0.001, 0.001]
+    long = replace(method, warmup_epochs=60)
+    ratios = [long.ratio_at(RunFacts(step=n, total_steps=100)) for n in range(60)]  # of floats 29/100 would be in 28
+    assert ratios == [0.001 ** ((n + 1) / 60) for n in range(60)]
     assert replace(method, warmup_epochs=0).ratio_at(facts) == 0.001
     with pytest.raises(ConfigError, match=r"method.warmup_epochs is 5: must be 0, or .*steps_per_epoch=\.\.\."):
         begin(SingleCommunicator(), method, branches())

@@ -83,6 +83,8 @@ def test_hosts_of_a_dry_run_are_as_large_as_it_says(capsys: pytest.CaptureFixtur
     for line in ("rounds", "sent per rank"):
         assert hosts[line] == groups[line]
     assert hosts["hosts"] == "2 of 2 ranks (--ranks_per_host)"
+    emulated = dry_run(capsys, *LEVELS, "--network=1gbit,1us,1gbit,1us,2")
+    assert (emulated["hosts"], emulated["rounds"]) == ("2 of 2 ranks (--network)", groups["rounds"])
     one = dry_run(capsys, *LEVELS)
     assert one["hosts"] == "1 of 4 ranks (--ranks_per_host)" and "every 2 local steps" in one["rounds"]
 

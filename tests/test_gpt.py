@@ -73,6 +73,12 @@ def test_rotary_attention_knows_how_far_apart_tokens_are_and_not_where() -> None
     torch.testing.assert_close(score(7, 7), (q * k).sum(-1), rtol=1e-5, atol=1e-5)
 
 
+def test_rotations_keep_the_precision_of_a_double_model() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _rotated(x, _rotations(3, 8, x.device)), x)
+    assert _rotated(x.bfloat16(), _rotations(3, 8, x.device)).dtype == torch.bfloat16
+
+
 def test_the_model_is_initialised_as_gpt2_and_shares_one_matrix() -> None:
     torch.manual_seed(0)
     model = GPT(256, context=64, depth=3, width=64, heads=4, positions="learned")

@@ -221,6 +221,35 @@ def test_parle_of_one_step_without_a_slow_mean_pulls_to_the_mean_by_a_fixed_shar
         np.testing.assert_allclose(center, trace.center, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("words", [(), (None,), {"closure": None}])
+def test_parle_pulls_in_an_own_loop_however_it_steps(words: Any) -> None:
+    """A gradient made by ``backward`` is completed by ``step``, one made by a closure of one's own cannot be."""
+    inputs, targets = map(torch.as_tensor, batch(0, 0))
+    found = []
+    for own in (False, True):
+        model = twin(starts(1)[0])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        parle = Parle(period=100, gamma=0.5, scoping=1.0)
+        run = parle.build(SingleCommunicator(), ParameterVector(model), optimizer)
+
+        def loss(model: nn.Module = model) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(inputs), targets)
+
+        for _ in range(3):
+            if own:
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step(**words) if isinstance(words, dict) else optimizer.step(*words)
+            else:
+                optimizer.step(run.closure(loss))
+            run.after_step()
+        found.append(run.vector.data)
+        optimizer.step(loss)
+        with pytest.raises(RuntimeError, match=r"lacked Parle's pull to x: .* must be made by run.closure\(loss\)"):
+            run.after_step()
+    assert torch.equal(*found)
+
+
 def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
     """λ = 0 and no proximity: bit for bit what a rank does without the others."""
     for name in plain("pulls"):

@@ -219,7 +219,7 @@ SETTINGS: dict[str, LocalOptimizer] = {
 
 
 #: Those that step by the momentum of SGD, which a method may take over.
-MOMENTA = ("SAM", "ASAM", "LPFSGD", "LARS")
+MOMENTA = ("SAM", "ASAM", "LPFSGD")
 
 
 @pytest.mark.parametrize("name", SETTINGS)

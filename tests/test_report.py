@@ -183,6 +183,30 @@ def test_a_setting_is_chosen_by_what_was_evaluated_on_the_way(tmp_path: Path, pa
     assert f"on {part} data{fair}: LGRAWA period=16 of 2 (test 95.0 ± 0.0 %)." in said
 
 
+def test_a_setting_is_chosen_over_each_network(tmp_path: Path) -> None:
+    runs = {
+        (period, network): read_run(
+            make_run(tmp_path, settings={"period": period}, curve=((0, 0.1), (9, way)), seed=n, network=network)
+        )
+        for n, (period, network, way) in enumerate(((8, None, 0.9), (8, "10mbit,1ms", 0.6), (16, "10mbit,1ms", 0.7)))
+    }
+    assert rows(list(runs.values())[:2]).chosen == []
+    table = rows(list(runs.values()))
+    assert [(row.mean["center_test_accuracy"], count) for row, count in table.chosen] == [(0.7, 2)]
+
+
+def test_a_setting_is_chosen_by_a_metric_of_several_words_too(tmp_path: Path) -> None:
+    runs = [
+        make_run(
+            tmp_path, settings={"period": period}, metric="bits_per_byte", part="validation", curve=((0, 4), (9, way)),
+            center_test_bits_per_byte=way + 1, higher_is_better=False,
+        )
+        for period, way in ((8, 2.5), (16, 2.25))
+    ]  # fmt: skip
+    said = " ".join(markdown(rows([read_run(run) for run in runs])).split())
+    assert "on validation data: LGRAWA period=16 of 2 (test 3.25)." in said
+
+
 def test_a_single_run_has_a_row_of_its_course(tmp_path: Path) -> None:
     """Learning rate and H at rounds of all ranks, and the consensus distance at evaluations."""
     run = make_run(tmp_path)

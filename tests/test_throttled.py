@@ -249,6 +249,7 @@ def test_parts_take_the_pair_of_their_host_and_share_its_line(on_several_ranks: 
             took[name] = seconds(comm, lambda part=part, x=x: part.allreduce(x, "center").wait())  # type: ignore[misc]
             assert x.unique().tolist() == [float(sum(part.ranks))]
             took[f"{name}, ranks"] = part.size
+        assert [*slow.node().ranks] == [m for m in range(w) if m // 2 == comm.rank // 2]  # as methods see it
         return took
 
     for rank, took in enumerate(on_a_link(on_several_ranks, body, f"{LINK},100gbit,1us,2")):

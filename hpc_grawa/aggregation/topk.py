@@ -30,7 +30,8 @@ class TakenOver:
     def __init__(self, optimizer: optim.Optimizer, parameters: Sequence[Tensor]) -> None:
         self._optimizer = optimizer
         groups = optimizer.param_groups
-        if not all({*self._KEYS, "nesterov", "dampening"} <= group.keys() for group in groups):
+        # SAM and the like make another gradient, by which theirs steps. What else has momentum is not linear in it.
+        if not isinstance(getattr(optimizer, "base", optimizer), optim.SGD):
             raise ConfigError(
                 f"the optimizer is a {label(optimizer)}: deep gradient compression takes over the momentum of "
                 f"SGD, which this one has not; take SGD, method.momentum_correction: false, or PowerSGD, which both "
@@ -136,7 +137,7 @@ class TopK(Codec):
     def _accumulate(self, bucket: Bucket, taken: TakenOver) -> None:
         taken.take()
         momentum, decay, nesterov = taken.of(bucket.tensors)
-        for place in bucket.absent:  # where no rank has a gradient, weight decay must not make one
+        for place in bucket.absent:  # perhaps on all ranks, and then weight decay must not make a gradient
             decay[place] = 0.0
         g, u, v = list(bucket.views), *([of[i] for i in bucket.tensors] for of in (self._u_views, self._v_views))
         if any(decay):

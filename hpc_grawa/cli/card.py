@@ -21,7 +21,7 @@ from ..runs.log import human_bytes
 from ..schedules import RunFacts
 from ..screen import columns, wrapped
 from ..vector import ParameterVector
-from .classes import find_class
+from .classes import find_class, required
 from .parsing import parse
 
 #: What one of W ranks sends for a message of n bytes.
@@ -54,8 +54,8 @@ def card(name: str, words: Sequence[str], world_size: int, program: str) -> str:
         parts.append(wrapped(f"Source: {source}", width, "", ""))
     parts.append("\n".join(["Settings:", *_settings(found, width)]))
     config = parse([*words, f"--method={name}"], program) if words else None
-    if config is None and _required(found):
-        given = " ".join(f"--method.{name} ..." for name in _required(found))
+    if config is None and required(found):
+        given = " ".join(f"--method.{name} ..." for name in required(found))
         parts.append(f"What it sends and keeps is said with what is to be given: --config digits {given}")
     else:
         run, step = _from_config(config, world_size) if config is not None else _of_resnet(found(), world_size)
@@ -67,10 +67,6 @@ def card(name: str, words: Sequence[str], world_size: int, program: str) -> str:
 
 def _joined(text: str | None) -> str:
     return " ".join((text or "").replace("``", "").split())
-
-
-def _required(method: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(method) if f.default is f.default_factory is dataclasses.MISSING]
 
 
 def _settings(method: type, width: int) -> Iterator[str]:
@@ -85,7 +81,7 @@ def _settings(method: type, width: int) -> Iterator[str]:
         else:
             shared -= {p.arg_name for p in params}
     for field in sorted(dataclasses.fields(method), key=lambda f: f.name in shared):
-        default = "to be given" if field.name in _required(method) else _shown(field.default)
+        default = "to be given" if field.name in required(method) else _shown(field.default)
         text = said.get(field.name, "")
         if field.name in shared:
             text = text.partition(". ")[0].removesuffix(".") + "."

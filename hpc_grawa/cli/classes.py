@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from importlib import import_module
 from inspect import isabstract
 from types import GenericAlias
@@ -86,6 +87,11 @@ def choice(section: str) -> str:
     """What names a class of a section."""
     names = ", ".join(known_classes(section))
     return f"{names} or {PATH}" if names else PATH
+
+
+def required(kind: type) -> list[str]:
+    """The settings of a dataclass that have no default."""
+    return [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
 
 
 def short(path: str) -> str:

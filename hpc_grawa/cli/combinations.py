@@ -23,7 +23,7 @@ from ..report.table import aligned
 from ..schedules import RunFacts
 from ..screen import columns, wrapped
 from ..vector import ParameterVector
-from .classes import find_class, known_classes, short
+from .classes import find_class, known_classes, required, short
 
 #: For settings that have no default.
 _GIVEN = 0.5
@@ -79,8 +79,7 @@ def combinations() -> str:
 
 
 def _made(kind: type) -> Any:
-    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-    return kind(**dict.fromkeys(required, _GIVEN))
+    return kind(**dict.fromkeys(required(kind), _GIVEN))
 
 
 def _step(method: Method, settings: LocalOptimizer) -> None:

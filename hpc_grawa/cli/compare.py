@@ -84,7 +84,10 @@ class Comparison:
         if not isinstance(section, dict) or set(section) - set(_SECTION):
             raise wrong("compare", section, f"must have the keys {', '.join(_SECTION)}")
         if single := [f"--{key}={value}" for key, value in options if key in _SINGLE]:
-            raise ConfigError(f"{single[0]} is for a single run: must be --methods or --seeds in a comparison")
+            raise ConfigError(
+                f"{single[0]} is for a single run: must be left out of a comparison, which has --methods and --seeds, "
+                f"and goes on by itself"
+            )
         names = methods.split(",") if methods else section.get("methods")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise wrong("compare.methods", names, "must be a list of names ([LGRAWA, EASGD])")
@@ -127,6 +130,10 @@ class Comparison:
                         own = [f"--{key}={value}" for key, value in point]
                         own += [] if network is None else [f"--network={network}"]
                         plan.append(run(name, *own, f"--run.seed={seed}", f"--run.name={title}", f"--run.dir={folder}"))
+        folders = [str(config.run.name) for _, config in plan]
+        if twice := [name for name in folders if folders.count(name) > 1]:
+            fix = f"gives two runs the name {twice[0]}: must have one of them in a comparison of its own"
+            raise wrong("grid", section.get("grid") if grid is None else grid, fix)
         return cls(folder, plan, section.get("target") if target is None else target)
 
     def check_folders(self, world_size: int | None) -> None:

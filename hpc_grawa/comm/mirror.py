@@ -28,7 +28,7 @@ class MirrorCommunicator(Communicator):
 
     Args:
         size: number of ranks.
-        ranks_per_host: consecutive ranks that share a host (the last may have fewer).
+        ranks_per_host: consecutive ranks that share a host (the last may have fewer), unless the network says it.
         network: that is emulated, if any.
         ranks: of all in the world where this is a part of it.
     """
@@ -39,7 +39,7 @@ class MirrorCommunicator(Communicator):
         self, size: int, ranks_per_host: int, network: Network | None = None, ranks: Sequence[int] | None = None
     ) -> None:
         super().__init__(0, size, ranks)
-        self.ranks_per_host, self._figures = ranks_per_host, network
+        self.ranks_per_host, self._figures = (network and network.ranks_per_host) or ranks_per_host, network
         #: What messages would take over the network, each for itself, by purpose; those of parts too.
         self.link_seconds: defaultdict[str, float] = defaultdict(float)
         #: Whether a method has asked which ranks share a host.
@@ -60,8 +60,7 @@ class MirrorCommunicator(Communicator):
         if self._figures is None:
             return 0.0
         hops, sent = cost(verb, payload, self.size)
-        host = self._figures.ranks_per_host or self.ranks_per_host
-        pair = self._figures.pair(crosses=len({rank // host for rank in self.ranks}) > 1)
+        pair = self._figures.pair(crosses=len({rank // self.ranks_per_host for rank in self.ranks}) > 1)
         return hops * pair.latency + sent * pair.per_byte
 
     def _counter(self) -> LocalCounter:

@@ -61,7 +61,7 @@ class Network:
         text: as it was given.
         between: the link between hosts; between all ranks, where ``within`` is None.
         within: the link of ranks that share a host.
-        ranks_per_host: consecutive ranks that count as those of one host; None: those that are.
+        ranks_per_host: consecutive ranks that count as those of one host, to methods too; None: those that are.
     """
 
     text: str
@@ -318,8 +318,11 @@ class ThrottledCommunicator(Communicator):
     def are_latest(self, numbers: range, purpose: Purpose) -> bool:
         return self._comm.are_latest(numbers, purpose)
 
-    def carries(self, x: Tensor, verb: Verb) -> bool:
-        return not x.is_cuda
+    def node(self) -> Communicator:
+        per_host = self._figures.ranks_per_host
+        if self._node is None and per_host is not None:
+            self._node = self.split([rank // per_host for rank in self.ranks])
+        return super().node()
 
     def barrier(self) -> None:
         self._check_process()

@@ -191,17 +191,3 @@ def is_schedule_free(optimizer: optim.Optimizer) -> bool:
     Source: Defazio et al., The Road Less Scheduled, NeurIPS 2024.
     """
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
-
-
-def unit_interval(method: AveragingMethod, *names: str) -> None:
-    """Raise ``ConfigError`` unless each named field is in [0, 1] (NaN is not)."""
-    for name in names:
-        value = getattr(method, name)
-        require(0 <= value <= 1, f"method.{name}", value, "in [0, 1]")
-
-
-def not_negative(method: AveragingMethod, *names: str) -> None:
-    """Raise ``ConfigError`` unless each named field is a finite number ≥ 0."""
-    for name in names:
-        value = getattr(method, name)
-        require(0 <= value < math.inf, f"method.{name}", value, "a number of 0 or more")

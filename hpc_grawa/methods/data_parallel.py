@@ -24,8 +24,6 @@ class DataParallel(SharingMethod):
     Not for: a network between nodes that takes longer for a message of P than backward does.
 
     Attributes:
-        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
-        on_nonfinite: a mean gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
         wire: how numbers travel: ``exact``, or rounded to ``bf16`` or ``fp16`` (twice: what each rank sends, and their
             mean; summed in fp32), which halves the bytes. In fp16 what is above 65,504 is an overflow, and what is
             below 6e-8 is lost.

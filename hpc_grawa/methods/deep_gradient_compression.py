@@ -1,4 +1,8 @@
-"""Deep gradient compression: one entry in a thousand is sent, when its momentum has added up to something."""
+"""Deep gradient compression: one entry in a thousand is sent, when its momentum has added up to something.
+
+Lin, Han, Mao, Wang and Dally, Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training,
+ICLR 2018.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,17 @@ class DeepGradientCompression(SharingMethod):
     """u ← μu + g, v ← v + u; g ← (1/W) Σ_m of the largest |v_m|, where then v_m = u_m = 0.
 
     μ, Nesterov's v ← v + g + μu, and weight decay, which is added to g before, are those of the optimizer, which must
-    be ``SGD`` and steps without them as long as gradients are shared. Of each matrix the ⌈ratio · entries⌉ largest are
-    sent with their index, in one allgather a bucket: 8 bytes each, W - 1 times. Vectors are shared exactly, with their
-    momentum.
+    be ``SGD`` (``SAM`` and the like may be around it) and steps without them as long as gradients are shared. Of each
+    matrix the ⌈ratio · entries⌉ largest are sent with their index, in one allgather a bucket: 8 bytes each, W - 1
+    times. Vectors are shared exactly, with their momentum.
 
     Limits: at ratio 1 matrices are trained by SGD without momentum, or, without ``masking``, with it, as by
     ``DataParallel``. Without ``momentum_correction`` what was sent and what is left in v add up to all gradients.
 
     Not for: gradients that are shared more than once a step, and not where ratio · W comes near 1.
 
-    Source: Lin, Han, Mao, Wang and Dally, Deep Gradient Compression (ICLR 2018).
-
     Attributes:
-        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
-        on_nonfinite: a shared gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
-        ratio: the share of a matrix's entries that is sent, in (0, 1].
+        ratio: the share of a matrix's entries that is sent, in (0, 1]; .001 in the paper.
         warmup_epochs: epochs E in which the share falls to it, in epoch t (from 1) to ratio^(t/E): .25, .063, .016,
             .004, .001. Where a loop of one's own knows no epochs, each is a hundredth of its budget. 0: none.
         clip_norm: each rank's own gradient is clipped to this norm over √W before it is added to anything; buckets then
@@ -61,7 +61,7 @@ class DeepGradientCompression(SharingMethod):
         if facts.steps_per_epoch is not None:
             epoch = facts.step // facts.steps_per_epoch
         else:
-            epoch = int(100 * (facts.step / facts.total_steps if facts.total_steps else facts.progress))
+            epoch = 100 * facts.step // max(1, facts.total_steps or 0)
         return math.pow(self.ratio, min(1.0, (epoch + 1) / self.warmup_epochs))
 
     def _codec(self, run: Run) -> Codec:

@@ -14,9 +14,9 @@ from torch import Tensor, optim
 from ..averaging.averager import inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
-from ..errors import require
+from ..errors import below_one, not_negative
 from ..periods import Period
-from .averaging import AveragingMethod, CenteredAverager, Level, not_negative
+from .averaging import AveragingMethod, CenteredAverager, Level
 from .base import Probe
 from .run import Run
 
@@ -44,7 +44,7 @@ class OuterAverager(CenteredAverager):
 
 @dataclass(kw_only=True)
 class DiLoCo(AveragingMethod):
-    """c ← c - η_o(Δ + μu), u ← μu + Δ, with Δ = c - x̄, and all ranks go on from c: SGD with Nesterov's momentum.
+    """u ← μu + Δ, c ← c - η_o(Δ + μu), with Δ = c - x̄, and all ranks go on from c: SGD with Nesterov's momentum.
 
     Any local optimizer is the inner one; AdamW in the paper, whose moments each rank keeps.
 
@@ -64,8 +64,8 @@ class DiLoCo(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative(self, "outer_lr")
-        require(0 <= self.outer_momentum < 1, "method.outer_momentum", self.outer_momentum, "in [0, 1)")
+        not_negative("method", self, "outer_lr")
+        below_one("method", self, "outer_momentum")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(OuterAverager(run, comm, self.outer_lr, self.outer_momentum), Equal(), inverse)

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
+from ..errors import not_negative, unit_interval
 from ..periods import Period
-from .averaging import AveragingMethod, Level, not_negative, unit_interval
+from .averaging import AveragingMethod, Level
 from .base import Probe
 from .run import Run
 
@@ -59,8 +60,8 @@ class DPPF(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unit_interval(self, "pull")
-        not_negative(self, "push")
+        unit_interval("method", self, "pull")
+        not_negative("method", self, "push")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(PushingAverager(run, comm, self.pull, self.push), Equal(), inverse)

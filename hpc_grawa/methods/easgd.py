@@ -13,8 +13,9 @@ from torch import Tensor
 from ..averaging.averager import inverse, pull
 from ..averaging.scores import Equal
 from ..comm import Communicator
+from ..errors import unit_interval
 from ..periods import Period
-from .averaging import AveragingMethod, CenteredAverager, Level, unit_interval
+from .averaging import AveragingMethod, CenteredAverager, Level
 from .base import Probe
 from .run import Run
 
@@ -52,7 +53,7 @@ class EASGD(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unit_interval(self, "pull")
+        unit_interval("method", self, "pull")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(ElasticAverager(run, comm, self.pull), Equal(), inverse)

@@ -1,4 +1,8 @@
-"""EF-signSGD: the scaled sign of a gradient, and what it leaves out is added to the next."""
+"""EF-signSGD: the scaled sign of a gradient, and what it leaves out is added to the next.
+
+Karimireddy, Rebjock, Stich and Jaggi, Error Feedback Fixes SignSGD and other Gradient Compression Schemes, ICML 2019,
+for one worker; here each rank's p̂ is of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,6 @@ class EFSign(SharingMethod):
 
     Not for: many ranks: bytes grow with W, and beyond 64 are more than those of ``DataParallel``. e is in units of the
     gradient, so where the learning rate falls the rest of earlier steps falls with it (the paper's e has it in it).
-
-    Source: Karimireddy, Rebjock, Stich and Jaggi, Error Feedback Fixes SignSGD (ICML 2019), one worker; each rank's p̂
-    is of its own.
-
-    Attributes:
-        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
-        on_nonfinite: a shared gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
     """
 
     def _codec(self, run: Run) -> Codec:

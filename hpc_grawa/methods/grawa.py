@@ -16,9 +16,9 @@ from torch import optim
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import SCORE_MOMENTUM, GradientNorm, Reduction, RunningGradientNorm, Score
 from ..comm import Communicator
-from ..errors import require
+from ..errors import below_one, not_negative, require, unit_interval
 from ..vector import Layers, ParameterVector, Partition
-from .averaging import AveragingMethod, Level, not_negative, unit_interval
+from .averaging import AveragingMethod, Level
 from .base import Probe
 from .run import Run
 
@@ -44,9 +44,9 @@ class _GradientWeighted(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unit_interval(self, "pull", "prox")
-        not_negative(self, "power")
-        require(0 <= self.score_momentum < 1, "method.score_momentum", self.score_momentum, "in [0, 1)")
+        unit_interval("method", self, "pull", "prox")
+        not_negative("method", self, "power")
+        below_one("method", self, "score_momentum")
 
     @property
     def partition(self) -> Partition:

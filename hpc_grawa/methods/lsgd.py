@@ -12,8 +12,9 @@ from typing import ClassVar
 from ..averaging.averager import Averager, argmin
 from ..averaging.scores import TrainingLoss
 from ..comm import Communicator
+from ..errors import unit_interval
 from ..periods import Period
-from .averaging import AveragingMethod, Level, unit_interval
+from .averaging import AveragingMethod, Level
 from .base import Probe
 from .run import Run
 
@@ -48,7 +49,7 @@ class LSGD(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unit_interval(self, "pull", "prox", "group_pull", "group_prox")
+        unit_interval("method", self, "pull", "prox", "group_pull", "group_prox")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(Averager(comm, run.vector, self.pull), TrainingLoss(), argmin, self.prox)

@@ -1,4 +1,8 @@
-"""1-bit SGD: each entry of a gradient is sent as its sign, with two levels for each row."""
+"""1-bit SGD: each entry of a gradient is sent as its sign, with two levels for each row.
+
+Seide, Fu, Droppo, Li and Yu, 1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed
+Training of Speech DNNs, Interspeech 2014.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,9 @@ class OneBitSGD(SharingMethod):
     A tensor is the matrix [out, rest] with a row for each output; vectors are shared exactly. What all ranks make of it
     is not quantised once more, so each sends about (P/8 + 8·rows)(W - 1) bytes. Works with any optimizer.
 
-    Limits: what was sent and what is left in e add up to all gradients; rows of one entry are sent
-    exactly.
+    Limits: what was sent and what is left in e add up to all gradients; rows of one entry are sent exactly.
 
     Not for: many ranks: bytes grow with W, and beyond about 64 are more than those of ``DataParallel``.
-
-    Source: Seide, Fu, Droppo, Li and Yu, 1-Bit Stochastic Gradient Descent (Interspeech 2014).
-
-    Attributes:
-        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
-        on_nonfinite: a shared gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
     """
 
     def _codec(self, run: Run) -> Codec:

@@ -18,9 +18,9 @@ from ..aggregation import Aggregator
 from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
-from ..errors import require
+from ..errors import below_one, not_negative, require
 from ..periods import Period
-from .averaging import AveragingMethod, Level, not_negative
+from .averaging import AveragingMethod, Level
 from .base import Probe
 from .run import Run
 
@@ -47,7 +47,8 @@ class _Replica(Aggregator):
     def _before(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin before the optimizer asks for gradients elsewhere; complete one made without ``Run.closure``."""
         self._begin()
-        if not (self._complete or "closure" in kwargs or len(args) > 1):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer itself
+        if not self._complete and closure is None:
             self.finish()
 
     def _begin(self) -> None:
@@ -124,7 +125,7 @@ class Parle(AveragingMethod):
         gamma_floor: the smallest γ; 1 in the paper.
         rho_floor: the smallest ρ; .1 in the paper.
         scoping: factor of both at each round, in (0, 1]; null: 1 - 1/(2B), B the steps of an epoch, as in the paper.
-        decay: d of z, in [0, 1).
+        decay: d of z, in [0, 1); .75 in the paper.
         reference: what x is drawn to: the ``mean`` of all z, the fixed point of the paper's; or, as printed there, the
             mean of the ``previous`` x of all ranks, which as a center is a round behind.
     """
@@ -140,13 +141,13 @@ class Parle(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative(self, "rho", "rho_floor")
+        not_negative("method", self, "rho", "rho_floor")
         for name in ("gamma", "gamma_floor"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"method.{name}", value, "a positive number")
         allowed = self.scoping is None or 0 < self.scoping <= 1
         require(allowed, "method.scoping", self.scoping, "null (by the steps of an epoch), or in (0, 1]")
-        require(0 <= self.decay < 1, "method.decay", self.decay, "in [0, 1)")
+        below_one("method", self, "decay")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         steps = run.facts.steps_per_epoch

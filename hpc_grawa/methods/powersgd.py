@@ -1,4 +1,8 @@
-"""PowerSGD: gradients as products of thin matrices, by a step of power iteration at every step of training."""
+"""PowerSGD: gradients as products of thin matrices, by a step of power iteration at every step of training.
+
+Vogels, Karimireddy and Jaggi, PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization, NeurIPS
+2019; the warm-up is that of PyTorch's hook.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +29,7 @@ class PowerSGD(SharingMethod):
     Not for: networks that send a gradient within a backward pass anyway, models of vectors and small matrices, or ranks
     on processors of different kinds, whose P may differ in the last place.
 
-    Source: Vogels, Karimireddy and Jaggi, PowerSGD (NeurIPS 2019); the warm-up is that of PyTorch's hook.
-
     Attributes:
-        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
-        on_nonfinite: a shared gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
         rank: r, at least 1 (1, 2 and 4 in the paper); of a matrix n × m at most min(n, m).
         min_compression: a matrix is compressed where this many times r(n + m) is less than nm; 0: every one is.
         warmup_steps: steps that share the plain mean first (none in the paper; PyTorch's hook takes 1000).

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..averaging.averager import inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
-from ..errors import require
+from ..errors import below_one, not_negative
 from ..periods import Period
-from .averaging import AveragingMethod, CenteredAverager, Level, not_negative
+from .averaging import AveragingMethod, CenteredAverager, Level
 from .base import Probe
 from .run import Run
 
@@ -62,8 +62,8 @@ class SlowMo(AveragingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative(self, "slow_lr")
-        require(0 <= self.slow_momentum < 1, "method.slow_momentum", self.slow_momentum, "in [0, 1)")
+        not_negative("method", self, "slow_lr")
+        below_one("method", self, "slow_momentum")
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(SlowAverager(run, comm, self.slow_lr, self.slow_momentum), Equal(), inverse)

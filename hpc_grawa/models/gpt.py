@@ -24,7 +24,7 @@ def _rotations(length: int, width: int, device: torch.device) -> tuple[Tensor, T
 
 def _rotated(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
     """``x`` ``[..., length, width]`` with its pairs (channel i of either half) turned."""
-    (cos, sin), (a, b) = rotations, x.float().chunk(2, -1)
+    (cos, sin), (a, b) = rotations, x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
 

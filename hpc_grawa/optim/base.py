@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from ..errors import ConfigError, in_a_line, require, wrong
+from ..errors import ConfigError, in_a_line, not_negative, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -42,8 +42,7 @@ class LocalOptimizer(ABC):
     groups: list[dict[str, Any]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        require(0 <= self.lr < math.inf, "optimizer.lr", self.lr, "a number of 0 or more")
-        require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "a number of 0 or more")
+        not_negative("optimizer", self, "lr", "weight_decay")
         for group in self.groups or []:
             if not isinstance(group.get("match"), str):
                 raise wrong("optimizer.groups", group, "must have match, patterns of parameters' names")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import optim
 
-from ..errors import require
+from ..errors import below_one, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer
@@ -29,7 +29,7 @@ class SGD(LocalOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
+        below_one("optimizer", self, "momentum")
         require(not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false without momentum")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
@@ -42,9 +42,9 @@ class AdamW(LocalOptimizer):
     """Adam with decoupled weight decay, as ``torch.optim.AdamW``.
 
     Attributes:
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment, positive.
     """
 
     lr: float = 1e-3
@@ -55,8 +55,7 @@ class AdamW(LocalOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
-        require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
+        below_one("optimizer", self, "beta1", "beta2")
         require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "positive")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
-from ..errors import require
+from ..errors import below_one, not_negative, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer
-from .parts import copies, not_negative
+from .parts import copies
 
 
 @dataclass(kw_only=True)
@@ -50,10 +50,9 @@ class EntropySGD(LocalOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
+        below_one("optimizer", self, "momentum")
         require(self.period >= 1, "optimizer.period", self.period, "at least 1 step")
-        for name in ("scope", "growth", "thermal"):
-            not_negative(name, getattr(self, name))
+        not_negative("optimizer", self, "scope", "growth", "thermal")
         require(self.seed >= 0, "optimizer.seed", self.seed, "0 or more")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:

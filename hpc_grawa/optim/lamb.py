@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import optim
 
-from ..errors import require
+from ..errors import below_one, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .timm_optimizers import OfTimm, adapted, of_timm
@@ -28,9 +28,9 @@ class LAMB(OfTimm):
     Not for: small batches, where AdamW needs fewer settings.
 
     Attributes:
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: ε, added to the root of the second moment.
+        beta1: decay of the first moment, in [0, 1); .9 in the paper.
+        beta2: decay of the second moment, in [0, 1); .999 in the paper.
+        eps: ε, added to the root of the second moment, positive; 1e-6 in the paper.
     """
 
     lr: float = 1e-3
@@ -41,8 +41,7 @@ class LAMB(OfTimm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
-        require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
+        below_one("optimizer", self, "beta1", "beta2")
         require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "positive")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import optim
 
-from ..errors import require
+from ..errors import below_one, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .timm_optimizers import OfTimm, adapted, of_timm
@@ -41,7 +41,7 @@ class LARS(OfTimm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
+        below_one("optimizer", self, "momentum")
         require(not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "false without momentum")
         require(0 < self.trust < math.inf, "optimizer.trust", self.trust, "positive")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import optim
 
-from ..errors import require
+from ..errors import below_one
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .timm_optimizers import OfTimm, of_timm
@@ -24,8 +24,8 @@ class Lion(OfTimm):
     Not for: the lr of AdamW; take a tenth to a third of it, and a weight decay larger by as much.
 
     Attributes:
-        beta1: β₁, in [0, 1).
-        beta2: β₂, in [0, 1).
+        beta1: β₁, in [0, 1); .9 in the paper.
+        beta2: β₂, in [0, 1); .99 in the paper.
     """
 
     lr: float = 1e-4
@@ -35,8 +35,7 @@ class Lion(OfTimm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "in [0, 1)")
-        require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "in [0, 1)")
+        below_one("optimizer", self, "beta1", "beta2")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         betas = self.beta1, self.beta2

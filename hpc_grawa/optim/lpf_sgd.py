@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from ..errors import require
+from ..errors import not_negative, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
-from .parts import Around, OnBase, copies, not_negative, trained
+from .parts import Around, OnBase, copies, trained
 
 
 @dataclass(kw_only=True)
@@ -44,8 +44,7 @@ class LPFSGD(OnBase):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.parts >= 1, "optimizer.parts", self.parts, "at least 1 part of the batch")
-        not_negative("sigma", self.sigma)
-        not_negative("growth", self.growth)
+        not_negative("optimizer", self, "sigma", "growth")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         return Smoothing(self.built_base(vector, facts), self, facts)

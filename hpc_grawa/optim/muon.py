@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import optim
 
-from ..errors import require, wrong
+from ..errors import below_one, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer, split
@@ -21,7 +21,7 @@ from .parts import Combined
 
 @dataclass(kw_only=True)
 class Muon(LocalOptimizer):
-    """M ← μM + (1-μ)G; W ← W - η·orthogonal((1-μ)G + μM), for matrices, as ``torch.optim.Muon``; AdamW for the rest.
+    """M ← μM + (1-μ)G, W ← (1-ηλ)W - η·orthogonal((1-μ)G + μM) for matrices, as ``torch.optim.Muon``; AdamW else.
 
     The rest is what has not two dimensions (biases, norms, convolutions), and groups that say ``adamw: true``; give it
     embeddings and the last layer, ``--optimizer.groups '[{match: "embed*|head*", adamw: true}]'``.
@@ -32,13 +32,13 @@ class Muon(LocalOptimizer):
 
     Attributes:
         lr: of both, where ``adjust_lr`` is match_rms_adamw.
-        momentum: μ, in [0, 1).
+        momentum: μ, in [0, 1); .95 in the papers.
         nesterov: look ahead along the momentum; else M alone.
         adjust_lr: what lr is multiplied by for a matrix [a, b]: ``match_rms_adamw``: .2·√max(a, b), for which lr and
             weight decay of AdamW do; ``original``: √max(1, a/b).
-        beta1: AdamW's decay of the first moment.
-        beta2: AdamW's decay of the second moment.
-        eps: AdamW's, added to the root of the second moment.
+        beta1: AdamW's decay of the first moment, in [0, 1).
+        beta2: AdamW's decay of the second moment, in [0, 1).
+        eps: AdamW's, added to the root of the second moment, positive.
     """
 
     lr: float = 1e-3
@@ -52,8 +52,7 @@ class Muon(LocalOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("momentum", "beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        below_one("optimizer", self, "momentum", "beta1", "beta2")
         require(0 < self.eps < float("inf"), "optimizer.eps", self.eps, "positive")
         if not hasattr(optim, "Muon"):
             raise wrong("optimizer", "Muon", f"needs torch 2.9 or later, and this is {torch.__version__}")
@@ -66,4 +65,4 @@ class Muon(LocalOptimizer):
             parts.append(optim.Muon(matrices, *own, adjust_lr_fn=self.adjust_lr))
         if others:
             parts.append(optim.AdamW(others, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay))
-        return Combined(parts, adamw=False)
+        return Combined("Muon", parts, adamw=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from ..errors import ConfigError, require, wrong
+from ..errors import ConfigError, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .base import LocalOptimizer, build
@@ -46,13 +46,13 @@ class Combined(optim.Optimizer):
     """Several optimizers, each of a part of the model, as one.
 
     Args:
+        label: what messages call it.
         parts: in the order of their ``param_groups``.
         defaults: what a group may set, beside what each of them keeps.
     """
 
-    label = "Muon"
-
-    def __init__(self, parts: Sequence[optim.Optimizer], **defaults: Any) -> None:
+    def __init__(self, label: str, parts: Sequence[optim.Optimizer], **defaults: Any) -> None:
+        self.label = label
         for part in parts:
             defaults |= part.defaults
         super().__init__([group for part in parts for group in part.param_groups], defaults)
@@ -127,8 +127,3 @@ def trained(optimizer: optim.Optimizer) -> list[Tensor]:
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """New tensors of the same values."""
     return [t.detach().clone() for t in tensors]
-
-
-def not_negative(key: str, value: float) -> None:
-    """Raise ``ConfigError`` unless it is a finite number of 0 or more."""
-    require(0 <= value < float("inf"), f"optimizer.{key}", value, "a number of 0 or more")

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from ..errors import not_negative
 from ..random_streams import set_streams, streams
 from ..schedules import RunFacts
 from ..vector import ParameterVector
-from .parts import Around, OnBase, copies, not_negative, trained
+from .parts import Around, OnBase, copies, trained
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class SAM(OnBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative("rho", self.rho)
+        not_negative("optimizer", self, "rho")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         return Ascending(self.built_base(vector, facts), self.rho)
@@ -65,8 +66,7 @@ class ASAM(OnBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative("rho", self.rho)
-        not_negative("eta", self.eta)
+        not_negative("optimizer", self, "rho", "eta")
 
     def build(self, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:
         return Ascending(self.built_base(vector, facts), self.rho, self.eta)

@@ -24,6 +24,7 @@ class Row:
     Attributes:
         label: the method, and what tells it from other experiments of that method.
         method: its name alone.
+        network: the network that was emulated, if any.
         runs: how many there are.
         seeds: theirs, in the order of the runs.
         state: ``finished``, or what else became of the runs.
@@ -38,6 +39,7 @@ class Row:
 
     label: str
     method: str
+    network: str | None
     runs: int
     seeds: tuple[int, ...]
     state: str
@@ -77,11 +79,14 @@ class Table:
 
     @property
     def chosen(self) -> list[tuple[Row, int]]:
-        """Of each method with several rows the one whose last evaluation on the way was best; and of how many."""
-        by_method: dict[str, list[Row]] = {}
+        """Of each method with several rows the one whose last evaluation on the way was best; and of how many.
+
+        A network is no setting: one is chosen over each.
+        """
+        by_method: dict[tuple[str, str | None], list[Row]] = {}
         for row in self.rows:
             if row.state == "finished":
-                by_method.setdefault(row.method, []).append(row)
+                by_method.setdefault((row.method, row.network), []).append(row)
         several = [rows for rows in by_method.values() if len(rows) > 1]
         found = [(replace(self, rows=tuple(rows))._best(lambda row: row.last), len(rows)) for rows in several]
         return [(row, count) for row, count in found if row is not None]
@@ -228,6 +233,7 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
     return Row(
         label=label,
         method=runs[0].method,
+        network=runs[0].network,
         runs=len(runs),
         seeds=tuple(status["seed"] for status in found if "seed" in status),
         state=found[0]["state"],
@@ -332,7 +338,7 @@ def _notes(table: Table, width: int) -> list[str]:
         )
     if table.chosen:
         told = "; ".join(
-            f"{row.label} of {count} (test {_cell(row, f'center_test_{metric}', amount, spread=True)})"
+            f"{row.label} of {count} (test {_cell(row, f'center_test_{table.metric}', amount, spread=True)})"
             for row, count in table.chosen
         )
         fair = "" if table.part != "test" else ", which makes its test value too good (hold out data.validation)"

@@ -122,8 +122,9 @@ def plan(config: Config, world_size: int, ranks_per_host: int) -> str:
         f"+ {round_seconds:.2g} s of rounds, {over}",
     ]
     if comm.hosts_matter:
-        hosts = math.ceil(world_size / ranks_per_host)
-        lines.insert(5, f"hosts             {hosts} of {ranks_per_host} ranks (--ranks_per_host)")
+        hosts = math.ceil(world_size / comm.ranks_per_host)
+        said = "--network" if network is not None and network.ranks_per_host else "--ranks_per_host"
+        lines.insert(5, f"hosts             {hosts} of {comm.ranks_per_host} ranks ({said})")
     return "\n".join(lines)
 
 
