@@ -57,7 +57,8 @@ class LocalMomentum(Rider):
     """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments).
 
     Raises:
-        ConfigError: by ``after_step`` or ``pack``, where the state holds what is no number to average (8-bit codes).
+        ConfigError: by ``after_step`` or ``pack``, where the state holds what is no number to average (8-bit codes), or
+            is sparse.
     """
 
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
@@ -98,7 +99,13 @@ class LocalMomentum(Rider):
 
     def pack(self) -> list[Tensor]:
         self._packed = True
-        return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
+        state = self._state()
+        if any(own is not None and own.is_sparse for _, own in state):
+            raise ConfigError(
+                "method.local_momentum is average: the optimizer's state of a sparse gradient is sparse, and has not "
+                "the same entries on all ranks; must be keep or reset, or the embedding one with sparse=False"
+            )
+        return [torch.zeros_like(p) if own is None else own for p, own in state]
 
     def unpack(self, averages: list[Tensor]) -> None:
         pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
