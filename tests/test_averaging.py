@@ -377,7 +377,7 @@ def test_momentum_of_a_sparse_gradient_does_not_ride() -> None:
     vector, optimizer = ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.tensor([1])).sum().backward()
     optimizer.step()
-    with pytest.raises(ConfigError, match="local_momentum is average: .* is sparse, .* must be keep or reset"):
+    with pytest.raises(ConfigError, match=r"local_momentum is average: .* is sparse, .* must be keep or reset"):
         LocalMomentum(vector, optimizer).pack()
 
 
