@@ -22,7 +22,7 @@ from hpc_grawa.averaging import Equal
 from hpc_grawa.averaging.averager import Averager, argmin, inverse, pull
 from hpc_grawa.averaging.riders import LocalMomentum, RunningStatistics
 from hpc_grawa.comm import Communicator, simulate
-from hpc_grawa.errors import NonFinite
+from hpc_grawa.errors import ConfigError, NonFinite
 from hpc_grawa.methods import AveragingMethod, Level, Probe
 from hpc_grawa.periods import Period
 from hpc_grawa.vector import Layers
@@ -370,6 +370,15 @@ def test_momentum_rides_wherever_a_rank_has_it(kind: str) -> None:
                     torch.testing.assert_close(after[i][key], mean if i == 0 else mean * 2 / 3, rtol=1e-12, atol=0)
                 else:
                     assert key not in after[i]
+
+
+def test_momentum_of_a_sparse_gradient_does_not_ride() -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    vector, optimizer = ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match=r"local_momentum is average: .* is sparse, .* must be keep or reset"):
+        LocalMomentum(vector, optimizer).pack()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -54,6 +54,15 @@ def test_a_group_of_all_is_the_method_bit_for_bit(on_ranks: Ranks, name: str) ->
         assert np.array_equal(one, other)
 
 
+def test_a_rank_that_its_group_heals_at_the_first_round_of_all_takes_part_where_momenta_ride() -> None:
+    """Healed, it has forgotten its momentum, and with it which tensors ride."""
+    method = LocalSGD(period=4, group_period=2, ranks_per_group=2, local_momentum="average")
+    options: dict[str, Any] = {"steps": 8, "optimizer": nesterov, "poison": lambda *at: at == (1, 3)}
+    for trace in simulate(4, lambda comm: run_method(comm, method, **options)):
+        assert [round_.healed for round_ in trace.rounds] == [(), ()]
+        assert np.isfinite(trace.parameters[-1]).all()
+
+
 @pytest.mark.parametrize("name", plain("averages"))
 def test_groups_are_worlds_of_their_own_between_rounds_of_all(name: str) -> None:
     """Four ranks in two groups: each does, bit for bit, what two ranks by themselves do with its data."""

@@ -111,6 +111,21 @@ def test_every_round_has_as_many_steps_as_specified(on_ranks: Ranks, name: str) 
         assert [sum(made) for _, _, _, made, *_ in seen] == [4 * world] * 7 + [2 * world]
 
 
+def test_a_rank_that_has_made_no_step_yet_takes_part_where_momenta_ride() -> None:
+    """It has no momentum and sees no names of any, so ranks tell it."""
+
+    def body(comm: Communicator) -> tuple[list[tuple[int, ...]], list[float]]:
+        trainer = Trainer(comm, LocalSGD(period=2, rounds="pooled", local_momentum="average"), steps=8)
+        if comm.rank == 1 and isinstance(comm, SimulatedCommunicator):
+            comm.elapse(100.0)
+        trainer.train(takes=1.0)
+        return [r.made for r in trainer.rounds], trainer.vector.data.tolist()
+
+    (made, parameters), other = simulate(2, body)
+    assert made[0] == (4, 0) and sum(map(sum, made)) == 16
+    assert (made, parameters) == other
+
+
 def test_steps_are_about_proportional_to_speed() -> None:
     """Speeds 1:2:3:4 and τ 4: about 2, 3, 5, 6 steps a round."""
 

@@ -6,6 +6,7 @@ import csv
 import json
 import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,19 @@ def test_rows_are_held_against_the_best_one_seed_by_seed(tmp_path: Path) -> None
     alone = make_run(tmp_path, "LSGD", seed=1, curve=((0, 0.1), (9, 0.5)))  # shares no seed
     assert cells(markdown(rows([read_run(run) for run in [*runs, alone]])))[-1]["p"] == "-"
     assert "p" not in cells(markdown(rows([read_run(run) for run in runs[::3]])))[0]
+
+
+def test_differences_that_are_equal_but_for_round_off_are_no_warning(tmp_path: Path) -> None:
+    values = {"LGRAWA": (0.3, 0.4), "EASGD": (0.2, 0.3)}
+    runs = [
+        make_run(tmp_path, name, seed=seed, curve=((0, 0.1), (9, value)))
+        for name, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = cells(markdown(rows([read_run(run) for run in runs])))[1]
+    assert float(other["p"]) < 1e-12
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])

@@ -99,7 +99,7 @@ def test_impossible_values_are_found_before_anything_is_loaded(
         assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["absent", "foreign", "json", "missing", "short", "dtype", "size", "part"])
+@pytest.mark.parametrize("damage", ["absent", "foreign", "json", "missing", "short", "dtype", "size", "tokens", "part"])
 def test_a_wrong_folder_is_an_error_that_names_key_value_and_command(folder: Path, damage: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -119,6 +119,8 @@ def test_a_wrong_folder_is_an_error_that_names_key_value_and_command(folder: Pat
         np.save(train, np.load(train).astype(np.int64))
     elif damage == "size":
         meta.write_text(json.dumps(facts | {"vocabulary_size": 7}))
+    elif damage == "tokens":
+        meta.write_text(json.dumps(facts | {"vocabulary_size": 3, "vocabulary": [1, 2, 3]}))
     else:
         del facts["counts"]["validation"]
         meta.write_text(json.dumps(facts))

@@ -75,6 +75,7 @@ def test_a_link_is_read_from_text() -> None:
         ),
         *("1gbit,0us", "1us,1gbit", "1gbit,1us,1gbit", "1gbit,1us,1gbit,1us,0", "1gbit,1us,1gbit,1us,x", "", "gbit,us"),
         "1gbit,1us,1gbit,1us,2,2",
+        *(f"{'9' * 400}gbit,1us", f"1gbit,{'9' * 400}s"),
     ],
 )
 def test_another_text_is_one_line_and_status_2(text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn, optim
 
 from ..batchnorm import STATISTICS, Pooling, norms
 from ..buffers import as_bytes, from_bytes, frozen_parameters, put
+from ..comm import Communicator
 from ..errors import ConfigError
 from ..vector import ParameterVector
 
@@ -28,6 +30,12 @@ class Rider(ABC):
             alive: ``[W]``, the ranks that are finite.
         """
         return alive.double() / alive.sum()
+
+    def after_step(self) -> None:  # noqa: B027
+        """See a local step."""
+
+    def agree(self, comm: Communicator) -> None:  # noqa: B027
+        """Make sure that all ranks pack alike, where a rank has made no step yet; all ranks must."""
 
     def candidates(self) -> dict[str, Tensor]:
         """This rank's tensors that ride only once ranks differ in them; the same names on every rank."""
@@ -49,16 +57,29 @@ class LocalMomentum(Rider):
     """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments).
 
     Raises:
-        ConfigError: by ``pack``, where the state holds what is no number to average (8-bit codes).
+        ConfigError: by ``after_step`` or ``pack``, where the state holds what is no number to average (8-bit codes), or
+            is sparse.
     """
 
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
         self._vector, self._optimizer = vector, optimizer
         self._keys: list[tuple[nn.Parameter, str]] = []
+        self._packed = False
+
+    def after_step(self) -> None:
+        if not self._packed:  # before rounds of groups, in which a healed rank forgets
+            self._keys = self._found()
+
+    def agree(self, comm: Communicator) -> None:
+        if self._packed:
+            return
+        numbers = {id(p): i for i, p in enumerate(self._vector.parameters)}
+        own = json.dumps([(numbers[id(p)], key) for p, key in self._keys]) if self._keys else ""
+        said = next(filter(None, comm.gather_bytes(own.encode(), "center")), b"[]")
+        self._keys = [(self._vector.parameters[i], key) for i, key in json.loads(said)]
 
     def _state(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        if not self._keys:  # at the first round every rank has stepped
-            self._keys = self._found()
+        self._keys = self._keys or self._found()
         state = self._optimizer.state
         return [(p, state.get(p, {}).get(key)) for p, key in self._keys]
 
@@ -77,7 +98,14 @@ class LocalMomentum(Rider):
         return keys
 
     def pack(self) -> list[Tensor]:
-        return [torch.zeros_like(p) if own is None else own for p, own in self._state()]
+        self._packed = True
+        state = self._state()
+        if any(own is not None and own.is_sparse for _, own in state):
+            raise ConfigError(
+                "method.local_momentum is average: the optimizer's state of a sparse gradient is sparse, and has not "
+                "the same entries on all ranks; must be keep or reset, or the embedding one with sparse=False"
+            )
+        return [torch.zeros_like(p) if own is None else own for p, own in state]
 
     def unpack(self, averages: list[Tensor]) -> None:
         pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]

@@ -94,17 +94,19 @@ class Comparison:
         if not names:
             raise ConfigError("methods is missing: give --methods LGRAWA,EASGD or a recipe with a compare section")
         given = section.get("seeds", [settings.get("run", {}).get("seed", 0)])
-        if not isinstance(given, list):
+        if not isinstance(given, list) or not given:
             raise wrong("compare.seeds", given, "must be a list of numbers ([1, 2])")
         if not isinstance(section.get("target", 0.0), int | float | None):
             raise wrong("compare.target", section["target"], "must be a number")
         numbers = seeds.split(",") if seeds else [str(n) for n in given]
-        if not all(number.isdigit() for number in numbers):
+        if not all(re.fullmatch("[0-9]{1,19}", number) for number in numbers):
             raise wrong("seeds", ",".join(numbers), "must be whole numbers of 0 or more, separated by commas")
+        numbers = [str(int(number)) for number in numbers]
         networks = section.get("networks") or {}
         known = section.get("methods") or names
         if not isinstance(networks, dict) or not all(
-            isinstance(again, list) and all(name in known for name in again) for again in networks.values()
+            isinstance(network, str) and isinstance(again, list) and all(name in known for name in again)
+            for network, again in networks.items()
         ):
             raise wrong("compare.networks", networks, "must hold those of the methods ({'1gbit,100us': [LGRAWA]})")
         for what, values in (("methods", [short(name) for name in names]), ("seeds", numbers)):
@@ -242,6 +244,8 @@ class Comparison:
             return f"nothing to submit: all {len(self.plan)} runs are in {self.folder}"
         file = self.folder / "plan.txt"
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        if not arguments:
+            raise wrong("submit", "", "must be options of sbatch, if any, and the script, slurm/compare.sh")
         command = ["sbatch", f"--array={','.join(map(str, left))}", *arguments, str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -215,18 +215,22 @@ def compare(words: list[str], slot: Slot) -> None:
         raise SystemExit(0)
     options, words = own.parse_known_args(words)
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
-    elsewhere = options.launcher or options.submit
+    way = "launcher" if options.submit is None else "submit"
+    elsewhere = getattr(options, way)
     if elsewhere is None:
         _compare_here(comparison, program, slot)
         return
     if slot.size > 1:
-        what = "launcher" if options.launcher else "submit"
-        raise wrong(what, elsewhere, f"must not be given to {slot.size} ranks: start hpc-grawa compare by itself")
+        raise wrong(way, elsewhere, f"must not be given to {slot.size} ranks: start hpc-grawa compare by itself")
+    try:
+        told = shlex.split(elsewhere)
+    except ValueError as error:
+        raise wrong(way, elsewhere, f"must be words as a shell reads them ({error})") from None
     comparison.check_folders(None)
-    if options.submit:
-        print(comparison.submit(shlex.split(options.submit)))
+    if way == "submit":
+        print(comparison.submit(told))
         return
-    status = comparison.launch(shlex.split(options.launcher))
+    status = comparison.launch(told)
     if comparison.finished:
         report(
             comparison.finished, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png"

@@ -101,7 +101,10 @@ def _pair(bandwidth: str, latency: str) -> Pair | None:
 def _amount(text: str, units: dict[str, str]) -> float | None:
     """A positive number with its unit, or None."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)", text)
-    return float(Fraction(found[1]) * Fraction(units.get(found[2], "0"))) or None if found else None
+    try:
+        return float(Fraction(found[1]) * Fraction(units.get(found[2], "0"))) or None if found else None
+    except OverflowError:
+        return None
 
 
 def cost(verb: Verb | Literal["barrier", "counter"], payload: int, world_size: int) -> tuple[int, float]:

@@ -85,8 +85,7 @@ class Text(Data):
 
     def metric_arguments(self) -> dict[str, object]:
         """``token_bytes``; None where tokens are bytes."""
-        vocabulary = self._facts()["vocabulary"]
-        return {"token_bytes": None if vocabulary is None else [len(token.encode()) for token in vocabulary]}
+        return {"token_bytes": self._facts()["token_bytes"]}
 
     def _windows(self, part: str) -> int:
         return max(0, int(self._facts()["counts"][part]) - 1) // max(1, self.context)
@@ -95,11 +94,12 @@ class Text(Data):
         return Path(self.path) / f"{part}.npy"
 
     def _facts(self) -> dict[str, Any]:
-        """meta.json, once every array is seen to have the size that it states."""
+        """meta.json, once every array is seen to have the size that it states, and ``token_bytes`` made from it."""
         try:
             facts: dict[str, Any] = json.loads((Path(self.path) / "meta.json").read_bytes())
             vocabulary = facts["vocabulary"]
             size = 256 if vocabulary is None else len(vocabulary)
+            facts["token_bytes"] = None if vocabulary is None else [len(token.encode()) for token in vocabulary]
             if facts["unit"] not in ("bytes", "characters") or facts["vocabulary_size"] != size:
                 raise ValueError(f"it holds {facts['unit']}, {facts['vocabulary_size']} of {size} in the vocabulary")
             for part in _PARTS:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,7 +245,7 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         by_seed={
             int(status["seed"]): float(status[key])
             for status in found
-            if "seed" in status and _is_number(status.get(key := f"center_test_{status['metric']}"))
+            if _is_number(status.get("seed")) and _is_number(status.get(key := f"center_test_{status['metric']}"))
         },
         last=statistics.fmean(ends) if (ends := [curve[-1][1] for run in runs if (curve := run.curve(part))]) else None,
     )
@@ -274,7 +275,9 @@ def p_value(one: Mapping[int, float], other: Mapping[int, float]) -> float | Non
         from scipy.stats import ttest_rel
     except ImportError:
         return None
-    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of differences that are equal but for round-off: p is as good as 0
+        return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
 
 def _against_best(table: Table) -> dict[str, float | None]:
