@@ -13,11 +13,13 @@ from test_text import prepared
 from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.cli.settings import RECIPES, recipes
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import Digits
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, DataParallel, LocalSGD
 from hpc_grawa.optim import SAM, SGD, AdamW
 from hpc_grawa.periods import QSR
 from hpc_grawa.training.config import Config
+from hpc_grawa.training.worker import Worker
 
 #: What a setting's recipes said when there was one for each method.
 SAID = {
@@ -63,6 +65,17 @@ METHODS = {
 }
 
 
+#: The rows of each comparison.
+ROWS = {
+    "demo": "LGRAWA MGRAWA EASGD LSGD LocalSGD DataParallel LGRAWA EASGD LocalSGD DataParallel",
+    "results_cifar10": "LGRAWA MGRAWA LocalLGRAWA EASGD LSGD LocalSGD QSR PostLocal SWAP SlowMo DiLoCo Parle DPPF"
+    " DataParallel SAM LPFSGD PowerSGD DeepGradientCompression OneBitSGD EFSign",
+    "results_gpt": "DiLoCo QSR LGRAWA LocalSGD DataParallel PowerSGD",
+    "ablations_grawa": "LGRAWA Modules Squared Forgetful OwnShard MGRAWA GRAWA LocalLGRAWA LocalMGRAWA",
+    "ablations_dgc": "DataParallel DeepGradientCompression Unmasked Uncorrected Unwarmed",
+}
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Data for each setting: black pictures, and an ImageNet without any."""
@@ -74,11 +87,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (imagenet / name).write_bytes(b" ")
     sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}, "bytes": files}
     (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000}))
+    ten, text = cifar(folder / "ten", 10, train=1000), prepared(folder, "bytes", times=80)
     return {
-        "cifar10_resnet20": cifar(folder / "ten", 10, train=1000),
+        **dict.fromkeys(("cifar10_resnet20", "results_cifar10", "ablations_grawa", "ablations_dgc"), ten),
+        **dict.fromkeys(("gpt_text", "results_gpt"), text),
         "cifar100_resnet56": cifar(folder / "hundred", 100, train=1000),
         "imagenet_resnet50": imagenet,
-        "gpt_text": prepared(folder, "bytes", times=80),
     }
 
 
@@ -101,13 +115,27 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
 
 
 def test_every_recipe_says_its_goal_and_is_valid(paths: dict[str, Path]) -> None:
-    assert set(recipes()) == {*SAID, "digits", "demo", "gpt_text"}
+    assert set(recipes()) == {*SAID, *ROWS, "digits", "gpt_text"}
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
         if name not in SAID:
             for method in METHODS:
                 data = [f"--data.path={paths[name]}"] if name in paths else []
                 parse([f"--config={name}", f"--method={method}", *data]).check(4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_a_comparison_can_be_trained(name: str, paths: dict[str, Path]) -> None:
+    """Each is another experiment, is checked, and builds its model, method and optimizer on its data."""
+    data = [f"--data.path={paths[name]}"] if name in paths else []
+    compared = Comparison.read(None, None, None, None, [f"--config={name}", *data], "hpc-grawa compare").plan
+    configs = [config for _, config in compared]
+    assert " ".join(str(config.run.name).partition("-")[0] for config in configs) == ROWS[name]
+    assert {config.run.seed for config in configs} == {36}
+    assert len({f"{c.method} {c.optimizer} {c.network}" for c in configs}) == len(configs)
+    for config in configs:
+        config.check(4)
+        Worker(config, SingleCommunicator()).run.close()
 
 
 SETTING = """

@@ -9,7 +9,7 @@ sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``backen
 
 What a method has of its own in a file stands there under ``methods``, as in ``methods: {EASGD: {method.period: 16}}``:
 where that method runs it wins over the rest of that file, elsewhere it is left out. ``methods`` may also name variants,
-as in ``QSR: {method: LocalSGD, method.period: QSR}``, which run by ``--method QSR``, with what is said of their class and
+as in ``QSR: {method: LocalSGD, method.period: QSR}``, which run by ``--method QSR``: with what is said of their class,
 then of them. ``--config digits_easgd`` is short for a recipe and a method.
 """
 
