@@ -119,7 +119,8 @@ def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) ->
 
     What the ``methods`` of a file say of the method that runs wins over the rest of that file; what they say of the
     others is left out. They may also give a name to a variant, ``QSR: {method: LocalSGD, method.period: QSR}``: it runs
-    where a method of that name is asked for, with what they say of its class and then of itself.
+    where a method of that name is asked for, with what they say of its class and then of itself, and the section says
+    its name (``variant``).
 
     Args:
         files: YAML files, recipes, or a recipe and a method in one (``digits_easgd``).
@@ -145,6 +146,8 @@ def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) ->
             if (other := {"method": {"class_path": path}, **sections}["method"]["class_path"]) != path:
                 raise ConfigError(f"method is {short(other)} in methods: must be {short(path)} there")
             _merge(settings, sections)
+    if path != name:
+        settings["method"]["variant"] = name
     return settings
 
 

@@ -161,6 +161,7 @@ class Config:
         clip_norm: largest norm of the gradient, after sharing; None for none.
         accumulate: equal parts the batch is computed in, to save memory.
         network: bandwidth and latency of an emulated link, as of ``hpc_grawa.comm.throttled``.
+        method_name: of the variant that runs, or of the method's class.
         called: settings that the command line has given by another name than today's, and that name.
     """
 
@@ -182,6 +183,7 @@ class Config:
     network: str | None
     device: Wanted
     comm_timeout: float
+    method_name: str
     model_name: str
     text: str
     called: dict[str, str]
