@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import signal
 import statistics
@@ -205,8 +206,27 @@ def table(found: dict[str, Found]) -> str:
     return "\n".join(lines)
 
 
-def rank(backend: str, setting: Setting, repeats: int) -> None:
-    """Run on every rank; rank 0 prints."""
+def pays(fast: int, slow: int, found: dict[int, dict[str, Found]]) -> str:
+    """Below which bandwidth each way is faster than DataParallel, from a + b / bandwidth through a step's two times."""
+
+    def line(name: str) -> tuple[float, float]:
+        steps = found[fast][name].step, found[slow][name].step
+        b = (steps[1] - steps[0]) / (1 / slow - 1 / fast)
+        return steps[0] - b / fast, b
+
+    width = max(map(len, found[fast]))
+    lines = [f"faster than {REFERENCE} below, where a step is a + b / bandwidth through both links"]
+    a, b = line(REFERENCE)
+    for name in found[fast]:
+        more, less = line(name)[0] - a, b - line(name)[1]
+        if name != REFERENCE:
+            at = "any bandwidth" if more <= 0 < less else f"{less / more:,.0f} Mbit/s" if less > 0 else "none"
+            lines.append(f"  {name:{width}}  {at}")
+    return "\n".join(lines)
+
+
+def rank(backend: str, setting: Setting, repeats: int) -> tuple[str, dict[str, Found]]:
+    """Run on every rank; what was measured, and the medians of this rank."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     comm = connect(backend)
@@ -223,37 +243,49 @@ def rank(backend: str, setting: Setting, repeats: int) -> None:
             one = measure(comm, build(), setting.steps)
             if turn or not repeats:  # the first turn warms up
                 found[name].append(one)
-    if comm.rank == 0:
-        medians = {name: Found(*map(statistics.median, zip(*some, strict=True))) for name, some in found.items()}
-        size = sum(p.numel() for p in parts(setting)[0].parameters())
-        print(
-            f"a step of {setting.model}, {size:,} parameters, {setting.batch} images per rank, {comm.size} ranks on "
-            f"{os.cpu_count()} cores, {backend}, median of {max(repeats, 1)}, load {os.getloadavg()[0]:.1f}"
-        )
-        print(table(medians), flush=True)
+    size = sum(p.numel() for p in parts(setting)[0].parameters())
+    title = (
+        f"a step of {setting.model}, {size:,} parameters, {setting.batch} images per rank, {comm.size} ranks on "
+        f"{os.cpu_count()} cores, {backend}, median of {max(repeats, 1)}, load {os.getloadavg()[0]:.1f}"
+    )
     comm.barrier()
+    is_first = comm.rank == 0
     comm.close()
+    medians = {name: Found(*map(statistics.median, zip(*some, strict=True))) for name, some in found.items()}
+    return title, medians if is_first else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backend", nargs="?", default="mpi", choices=["mpi", "gloo"])
     parser.add_argument("--model", default="resnet18", help="of torchvision (resnet18)")
-    parser.add_argument("--batch", type=int, default=8, help="images of a rank's step (8)")
+    parser.add_argument("--batch", type=int, default=8, help="images of a rank's step, 2 or more (8)")
     parser.add_argument("--steps", type=int, default=4, help="timed in each turn, and the period of local methods (4)")
     parser.add_argument("--repeats", type=int, default=5, help="turns after a first (5)")
     parser.add_argument("--links", help="Mbit/s, separated by commas: ranks in network namespaces, on Gloo, as root")
     parser.add_argument("--ranks", type=int, default=2, help="of --links (2)")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.links is None:
-        rank(words.backend, Setting(words.model, words.batch, words.steps), words.repeats)
+        title, found = rank(words.backend, Setting(words.model, words.batch, words.steps), words.repeats)
+        if found:
+            print(json.dumps([title, found]) if words.json else f"{title}\n{table(found)}", flush=True)
         return
     signal.signal(signal.SIGTERM, leave)
-    options = [f"--{name}={getattr(words, name)}" for name in ("model", "batch", "steps", "repeats")]
+    options = [
+        "gloo",
+        "--json",
+        *(f"--{name}={getattr(words, name)}" for name in ("model", "batch", "steps", "repeats")),
+    ]
+    by_link: dict[int, dict[str, Found]] = {}
     with hosts(words.ranks):
         for mbit in map(int, words.links.split(",")):
             shape(words.ranks, mbit)
-            print(f"{mbit} Mbit/s:", start(words.ranks, [__file__, "gloo", *options]), sep="\n", flush=True)
+            title, numbers = json.loads(start(words.ranks, [__file__, *options]).splitlines()[-1])
+            by_link[mbit] = {name: Found(*one) for name, one in numbers.items()}
+            print(f"{mbit} Mbit/s, {title}", table(by_link[mbit]), sep="\n", flush=True)
+    if len(by_link) > 1:
+        print(pays(max(by_link), min(by_link), by_link))
 
 
 if __name__ == "__main__":
