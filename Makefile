@@ -179,6 +179,12 @@ bench: $(READY)  ## the figures of benchmarks/README.md, measured on this machin
 	for backend in $$backends; do
 		for ranks in 2 4; do $(MPIRUN) -np $$ranks $(BIN)/python benchmarks/rounds.py $$backend; done
 	done
+	for backend in mpi gloo; do $(MPIRUN) -np 2 $(BIN)/python benchmarks/sharing.py $$backend; done
+	if [ "$$(id -u)" = 0 ] && command -v ip >/dev/null && command -v tc >/dev/null; then
+		$(BIN)/python benchmarks/sharing.py --links 1000,100 --repeats 2
+	else
+		echo "bench: real links are left out, they need root, ip and tc"
+	fi
 	$(MPIRUN) -np 2 $(BIN)/python benchmarks/steps.py
 	$(MPIRUN) -np 4 $(BIN)/python benchmarks/pooled.py
 	$(MPIRUN) -np 4 $(BIN)/python benchmarks/checkpoints.py

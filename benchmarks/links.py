@@ -103,8 +103,8 @@ def shape(count: int, mbit: int | None) -> None:
             subprocess.run([*tc, "add", "dev", "eth0", "root", "tbf", *bucket], check=True)
 
 
-def measure(count: int, method: str, network: str) -> list[float]:
-    """Start a rank in each namespace; what rank 0 prints."""
+def start(count: int, words: list[str]) -> str:
+    """Start a Python program in each namespace, a rank each; what rank 0 prints."""
     processes = []
     for n in range(count):
         environment = {
@@ -112,16 +112,21 @@ def measure(count: int, method: str, network: str) -> list[float]:
             **{"RANK": str(n), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
             **{"MASTER_ADDR": f"{NET}.1", "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
         }
-        words = ["ip", "netns", "exec", f"grawa{n}", sys.executable, __file__, "--rank", network, method]
-        processes.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
+        command = ["ip", "netns", "exec", f"grawa{n}", sys.executable, *words]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
         outputs = [process.communicate()[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     if any(process.returncode for process in processes):
-        raise SystemExit(f"{method} over {network} failed")
-    parts: list[float] = json.loads(outputs[0].splitlines()[-1])
+        raise SystemExit(f"{' '.join(words)} failed")
+    return outputs[0]
+
+
+def measure(count: int, method: str, network: str) -> list[float]:
+    """What rank 0 finds."""
+    parts: list[float] = json.loads(start(count, [__file__, "--rank", network, method]).splitlines()[-1])
     return parts
 
 

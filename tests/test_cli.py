@@ -382,6 +382,21 @@ def test_a_comparison_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert float(row["center_test_r2_std"]) == pytest.approx(values.std().item(), rel=1e-3, abs=1e-6)
 
 
+def test_variants_of_a_method_are_told_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the table of a comparison, and in the folder of a run without a name."""
+    (tmp_path / "variants.yaml").write_text(
+        "methods: {Rare: {method: LocalSGD, method.period: 4}, Rarest: {method: LocalSGD, method.period: 8}}"
+    )
+    words = [f"--config={tmp_path / 'variants.yaml'}", *LINE, "--budget.steps=8"]
+    cli.main(["compare", "--methods=Rare,LocalSGD,Rarest", *words])
+    with Path("runs/comparison/table.csv").open() as file:
+        rows = [(row["experiment"], row["method"], row["rounds"]) for row in csv.DictReader(file)]
+    assert rows == [("Rare", "Rare", "2.0"), ("LocalSGD", "LocalSGD", "1.0"), ("Rarest", "Rarest", "1.0")]
+    cli.main(["train", "--method=Rarest", "--run.dir=alone", *words])
+    assert [path.name.partition("-")[0] for path in Path("alone").iterdir()] == ["Rarest"]
+    capsys.readouterr()
+
+
 def plan(*words: str) -> list[Planned]:
     return Comparison.read(None, "1,2", None, None, ["--config=digits", *words], "hpc-grawa compare").plan
 

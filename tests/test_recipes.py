@@ -13,10 +13,13 @@ from test_text import prepared
 from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.cli.settings import RECIPES, recipes
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import Digits
-from hpc_grawa.methods import EASGD, LGRAWA, LSGD, LocalSGD
-from hpc_grawa.optim import SGD, AdamW
+from hpc_grawa.methods import EASGD, LGRAWA, LSGD, DataParallel, LocalSGD
+from hpc_grawa.optim import SAM, SGD, AdamW
+from hpc_grawa.periods import QSR
 from hpc_grawa.training.config import Config
+from hpc_grawa.training.worker import Worker
 
 #: What a setting's recipes said when there was one for each method.
 SAID = {
@@ -62,6 +65,17 @@ METHODS = {
 }
 
 
+#: The rows of each comparison.
+ROWS = {
+    "demo": "LGRAWA MGRAWA EASGD LSGD LocalSGD DataParallel LGRAWA EASGD LocalSGD DataParallel",
+    "results_cifar10": "LGRAWA MGRAWA LocalLGRAWA EASGD LSGD LocalSGD QSR PostLocal SWAP SlowMo DiLoCo Parle DPPF"
+    " DataParallel SAM LPFSGD PowerSGD DeepGradientCompression OneBitSGD EFSign",
+    "results_gpt": "DiLoCo QSR LGRAWA LocalSGD DataParallel PowerSGD",
+    "ablations_grawa": "LGRAWA Modules Squared Forgetful OwnShard MGRAWA GRAWA LocalLGRAWA LocalMGRAWA",
+    "ablations_dgc": "DataParallel DeepGradientCompression Unmasked Uncorrected Unwarmed",
+}
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Data for each setting: black pictures, and an ImageNet without any."""
@@ -73,11 +87,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (imagenet / name).write_bytes(b" ")
     sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}, "bytes": files}
     (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000}))
+    ten, text = cifar(folder / "ten", 10, train=1000), prepared(folder, "bytes", times=80)
     return {
-        "cifar10_resnet20": cifar(folder / "ten", 10, train=1000),
+        **dict.fromkeys(("cifar10_resnet20", "results_cifar10", "ablations_grawa", "ablations_dgc"), ten),
+        **dict.fromkeys(("gpt_text", "results_gpt"), text),
         "cifar100_resnet56": cifar(folder / "hundred", 100, train=1000),
         "imagenet_resnet50": imagenet,
-        "gpt_text": prepared(folder, "bytes", times=80),
     }
 
 
@@ -100,13 +115,27 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
 
 
 def test_every_recipe_says_its_goal_and_is_valid(paths: dict[str, Path]) -> None:
-    assert set(recipes()) == {*SAID, "digits", "demo", "gpt_text"}
+    assert set(recipes()) == {*SAID, *ROWS, "digits", "gpt_text"}
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
-        if name not in SAID:
+        if name not in {*SAID, *ROWS}:
             for method in METHODS:
                 data = [f"--data.path={paths[name]}"] if name in paths else []
                 parse([f"--config={name}", f"--method={method}", *data]).check(4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_a_comparison_can_be_trained(name: str, paths: dict[str, Path]) -> None:
+    """Each is another experiment, is checked, and builds its model, method and optimizer on its data."""
+    data = [f"--data.path={paths[name]}"] if name in paths else []
+    compared = Comparison.read(None, None, None, None, [f"--config={name}", *data], "hpc-grawa compare").plan
+    configs = [config for _, config in compared]
+    assert " ".join(str(config.run.name).partition("-")[0] for config in configs) == ROWS[name]
+    assert {config.run.seed for config in configs} == {36}
+    assert len({f"{c.method} {c.optimizer} {c.network}" for c in configs}) == len(configs)
+    for config in configs:
+        config.check(4)
+        Worker(config, SingleCommunicator()).run.close()
 
 
 SETTING = """
@@ -186,6 +215,55 @@ def test_a_comparison_takes_the_lines_of_each_method(setting: str, tmp_path: Pat
     assert [config.method for _, config in named] == [LSGD(pull=0.3, group_period=4), EASGD(period=3, pull=0.4)]
 
 
+VARIANTS = """
+model: SmallCNN
+data: Digits
+budget: {steps: 3}
+methods:
+  LocalSGD: {method.period: 4, data.split: reshuffled}
+  QSR: {method: LocalSGD, method.period: {class_path: QSR, init_args: {alpha: 0.1}}}
+  Sharp: {method: DataParallel, method.wire: bf16, optimizer: SAM, optimizer.rho: 0.2, optimizer.base: AdamW}
+compare: {methods: [QSR, LocalSGD, Sharp], seeds: [7]}
+"""
+
+
+def test_a_variant_is_a_class_with_settings_of_its_own_under_a_name(tmp_path: Path) -> None:
+    """It has what is said of its class, then what is said of it; options win, also over what a later file says."""
+    (tmp_path / "variants.yaml").write_text(VARIANTS)
+    file = f"--config={tmp_path / 'variants.yaml'}"
+    qsr, sharp = parse([file, "--method=QSR"]), parse([file, "--method=Sharp"])
+    assert (qsr.method, qsr.data.split) == (LocalSGD(period=QSR(alpha=0.1)), "reshuffled")
+    assert (sharp.method, sharp.data.split) == (DataParallel(wire="bf16"), "disjoint")
+    assert sharp.optimizer == SAM(base=AdamW(), rho=0.2)
+    plain = parse([file, "--method=LocalSGD"])
+    assert (plain.method, plain.optimizer) == (LocalSGD(period=4), SGD())
+    assert [config.method_name for config in (qsr, sharp, plain)] == ["QSR", "Sharp", "LocalSGD"]
+    assert parse([file, "--method=QSR", "--method.period=9"]).method == LocalSGD(period=9)
+    (tmp_path / "named.yaml").write_text("method: {class_path: QSR, init_args: {buffers: local}}")
+    named = parse([file, f"--config={tmp_path / 'named.yaml'}"])
+    assert named.method == LocalSGD(period=QSR(alpha=0.1), buffers="local") and named.data.split == "reshuffled"
+    (tmp_path / "saved.yaml").write_text(qsr.text)
+    assert parse([f"--config={tmp_path / 'saved.yaml'}"]).text == qsr.text
+    (tmp_path / "again.yaml").write_text(
+        "methods: {QSR: {method: LocalSGD, method.period.alpha: 0.2, data.split: full}}"
+    )
+    again = parse([file, f"--config={tmp_path / 'again.yaml'}", "--method=QSR"])
+    assert (again.method, again.data.split) == (LocalSGD(period=QSR(alpha=0.2)), "full")
+
+
+def test_variants_are_rows_of_a_comparison(tmp_path: Path) -> None:
+    """Named as they are; what is run can be run alone; a grid reaches those whose class has the setting."""
+    (tmp_path / "variants.yaml").write_text(VARIANTS)
+    words = [f"--config={tmp_path / 'variants.yaml'}"]
+    compared = Comparison.read(None, None, None, "method.local_momentum=keep,reset", words, "hpc-grawa compare").plan
+    momenta = [f"local_momentum{value}" for value in ("keep", "reset")]
+    names = [*(f"{name}-{value}-7" for name in ("QSR", "LocalSGD") for value in momenta), "Sharp-7"]
+    assert [config.run.name for _, config in compared] == names
+    assert compared[1].config.method == LocalSGD(period=QSR(alpha=0.1), local_momentum="reset")
+    for alone, config in compared:
+        assert parse(alone).text == config.text
+
+
 def test_a_comparison_that_says_nothing_of_a_method_leaves_its_lines(tmp_path: Path) -> None:
     said = "methods: {LSGD: {method.pull: 0.3}, EASGD: {method.pull: 0.2}}"
     (tmp_path / "said.yaml").write_text(f"{said}\ncompare: {{methods: {{LSGD: , EASGD: {{method.period: 5}}}}}}")
@@ -203,6 +281,8 @@ def test_a_comparison_that_says_nothing_of_a_method_leaves_its_lines(tmp_path: P
         ("methods: {EASGD: {method.perod: 16}}", ("method.perod is no setting", "did you mean method.period")),
         ("methods: {EASGD: {period: 16}}", ("period is no setting", "method, optimizer")),
         ("methods: {EASGD: {method: 16}}", ("method is 16", "must be a class")),
+        ("methods: {Mine: {method: 16}}", ("method is 16", "must be a class")),
+        ("methods: {Mine: {method: EASDG}}", ("method is EASDG", ", ".join(sorted(plain())))),
         (
             "methods: {EASGD: {data.split: full}}",
             ("data is missing before data.split in methods", "named in that file"),

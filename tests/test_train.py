@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hpc_grawa import cli, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.trace import Kind, Trace
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.runs.log import Log
 from hpc_grawa.training.config import Config
@@ -536,6 +537,23 @@ def test_messages_under_way_at_once_have_rows_of_their_own(tmp_path: Path) -> No
     assert len({row for row, _, _ in wire}) > 1
     for (row, start, length), (next_row, next_start, _) in itertools.pairwise(wire):
         assert row != next_row or start + length <= next_start + 0.2
+
+
+def test_a_trace_tells_packing_and_unpacking_gradients_from_waiting_for_them(tmp_path: Path) -> None:
+    """What is waited for within them is counted once; each bucket leaves by itself, then all send a second message."""
+    trace = Trace()
+    spans: list[tuple[Kind, int, int]] = [("pack", 0, 4), ("wait", 1, 3), ("unpack", 4, 9), ("wait", 8, 9)]
+    for kind, begin, end in [*spans, ("wait", 10, 13)]:
+        trace.add(kind, "gradient", begin, end)
+    assert [trace.seconds(kind) for kind in ("pack", "wait", "unpack", "load")] == [2, 6, 4, 0]
+    config = digits(method="PowerSGD")
+    simulate(
+        2, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: tmp_path, speaks=False, trace=True)
+    )
+    found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [e["name"] for e in found if e["ph"] == "X" and e["pid"] == 0]
+    counts = [names.count(name) for name in ("compute local step", "pack gradient", "unpack gradient")]
+    assert counts == [10, 10 * (LAYERS + 1), 10]
 
 
 def test_events_for_tensorboard_hold_the_curves(tmp_path: Path) -> None:

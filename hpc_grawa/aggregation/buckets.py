@@ -197,9 +197,11 @@ class Bucketed(Aggregator):
         absent, self._absent = self._flush(), None
         works, self._works = self._works, []
         for _ in range(self._codec.messages - 1):
-            works = [self._codec.follow(bucket, work) for bucket, work in zip(self._buckets, works, strict=True)]
-        for bucket, work in zip(self._buckets, works, strict=True):
-            self._codec.land(bucket, work)
+            with self._comm.meter.span("pack", "gradient"):
+                works = [self._codec.follow(bucket, work) for bucket, work in zip(self._buckets, works, strict=True)]
+        with self._comm.meter.span("unpack", "gradient"):
+            for bucket, work in zip(self._buckets, works, strict=True):
+                self._codec.land(bucket, work)
         if self._header_work is not None:
             self._header_work.wait()
         if self.grad is not self._mean:
@@ -334,7 +336,8 @@ class Bucketed(Aggregator):
             if absent:  # on CUDA a list of indices stops the host
                 self._flags[list(absent)] = 0
             self._message[len(self._flags)].fill_(self._place)
-        self._works.append(self._codec.launch(bucket))
+        with self._comm.meter.span("pack", "gradient"):
+            self._works.append(self._codec.launch(bucket))
         if last and not self._codec.sums:
             self._header_work = self._comm.allreduce(self._header, "gradient", self._numbers[-1])
 

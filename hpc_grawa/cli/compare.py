@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
@@ -25,7 +25,7 @@ from ..screen import columns
 from ..training.config import Config, renamed
 from .classes import find_class, short
 from .parsing import parse
-from .settings import read_settings, split_config
+from .settings import class_section, read_settings, split_config
 
 #: What a comparison sets itself, run by run.
 _SINGLE = ("method", "method.class_path", "run.seed", "run.resume")
@@ -70,10 +70,10 @@ class Comparison:
     ) -> Comparison:
         """Read the command line.
 
-        A recipe's ``compare`` section may hold ``methods`` (names, or for each name what stands in the recipe's
-        ``methods`` else), ``seeds``, ``target`` and ``grid`` (lists of values by key); the command line wins. A setting
-        in the grid that a method does not have is left out for this method. It may also hold ``networks``, such as
-        ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one.
+        A recipe's ``compare`` section may hold ``methods`` (names, of variants too, or for each name what stands in the
+        recipe's ``methods`` else), ``seeds``, ``target`` and ``grid`` (lists of values by key); the command line wins.
+        A setting in the grid that a method does not have is left out for this method. It may also hold ``networks``,
+        such as ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -114,7 +114,8 @@ class Comparison:
                 raise wrong(what, ",".join(values), "must not name one twice")
 
         axes = _axes(section.get("grid", {}) if grid is None else grid)
-        points = {name: list(product(*_of_method(axes, name, names).values())) for name in names}
+        kinds = {name: _class(files, name) for name in names}
+        points = {name: list(product(*_of_method(axes, kinds[name], kinds.values()).values())) for name in names}
 
         def run(name: str, *identity: str) -> Planned:
             own = [*words, f"--method={name}", *identity]
@@ -297,18 +298,23 @@ def _axes(grid: object) -> dict[str, list[str]]:
     return found
 
 
-def _of_method(axes: dict[str, list[str]], method: str, methods: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def _class(files: Sequence[str], name: str) -> type:
+    """The class of a method, or of a variant that the files name."""
+    path = read_settings(files, class_section("method", name))["method"]["class_path"]
+    return find_class("method", path)
+
+
+def _of_method(axes: dict[str, list[str]], method: type, methods: Iterable[type]) -> dict[str, list[tuple[str, str]]]:
     """Pairs of key and value for each axis that a method has; a key that no method has stays, and is told as wrong."""
 
-    def has(name: str, key: str) -> bool:
+    def has(kind: type, key: str) -> bool:
         section, _, setting = key.partition(".")
-        known = {field.name for field in fields(find_class("method", name))}
-        return section != "method" or setting.partition(".")[0] in known
+        return section != "method" or setting.partition(".")[0] in {field.name for field in fields(kind)}
 
     return {
         key: [(key, value) for value in values]
         for key, values in axes.items()
-        if has(method, key) or not any(has(name, key) for name in methods)
+        if has(method, key) or not any(has(kind, key) for kind in methods)
     }
 
 

@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train") -> Config:
 
 def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     settings, others = read_sections(files, options)
+    variant = settings["method"].pop("variant", None)
     parser = ArgumentParser(exit_on_error=False)
     classes = {name: find_class(name, settings[name]["class_path"]) for name in CLASS_SECTIONS}
     for name, found in classes.items():
@@ -100,6 +101,7 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     return Config(
         **{name: built[name] for name in CLASS_SECTIONS if name != "model"},
         **{name: built[name] for name in (*GROUPS, *PLAIN)},
+        method_name=variant or classes["method"].__name__,
         model_name=short(model.class_path),
         text=text,
         called=called,

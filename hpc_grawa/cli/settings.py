@@ -69,7 +69,7 @@ def read_sections(
         else:
             others.append((key, value))
     _move_to_step(chosen, "one option")
-    settings = read_settings(files, chosen.get("method"))
+    settings = read_settings(files, chosen.pop("method", None))
     settings.pop("compare", None)
     _merge(settings, chosen)
     for name, (_, default) in CLASS_SECTIONS.items():
@@ -118,7 +118,9 @@ def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) ->
     """Read YAML files and recipes; later ones win, and a section of another class replaces the one before.
 
     What the ``methods`` of a file say of the method that runs wins over the rest of that file; what they say of the
-    others is left out.
+    others is left out. They may also give a name to a variant, ``QSR: {method: LocalSGD, method.period: QSR}``: it runs
+    where a method of that name is asked for, with what they say of its class and then of itself, and the section says
+    its name (``variant``).
 
     Args:
         files: YAML files, recipes, or a recipe and a method in one (``digits_easgd``).
@@ -130,17 +132,31 @@ def read_settings(files: Sequence[str], method: dict[str, Any] | None = None) ->
     read = [_read(name) for name in files]
     named = [one["method"] for one in read if "method" in one] + ([method] if method else [])
     chosen = named[-1] if named else class_section("method", CLASS_SECTIONS["method"][1])
+    name = chosen["class_path"]
+    path = _class_of(name, read)
     settings: dict[str, Any] = {}
-    for one in read:
-        own = one.pop("methods").get(chosen["class_path"])
+    for one in [*read, {"method": method}] if method else read:
+        lines = one.pop("methods", {})
+        if "method" in one and one["method"]["class_path"] == name:
+            one["method"] = {**one["method"], "class_path": path}
         _merge(settings, one)
-        if own:
-            _merge(settings, {"method": {"class_path": chosen["class_path"]}})
+        for own in (lines[key] for key in dict.fromkeys((path, name)) if lines.get(key)):
+            _merge(settings, {"method": {"class_path": path}})
             sections = _as_sections(own, settings)
-            if (other := {"method": chosen, **sections}["method"]["class_path"]) != chosen["class_path"]:
-                raise ConfigError(f"method is {short(other)} in methods: must be {short(chosen['class_path'])} there")
+            if (other := {"method": {"class_path": path}, **sections}["method"]["class_path"]) != path:
+                raise ConfigError(f"method is {short(other)} in methods: must be {short(path)} there")
             _merge(settings, sections)
+    if path != name:
+        settings["method"]["variant"] = name
     return settings
+
+
+def _class_of(name: str, read: Sequence[dict[str, Any]]) -> str:
+    """The import path of a method, or of the one that a variant in ``methods`` is of."""
+    if "." in name:
+        return name
+    named = [lines["method"] for one in read if "method" in (lines := one["methods"].get(name, {}))]
+    return str(class_section("method", named[-1])["class_path"]) if named else name
 
 
 def class_section(name: str, section: object) -> dict[str, Any]:
@@ -213,8 +229,9 @@ def _methods(settings: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
         compared["methods"] = list(compared["methods"])
     if not isinstance(own, dict) or not all(isinstance(lines or {}, dict) for lines in own.values()):
         raise ConfigError(f"methods is {own} in {name}: must hold settings for methods (EASGD: {{method.period: 16}})")
-    for method in own:
-        find_class("method", str(method))
+    for method, lines in own.items():
+        variant = "." not in import_path("method", str(method)) and "method" in (lines or {})
+        find_class("method", class_section("method", lines["method"])["class_path"] if variant else str(method))
     return {import_path("method", str(method)): lines or {} for method, lines in own.items()}
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from . import Communicator
 
-#: What a rank does: load a batch, compute a local step or probe, fill a message, have one under way, wait for one.
-Kind = Literal["load", "compute", "pack", "wire", "wait"]
+#: What a rank does: load a batch, compute a local step or probe, fill a message, have one under way, wait for one, read
+#: one.
+Kind = Literal["load", "compute", "pack", "wire", "wait", "unpack"]
 #: Spans kept per rank; a run of many hours has more than a viewer can show.
 LIMIT = 100_000
 
@@ -45,6 +46,13 @@ class Trace:
             yield
         finally:
             self.add(kind, name, begin, time.perf_counter())
+
+    def seconds(self, kind: Kind) -> float:
+        """Of all spans of a kind, without what they waited for messages."""
+        found = [(begin, end) for one, _, begin, end in self._spans if one == kind]
+        waits = [(begin, end) for one, _, begin, end in self._spans if one == "wait"] if kind != "wait" else []
+        inside = sum(end - begin for begin, end in waits if any(a <= begin and end <= b for a, b in found))
+        return sum(end - begin for begin, end in found) - inside
 
     def gather(self, comm: Communicator) -> str | None:
         """The trace of all ranks as Chrome's JSON, on rank 0; all ranks must call it.

@@ -8,8 +8,9 @@ sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``backen
 ``device``, ``comm_timeout``. On the command line a ``-`` within a name is as good as a ``_``.
 
 What a method has of its own in a file stands there under ``methods``, as in ``methods: {EASGD: {method.period: 16}}``:
-where that method runs it wins over the rest of that file, elsewhere it is left out. ``--config digits_easgd`` is short
-for a recipe and a method.
+where that method runs it wins over the rest of that file, elsewhere it is left out. ``methods`` may also name variants,
+as in ``QSR: {method: LocalSGD, method.period: QSR}``, which run by ``--method QSR``: with what is said of their class,
+then of them. ``--config digits_easgd`` is short for a recipe and a method.
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ class Config:
         clip_norm: largest norm of the gradient, after sharing; None for none.
         accumulate: equal parts the batch is computed in, to save memory.
         network: bandwidth and latency of an emulated link, as of ``hpc_grawa.comm.throttled``.
+        method_name: of the variant that runs, or of the method's class.
         called: settings that the command line has given by another name than today's, and that name.
     """
 
@@ -181,6 +183,7 @@ class Config:
     network: str | None
     device: Wanted
     comm_timeout: float
+    method_name: str
     model_name: str
     text: str
     called: dict[str, str]

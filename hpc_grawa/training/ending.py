@@ -73,7 +73,7 @@ class Ending:
             "cause": cause,
             "rank": rank,
             "name": self._folder.name if self._folder else None,
-            "method": type(worker.config.method).__name__,
+            "method": worker.config.method_name,
             "world_size": worker.comm.size,
             "steps": facts.step,
             "training_seconds": worker.clock.seconds,

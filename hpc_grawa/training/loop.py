@@ -287,7 +287,7 @@ def _summary(worker: Worker, found: dict[str, Any], folder: Path | None, trainin
     return {
         "state": "finished",
         "name": folder.name if folder else None,
-        "method": type(config.method).__name__,
+        "method": config.method_name,
         "backend": comm.backend,
         "network": comm.network,
         "world_size": comm.size,

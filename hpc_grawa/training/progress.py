@@ -113,7 +113,7 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
     if anew:
         log.record(
             "start",
-            method=type(config.method).__name__,
+            method=config.method_name,
             world_size=size,
             metric=config.metric.name,
             higher_is_better=config.metric.higher_is_better,

@@ -74,7 +74,7 @@ class RunPlace:
     """
 
     def __init__(self, config: Config, allowed: Sequence[str] = ()) -> None:
-        run, method = config.run, type(config.method).__name__
+        run, method = config.run, config.method_name
         self._config, self._allowed = config, allowed
         self._resumes = run.resume == "auto"
         self._numbered = not self._resumes and run.name is None
