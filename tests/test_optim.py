@@ -317,6 +317,23 @@ def test_any_optimizer_trains_by_any_method_or_says_why_not(row: str) -> None:
                 assert torch.isfinite(torch.from_numpy(parameters)).all()
 
 
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "LPFSGD"])
+def test_a_step_leaves_the_gradient_by_which_methods_score(name: str) -> None:
+    vector = ParameterVector(network())
+    optimizer = SETTINGS[name].build(vector, RunFacts())
+    made: list[Tensor] = []
+
+    def closure(share: bool = True, track: bool = True) -> Tensor:
+        made[:] = [torch.ones_like(p) for p in vector.parameters]
+        for p, grad in zip(vector.parameters, made, strict=True):
+            p.grad = grad.clone()
+        return torch.tensor(1.0)
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    for p, grad in zip(vector.parameters, made, strict=True):
+        assert p.grad is not None and torch.equal(p.grad, grad)
+
+
 @pytest.mark.parametrize("base", [LPFSGD(), SAM(), EntropySGD()])
 def test_a_base_steps_once_by_the_gradient_that_is_there(base: LocalOptimizer) -> None:
     vector = ParameterVector(network())

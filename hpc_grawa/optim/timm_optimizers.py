@@ -1,8 +1,9 @@
 """Where optimizers come from that torch has not: timm (Apache 2.0), the image models' library of Hugging Face.
 
 Of the libraries that are maintained its LARS and LAMB can be set to what the papers say: bias correction, no clamp of
-norms, ratio 1 where a norm is 0, and groups without adaptation. It leaves the gradients as they are. pytorch_optimizer
-clamps LAMB's norms at 10, has no bias correction of the second moment, and steps in the gradients' place.
+norms, ratio 1 where a norm is 0, and groups without adaptation. It leaves the gradients as they are (LARS since
+1.0.31). pytorch_optimizer clamps LAMB's norms at 10, has no bias correction of the second moment, and steps in the
+gradients' place.
 """
 
 from __future__ import annotations
