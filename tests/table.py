@@ -18,6 +18,7 @@ may ask of it.
     keeps       what it does not send of a gradient, and sends it later
     momentum    is its own: the optimizer steps without
     levels      has rounds of groups beside those of all ranks
+    outer       a step of its own of the center, of all ranks only: groups take plain means
     forced      local steps feel a force of the method's own, so that a world of one is not as if alone
 """
 
@@ -110,9 +111,9 @@ METHODS: dict[str, Row] = {
     "SlowMo": _row(
         SlowMo(period=PERIOD, slow_lr=0.8, slow_momentum=0.5),
         ref.SlowMo(alpha=0.8, beta=0.5),
-        "averages pools uniform equal centered",
+        "averages pools uniform equal centered outer",
     ),
-    "DiLoCo": _row(DiLoCo(period=PERIOD), ref.DiLoCo(), "averages pools uniform equal centered"),
+    "DiLoCo": _row(DiLoCo(period=PERIOD), ref.DiLoCo(), "averages pools uniform equal centered outer"),
     "DPPF": _row(DPPF(period=PERIOD, pull=0.4, push=0.05), ref.DPPF(pull=0.4, push=0.05), "averages pools uniform"),
     "Parle": _row(
         Parle(period=PERIOD, gamma=2.0, gamma_floor=0.5, rho_floor=0.3, scoping=0.5),

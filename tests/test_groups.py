@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks
-from table import METHODS, kinds, plain
+from table import METHODS, having, is_, kinds, plain
 from torch import nn
 from worlds import NET, batch, nesterov, run_method, starts
 
@@ -41,7 +41,7 @@ def trained(comm: Communicator, method: AveragingMethod, **options: Any) -> list
     return run_method(comm, method, steps=STEPS, optimizer=nesterov, **options).parameters[:-1]
 
 
-@pytest.mark.parametrize("name", kinds("averages"))
+@pytest.mark.parametrize("name", [name for name in kinds("averages") if not is_(name, "outer")])
 def test_a_group_of_all_is_the_method_bit_for_bit(on_ranks: Ranks, name: str) -> None:
     method = ours(name, period=3, group_period=None, ranks_per_group=None)
     groups = replace(method, period=math.inf, group_period=3, ranks_per_group=on_ranks.size)
@@ -63,7 +63,7 @@ def test_a_rank_that_its_group_heals_at_the_first_round_of_all_takes_part_where_
         assert np.isfinite(trace.parameters[-1]).all()
 
 
-@pytest.mark.parametrize("name", plain("averages"))
+@pytest.mark.parametrize("name", [name for name in plain("averages") if not is_(name, "outer")])
 def test_groups_are_worlds_of_their_own_between_rounds_of_all(name: str) -> None:
     """Four ranks in two groups: each does, bit for bit, what two ranks by themselves do with its data."""
     method = ours(name, period=3, group_period=None, ranks_per_group=None)
@@ -81,6 +81,21 @@ def test_groups_are_worlds_of_their_own_between_rounds_of_all(name: str) -> None
     halves = [simulate(2, lambda comm, first=first: part(comm, first, method)) for first in (0, 2)]
     assert np.array_equal(four, [*halves[0], *halves[1]])
     assert not np.array_equal(four[0], four[2])
+
+
+@pytest.mark.parametrize("name", having("outer"))
+def test_an_outer_step_is_of_all_ranks_and_groups_take_plain_means(name: str) -> None:
+    """Before a round of all they train as Local SGD in groups does, and after it they go on from the center."""
+    method = ours(name, period=4, group_period=2, ranks_per_group=2)
+    plainly = LocalSGD(period=4, group_period=2, ranks_per_group=2)
+    four, beside = (np.array(simulate(4, lambda comm, m=m: trained(comm, m))) for m in (method, plainly))
+    np.testing.assert_allclose(four[:, :3], beside[:, :3], rtol=1e-12, atol=1e-12)
+    assert (four[:, 3] == four[0, 3]).all() and not np.allclose(four[0, 3], beside[0, 3])
+    for first in (0, 2):  # after two more steps a group is one again, and another than the other one
+        assert (four[first, 5] == four[first + 1, 5]).all()
+    assert not np.allclose(four[0, 5], four[2, 5])
+    moved, expected = four[:, 5] - four[:, 3], four[:, 4] - four[:, 3]
+    assert np.linalg.norm(moved) < 4 * np.linalg.norm(expected)  # two steps, and no jump back to where the group was
 
 
 def test_local_sgd_of_groups_by_hand(on_ranks: Ranks) -> None:

@@ -6,7 +6,7 @@ Training of Language Models, 2023 (arXiv 2311.08105).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, optim
@@ -46,7 +46,8 @@ class OuterAverager(CenteredAverager):
 class DiLoCo(AveragingMethod):
     """u ← μu + Δ, c ← c - η_o(Δ + μu), with Δ = c - x̄, and all ranks go on from c: SGD with Nesterov's momentum.
 
-    Any local optimizer is the inner one; AdamW in the paper, whose moments each rank keeps.
+    Any local optimizer is the inner one; AdamW in the paper, whose moments each rank keeps. Groups (``group_period``)
+    take plain means.
 
     Limits: outer_lr 1 and outer_momentum 0 make it LocalSGD.
 
@@ -69,3 +70,8 @@ class DiLoCo(AveragingMethod):
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(OuterAverager(run, comm, self.outer_lr, self.outer_momentum), Equal(), inverse)
+
+    @property
+    def of_groups(self) -> DiLoCo:
+        """Plain averaging: the momentum is of what all ranks have moved, which a group's center does not see."""
+        return replace(self, outer_lr=1.0, outer_momentum=0.0)

@@ -6,7 +6,7 @@ Wang, Tantia, Ballas and Rabbat, SlowMo: Improving Communication-Efficient Distr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class SlowAverager(CenteredAverager):
 class SlowMo(AveragingMethod):
     """u ← βu + (c - x̄)/η, c ← c - αηu, and all ranks go on from c: Local SGD whose rounds have a momentum.
 
-    η is that of the round's last step; a round at η = 0 is one of LocalSGD.
+    η is that of the round's last step; a round at η = 0 is one of LocalSGD. Groups (``group_period``) take plain means.
 
     Limits: slow_momentum 0 and slow_lr 1 make it LocalSGD.
 
@@ -67,3 +67,8 @@ class SlowMo(AveragingMethod):
 
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         return Level(SlowAverager(run, comm, self.slow_lr, self.slow_momentum), Equal(), inverse)
+
+    @property
+    def of_groups(self) -> SlowMo:
+        """Plain averaging: the momentum is of what all ranks have moved, which a group's center does not see."""
+        return replace(self, slow_lr=1.0, slow_momentum=0.0)
