@@ -84,6 +84,7 @@ def test_of_a_given_model_it_says_what_a_dry_run_says(name: str, capsys: pytest.
         (["NoSuch"], "method is NoSuch: must be one of|method is NoSuch: must be"),
         (["LGRAWA", "--world_size=0"], "world_size is 0: must be at least 1"),
         (["--config=digits"], "method is None: must name one"),
+        (["LGRAWA", "--combinations"], "method is LGRAWA: must be left out with --combinations"),
         (["LGRAWA", "--config=digits", "--method.perid=3"], "did you mean method.period"),
     ],
 )

@@ -277,6 +277,8 @@ def methods(words: list[str], slot: Slot) -> None:
     require(options.world_size >= 1, "world_size", options.world_size, "at least 1")
     if options.method is None and others:
         raise wrong("method", None, "must name one, before the options of a configuration")
+    alone = options.method is None or not options.combinations
+    require(alone, "method", options.method, "left out with --combinations, which are those of all")
     if slot.rank:
         return
     if options.combinations:
