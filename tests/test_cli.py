@@ -506,7 +506,8 @@ def test_what_cannot_be_compared(words: list[str], parts: tuple[str, ...], capsy
         ),
         (
             "{methods: [LGRAWA], grid: {network: ['1gbit,1us', '1gbit, 1us']}}",
-            "grid is {'network': ['1gbit,1us', '1gbit, 1us']}: gives two runs the name LGRAWA-network1gbit_1us-0",
+            "grid is {'network': ['1gbit,1us', '1gbit, 1us']}: gives two runs the name LGRAWA-network1gbit_1us-0: "
+            "must have one of them in a comparison of its own",
         ),
         ("{methods: [LGRAWA], target: high}", "compare.target is high: must be a number"),
         (
