@@ -153,7 +153,7 @@ wheels:  ## fill WHEELS=DIR (./wheels) for make env WHEELS=DIR on a machine with
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python $(BUILD_HOROVOD) --save "$$folder"
 	echo "wheels: $$folder holds $$(du -sh "$$folder" | cut -f1) for $$($(BIN)/python --version) on $$(uname -m)"
 
-demo: $(READY)  ## four ranks train on digits with six methods; prints one table, saves one figure (4 minutes)
+demo: $(READY)  ## four ranks train on digits with six methods; prints one table, saves one figure (3 minutes)
 	@backend=$$([ -x $(BIN)/horovodrun ] && echo horovod || echo auto)
 	set -- $(MPIRUN) -np 4 $(BIN)/hpc-grawa compare --config demo --backend $$backend
 	echo "$(if $(LAUNCH_SETTINGS),$(strip $(LAUNCH_SETTINGS)) )$$*"
