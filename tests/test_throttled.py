@@ -232,7 +232,8 @@ def test_a_verb_begins_when_its_last_rank_has_called_it_and_who_is_late_is_waite
 
     link = (w - 1) * (A + 16 * B)
     for rank, (took, waiting, communication) in enumerate(on_a_link(on_several_ranks, body)):
-        assert communication >= link * 0.99
+        assert communication >= link / 2  # a rank that hears late of the last call has waited until then
+        assert waiting + communication >= link
         assert waiting + communication == pytest.approx(took, abs=0.05)
         if rank < w - 1:
             assert waiting >= 0.09
