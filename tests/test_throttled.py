@@ -220,20 +220,21 @@ def test_what_a_rank_computes_meanwhile_is_hidden(on_several_ranks: Ranks) -> No
 def test_a_verb_begins_when_its_last_rank_has_called_it_and_who_is_late_is_waited_for(on_several_ranks: Ranks) -> None:
     w = on_several_ranks.size
 
-    def body(comm: Communicator, slow: Communicator) -> tuple[float, float, float]:
+    def body(comm: Communicator, slow: Communicator) -> tuple[float, float, float, float]:
         slow.meter = Meter()
         comm.barrier()
         if comm.rank == w - 1:
             time.sleep(0.1)
         began = time.perf_counter()
-        slow.allgather(torch.zeros(2, dtype=torch.float64), "control").wait()
+        work = slow.allgather(torch.zeros(2, dtype=torch.float64), "control")
+        hidden = time.perf_counter() - began  # under way, and not waited for yet
+        work.wait()
         took = time.perf_counter() - began
-        return took, slow.meter.waiting_seconds, slow.meter.communication_seconds
+        return took, hidden, slow.meter.waiting_seconds, slow.meter.communication_seconds
 
     link = (w - 1) * (A + 16 * B)
-    for rank, (took, waiting, communication) in enumerate(on_a_link(on_several_ranks, body)):
-        assert communication >= link / 2  # a rank that hears late of the last call has waited until then
-        assert waiting + communication >= link
+    for rank, (took, hidden, waiting, communication) in enumerate(on_a_link(on_several_ranks, body)):
+        assert hidden + communication >= link * 0.99
         assert waiting + communication == pytest.approx(took, abs=0.05)
         if rank < w - 1:
             assert waiting >= 0.09
