@@ -162,7 +162,7 @@ def told(errors: str, program: str, place: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("kind", ["finished", "interrupted"])
+@pytest.mark.parametrize("kind", ["finished", pytest.param("interrupted", marks=pytest.mark.slow)])  # trains each time
 def test_a_damaged_run_goes_on_from_the_state_before_or_one_line_names_what_is_damaged(
     kind: str, name: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
