@@ -629,6 +629,7 @@ def test_plain_lines_where_the_screen_is_no_terminal(
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))

@@ -286,6 +286,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 def test_mpi_worlds_of_one_under_srun(task: None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mpi4py")
     status, output, errors = called(capsys, "doctor", "--backend=mpi")
@@ -348,6 +349,7 @@ def test_doctor_says_that_a_plain_process_in_a_job_of_several_tasks_would_not_tr
 
 
 @launched
+@pytest.mark.slow
 def test_one_rank_that_mpirun_was_told_to_start_trains() -> None:
     status, _, errors = run(*("train", *LINE, "--budget.steps=3", "--backend=mpi"), by=mpirun(1), SLURM_NTASKS="4")
     assert (status, ours(errors)) == (0, []), errors

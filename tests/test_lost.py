@@ -59,7 +59,7 @@ def summary(folder: Path) -> tuple[str, str, int]:
 @pytest.mark.parametrize(
     ("backend", "fault", "evaluation", "cause"),
     [
-        ("mpi", "exits", True, "SystemExit"),
+        pytest.param("mpi", "exits", True, "SystemExit", marks=pytest.mark.slow),
         pytest.param("gloo", "exits", False, "SystemExit", marks=pytest.mark.slow),
         pytest.param("horovod", "closes", True, "GeneratorExit", marks=pytest.mark.slow),
     ],

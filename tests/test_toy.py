@@ -119,7 +119,7 @@ def test_every_step_is_the_oracles(name: str) -> None:
         pytest.param("MGRAWA", 7.706, 0.05, marks=pytest.mark.slow),
         pytest.param("LGRAWA", 7.706, 0.05, marks=pytest.mark.slow),
         pytest.param("EASGD", 4.111, 0.001, marks=pytest.mark.slow),
-        ("LSGD", 0.333, 0.001),
+        pytest.param("LSGD", 0.333, 0.001, marks=pytest.mark.slow),
     ],
 )
 def test_the_valley_a_method_ends_in(name: str, end: float, tolerance: float) -> None:
