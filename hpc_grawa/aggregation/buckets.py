@@ -326,8 +326,9 @@ class Bucketed(Aggregator):
             )
         self._bring_home()
         bucket = self._buckets[len(self._works)]
-        gone = set(absent)
-        bucket.absent[:] = [place for place, i in enumerate(bucket.tensors) if i in gone]
+        if absent or bucket.absent:
+            gone = set(absent)
+            bucket.absent[:] = [place for place, i in enumerate(bucket.tensors) if i in gone]
         if self.grad is not self._mean:
             bucket.gradient.copy_(self.grad[bucket.span])
         last = bucket is self._buckets[-1]

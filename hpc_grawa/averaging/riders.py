@@ -64,11 +64,14 @@ class LocalMomentum(Rider):
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
         self._vector, self._optimizer = vector, optimizer
         self._keys: list[tuple[nn.Parameter, str]] = []
+        #: Parameters that had a state when it was last looked through.
+        self._stepped = 0
         self._packed = False
 
     def after_step(self) -> None:
-        if not self._packed:  # before rounds of groups, in which a healed rank forgets
-            self._keys = self._found()
+        stepped = len(self._optimizer.state)
+        if stepped != self._stepped and not self._packed:  # before rounds of groups, in which a healed rank forgets
+            self._stepped, self._keys = stepped, self._found()
 
     def agree(self, comm: Communicator) -> None:
         if self._packed:
