@@ -56,9 +56,12 @@ def test_a_round_is_one_small_gather_and_one_allreduce_of_all_parameters(
 
 
 @pytest.mark.parametrize(("name", "memory", "checkpoint"), [("LocalSGD", 1, 1), ("LGRAWA", 2, 1), ("Parle", 4, 3)])
-def test_what_is_kept_is_counted(name: str, memory: int, checkpoint: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A center; one more for the proximity pull; x, z and their distance to y."""
-    card = printed(capsys, name)
+@pytest.mark.parametrize("words", [(), ("--config=digits",)], ids=["ResNet20", "digits"])
+def test_what_is_kept_is_counted(
+    name: str, memory: int, checkpoint: int, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A center; one more for the proximity pull; x, z and their distance to y. Data that a probe draws from do not."""
+    card = printed(capsys, name, *words)
     assert re.search(rf"memory .* = {memory} x parameters", card)
     assert re.search(rf"checkpoint .* = {checkpoint} x parameters", card)
 
@@ -84,6 +87,7 @@ def test_of_a_given_model_it_says_what_a_dry_run_says(name: str, capsys: pytest.
         (["NoSuch"], "method is NoSuch: must be one of|method is NoSuch: must be"),
         (["LGRAWA", "--world_size=0"], "world_size is 0: must be at least 1"),
         (["--config=digits"], "method is None: must name one"),
+        (["--config", "digits"], "method is None: must name one"),
         (["LGRAWA", "--combinations"], "method is LGRAWA: must be left out with --combinations"),
         (["LGRAWA", "--config=digits", "--method.perid=3"], "did you mean method.period"),
     ],

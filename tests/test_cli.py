@@ -475,6 +475,7 @@ def test_a_comparison_by_a_launcher_goes_on_where_it_was_cut(tmp_path: Path) -> 
         (["--methods=LGRAWA", "--seeds=²"], ("seeds is ²", "whole numbers")),
         (["--methods=LGRAWA", f"--seeds={'9' * 5000}"], ("seeds is 9", "whole numbers")),
         (["--methods=LGRAWA", "--target=high"], ("--target", "'high'")),
+        (["--methods=LGRAWA", "--target=nan"], ("target is nan", "a finite number")),
         (["--methods=LGRAWA", "--method=EASGD"], ("--method=EASGD", "--methods")),
         (["--methods=LGRAWA", "--method.class_path", "EASGD"], ("--method.class_path", "--methods")),
         (["--methods=LGRAWA", "--run.seed", "3"], ("--run.seed", "--seeds")),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType, ModuleType
 from typing import Any
 
 import docstring_parser  # comes with jsonargparse[signatures]
 import torch
 from torch import Tensor, nn, optim
 
-from ..comm import Communicator
+from ..aggregation import Aggregator, Codec
+from ..averaging import Averager, Score
 from ..comm.meter import TRAINING_PURPOSES, bytes_sent
 from ..comm.mirror import Message, MirrorCommunicator
 from ..methods import AveragingMethod, Method, Run, SharingMethod
@@ -176,7 +176,9 @@ def _tensors(value: object) -> int:
     return sum(map(_tensors, value)) if isinstance(value, list | tuple) else 0
 
 
-_OTHERS = (nn.Module, optim.Optimizer, Run, ParameterVector, Communicator, type, ModuleType, FunctionType)
+#: What sharing and averaging keep their tensors in; a score's probe, say, leads to all of a training program.
+_OURS = ("hpc_grawa.aggregation.", "hpc_grawa.averaging.", "hpc_grawa.methods.")
+_HOLDERS = (Aggregator, Averager, Codec, Score)
 
 
 def _kept(run: Run) -> int:
@@ -190,7 +192,7 @@ def _kept(run: Run) -> int:
     left: list[object] = [run.aggregator, [s.averager for s in run.synchronizers], [s.score for s in run.synchronizers]]
     while left:
         value = left.pop()
-        if id(value) in seen or isinstance(value, _OTHERS):
+        if id(value) in seen or isinstance(value, Run):
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
@@ -201,6 +203,6 @@ def _kept(run: Run) -> int:
             left += value.values()
         elif isinstance(value, list | tuple | set):
             left += value
-        elif hasattr(value, "__dict__"):
+        elif isinstance(value, _HOLDERS) or type(value).__module__.startswith(_OURS):
             left += vars(value).values()
     return sum(found.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import os
 import shlex
 import sys
@@ -177,6 +178,7 @@ def table(words: list[str], slot: Slot) -> None:
         "--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)"
     )
     options = parser.parse_args(words)
+    check_target(options.target)
     if slot.rank:
         return
     from .compare import report
@@ -214,6 +216,7 @@ def compare(words: list[str], slot: Slot) -> None:
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
         raise SystemExit(0)
     options, words = own.parse_known_args(words)
+    check_target(options.target)
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
@@ -275,7 +278,7 @@ def methods(words: list[str], slot: Slot) -> None:
     parser.epilog = "With --config FILE_OR_RECIPE and other options of train, the numbers are those of its model."
     options, others = parser.parse_known_args(words)
     require(options.world_size >= 1, "world_size", options.world_size, "at least 1")
-    if options.method is None and others:
+    if others and (options.method is None or words.index(options.method) > words.index(others[0])):
         raise wrong("method", None, "must name one, before the options of a configuration")
     alone = options.method is None or not options.combinations
     require(alone, "method", options.method, "left out with --combinations, which are those of all")
@@ -395,6 +398,11 @@ COMMANDS: dict[str, Callable[[list[str], Slot], None]] = {
     "toy": toy,
     "doctor": doctor,
 }
+
+
+def check_target(target: float | None) -> None:
+    """Raise ``ConfigError`` for one that no run can reach."""
+    require(target is None or math.isfinite(target), "target", target, "a finite number")
 
 
 def backend_line(config: Config, slot: Slot) -> str:
