@@ -6,10 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
 
 from .errors import ConfigError, require
-from .schedules import RunFacts
+from .schedules import RunFacts, Unit
 
 #: What a round's length must be.
 LENGTH = "at least 1 local step, and whole or infinite"
@@ -130,11 +129,11 @@ class _Switching(Period):
 
     Attributes:
         switch: when, in ``unit``.
-        unit: ``steps`` or ``epochs``.
+        unit: ``steps``, ``epochs`` or ``seconds`` of training, those of rank 0 that all have last heard of.
     """
 
     switch: float
-    unit: Literal["steps", "epochs"] = "steps"
+    unit: Unit = "steps"
 
     def check(self) -> None:
         require(0 <= self.switch < math.inf, "method.period.switch", self.switch, "a number of 0 or more")

@@ -83,10 +83,10 @@ def test_sqrt_and_constant() -> None:
     assert [Constant(5)(RunFacts(step=t, lr=1 / (t + 1))) for t in range(9)] == [5] * 9
 
 
-@pytest.mark.parametrize(("switch", "unit"), [(10, "steps"), (1.25, "epochs")])
+@pytest.mark.parametrize(("switch", "unit"), [(10, "steps"), (1.25, "epochs"), (5, "seconds")])
 def test_what_switches(switch: float, unit: Any) -> None:
     def course(period: Period) -> list[tuple[bool, float]]:
-        asked = [RunFacts(step=t, steps_per_epoch=8) for t in (0, 9, 10, 11)]
+        asked = [RunFacts(step=t, seconds=t / 2, steps_per_epoch=8) for t in (0, 9, 10, 11)]
         return [(period.shares(f), period(f)) for f in asked]
 
     assert [s for s, _ in course(PostLocal(switch, unit, 4))] == [True, True, False, False]

@@ -144,6 +144,27 @@ def test_nothing_of_sharing_remains_after_the_switch(on_ranks: Ranks) -> None:
     on_ranks(body)
 
 
+def test_a_switch_in_seconds_is_at_the_same_step_on_all_ranks(on_ranks: Ranks) -> None:
+    """By rank 0's seconds, as of the last control word: it leaves at every second step and is read two steps later."""
+
+    def body(comm: Communicator) -> None:
+        vector = ParameterVector(twin(starts(comm.size)[comm.rank]))
+        optimizer, facts = torch.optim.SGD(vector.parameters, 0.1), RunFacts()
+        method = LocalSGD(period=PostLocal(4, "seconds", steps=2), sharing=SHARING)
+        pace = 1 if comm.rank == 0 else 100  # another clock, by which it would have switched at once
+        options: Any = {"clock": lambda: pace * facts.step, "facts": facts, "control_every": 2}
+        run = method.build(comm, vector, optimizer, **options)
+        rounds: list[int] = []
+        run.on_round = lambda _: rounds.append(facts.step)
+        closure = run.closure(lambda: loss_of(vector.model, batch(comm.rank, facts.step)))
+        for _ in range(10):
+            run.after_step(optimizer.step(closure))
+        run.finish()
+        assert rounds == [8, 10]
+
+    on_ranks(body)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Resume, the one line of a Horovod script, the training program.
 # ---------------------------------------------------------------------------------------------------------
