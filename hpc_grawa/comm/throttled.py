@@ -234,9 +234,10 @@ def _starting() -> queue.SimpleQueue[_Message]:
 class _SlowWork(Work):
     """A message that has arrived when it has both really and on the emulated link."""
 
-    def __init__(self, work: Work, message: _Message) -> None:
+    def __init__(self, work: Work, message: _Message, began: float) -> None:
         super().__init__(self._take)
         self._work, self._message = work, message
+        self._began = began  # it is under way from then on, also while the real one is still being sent
 
     def _take(self) -> Tensor:
         result = self._work.wait()
@@ -337,8 +338,9 @@ class ThrottledCommunicator(Communicator):
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         if self.size == 1:
             return self._comm._launch(verb, x, purpose, bucket, root)
+        began = time.perf_counter()
         message = self._begin(verb, x.nbytes, purpose, bucket)
-        return _SlowWork(self._comm._launch(verb, x, purpose, bucket, root), message)
+        return _SlowWork(self._comm._launch(verb, x, purpose, bucket, root), message, began)
 
     def _begin(self, verb: Verb | Literal["barrier"], payload: int, purpose: Purpose, bucket: int) -> _Message:
         hops, size = cost(verb, payload, self.size)
