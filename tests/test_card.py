@@ -85,7 +85,8 @@ def test_of_a_given_model_it_says_what_a_dry_run_says(name: str, capsys: pytest.
     ("words", "message"),
     [
         (["NoSuch"], "method is NoSuch: must be one of|method is NoSuch: must be"),
-        (["LGRAWA", "--world_size=0"], "world_size is 0: must be at least 1"),
+        (["LGRAWA", "--world_size=0"], "world_size is 0: must be 1 to 65,536 ranks"),
+        (["LGRAWA", "--world_size=1000000"], "world_size is 1000000: must be 1 to 65,536 ranks"),
         (["--config=digits"], "method is None: must name one"),
         (["--config", "digits"], "method is None: must name one"),
         (["LGRAWA", "--combinations"], "method is LGRAWA: must be left out with --combinations"),

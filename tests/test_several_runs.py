@@ -26,7 +26,8 @@ from hpc_grawa import (
 )
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.errors import ConfigError, LostView
+from hpc_grawa.errors import ConfigError, LostView, RanksDisagree
+from hpc_grawa.periods import PostLocal
 
 PHASES: dict[str, Method] = {
     **{name: paced(name, 3) for name in kinds()},
@@ -244,6 +245,29 @@ def test_a_layer_is_unfrozen_in_a_second_phase(on_ranks: Ranks, name: str) -> No
         assert torch.equal(ours, results[0][0])
         # Whose step a pooled one is, is chance where ranks are processes.
         assert torch.equal(ours, fresh) or ("pooled" in name and on_ranks.backend != "simulated")
+
+
+@pytest.mark.parametrize("method", [DataParallel(), LocalSGD(period=PostLocal(2), sharing=DataParallel())], ids=str)
+def test_momenta_that_differ_are_told_before_gradients_are_shared(on_several_ranks: Ranks, method: Method) -> None:
+    """Replicas that step by one gradient and by momenta of their own would part in silence."""
+
+    def body(comm: Communicator) -> Tensor:
+        model = linear()
+        plain = optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        first = DistributedOptimizer(plain, model, LocalSGD(period=2), comm=comm)
+        train(model, first, comm.rank, 4)
+        first.run.finish()
+        with pytest.raises(RanksDisagree, match=r"rank 1 has an optimizer that has made steps \(state .*load rank 0's"):
+            DistributedOptimizer(plain, model, method, comm=comm)
+        for state in plain.state.values():
+            comm.broadcast(state["momentum_buffer"], 0, "setup").wait()
+        second = DistributedOptimizer(plain, model, method, comm=comm)
+        train(model, second, comm.rank, 2)
+        second.run.finish()
+        return flat(model)
+
+    results = on_several_ranks(body)
+    assert all(torch.equal(ours, results[0]) for ours in results)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["unfrozen", "frozen"])

@@ -199,15 +199,18 @@ class Bucketed(Aggregator):
         for _ in range(self._codec.messages - 1):
             with self._comm.meter.span("pack", "gradient"):
                 works = [self._codec.follow(bucket, work) for bucket, work in zip(self._buckets, works, strict=True)]
+        sums = []
         with self._comm.meter.span("unpack", "gradient"):
             for bucket, work in zip(self._buckets, works, strict=True):
                 self._codec.land(bucket, work)
+                sums.append(bucket.gradient.sum())  # while later ones are under way
         if self._header_work is not None:
             self._header_work.wait()
+        # The same sums of the same bits on every rank, so all ranks decide alike.
+        total = torch.stack(sums).sum()
         if self.grad is not self._mean:
             self.grad.copy_(self._mean)
-        # The same sums of the same bits on every rank, so all ranks decide alike.
-        total = self.grad.sum(dtype=self._vector.exact_dtype)
+            total = self.grad.sum(dtype=self._vector.exact_dtype)
         verdict = _Verdict(torch.stack((total, self._message[len(self._flags)]))), self._comm.size * self._place
         self._shared += 1
         if self._on_nonfinite == "skip" and not _is_finite(*verdict):

@@ -277,7 +277,7 @@ def methods(words: list[str], slot: Slot) -> None:
     parser.add_argument("--combinations", action="store_true", help="say what goes together: each pair is tried")
     parser.epilog = "With --config FILE_OR_RECIPE and other options of train, the numbers are those of its model."
     options, others = parser.parse_known_args(words)
-    require(options.world_size >= 1, "world_size", options.world_size, "at least 1")
+    require(1 <= options.world_size <= 65_536, "world_size", options.world_size, "1 to 65,536 ranks")
     if others and (options.method is None or words.index(options.method) > words.index(others[0])):
         raise wrong("method", None, "must name one, before the options of a configuration")
     alone = options.method is None or not options.combinations

@@ -134,6 +134,10 @@ class AveragingMethod(Method):
         others = WeightBuffers(run.vector)
         return [*riders, others] if len(others) else riders
 
+    @property
+    def steps_alike(self) -> bool:
+        return self.sharing is not None
+
     @abstractmethod
     def _level(self, run: Run, comm: Communicator, probe: Probe | None) -> Level:
         """How the ranks of ``comm`` average: all of the run, or a group of them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +74,7 @@ class Method(ABC):
                 f"(probe=loss, not probe=loss())"
             )
         self._check(optimizer, vector, probe)
-        agree(comm, self._description(vector))
+        agree(comm, [*self._description(vector), *([_state_told(optimizer)] if self.steps_alike else [])])
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
             comm.broadcast(data, 0, "setup").wait()
@@ -104,6 +106,11 @@ class Method(ABC):
                 f"{tuple(next(iter(others)).shape)}), so ranks would not share them: pass a module that holds them all"
             )
 
+    @property
+    def steps_alike(self) -> bool:
+        """Whether all ranks make the same steps from the start, so that their optimizers must begin alike."""
+        return False
+
     @abstractmethod
     def _assemble(self, run: Run, probe: Probe | None) -> None:
         """Give the run its aggregator and synchronizers."""
@@ -119,6 +126,21 @@ class Method(ABC):
         ]
         others = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in vector.outside]
         return [f"hpc_grawa {package}", f"method {self}", *parameters, *others]
+
+
+def _state_told(optimizer: optim.Optimizer) -> str:
+    """What ranks compare of the state of an optimizer that has made steps."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [(i, key, value) for i, p in enumerate(parameters) for key, value in optimizer.state.get(p, {}).items()]
+    if not held:
+        return "a new optimizer"
+    file = io.BytesIO()
+    torch.save([(i, key, v.detach().clone() if isinstance(v, Tensor) else v) for i, key, v in held], file)
+    state = hashlib.sha256(file.getvalue()).hexdigest()[:8]
+    return (
+        f"an optimizer that has made steps (state {state}; where gradients are shared all ranks need the same: begin "
+        f"with a new optimizer, or load rank 0's state_dict on all)"
+    )
 
 
 def _said(facts: RunFacts) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class SharingMethod(Method):
     def __post_init__(self) -> None:
         require(0 < self.bucket_mb < math.inf, "method.bucket_mb", self.bucket_mb, "a positive number of MiB")
 
+    @property
+    def steps_alike(self) -> bool:
+        return True
+
     @abstractmethod
     def _codec(self, run: Run) -> Codec:
         """What a bucket is on the wire."""
