@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,17 @@ def test_every_row_of_a_comparison_can_be_trained(name: str, paths: dict[str, Pa
     for config in configs:
         config.check(4)
         Worker(config, SingleCommunicator()).run.close()
+
+
+def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> None:
+    """Each plans a comparison; that its rows train is tested above."""
+    text = (Path(__file__).parents[1] / "benchmarks/RESULTS.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^mpirun -np \d hpc-grawa compare (.*)$", text, re.M)]
+    assert commands
+    for words in commands:
+        name, path = (words.index(option) + 1 for option in ("--config", "--data.path"))
+        words[path] = str(paths[words[name]])
+        assert Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan
 
 
 SETTING = """
