@@ -203,14 +203,15 @@ class Bucketed(Aggregator):
         with self._comm.meter.span("unpack", "gradient"):
             for bucket, work in zip(self._buckets, works, strict=True):
                 self._codec.land(bucket, work)
-                sums.append(bucket.gradient.sum())  # while later ones are under way
+                if self.grad is self._mean:
+                    sums.append(bucket.gradient.sum())  # while later ones are under way
         if self._header_work is not None:
             self._header_work.wait()
-        # The same sums of the same bits on every rank, so all ranks decide alike.
-        total = torch.stack(sums).sum()
         if self.grad is not self._mean:
             self.grad.copy_(self._mean)
-            total = self.grad.sum(dtype=self._vector.exact_dtype)
+            sums.append(self.grad.sum(dtype=self._vector.exact_dtype))
+        # The same sums of the same bits on every rank, so all ranks decide alike.
+        total = torch.stack(sums).sum()
         verdict = _Verdict(torch.stack((total, self._message[len(self._flags)]))), self._comm.size * self._place
         self._shared += 1
         if self._on_nonfinite == "skip" and not _is_finite(*verdict):
