@@ -14,6 +14,7 @@ from conftest import Ranks
 from torch import Tensor, nn
 
 from hpc_grawa import LGRAWA, DataParallel, ParameterVector, simulate
+from hpc_grawa.aggregation import Bucketed
 from hpc_grawa.comm import Communicator, Work
 from hpc_grawa.comm.single import SingleCommunicator
 
@@ -330,6 +331,24 @@ def test_a_probe_beside_data_parallel_shares_nothing() -> None:
         return comm.meter.calls["gradient"]
 
     assert simulate(2, body) == [0, 0]
+
+
+def test_the_last_bucket_is_small_and_no_pass_holds_more_than_a_bucket_twice() -> None:
+    """Of eight tensors of 512 KiB: two in the last bucket, three in each of the others."""
+    model = nn.Sequential(*(nn.Linear(1, 2**17, bias=False) for _ in range(8)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = DataParallel(bucket_mb=1.6).build(SingleCommunicator(), ParameterVector(model), optimizer)
+    assert isinstance(run.aggregator, Bucketed)
+    buckets = run.aggregator._buckets
+    assert [list(bucket.tensors) for bucket in buckets] == [[7, 6, 5], [4, 3, 2], [1, 0]]
+    assert sum(bucket.message.numel() for bucket in buckets) == len(run.vector) + 9
+    run.aggregator.zero_grad(optimizer)
+    for layer in model:
+        layer(torch.ones(1, 1)).sum().backward()
+        flat = run.aggregator.grad.untyped_storage().data_ptr()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert sum(g.untyped_storage().data_ptr() != flat for g in grads) <= 3
+    assert len(grads) == 8 and all(bool((g == 1).all()) for g in grads)
 
 
 def test_zero_grad_forgets_a_gradient_wherever_it_is() -> None:

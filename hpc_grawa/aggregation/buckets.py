@@ -17,6 +17,8 @@ from .base import Aggregator
 from .codec import Bucket, Codec
 
 BUCKET_BYTES = 25 * 2**20
+#: Of the last bucket, which no backward is left to hide.
+LAST_BUCKET_BYTES = 2**20
 
 
 class _Verdict:
@@ -40,8 +42,9 @@ class Bucketed(Aggregator):
     """g ← codec(g_1, ..., g_W), the same on all ranks, in buckets launched from gradient hooks.
 
     Gradients live in one flat buffer; what is shared is ``[n flags | place | P]``, in fp32 at least, of which the
-    gradients are a part unless they are of a smaller dtype. It is cut, from its end, into buckets of whole tensors.
-    Flags and place are summed as they are: in the last bucket where the codec sums it, else in a message of their own.
+    gradients are a part unless they are of a smaller dtype. It is cut into buckets of whole tensors, which leave from
+    its end; the last, which no backward is left to hide, is small. Flags and place are summed as they are: in the last
+    bucket where the codec sums it, else in a message of their own.
 
     A parameter without a gradient on this rank counts as zero. It is given back as None if it has none on any rank
     (a zero would let weight decay move it), which one flag per tensor tells, unless the codec sends what it had kept.
@@ -120,6 +123,9 @@ class Bucketed(Aggregator):
         self._kept: set[int] = set()
         #: Tensors whose ``.grad`` may not be their view of the buffer.
         self._away: set[int] = set()
+        #: Numbers in gradients outside the buffer, of which a pass that does not share leaves a bucket's at most.
+        self._held_twice = 0
+        self._most_twice = bucket_bytes / self.grad.element_size()
         self._attach(range(n))
         self._handles = [
             p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -132,13 +138,15 @@ class Bucketed(Aggregator):
 
     def _cut(self, bucket_bytes: int) -> list[list[int]]:
         """The tensors of each bucket, in the order of backward."""
-        width, sizes = self._message.element_size(), self._vector.sizes
         parts: list[list[int]] = [[]]
-        for i in reversed(range(len(sizes))):
-            if parts[-1] and (sum(sizes[j] for j in parts[-1]) + sizes[i]) * width > bucket_bytes:
+        held, most = 0, min(bucket_bytes, LAST_BUCKET_BYTES)
+        for i, size in enumerate(self._vector.sizes):
+            held += size * self._message.element_size()
+            if parts[-1] and held > most:
                 parts.append([])
+                held, most = size * self._message.element_size(), bucket_bytes
             parts[-1].append(i)
-        return parts
+        return [part[::-1] for part in reversed(parts)]
 
     def _bucket(self, number: int, parts: list[list[int]], views: list[Tensor]) -> Bucket:
         tensors, offsets, sizes = parts[number], self._vector.offsets, self._vector.sizes
@@ -160,14 +168,13 @@ class Bucketed(Aggregator):
         return bool(self._fresh)
 
     def zero_grad(self, optimizer: optim.Optimizer) -> None:
-        self.grad.zero_()
+        """Forget the gradient of the last step: backward hands its tensors over, less work than to add."""
         self._armed = False  # by a backward pass that failed
         self._fresh.clear()
         self._kept.clear()
         self._skips = False
-        for i in range(len(self._views)):
-            self._keep_home(i)
-        self._attach([i for i, p in enumerate(self._vector.parameters) if p.grad is not self._views[i]])
+        self._held_twice = 0
+        self._give_back_none(range(len(self._views)))
 
     def start(self) -> None:
         if self._works:
@@ -307,7 +314,10 @@ class Bucketed(Aggregator):
         self._keep_home(i)
         if p.grad is not self._views[i]:
             self._away.add(i)
+            self._held_twice += p.numel()
         if not self._armed and self._absent is None:
+            if self._held_twice > self._most_twice:
+                self._bring_home()
             return
         if i in self._arrived or self._absent is not None:  # its bucket may be under way
             raise RuntimeError(
@@ -348,6 +358,7 @@ class Bucketed(Aggregator):
 
     def _bring_home(self) -> None:
         """Copy gradients made outside the flat buffer (after ``zero_grad(set_to_none=True)``) into it, in one call."""
+        self._held_twice = 0
         made = [(i, grad) for i in self._away if (grad := self._vector.parameters[i].grad) is not None]
         if made:
             with self._comm.meter.span("pack", "gradient"):

@@ -18,7 +18,7 @@ class SharingMethod(Method):
     """A method that shares gradients before every step, in buckets of a codec's form; all ranks stay identical.
 
     Attributes:
-        bucket_mb: largest size of a bucket in MiB; a larger tensor is a bucket of its own.
+        bucket_mb: largest size of a bucket in MiB, of the last one 1 at most; a larger tensor is a bucket of its own.
         on_nonfinite: a shared gradient that is not finite is an ``error`` on all ranks, or all ``skip`` the step.
     """
 
