@@ -228,6 +228,7 @@ def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     assert (folder / "summary.json").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_worlds_of_one_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As srun does where it and the MPI library do not know each other: here without any launcher."""
     pytest.importorskip("mpi4py")

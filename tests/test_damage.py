@@ -369,6 +369,7 @@ def test_all_ranks_end_where_the_run_was_finished_meanwhile() -> None:
     )
 
 
+@pytest.mark.slow
 def test_of_many_who_wait_for_a_lock_one_gets_it_at_a_time(tmp_path: Path) -> None:
     """Released, it goes to one of them; the next ones get it once that has let it go."""
     first, held, most = Lock(tmp_path, "job 0"), [], []

@@ -264,6 +264,7 @@ def test_processes_beside_ranks_that_communicate(
     assert all(torch.equal(tensor, centers[0][name]) for name, tensor in centers[1].items())
 
 
+@pytest.mark.slow
 def test_processes_do_not_outlive_a_rank_that_is_killed(tmp_path: Path) -> None:
     """Nor do they end before it, at the signals by which it is told to save."""
     code = (

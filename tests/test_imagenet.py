@@ -838,6 +838,7 @@ def test_the_same_training_whatever_the_workers_and_wherever_the_data(
     torch.testing.assert_close(centers[0], centers[1], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_no_run_folder_is_made_where_staging_fails(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     words = (

@@ -74,6 +74,7 @@ def test_a_rank_that_leaves_by_itself_ends_the_run_at_once_as_failed(
     assert summary(tmp_path) == ("failed", cause, 1)
 
 
+@pytest.mark.slow
 def test_a_run_alone_whose_model_calls_sys_exit_has_failed(tmp_path: Path) -> None:
     status, _, errors = launch(
         *("train", *LINE, "--model=own.Lost", "--model.fault=exits", "--run.name=a", "--budget.steps=30")

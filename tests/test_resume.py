@@ -564,6 +564,7 @@ def test_what_a_run_does_not_go_on_with(
     )
 
 
+@pytest.mark.slow
 def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,7 @@ def on_terminal(width: int, **environment: str) -> list[str]:
     return shown.decode().splitlines()
 
 
+@pytest.mark.slow
 def test_lines_fit_the_terminal_but_not_one_that_a_launcher_has_made() -> None:
     assert 40 < max(map(len, on_terminal(60))) <= 60
     assert 80 < max(map(len, on_terminal(60, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"))) <= 120

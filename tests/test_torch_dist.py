@@ -43,6 +43,7 @@ def port() -> Iterator[int]:
         yield silent.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_rank_0_moves_on_from_a_port_that_is_taken_and_others_follow(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
