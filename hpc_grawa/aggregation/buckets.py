@@ -263,8 +263,9 @@ class Bucketed(Aggregator):
             self._absent = sorted(set(range(len(self._views))) - self._fresh)
             self._zero(self._absent)
             if self._codec.whole:
-                self._bring_home()
-                self._codec.inspect(self.grad)
+                with self._comm.meter.span("pack", "gradient"):
+                    self._bring_home()
+                    self._codec.inspect(self.grad)
             while len(self._works) < len(self._buckets):
                 self._launch(self._absent)
         return self._absent
@@ -317,7 +318,8 @@ class Bucketed(Aggregator):
             self._held_twice += p.numel()
         if not self._armed and self._absent is None:
             if self._held_twice > self._most_twice:
-                self._bring_home()
+                with self._comm.meter.span("pack", "gradient"):
+                    self._bring_home()
             return
         if i in self._arrived or self._absent is not None:  # its bucket may be under way
             raise RuntimeError(
@@ -338,20 +340,20 @@ class Bucketed(Aggregator):
                 "gradients were shared in this step already, and each time moves the momentum that the method keeps: "
                 "make one backward pass a step, or say how many (backward_passes_per_step, or accumulate=M)"
             )
-        self._bring_home()
         bucket = self._buckets[len(self._works)]
         if absent or bucket.absent:
             gone = set(absent)
             bucket.absent[:] = [place for place, i in enumerate(bucket.tensors) if i in gone]
-        if self.grad is not self._mean:
-            bucket.gradient.copy_(self.grad[bucket.span])
         last = bucket is self._buckets[-1]
-        if last:
-            self._flags.fill_(1)
-            if absent:  # on CUDA a list of indices stops the host
-                self._flags[list(absent)] = 0
-            self._message[len(self._flags)].fill_(self._place)
         with self._comm.meter.span("pack", "gradient"):
+            self._bring_home()
+            if self.grad is not self._mean:
+                bucket.gradient.copy_(self.grad[bucket.span])
+            if last:
+                self._flags.fill_(1)
+                if absent:  # on CUDA a list of indices stops the host
+                    self._flags[list(absent)] = 0
+                self._message[len(self._flags)].fill_(self._place)
             self._works.append(self._codec.launch(bucket))
         if last and not self._codec.sums:
             self._header_work = self._comm.allreduce(self._header, "gradient", self._numbers[-1])
@@ -361,10 +363,9 @@ class Bucketed(Aggregator):
         self._held_twice = 0
         made = [(i, grad) for i in self._away if (grad := self._vector.parameters[i].grad) is not None]
         if made:
-            with self._comm.meter.span("pack", "gradient"):
-                dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in made]
-                torch._foreach_copy_([self._views[i] for i, _ in made], dense)
-                self._attach([i for i, _ in made])
+            dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in made]
+            torch._foreach_copy_([self._views[i] for i, _ in made], dense)
+            self._attach([i for i, _ in made])
 
     def _zero(self, absent: Sequence[int]) -> None:
         """Tensors that got no gradient count as zero; those whose ``.grad`` is home were zeroed with it."""

@@ -164,7 +164,7 @@ def _messages(messages: Sequence[Message]) -> str:
         sent = sum(bytes_sent(m.verb, m.bytes, m.size) for m in found)
         count = f"{len(found)} x " if len(found) > 1 else ""
         texts.append(f"{count}{verb} ({purpose}), n = {human_bytes(payload)}: {_FORMULA[verb]} = {human_bytes(sent)}")
-    return "; ".join(texts) or "nothing"
+    return f";\n{'':15}".join(texts) or "nothing"
 
 
 def _tensors(value: object) -> int:
