@@ -74,7 +74,7 @@ def test_of_a_given_model_it_says_what_a_dry_run_says(name: str, capsys: pytest.
     dry = capsys.readouterr().out
     per_round = re.search(r"sent per rank +(\S+ \S+) per (round|step)", dry)
     assert per_round and "SmallCNN" in card
-    sent = next(line for line in card.splitlines() if line.strip().startswith(f"each {per_round[2]}"))
+    sent = card.partition(f"  each {per_round[2]} ")[2].partition("\n  memory")[0]
     values = [float(v) * {"B": 1, "kB": 1e3, "MB": 1e6}[u] for v, u in re.findall(r"\)?(?:W|1\)) = (\S+) (\w+)", sent)]
     amount, unit = per_round[1].split()
     assert sum(values) == pytest.approx(float(amount) * {"kB": 1e3, "MB": 1e6}[unit], rel=0.01)
