@@ -35,11 +35,15 @@ class CIFAR(ImageData):
         path: the folder that ``python data_prep/cifar.py --archive ARCHIVE --out DIR`` made.
         crop: 32 (random windows of the image padded by 4) or 28 (of the image itself; the middle in evaluation).
         normalisation: published (mean and std of the published experiments) or computed (of meta.json).
+        augment: whether training images are cropped at random and flipped; else they are the middle.
+        examples: only so many training images, the first; null for all.
     """
 
     path: str
     crop: Crop = 32
     normalisation: Normalisation = "published"
+    augment: bool = True
+    examples: int | None = None
 
     def size(self) -> int:
         """Training examples.
@@ -47,7 +51,8 @@ class CIFAR(ImageData):
         Raises:
             ConfigError: the folder is missing, foreign or damaged.
         """
-        return int(self._facts()["counts"]["train"])
+        count = int(self._facts()["counts"]["train"])
+        return count if self.examples is None else min(count, self.examples)
 
     def check(self, world_size: int) -> None:
         """Find impossible values without loading or communicating anything.
@@ -60,6 +65,7 @@ class CIFAR(ImageData):
             ("normalisation", self.normalisation, get_args(Normalisation)),
         ):
             require(value in allowed, f"data.{key}", repr(value), f"one of {', '.join(map(str, allowed))}")
+        require(self.examples is None or self.examples >= 1, "data.examples", self.examples, "null, or at least 1")
         super().check(world_size)
 
     @property
@@ -83,9 +89,14 @@ class CIFAR(ImageData):
         if self.normalisation == "published":
             mean, std = PUBLISHED[facts["name"]]
         augmentation = Augmentation(flip=True, padding=4 if self.crop == 32 else 0, crop=self.crop)
+        middle = Augmentation(crop=self.crop).center
 
         def part(name: str) -> ArraySplit:
             images, labels = (torch.from_numpy(np.load(self._file(name, kind))) for kind in ("images", "labels"))
+            if name == "train":
+                images, labels = images[: self.size()], labels[: self.size()]
+            if not self.augment:
+                return ArraySplit(middle(images).contiguous(), labels.long(), mean, std, None, self.channels_last)
             return ArraySplit(images, labels.long(), mean, std, augmentation, self.channels_last)
 
         return splits(part("train"), part("test"), self.validation)
