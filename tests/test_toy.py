@@ -18,13 +18,13 @@ from launcher import called
 from table import is_
 from torch import Tensor
 
-from hpc_grawa import EASGD, MGRAWA, Method, ParameterVector, cli, simulate
+from hpc_grawa import EASGD, MGRAWA, DataParallel, Method, ParameterVector, cli, simulate
 from hpc_grawa.averaging.averager import Averager, argmin
 from hpc_grawa.averaging.scores import SCORE_MOMENTUM, TrainingLoss
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod, Level, Probe, Run
-from hpc_grawa.toy import Descent, Vincent, descend, draw, valley, vincent
+from hpc_grawa.toy import Descent, Vincent, descend, draw, first_round, valley, vincent
 from hpc_grawa.toy import table as printed_table
 from hpc_grawa.toy.vincent import CORNERS
 
@@ -163,6 +163,33 @@ def test_the_command_with_every_kind_of_method(capsys: pytest.CaptureFixture[str
     assert ["Follow", "rank 0 1 2 3, center"] in [row[:2] for row in rows]
     assert printed.out.splitlines()[-1] == "figure  a.png" and printed.err == ""
     assert Path("a.png").stat().st_size > 10_000
+
+
+def test_per_layer_weights_reach_where_weights_per_rank_cannot() -> None:
+    """c_d = Σ_m β_md x_md; with one β per rank inside the ranks' triangle, with one per coordinate beyond its edge."""
+    rounds = {name: first_round(METHODS[name]) for name in ("MGRAWA", "LGRAWA")}
+    beyond = {}
+    for name, pulled in rounds.items():
+        torch.testing.assert_close((pulled.weights * pulled.before).sum(0), pulled.center)
+        torch.testing.assert_close(pulled.weights.sum(0), torch.ones(2, dtype=torch.float64))
+        corners = torch.cat((pulled.before.T, torch.ones(1, 3, dtype=torch.float64)))
+        shares = torch.linalg.solve(corners, torch.cat((pulled.center, torch.ones(1, dtype=torch.float64))))
+        beyond[name] = bool((shares < 0).any())  # the center's coordinates in the triangle
+        assert bool(
+            ((pulled.center > pulled.before.min(0).values) & (pulled.center < pulled.before.max(0).values)).all()
+        )
+        shorter = (pulled.after - pulled.center).norm(dim=1) < (pulled.before - pulled.center).norm(dim=1)
+        assert bool(shorter.all())
+    assert beyond == {"MGRAWA": False, "LGRAWA": True}
+    with pytest.raises(ConfigError, match="makes no round in 100 steps"):
+        first_round(DataParallel())
+
+
+@pytest.mark.parametrize("view", ["surface", "weights"])
+def test_other_views(view: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "a.png"
+    cli.main(["toy", "--methods=LGRAWA,Parle", "--steps=8", f"--view={view}", f"--figure={figure}"])
+    assert f"figure  {figure}" in capsys.readouterr().out and figure.stat().st_size > 20_000
 
 
 def test_settings_reach_the_methods_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
