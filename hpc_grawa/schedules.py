@@ -93,6 +93,11 @@ class Schedule(ABC):
     def factor(self, facts: RunFacts) -> float:
         """The factor without warm-up."""
 
+    def after_warmup(self, facts: RunFacts) -> float:
+        """The share that is used of what the budget leaves after the warm-up; of one in seconds, of all of it."""
+        share = min(1.0, self.warmup / facts.total_steps) if facts.total_steps else 0.0
+        return max(0.0, facts.progress - share) / (1 - share) if share < 1 else 0.0
+
 
 @dataclass
 class Constant(Schedule):
@@ -130,7 +135,7 @@ class Step(Schedule):
 
 @dataclass
 class Cosine(Schedule):
-    """Half a cosine from 1 to ``final`` over the budget, whatever its unit.
+    """Half a cosine from 1 to ``final`` over what the budget leaves after the warm-up.
 
     Attributes:
         final: factor at the end.
@@ -143,12 +148,12 @@ class Cosine(Schedule):
         require(0 <= self.final <= 1, "schedule.final", self.final, "in [0, 1]")
 
     def factor(self, facts: RunFacts) -> float:
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * facts.progress)) / 2
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * self.after_warmup(facts))) / 2
 
 
 @dataclass
 class Linear(Schedule):
-    """A straight line from 1 to ``final`` over the budget, whatever its unit.
+    """A straight line from 1 to ``final`` over what the budget leaves after the warm-up.
 
     Attributes:
         final: factor at the end.
@@ -161,4 +166,4 @@ class Linear(Schedule):
         require(0 <= self.final <= 1, "schedule.final", self.final, "in [0, 1]")
 
     def factor(self, facts: RunFacts) -> float:
-        return 1 - (1 - self.final) * facts.progress
+        return 1 - (1 - self.final) * self.after_warmup(facts)

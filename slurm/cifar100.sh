@@ -9,4 +9,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || { echo "must be submitted by sbatch in the folder that holds slurm/, not in $PWD" >&2; exit 2; }; source "$SLURM_SUBMIT_DIR/slurm/common.sh" cifar100_resnet56 "$@"
+[ -r "${SLURM_SUBMIT_DIR:-}/slurm/common.sh" ] || { echo "must be submitted by sbatch in the folder that holds slurm/, not in $PWD" >&2; exit 2; }; source "$SLURM_SUBMIT_DIR/slurm/common.sh" cifar100_wrn28x10 "$@"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What all templates share:  source "$SLURM_SUBMIT_DIR/slurm/common.sh" RECIPE [OPTIONS OF hpc-grawa train]
+# What all templates share:  source "$SLURM_SUBMIT_DIR/slurm/common.sh" RECIPE [RECIPE] [OPTIONS OF hpc-grawa train]
 #                            source "$SLURM_SUBMIT_DIR/slurm/common.sh" -- PROGRAM [ARGUMENTS]
 # Trains on all nodes of the job, or on each of the numbers of nodes in STEPS in turn; ends the script.
 # What differs from site to site stands in site.sh.
@@ -49,6 +49,8 @@ if [ "$1" = -- ]; then
 fi
 
 say() { printf '%s: %s\n' "$SLURM_JOB_NAME" "$*" >&2; }
+
+if [ $# -gt 1 ] && [[ $2 != -* ]]; then shift; fi # a recipe of the user's, in place of the script's
 
 option() { # KEY WORD...: the value of the last --KEY among the words
     local key=--$1 before="" value="" word

@@ -25,7 +25,7 @@ from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError, RanksDisagree
 from hpc_grawa.methods import AveragingMethod
 from hpc_grawa.periods import QSR, SWAP, Constant, Period, PostLocal, Sqrt
-from hpc_grawa.schedules import RunFacts
+from hpc_grawa.schedules import Cosine, RunFacts
 from hpc_grawa.training.dry_run import plan
 from hpc_grawa.training.loop import fit
 
@@ -76,6 +76,15 @@ def test_qsr_by_hand(lr: float, step: int, left: int | None, expected: float) ->
 
 def test_other_powers_of_qsr() -> None:
     assert [QSR(1, 0.3, power)(RunFacts(lr=0.1)) for power in (1.0, 2.0, 3.0)] == [2, 8, 26]  # 0.3 / 0.1 < 3 in binary
+
+
+@pytest.mark.parametrize(("epoch", "published"), [(183, 30), (273, 8142)])
+def test_qsr_on_the_cosine_of_its_paper(epoch: int, published: int) -> None:
+    """Figure 5: AdamW at .008 after 10,000 steps of 300 epochs of 312, α .0175."""
+    total, step = 300 * 312, epoch * 312
+    facts = RunFacts(step=step, peak_lr=0.008, warmup_steps=10_000, total_steps=total, progress=step / total)
+    facts.lr = facts.peak_lr * Cosine(warmup=10_000)(facts)
+    assert QSR(4, 0.0175)(facts) == pytest.approx(published, rel=0.07)
 
 
 def test_sqrt_and_constant() -> None:

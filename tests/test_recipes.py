@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from ilsvrc import folders, jpeg, script
+from own import plain_process
 from table import plain
 from test_config import cifar
 from test_text import prepared
 
+from hpc_grawa import simulate
 from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
-from hpc_grawa.cli.settings import RECIPES, recipes
+from hpc_grawa.cli.settings import PAPERS, RECIPES, papers, recipes
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import Digits
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, DataParallel, LocalSGD
 from hpc_grawa.optim import SAM, SGD, AdamW
 from hpc_grawa.periods import QSR
 from hpc_grawa.training.config import Config
+from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
 
 #: What a setting's recipes said when there was one for each method.
@@ -28,14 +33,14 @@ SAID = {
     "cifar10_resnet20": """
 schedule: {class_path: Step, init_args: {milestones: [500], gamma: 0.1, unit: seconds}}
 model: ResNet20
-data: {class_path: CIFAR, init_args: {batch_size: 128}}
+data: {class_path: CIFAR, init_args: {batch_size: 128, crop: 28}}
 precision: bf16
 budget: {seconds: 900}
 eval: {unit: seconds, every: 60}
 """,
-    "cifar100_resnet56": """
+    "cifar100_wrn28x10": """
 schedule: {class_path: Step, init_args: {milestones: [60, 120, 160], gamma: 0.2, unit: epochs}}
-model: ResNet56
+model: WRN28x10
 data: {class_path: CIFAR, init_args: {batch_size: 128}}
 precision: bf16
 budget: {epochs: 200}
@@ -90,11 +95,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sizes = {"counts": {"train": 1_281_167, "val": 50_000}, "shards": {"train": 1, "val": 1}, "bytes": files}
     (imagenet / "meta.json").write_text(json.dumps({**sizes, "classes": ["a"] * 1000}))
     ten, text = cifar(folder / "ten", 10, train=1000), prepared(folder, "bytes", times=80)
+    hundred = cifar(folder / "hundred", 100, train=1000)
     return {
         **dict.fromkeys(("cifar10_resnet20", "results_cifar10", "ablations_grawa", "ablations_dgc"), ten),
         **dict.fromkeys(("gpt_text", "results_gpt"), text),
-        "cifar100_resnet56": cifar(folder / "hundred", 100, train=1000),
-        "imagenet_resnet50": imagenet,
+        **dict.fromkeys(("cifar10_vgg16", "cifar10_pyramidnet110"), ten),
+        **dict.fromkeys(("cifar100_wrn28x10", "cifar100_densenet121", "cifar100_pyramidnet110"), hundred),
+        **dict.fromkeys(("imagenet_resnet50", "imagenet_resnet152", "imagenet_vitb16"), imagenet),
     }
 
 
@@ -117,13 +124,25 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
 
 
 def test_every_recipe_says_its_goal_and_is_valid(paths: dict[str, Path]) -> None:
-    assert set(recipes()) == {*SAID, *ROWS, "digits", "gpt_text"}
+    assert set(recipes()) == {*SAID, *ROWS, *paths, "digits"} | {"demo"}
     for name in recipes():
         assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
         if name not in {*SAID, *ROWS}:
             for method in METHODS:
                 data = [f"--data.path={paths[name]}"] if name in paths else []
                 parse([f"--config={name}", f"--method={method}", *data]).check(4)
+
+
+@pytest.mark.parametrize("paper", papers())
+def test_a_paper_makes_a_row_of_any_setting(paper: str, paths: dict[str, Path]) -> None:
+    """Its methods, seeds, and of each method the settings that it was chosen from."""
+    runs = {"grawa": 3 * (9 + 12 + 2 * 12 + 2 * 6), "qsr": 3 * 6}[paper]
+    for name in ("cifar10_resnet20", "imagenet_vitb16"):
+        words = [f"--config={PAPERS / paper}.yaml", f"--config={name}", f"--data.path={paths[name]}"]
+        planned = Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan
+        assert len(planned) == runs and {config.run.seed for _, config in planned} == {36, 720, 1042}
+        assert len({config.text for _, config in planned}) == runs
+        planned[0].config.check(4)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -149,6 +168,76 @@ def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> Non
         name, path = (words.index(option) + 1 for option in ("--config", "--data.path"))
         words[path] = str(paths[words[name]])
         assert Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed ImageNet of 6 classes, 3 small pictures each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images = {f"n{c:08}": {f"{n}.JPEG": jpeg(40, 40, seed=10 * c + n) for n in range(3)} for c in range(6)}
+    options = folders(folder / "in", {"train": images, "val": images})
+    assert script("imagenet").main([*options, "--out", str(folder / "packed")]) == 0
+    return folder / "packed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(recipes()) - set(ROWS)))
+def test_every_setting_trains(
+    name: str, paths: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of two ranks, a round among them, and the evaluation at the end."""
+    plain_process(monkeypatch)
+    words = [
+        f"--config={name}",
+        "--budget.seconds=null",
+        "--budget.epochs=null",
+        "--budget.steps=3",
+        "--method.period=2",
+    ]
+    words += [
+        "--data.batch_size=2",
+        "--eval.unit=epochs",
+        "--eval.every=99",
+        "--eval.bn_batches=1",
+        "--eval.batch_size=5",
+    ]
+    words += [
+        "--eval.train_examples=5",
+        f"--run.dir={tmp_path}",
+        "--run.name=a",
+        "--log.tensorboard=false",
+        "--save.ranks=false",
+    ]
+    if name in paths:
+        words += [f"--data.path={pictures if name.startswith('imagenet') else paths[name]}"]
+    config = parse(words)
+    config.check(2)
+    place = tmp_path / "a"
+    place.mkdir()
+    (summary, _) = simulate(
+        2, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: place, speaks=False)
+    )
+    assert (summary["state"], summary["steps"], summary["rounds"]) == ("finished", 3, 2)
+    assert math.isfinite(summary["center_test_loss"])
+
+
+#: Runs of each study's comparison.
+STUDIES = {"flatness": 18, "gap": 162, "large_batch": 16, "measures": 128, "parle": 12, "qsr": 18, "scalability": 6}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_can_be_trained(name: str, tmp_path: Path) -> None:
+    """All its runs are different experiments, and are checked; one of each method is built."""
+    folder = Path(__file__).parents[1] / "benchmarks/studies"
+    assert {file.stem for file in folder.glob("*.yaml")} == set(STUDIES)
+    data = cifar(tmp_path / "data", 10, train=5000)
+    words = [f"--config={folder / name}.yaml", f"--data.path={data}", f"--run.name={name}"]
+    plan = [config for _, config in Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan]
+    assert len(plan) == STUDIES[name] == len({config.text for config in plan})
+    for config in plan:
+        config.check(1)
+    for config in {config.method_name: config for config in plan}.values():
+        Worker(config, SingleCommunicator()).run.close()
 
 
 SETTING = """

@@ -34,6 +34,16 @@ def test_cosine_and_linear_go_from_1_to_their_final_factor_over_the_budget(final
         assert schedule(RunFacts(progress=1.0)) == pytest.approx(final, abs=1e-15)
 
 
+@pytest.mark.parametrize("schedule", [Cosine, Linear])
+def test_what_falls_does_so_from_the_end_of_the_warm_up(schedule: Callable[..., Schedule]) -> None:
+    """Of a budget in steps: the middle is that of the steps after it. In seconds nobody knows how long it takes."""
+    falling = schedule(warmup=20)
+    at = {t: falling(RunFacts(step=t, total_steps=100, progress=t / 100)) for t in (0, 19, 20, 60, 100)}
+    assert at == pytest.approx({0: 1 / 20, 19: 1, 20: 1, 60: 0.5, 100: 0}, abs=1e-15)
+    assert falling(RunFacts(step=60, progress=0.5)) == pytest.approx(0.5)
+    assert schedule(warmup=200)(RunFacts(step=100, total_steps=100, progress=1.0)) == pytest.approx(101 / 200)
+
+
 @pytest.mark.parametrize(
     ("schedule", "drops"),
     [

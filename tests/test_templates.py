@@ -16,7 +16,7 @@ TEMPLATES = sorted(path.name for path in SLURM.glob("*.sh") if path.name not in 
 #: Recipe, and how many nodes of four GPUs.
 SETTINGS = {
     "cifar10.sh": ("cifar10_resnet20", 1),
-    "cifar100.sh": ("cifar100_resnet56", 2),
+    "cifar100.sh": ("cifar100_wrn28x10", 2),
     "imagenet.sh": ("imagenet_resnet50", 3),
 }
 #: Messages of SLURM and Open MPI.
