@@ -59,7 +59,7 @@ def test_a_run_from_one_command_on_two_ranks(backend: str, tmp_path: Path, capsy
     assert output.splitlines()[0] == f"backend    {backend} (started by mpirun, asked for), 2 ranks"
     assert output.count("backend ") == 1 and output.splitlines()[-1].endswith("see runs/a")
     files = sorted(path.name for path in (tmp_path / "runs" / "a").iterdir() if not path.name.startswith("events.out"))
-    assert files == ["center.pt", "config.yaml", "environment.json", "metrics.jsonl", "ranks", "summary.json"]
+    assert files == ["center.pt", "config.yaml", "environment.json", "metrics.jsonl", "models", "ranks", "summary.json"]
     summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
     assert (summary["backend"], summary["world_size"], summary["steps"], summary["rounds"]) == (backend, 2, 9, 3)
 

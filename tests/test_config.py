@@ -47,6 +47,7 @@ def write(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
+RECIPES_LISTED = "cifar100_wrn28x10, cifar10_pyramidnet110, cifar10_resnet20, cifar10_vgg16, demo, digits"
 IMPOSSIBLE = {
     # what is given: key, value and what is allowed, as the message names them
     "--method.perod 3": ("method.perod is no setting", "did you mean method.period", "pull"),
@@ -66,7 +67,11 @@ IMPOSSIBLE = {
     ),
     "--optimizer Adam": ("optimizer is Adam", "ASAM, AdamW, EntropySGD", "import path"),
     "--schedule NoSuch": ("schedule is NoSuch", "Constant, Cosine, Linear, Step", "import path"),
-    "--model NoSuch": ("model is NoSuch", "ResNet152, ResNet20, ResNet50, ResNet56, SmallCNN, ViTB16", "import path"),
+    "--model NoSuch": (
+        "model is NoSuch",
+        "ResNet152, ResNet18, ResNet20, ResNet50, ResNet56, SmallCNN, VGG16, ViTB16",
+        "import path",
+    ),
     "--data NoSuch": ("data is NoSuch", "CIFAR, Datasets, Digits", "import path"),
     "--metric NoSuch": ("metric is NoSuch", "Accuracy", "import path"),
     "--loss NoSuch": ("loss is NoSuch", "CrossEntropyLoss", "import path"),
@@ -163,12 +168,12 @@ IMPOSSIBLE = {
     "--precision fp16": ("precision is fp16", "fp32, bf16", "loss scaling"),
     "--backend nccl": ("backend is nccl", "sees no GPU"),
     "--backend single": ("backend is single", "must be another"),
-    "--config nosuch": ("config is nosuch", "cifar100_resnet56, cifar10_resnet20, demo, digits"),
+    "--config nosuch": ("config is nosuch", RECIPES_LISTED),
     "--config /no/such.yaml": (
         "config is /no/such.yaml",
-        "cifar100_resnet56, cifar10_resnet20, demo, digits",
+        RECIPES_LISTED,
     ),
-    "--config": ("config is missing", "cifar100_resnet56, cifar10_resnet20, demo, digits"),
+    "--config": ("config is missing", RECIPES_LISTED),
     "--world_size 2": ("world_size is 2", "--dry_run"),
 }
 

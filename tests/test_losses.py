@@ -12,9 +12,9 @@ from conftest import Ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpc_grawa import losses
 from hpc_grawa.data import TensorExamples
 from hpc_grawa.metrics import Metric
-from hpc_grawa.training import losses
 from hpc_grawa.training.evaluate import Evaluator
 
 N, C = 23, 5

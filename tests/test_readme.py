@@ -29,6 +29,12 @@ README = "\n".join(PAGES.values())
 #: A tiny budget in place of the README's, and 2 ranks of its 4, so that what is tested is that the command works.
 SHORT = ["--budget.seconds", "1000", "--budget.steps", "3", "--eval.train_examples", "50", "--eval.bn_batches", "1"]
 
+#: What measures a model is made to look at less of it.
+FEW = {
+    "flatness": shlex.split("--examples 16 --steps 3 --samples 1 --lpf_samples 1 --points 3"),
+    "measures": shlex.split("--examples 16"),
+}
+
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
@@ -146,10 +152,13 @@ def test_hpc_grawa_commands_of_the_readme(newcomer: Path) -> None:
         # As a shell does: what matches no file stays.
         words = [str(w) for word in words for w in ("*" in word and sorted(newcomer.glob(word))) or [word]]
         shortened = SHORT if trains else ["--steps", "8"] if words == ["hpc-grawa", "toy"] else []
+        for name, few in FEW.items():
+            shortened += few if f"hpc-grawa {name} " in command else []
         run(shlex.join(words + shortened), newcomer)
         ran += 1
     assert ran >= 17
-    assert all((newcomer / file).is_file() for file in ("figure.png", "table.csv", "toy.png"))
+    figures = ("figure.png", "table.csv", "toy.png", "flatness.png", "landscape.png", "measures.csv", "measures.png")
+    assert all((newcomer / file).is_file() for file in figures)
 
 
 @pytest.mark.slow

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -578,3 +581,31 @@ def test_without_tensorboard_a_line_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("hpc_grawa.runs.log.find_spec", lambda name: None)
     Log(tmp_path, speaks=True, tensorboard=True).close()
     assert "TensorBoard, which is not installed: pip install 'hpc-grawa[log]'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
+def test_compiled_steps_are_those_that_are_not(method: str, tmp_path: Path) -> None:
+    """To round-off; before the first step nothing of the compiling remains: random streams, buffers, gradients."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (
+        run(digits("--optimizer.lr=0.01", f"--compile={word}", method=method), tmp_path / word)[0]
+        for word in ("false", "true")
+    )
+    assert compiled["center_test_loss"] == pytest.approx(plain["center_test_loss"], rel=1e-3)
+    for a, b in zip(center(tmp_path / "false").values(), center(tmp_path / "true").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert compiled["bytes_sent"] == plain["bytes_sent"]
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_compiled_is_said(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "hpc_grawa", "train", "--config=digits", "--compile=true", f"--run.dir={tmp_path}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "compile is true: must be false: SmallCNN cannot be compiled here (" in done.stderr.splitlines()[-1]

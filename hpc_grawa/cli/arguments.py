@@ -20,6 +20,11 @@ PLAIN: dict[str, tuple[Any, Any, str]] = {
     "clip_norm": (float | None, None, "Largest norm of the gradient, after sharing; null: any."),
     "accumulate": (int, 1, "Equal parts the batch is computed in, to save memory."),
     "precision": (Precision, "fp32", "bf16 computes under autocast."),
+    "compile": (
+        bool,
+        False,
+        "Local steps by torch.compile, before the clock starts; rounds' probes and evaluations not.",
+    ),
     "backend": (Backend, "auto", "How ranks communicate."),
     "network": (
         str | None,

@@ -29,7 +29,7 @@ from .settings import class_section, read_settings, split_config
 
 #: What a comparison sets itself, run by run.
 _SINGLE = ("method", "method.class_path", "run.seed", "run.resume")
-_SECTION = ("methods", "seeds", "target", "grid", "networks")
+_SECTION = ("methods", "seeds", "target", "grid", "grids", "networks")
 
 
 class Planned(NamedTuple):
@@ -73,7 +73,8 @@ class Comparison:
         A recipe's ``compare`` section may hold ``methods`` (names, of variants too, or for each name what stands in the
         recipe's ``methods`` else), ``seeds``, ``target`` and ``grid`` (lists of values by key); the command line wins.
         A setting in the grid that a method does not have is left out for this method. It may also hold ``networks``,
-        such as ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one.
+        such as ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one;
+        and ``grids``, a grid for each of some methods, where no ``grid`` is given.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -116,6 +117,15 @@ class Comparison:
         axes = _axes(section.get("grid", {}) if grid is None else grid)
         kinds = {name: _class(files, name) for name in names}
         points = {name: list(product(*_of_method(axes, kinds[name], kinds.values()).values())) for name in names}
+        grids = section.get("grids", {})
+        if not isinstance(grids, dict):
+            raise wrong("compare.grids", grids, "must hold grids of methods ({LGRAWA: {method.period: [16, 32]}})")
+        for name in grids if grid is None else ():
+            _class(files, name)  # else a misspelt one would have no grid in silence
+            if name in names:
+                of_this = _axes(grids[name])
+                axes |= of_this
+                points[name] = list(product(*([(key, value) for value in of_this[key]] for key in of_this)))
 
         def run(name: str, *identity: str) -> Planned:
             own = [*words, f"--method={name}", *identity]
@@ -153,7 +163,7 @@ class Comparison:
         except OSError as error:
             raise wrong("run.dir", self.folder.parent, f"cannot be used ({error.strerror})") from None
         for _, config in self.plan:
-            run = self._finished(config)
+            run = self.finished_folder(config)
             if run is None:
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
@@ -186,7 +196,7 @@ class Comparison:
         """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
         from ..training.loop import fit
 
-        done = [self._finished(config) for _, config in self.plan] if comm.rank == 0 else []
+        done = [self.finished_folder(config) for _, config in self.plan] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
         for number, (_, config) in enumerate(self.plan):
             if comm.rank == 0:
@@ -213,7 +223,7 @@ class Comparison:
             raise wrong("launcher", " ".join(launcher), "must begin with a program, which cannot be found")
         failed = 0
         for number, (words, config) in enumerate(self.plan):
-            done = self._finished(config)
+            done = self.finished_folder(config)
             self._announce(number, done)
             if done is not None:
                 continue
@@ -240,7 +250,7 @@ class Comparison:
             ConfigError: the first options are not ``--config`` and a recipe, or sbatch has refused.
         """
         lines = [shlex.join(_recipe_first(words)) for words, _ in self.plan]
-        left = [number for number, (_, config) in enumerate(self.plan) if self._finished(config) is None]
+        left = [number for number, (_, config) in enumerate(self.plan) if self.finished_folder(config) is None]
         if not left:
             return f"nothing to submit: all {len(self.plan)} runs are in {self.folder}"
         file = self.folder / "plan.txt"
@@ -260,7 +270,7 @@ class Comparison:
     @property
     def finished(self) -> list[Path]:
         """The folders of the runs that are."""
-        return [path for _, config in self.plan if (path := self._finished(config))]
+        return [path for _, config in self.plan if (path := self.finished_folder(config))]
 
     def _announce(self, number: int, done: Path | None) -> None:
         config = self.plan[number].config
@@ -268,7 +278,8 @@ class Comparison:
         title = f"{config.run.name} ({number + 1} of {len(self.plan)}){link}"
         print(f"\n{title}" + (f" is in {done} already" if done is not None else ""), flush=True)
 
-    def _finished(self, config: Config) -> Path | None:
+    def finished_folder(self, config: Config) -> Path | None:
+        """The folder of a run, if it is finished: of its first attempt that is."""
         name = str(config.run.name)
         attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
         return next((path for path in attempts if is_finished(path)), None)
@@ -363,7 +374,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
     """
     from ..report import draw, markdown, read_run, rows, write_csv
 
-    records = [read_run(run) for path in runs for run in _runs_in(path)]
+    records = [read_run(run) for path in runs for run in runs_in(path)]
     lines = rows(records, target=target)
     print("\n" + markdown(lines, columns()))
     if csv is not None:
@@ -374,7 +385,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
         print(f"figure  {figure}")
 
 
-def _runs_in(path: Path) -> list[Path]:
+def runs_in(path: Path) -> list[Path]:
     """The runs in a folder of runs; the folder itself otherwise."""
     inner = sorted(log.parent for log in path.glob("*/metrics.jsonl"))
     return inner if inner and not (path / "metrics.jsonl").is_file() else [path]

@@ -1,35 +1,36 @@
-"""The command line: ``hpc-grawa train | evaluate | table | status | compare | methods | toy | doctor``."""
+"""The command line: ``hpc-grawa COMMAND``, which is one of these."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import inspect
+import json
 import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-import torch
-
-from ..comm import Backend, Communicator, choose, connect
-from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree, in_a_line, require, wrong
-from ..launch import Slot, default_threads, local_device, own_slot
+from ..comm import Backend, Communicator
+from ..errors import ConfigError, require, wrong
+from ..launch import Slot, own_slot
 from ..methods import Method
 from ..runs.log import Log, say
-from ..runs.reading import parse_settings, read_text
-from ..screen import counted, spell_unknown_characters, wrapped
-from ..training.config import CLASS_SECTIONS, Config
+from ..runs.record import read_run
+from ..screen import spell_unknown_characters, wrapped
 from ..training.resume import RunPlace
 from .classes import find_class, is_class
+from .finished import CENTER, FinishedRun, finished_config
+from .flatness import flatness
 from .gate import Parser, named_errors
+from .measures import measures
 from .parsing import parse
+from .settings import PAPERS, papers
+from .together import backend_line, set_threads, together
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -131,38 +132,17 @@ def evaluate(words: list[str], slot: Slot) -> None:
     parser.add_argument("--data.path", dest="data_path", help="where the data are now")
     parser.add_argument("--backend", default="auto", help="how ranks communicate")
     options = parser.parse_args(words)
-    for name in ("config.yaml", "center.pt"):
-        if not (options.run / name).is_file():
-            raise ConfigError(f"{options.run} is not the folder of a finished run: it has no {name}")
-    file = options.run / "config.yaml"
-    settings = parse_settings(read_text(file) or "", str(file))
-    if missing := CLASS_SECTIONS.keys() - settings:
-        raise Damaged(f"{file} is not whole: it has no {min(missing)}")
-    again = [f"--config={file}", f"--backend={options.backend}", "--network=null"]
-    if options.data_path is not None:
-        again.append(f"--data.path={options.data_path}")
-    config = parse(again, program)
+    config = finished_config(options.run, program, options.backend, options.data_path)
     config.data.check(1)
     first_line = backend_line(config, slot)
     set_threads(slot)
     with together(program, config, slot, first_line) as comm:
-        from .. import buffers
         from ..training.evaluate import Evaluator
-        from ..training.preflight import new_model
 
         evaluator = Evaluator(config.loss, config.metric, config.precision, config.eval.batch_size)
-        splits = config.data.load()
-        model = new_model(config, splits, comm, local_device(slot, config.device))
-        file = options.run / "center.pt"
-        try:
-            center = torch.load(file, weights_only=True)
-            # Before load_state_dict, which refuses those that have changed their shape in training.
-            buffers.load_state(model, {name: center[name] for name in buffers.state(model) if name in center})
-            model.load_state_dict(center)
-        except Exception as error:  # a damaged file can raise anything
-            why = in_a_line(error)[:200] or type(error).__name__
-            raise ConfigError(f"{file} is damaged, or of another model: {why}") from None
-        scores = evaluator.evaluate(model, splits.test, comm)
+        finished = FinishedRun(options.run, config, comm, slot)
+        finished.put(CENTER)
+        scores = evaluator.evaluate(finished.model, finished.splits.test, comm)
         if slot.rank == 0:
             print(f"center of {options.run}: " + ", ".join(f"test {key} {value:.4f}" for key, value in scores.items()))
 
@@ -209,6 +189,8 @@ def compare(words: list[str], slot: Slot) -> None:
     own.add_argument("--seeds", help="numbers, separated by commas")
     own.add_argument("--grid", help="settings to combine: 'method.period=8,16;method.pull=.3,.5'")
     own.add_argument("--target", type=float, help="metric to reach in the column time to target (accuracy: a fraction)")
+    text = "a paper's methods, seeds and grids, and its table (grawa)"
+    own.add_argument("--paper", nargs="?", const="grawa", choices=papers(), help=text)
     ways = own.add_mutually_exclusive_group()
     ways.add_argument("--launcher", help="start each run by these words: 'srun --mpi=pmix', 'mpirun -np 4'")
     ways.add_argument("--submit", help="submit the runs as one job array: options of sbatch, and slurm/compare.sh")
@@ -217,11 +199,13 @@ def compare(words: list[str], slot: Slot) -> None:
         raise SystemExit(0)
     options, words = own.parse_known_args(words)
     check_target(options.target)
+    if options.paper is not None:
+        words = [f"--config={PAPERS / options.paper}.yaml", *words]
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
     if elsewhere is None:
-        _compare_here(comparison, program, slot)
+        _compare_here(comparison, program, slot, options.paper is not None)
         return
     if slot.size > 1:
         raise wrong(way, elsewhere, f"must not be given to {slot.size} ranks: start hpc-grawa compare by itself")
@@ -234,6 +218,13 @@ def compare(words: list[str], slot: Slot) -> None:
         print(comparison.submit(told))
         return
     status = comparison.launch(told)
+    if options.paper is not None and status == 0:
+        alone, config = (
+            dataclasses.replace(slot, tasks=1),
+            dataclasses.replace(comparison.plan[0].config, backend="auto"),
+        )
+        with together(program, config, alone, backend_line(config, alone)) as comm:
+            _as_in_a_paper(comparison, comm, alone)
     if comparison.finished:
         report(
             comparison.finished, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png"
@@ -241,7 +232,7 @@ def compare(words: list[str], slot: Slot) -> None:
     raise SystemExit(status)
 
 
-def _compare_here(comparison: Comparison, program: str, slot: Slot) -> None:
+def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
     from .compare import report
 
     for _, config in comparison.plan:
@@ -253,8 +244,31 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot) -> None:
     set_threads(slot)
     with together(program, first, slot, first_line) as comm:
         folders = comparison.train(comm)
+        if paper:
+            _as_in_a_paper(comparison, comm, slot)
         if slot.rank == 0:
             report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
+
+
+def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
+    """Measure how flat the chosen runs of a finished comparison are, and print the paper's table."""
+    from ..flatness.measure import Settings
+    from ..report.paper import chosen_runs, paper_table
+    from .flatness import How, measure_runs
+
+    read = [read_run(path) for path in comparison.finished] if comm.rank == 0 else []
+    told = json.dumps([str(record.path) for record in chosen_runs(read)]) if comm.rank == 0 else ""
+    chosen = {Path(path) for path in json.loads(comm.gather_bytes(told.encode())[0])}
+    runs = {comparison.finished_folder(config): config for _, config in comparison.plan}
+    measure_runs(
+        {path: config for path, config in runs.items() if path is not None and path in chosen},
+        Settings(measures=("loss", "trace", "spectrum")),
+        How(),
+        comm,
+        slot,
+    )
+    if comm.rank == 0:
+        print("\n" + paper_table([read_run(path) for path in comparison.finished]))
 
 
 #: Of all methods.
@@ -315,6 +329,14 @@ def toy(words: list[str], slot: Slot) -> None:
     parser.add_argument("--figure", type=Path, default=Path("toy.png"), help="draw to this file (toy.png)")
     parser.add_argument("--steps", type=int, default=4000, help="local steps of each rank (4000)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
+    parser.add_argument(
+        "--view",
+        choices=("map", "surface", "weights"),
+        default="map",
+        help="ways on a map, on a surface, or what weights do in a round (map)",
+    )
+    parser.add_argument("--starts", type=int, help="from so many random starts instead, and say where descents end")
+    parser.add_argument("--seed", type=int, default=0, help="of random starts (0)")
     settings = parser.add_argument_group("settings of methods")
     settings.add_argument("--period", type=int, default=4, help="local steps between rounds (4)")
     settings.add_argument("--pull", type=float, default=0.5, help="of ranks to the center; EASGD: of the center (0.5)")
@@ -326,12 +348,22 @@ def toy(words: list[str], slot: Slot) -> None:
     if slot.rank:
         return
     from ..report.figure import check_drawable
-    from ..toy import descend, draw, table
+    from ..toy import descend, draw, draw_surfaces, draw_weights, first_round, table
 
+    require(options.starts is None or options.starts >= 1, "starts", options.starts, "at least 1")
     log = Log(None, speaks=True)
     try:
         chosen = _toy_methods(options)
+        if options.starts is not None:
+            _toy_starts(chosen, options, log)
+            return
         check_drawable(options.figure)
+        shared = f"Gradient descent, lr {options.lr:g}, {options.steps:,} steps;\na round every {options.period}."
+        if options.view == "weights":
+            rounds = {name: first_round(method, options.steps, options.lr) for name, method in chosen.items()}
+            draw_weights(rounds, options.figure, f"The first round, after {options.period} steps.")
+            print(f"figure  {options.figure}")
+            return
         descents = {}
         for number, (name, method) in enumerate(chosen.items()):
 
@@ -343,13 +375,27 @@ def toy(words: list[str], slot: Slot) -> None:
             descents[name] = descend(method, options.steps, options.lr, watch=watch)
         log.close()
         print(table(descents))
-        shared = f"Gradient descent, lr {options.lr:g}, {options.steps:,} steps;\na round every {options.period}."
-        draw(descents, options.figure, shared)
+        (draw if options.view == "map" else draw_surfaces)(descents, options.figure, shared)
         print(f"\nfigure  {options.figure}")
     except KeyboardInterrupt:
         log.close()
         print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _toy_starts(methods: dict[str, Method], options: argparse.Namespace, log: Log) -> None:
+    """Say where descents from many starts end."""
+    from ..toy.starts import ends, table
+
+    total = options.starts * len(methods)
+
+    def watch(done: int) -> None:
+        if log.due:
+            log.progress(done / total, f"{done:,} of {total:,} descents")
+
+    found = ends(methods, options.starts, options.seed, options.steps, options.lr, watch)
+    log.close()
+    print(table(found))
 
 
 def doctor(words: list[str], slot: Slot) -> None:
@@ -391,6 +437,8 @@ def _toy_methods(options: argparse.Namespace) -> dict[str, Method]:
 COMMANDS: dict[str, Callable[[list[str], Slot], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "flatness": flatness,
+    "measures": measures,
     "table": table,
     "status": status,
     "compare": compare,
@@ -403,46 +451,3 @@ COMMANDS: dict[str, Callable[[list[str], Slot], None]] = {
 def check_target(target: float | None) -> None:
     """Raise ``ConfigError`` for one that no run can reach."""
     require(target is None or math.isfinite(target), "target", target, "a finite number")
-
-
-def backend_line(config: Config, slot: Slot) -> str:
-    """Which backend and why; raises ``ConfigError`` where it cannot run."""
-    backend, why = choose(config.backend, slot)
-    where = ", on GPUs" if local_device(slot, config.device).type == "cuda" else ""
-    link = f", over an emulated network of {config.network}" if config.network else ""
-    return f"backend    {backend} ({why}), {counted(slot.size, 'rank')}{where}{link}"
-
-
-def set_threads(slot: Slot) -> None:
-    """Give this rank its share of the host's processors, unless OMP_NUM_THREADS says otherwise."""
-    threads = default_threads(slot)
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def together(program: str, config: Config, slot: Slot, first_line: str) -> Iterator[Communicator]:
-    """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
-    if slot.rank == 0:
-        say(first_line)
-    comm = connect(config.backend, slot, config.comm_timeout)
-    try:
-        yield comm
-    except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:
-        # Raised on all ranks alike or on rank 0 alone: it speaks; the others give it time before they pull the job
-        # down. (Whatever else is raised on a rank ends the job through the hook that the communicator has set.)
-        if comm.rank:
-            time.sleep(10)
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if comm.rank == 0:
-            report = f"\n{program}: interrupted" if interrupted else f"{program}: error: {error}"
-            print(report, file=sys.stderr, flush=True)
-        comm.abort(130 if interrupted else 2 if isinstance(error, ConfigError) else 1)
-        raise
-    except Damaged as error:  # on the rank that has read it, which speaks
-        print(f"{program}: error: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
-        comm.abort(2)
-        raise
-    except SystemExit as error:  # of the user's classes: the interpreter would leave without a word
-        raise RuntimeError(f"rank {comm.rank} was told to leave in mid-work: sys.exit({error.code!r})") from error
-    comm.close()

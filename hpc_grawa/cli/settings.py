@@ -14,8 +14,14 @@ from ..training.config import CLASS_SECTIONS, GROUPS, OF_A_STEP
 from .classes import HELD, find_class, import_path, known_classes, short
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+PAPERS = RECIPES / "papers"
 #: Options by which a section's class is given an object of a class.
 _HELD = {key.replace(".", inside): key for key in HELD for inside in (".", ".init_args.")}
+
+
+def papers() -> list[str]:
+    """Names of the papers whose comparisons can be made in any setting."""
+    return sorted(path.stem for path in PAPERS.glob("*.yaml"))
 
 
 def recipes() -> list[str]:

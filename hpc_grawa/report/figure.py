@@ -18,6 +18,7 @@ from .table import formatter, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure, FigureBase
     from matplotlib.text import Text
@@ -149,6 +150,15 @@ def saved_figure(path: Path, size: tuple[float, float], dpi: int = _DPI) -> Iter
             figure.savefig(path)
         except OSError as error:
             raise ConfigError(f"the figure {path} cannot be written: {error.strerror}") from error
+
+
+def logarithmic(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Label a logarithmic axis by plain numbers, at these multiples of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def drawable(text: str) -> str:

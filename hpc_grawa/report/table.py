@@ -108,6 +108,14 @@ class Table:
         return self.rows[index]
 
 
+#: Measures of ``hpc-grawa flatness`` that are shown, where there are some.
+FLATNESS = {
+    "largest eigenvalue": "flatness_largest_eigenvalue",
+    "trace": "flatness_trace",
+    "sum of Ritz values": "flatness_sum_of_ritz_values",
+}
+
+
 def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
     """One row per experiment: one a run, or mean and standard deviation over the seeds where several were run.
 
@@ -178,6 +186,9 @@ def markdown(table: Table, width: int = ENDLESS) -> str:
     add("waiting", "waiting_seconds", _seconds)
     if table.target is not None:
         columns.append((f"to {amount(table.target)}", _reached))
+    for heading, key in FLATNESS.items():
+        if any(key in row.mean for row in table):
+            add(heading, key, lambda value: f"{value:.4g}", spread=True)
 
     grid = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in table)]
     shapes = aligned(grid), aligned([list(column) for column in zip(*grid, strict=True)])

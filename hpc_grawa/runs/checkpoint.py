@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -171,6 +172,13 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         return [_not_saved(under_way.step, wrong)] if wrong else []
 
+    def keep_model(self, state: dict[str, Tensor]) -> list[str]:
+        """Keep this rank's own model beside the run; returns what went wrong, the same on all ranks."""
+        file = model_file(self.folder.parent, self._comm.rank)
+        wrong = self._errors_of((lambda: file.parent.mkdir(exist_ok=True)) if self._comm.rank == 0 else None)
+        wrong = wrong or self._errors_of(lambda: write_atomically(file, state))
+        return [f"the ranks' models are not kept: {'; '.join(wrong)}"] if wrong else []
+
     def check_space(self, bytes_per_rank: int) -> None:
         """Find out on rank 0 whether as many checkpoints as are to be kept, and the next one, have room.
 
@@ -281,6 +289,16 @@ def read_manifest(place: Path) -> dict[str, Any]:
     if not entries or not all(entries) or list(files) != [_file(m) for m in range(len(files))]:
         raise Damaged(f"{file} is damaged: its files are not a length and a SHA-256 for each rank")
     return found
+
+
+def model_file(run: Path, rank: int) -> Path:
+    """Where a finished run keeps a rank's own model, a plain ``state_dict``."""
+    return run / "models" / _file(rank)
+
+
+def saved_models(run: Path) -> int:
+    """Of how many ranks a run has kept the models."""
+    return next(m for m in count() if not model_file(run, m).is_file())
 
 
 def saved_world(folder: Path) -> int | None:

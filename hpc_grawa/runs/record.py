@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,22 @@ class RunRecord:
         summary: ``summary.json``, or None while the run is unfinished.
         events: those of ``metrics.jsonl`` by kind (``start``, ``train``, ``round``, ``evaluate``), in their order.
         config: ``config.yaml``, flat: ``{"method": "hpc_grawa.methods.LGRAWA", "method.period": 32, ...}``.
+        flatness: ``flatness.json``: by model what ``hpc-grawa flatness`` has measured.
     """
 
     path: Path
     summary: dict[str, Any] | None
     events: dict[str, list[dict[str, Any]]]
     config: dict[str, Any]
+    flatness: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def status(self) -> dict[str, Any]:
         """The summary; of an unfinished run, as much of it as its events tell."""
         summary = {"state": "finished", **self.summary} if self.summary is not None else {}
         if summary.get("state") == "finished":
-            return summary
+            center = self.flatness.get("center") or {}
+            return {**summary, **{f"flatness_{key}": value for key, value in center.items() if is_number(value)}}
         happened = [event for events in self.events.values() for event in events]
         status: dict[str, Any] = {"state": "unfinished", "name": self.path.name, "metric": self.metric}
         status.update((key, value) for key, value in self._started.items() if key not in ("event", "layers"))
@@ -153,6 +156,7 @@ def read_run(path: str | Path) -> RunRecord:
         summary=_read_summary(summary),
         events=_read_events(log),
         config={} if settings is None else flatten(parse_settings(settings, str(config))),
+        flatness=read_object(path / "flatness.json") or {},
     )
 
 
@@ -174,7 +178,7 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
             )
     experiments: dict[str, list[RunRecord]] = {}
     for record in records:
-        key = json.dumps([record.method, record.status["state"], _settings(record)], sort_keys=True, default=str)
+        key = json.dumps([record.method, record.status["state"], settings_of(record)], sort_keys=True, default=str)
         experiments.setdefault(key, []).append(record)
     leaders = [members[0] for members in experiments.values()]
     labels = [_label(leader, [other for other in leaders if other.method == leader.method]) for leader in leaders]
@@ -284,7 +288,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
 }
 
 
-def _settings(record: RunRecord) -> dict[str, Any]:
+def settings_of(record: RunRecord) -> dict[str, Any]:
     """All that makes a run another experiment, not another seed."""
     settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
     return {**settings, "network": record.network, "ranks": record.status.get("world_size")}
@@ -292,8 +296,8 @@ def _settings(record: RunRecord) -> dict[str, Any]:
 
 def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
     state = _state(leader)
-    all_settings = [_settings(record) for record in same_method]
-    own = _settings(leader)
+    all_settings = [settings_of(record) for record in same_method]
+    own = settings_of(leader)
     keys = dict.fromkeys(key for settings in all_settings for key in settings)
     differing = [key for key in keys if len({str(settings.get(key)) for settings in all_settings}) > 1]
     if len(differing) > 3:

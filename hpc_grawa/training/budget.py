@@ -23,16 +23,20 @@ class Budget:
         seconds: of training on rank 0's clock; evaluation does not count.
         epochs: passes of all ranks together over the training set.
         steps: local steps of each rank.
+        train_loss: beside one of these: the run ends at the first evaluation at which the center's loss on
+            ``eval.train_examples`` is no larger.
     """
 
     seconds: float | None = None
     epochs: float | None = None
     steps: int | None = None
+    train_loss: float | None = None
 
     def __str__(self) -> str:
         """Every limit in words."""
         limits = {"s of training": self.seconds, "epochs": self.epochs, "steps": self.steps}
         given = [f"{limit:,g} {unit}" for unit, limit in limits.items() if limit is not None]
+        given += [] if self.train_loss is None else [f"a training loss of {self.train_loss:g}"]
         return " or ".join(given) + (", whichever comes first" if len(given) > 1 else "")
 
     def check(self) -> None:
@@ -40,7 +44,7 @@ class Budget:
         limits = {"seconds": self.seconds, "epochs": self.epochs, "steps": self.steps}
         if all(limit is None for limit in limits.values()):
             raise ConfigError("budget is empty: give budget.seconds, budget.epochs or budget.steps")
-        for name, limit in limits.items():
+        for name, limit in {**limits, "train_loss": self.train_loss}.items():
             require(limit is None or 0 < limit < math.inf, f"budget.{name}", limit, "positive and finite")
 
     def total_steps(self, steps_per_epoch: int) -> int | None:

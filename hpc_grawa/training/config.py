@@ -2,10 +2,10 @@
 
 Sections with a class each: ``method``, ``optimizer``, ``schedule``, ``model``, ``data``, ``loss``, ``metric``; a class
 of one's own is given by its import path. Plain sections: ``budget.{seconds,epochs,steps}`` (the first reached ends the
-run), ``eval.{every,unit,batch_size,bn_batches,train_examples}``, ``save.{every,unit,keep}``,
+run), ``eval.{every,unit,batch_size,bn_batches,train_examples,flatness}``, ``save.{every,unit,keep,ranks}``,
 ``log.{every,tensorboard}``, ``run.{name,dir,seed,start,resume,control_every}``, ``clip_norm`` (of the gradient, after
-sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``backend``, ``network`` (a link to emulate),
-``device``, ``comm_timeout``. On the command line a ``-`` within a name is as good as a ``_``.
+sharing), ``accumulate`` (parts a batch is computed in), ``precision``, ``compile``, ``backend``, ``network`` (a link to
+emulate), ``device``, ``comm_timeout``. On the command line a ``-`` within a name is as good as a ``_``.
 
 What a method has of its own in a file stands there under ``methods``, as in ``methods: {EASGD: {method.period: 16}}``:
 where that method runs it wins over the rest of that file, elsewhere it is left out. ``methods`` may also name variants,
@@ -59,6 +59,8 @@ class Evaluation:
         batch_size: examples per forward pass of an evaluation.
         bn_batches: un-augmented training batches per rank from which BatchNorm statistics are recalibrated.
         train_examples: training examples, evenly spaced, on which training loss and metric are measured at the end.
+        flatness: training examples, evenly spaced, on which gradient norm, SAM's sharpness and the valley's width are
+            measured around the center at each evaluation (about 10 passes over them and 13 per rank); 0: not at all.
     """
 
     every: float = 1.0
@@ -66,12 +68,14 @@ class Evaluation:
     batch_size: int = BATCH
     bn_batches: int = 16
     train_examples: int = 10_000
+    flatness: int = 0
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
         require(0 < self.every < math.inf, "eval.every", self.every, "positive and finite")
         for name in ("batch_size", "bn_batches", "train_examples"):
             require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "at least 1")
+        require(self.flatness >= 0, "eval.flatness", self.flatness, "a number of examples, or 0")
 
 
 @dataclass
@@ -99,11 +103,14 @@ class Saving:
         every: checkpoints are this far apart.
         unit: of ``every``.
         keep: how many are kept.
+        ranks: whether at the end each rank's own model is kept (``models/rank-0003.pt``), which ``hpc-grawa flatness``
+            looks at beside the center.
     """
 
     every: float = 600.0
     unit: Literal["steps", "epochs", "seconds"] = "seconds"
     keep: int = 2
+    ranks: bool = True
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible values."""
@@ -160,6 +167,7 @@ class Config:
     Attributes:
         clip_norm: largest norm of the gradient, after sharing; None for none.
         accumulate: equal parts the batch is computed in, to save memory.
+        compile: whether local steps are computed by ``torch.compile``.
         network: bandwidth and latency of an emulated link, as of ``hpc_grawa.comm.throttled``.
         method_name: of the variant that runs, or of the method's class.
         called: settings that the command line has given by another name than today's, and that name.
@@ -179,6 +187,7 @@ class Config:
     clip_norm: float | None
     accumulate: int
     precision: Precision
+    compile: bool
     backend: Backend
     network: str | None
     device: Wanted

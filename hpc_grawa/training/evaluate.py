@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import nests
+from .. import losses, nests
 from ..comm import Communicator
 from ..data import Examples, in_advance
 from ..forward import Precision, autocast, eval_mode, undisturbed
 from ..metrics import Metric
-from . import losses
 
 BATCH = 500
 

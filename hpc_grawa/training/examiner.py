@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ..batchnorm import pool, recalibrate
 from ..buffers import shared
+from ..comm import Communicator
 from ..data import Examples, in_advance
+from ..flatness.measure import CHEAP, Settings, Subject, measure
+from ..flatness.objective import Objective
 from ..forward import undisturbed
 from .evaluate import Evaluator, uniform_mean
 from .worker import Worker
@@ -32,10 +35,15 @@ class Examiner:
         )
 
     @contextmanager
-    def center(self) -> Iterator[None]:
-        """Within the block the model is the center; before the first round, the mean of all ranks."""
-        with self._worker.meant(), self._in_place(self._center()):
-            yield
+    def center(self) -> Iterator[Tensor]:
+        """Within the block the model is the center; before the first round, the mean of all ranks.
+
+        Yields this rank's own model ``[P]``.
+        """
+        with self._worker.meant():
+            own = self._worker.run.local.clone()
+            with self._in_place(self._center()):
+                yield own
 
     def _center(self) -> Tensor:
         run = self._worker.run
@@ -66,6 +74,15 @@ class Examiner:
         """Loss and metric of the model that is in place; all ranks share the work."""
         return self._evaluator.evaluate(self._model, examples, self._comm, limit)
 
+    def flatness(self, own: Tensor) -> dict[str, Any]:
+        """What is cheap to say of the loss around the model that is in place, towards each rank's ``own`` among it."""
+        config, vector = self._config, self._worker.vector
+        limit, batch_size = config.eval.flatness, config.eval.batch_size
+        objective = Objective(vector, config.loss, self._worker.splits.train, self._comm, limit, batch_size)
+        ranks = Sent(self._comm, own) if self._worker.run.synchronizers else ()
+        found = measure(Subject(objective, ranks), Settings(measures=CHEAP))
+        return {"examples": objective.examples} | {k: v for k, v in found.items() if isinstance(v, float)}
+
     def everything(self) -> dict[str, Any]:
         """Center and mean on test and training examples, each rank's model on test examples, and ``center_state``."""
         with self._worker.meant():
@@ -89,3 +106,18 @@ class Examiner:
         row = torch.tensor(list(local.values()), dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
         return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}
+
+
+class Sent(Sequence[Tensor]):
+    """The ranks' own models ``[P]``, each sent to all when it is asked for; all ranks must ask alike."""
+
+    def __init__(self, comm: Communicator, own: Tensor) -> None:
+        self._comm, self._own = comm, own
+
+    def __len__(self) -> int:
+        return self._comm.size
+
+    def __getitem__(self, rank: Any) -> Any:
+        if not 0 <= rank < len(self):
+            raise IndexError(rank)
+        return self._comm.broadcast(self._own.clone(), rank, "evaluate").wait()

@@ -166,6 +166,7 @@ class Training:
         with meter.busy("evaluates"):
             found = self.examiner.everything()
         self._write("center.pt", found.pop("center_state"))
+        self._keep_models()
         summary = _summary(worker, found | self._choice(found), self.folder, training_seconds)
         self._write("summary.json", json.dumps(summary, indent=1) + "\n")
         self.log.close()
@@ -225,10 +226,17 @@ class Training:
         worker = self.worker
         with worker.clock.paused(), worker.comm.meter.busy("evaluates"):
             apart = self.examiner.consensus_distance()
-            with self.examiner.center():
+            with self.examiner.center() as own:
                 scores = self.examiner.evaluate(self.seen)
+                if (target := worker.config.budget.train_loss) is not None:
+                    known = self.examiner.evaluate(worker.splits.train, worker.config.eval.train_examples)
+                    worker.reached = known["loss"] <= target
+                    self.progress.on_evaluation("train", known, None)
+                flat = self.examiner.flatness(own) if worker.config.eval.flatness else None
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
         self.progress.on_evaluation(self.part, scores, apart)
+        if flat is not None:
+            self.progress.on_flatness(flat)
 
     def _save(self) -> None:
         """Begin to write a checkpoint."""
@@ -256,6 +264,16 @@ class Training:
         with self.worker.clock.paused():
             for wrong in self.checkpoints.settle():
                 self.log.say(wrong)
+
+    def _keep_models(self) -> None:
+        """Keep each rank's own model, where they differ."""
+        worker = self.worker
+        if self.checkpoints is None or not worker.config.save.ranks or not worker.run.synchronizers:
+            return
+        with worker.meant(), worker.vector.swapped(worker.run.local):
+            state = {key: t.detach().to("cpu", copy=True) for key, t in worker.model.state_dict().items()}
+        for wrong in self.checkpoints.keep_model(state):
+            self.log.say(wrong)
 
     def _choice(self, found: dict[str, Any]) -> dict[str, Any]:
         """The best center and the last one."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import losses
 from ..buffers import check_kinds
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
@@ -19,7 +20,6 @@ from ..errors import ConfigError, in_a_line, wrong
 from ..forward import autocast, eval_mode
 from ..lazy import completing, unfinished
 from ..nests import kind, moved, parts, same_shape
-from . import losses
 from .config import Config
 
 EXAMPLES = 32
@@ -44,13 +44,17 @@ def new_model(config: Config, splits: Splits, comm: Communicator, device: torch.
         try_out(config, model, splits, device)
     except ConfigError as error:
         problem = str(error)
-    # Whatever a rank found, it comes here, so that none waits for one that has given up.
+    fail_together(comm, problem)
+    config.data.prepare_model(model)
+    return model
+
+
+def fail_together(comm: Communicator, problem: str) -> None:
+    """Raise ``ConfigError`` on all ranks if one has a problem; all come here, so none waits for one that gave up."""
     problems = comm.gather_bytes(problem.encode())
     rank = next((rank for rank, found in enumerate(problems) if found), None)
     if rank is not None:
         raise ConfigError(problems[rank].decode() + (f" (on rank {rank})" if rank else ""))
-    config.data.prepare_model(model)
-    return model
 
 
 def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.device = CPU) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.synchronizer import Round
+from ..buffers import as_bytes
 from ..runs.log import Log, human_bytes
 from ..screen import counted
 from .worker import Worker
@@ -105,6 +107,15 @@ class Progress:
         self._log.record("evaluate", **where, **scores, **apart)
         self._shown = "".join(f"{part} {k} {v:.4f}  " for k, v in scores.items() if k != "loss")
 
+    def on_flatness(self, found: dict[str, Any]) -> None:
+        """Write how flat the loss is around the center."""
+        self._log.record("flatness", step=self._facts.step, seconds=self._clock.seconds, model="center", **found)
+
+
+def digest(x: Tensor) -> str:
+    """What tells whether other numbers are the same."""
+    return hashlib.sha256(as_bytes(x.detach().cpu()).numpy().tobytes()).hexdigest()
+
 
 def greet(log: Log, worker: Worker, anew: bool) -> None:
     """Say what is going to be trained, on what and how; write it down where the run begins anew."""
@@ -118,6 +129,7 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
             metric=config.metric.name,
             higher_is_better=config.metric.higher_is_better,
             layers=list(layers[0] if layers else vector.names),
+            weights=digest(vector.data),
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
     train, test, batch = len(worker.splits.train), len(worker.splits.test), config.data.batch_size
@@ -135,7 +147,8 @@ def greet(log: Log, worker: Worker, anew: bool) -> None:
         log.say(f"device     {worker.device}, {torch.cuda.get_device_name(worker.device)}; {by}")
     clipped = "" if config.clip_norm is None else f", clipped to norm {config.clip_norm:g}"
     parts = "" if config.accumulate == 1 else f", in {config.accumulate} parts"
-    how = f"{config.precision}{parts}{clipped}, {counted(torch.get_num_threads(), 'thread')}"
+    compiled = ", compiled" if config.compile else ""
+    how = f"{config.precision}{compiled}{parts}{clipped}, {counted(torch.get_num_threads(), 'thread')}"
     groups = f", groups {config.optimizer.groups}" if config.optimizer.groups else ""
     told = config.schedule.told(worker.facts.peak_lr, size)
     log.say(f"optimizer  {config.optimizer}{groups}; {config.schedule}{told}; {how}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from .. import buffers, nests, optim, random_streams
 from ..comm import Communicator
-from ..data import Nest, in_advance
-from ..forward import autocast
+from ..data import Nest, Splits, in_advance
+from ..errors import in_a_line
+from ..forward import autocast, undisturbed
 from ..launch import local_device
 from ..methods.averaging import is_schedule_free
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .budget import Clock
 from .config import Config
-from .preflight import new_model
+from .preflight import fail_together, new_model
 
 
 class Worker:
@@ -46,9 +47,7 @@ class Worker:
         seed = config.run.seed
         self.splits = config.data.load()
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
-        # One stream for the common start, then one per rank (dropout, and starts that are to differ).
-        _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
-        self.model = new_model(config, self.splits, comm, self.device)
+        self.model = first_model(config, self.splits, comm, self.device)
         _seed_all(_own_seed(seed, comm.rank))
         self.vector = ParameterVector(self.model)
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
@@ -63,9 +62,12 @@ class Worker:
         scale = config.schedule.scale(comm.size)
         self._peaks = [group["lr"] * scale for group in self.optimizer.param_groups]
         self.facts.lr = self.facts.peak_lr = self._peaks[0]
+        #: Whether the center has the training loss that ends the run.
+        self.reached = False
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
         self.local_steps = 0
         self._batches = self._in_order()
+        self._forward = self._compiled() if config.compile else self.model
         self.run = config.method.build(
             comm,
             self.vector,
@@ -181,7 +183,7 @@ class Worker:
     @property
     def used(self) -> float:
         """The share of the budget used, 1 or more at the end; the same on all ranks."""
-        return self.config.budget.used(self.facts, self.total_steps)
+        return 1.0 if self.reached else self.config.budget.used(self.facts, self.total_steps)
 
     def _part_loss(self, part: tuple[int, int] = (0, 1)) -> Tensor:
         """The loss of part (i, M) of the batch."""
@@ -197,8 +199,37 @@ class Worker:
         """The mean loss of a batch, or of a part of it."""
         inputs, targets = batch
         with autocast(self.config.precision, self.vector.data.device):
-            loss: Tensor = self.config.loss(self.model(inputs), targets)
+            loss: Tensor = self.config.loss(self._forward(inputs), targets)
         return loss
+
+    def _compiled(self) -> Callable[[Nest], Any]:
+        """The model, compiled for the parts of a batch, forward and backward, before any clock runs or hook listens.
+
+        Raises:
+            ConfigError: it cannot be, or not here; on all ranks if on one.
+        """
+        compiled: Callable[[Nest], Any] = torch.compile(self.model)
+        self._forward = compiled
+        batch = nests.moved(next(self._in_order()), self.device)
+        count = self.config.accumulate * self.config.optimizer.parts
+        problem = ""
+        try:
+            with undisturbed(self.model):
+                self.loss(self.parts(batch, count)[0]).backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # the compiler's, or of the model in it
+            why = in_a_line(error, named=True)[:300]
+            problem = f"compile is true: must be false: {self.config.model_name} cannot be compiled here ({why})"
+        fail_together(self.comm, problem)
+        self.model.zero_grad()
+        return compiled
+
+
+def first_model(config: Config, splits: Splits, comm: Communicator, device: torch.device) -> nn.Module:
+    """The model with the weights that this rank begins with; all ranks must call it."""
+    seed = config.run.seed
+    # One stream for the common start, then one per rank (dropout, and starts that are to differ).
+    _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
+    return new_model(config, splits, comm, device)
 
 
 class Probe:

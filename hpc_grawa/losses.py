@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-from ..forward import eagerly
+from .forward import eagerly
 
 #: Means over targets are weighted by class, and leave one out.
 _OF_CLASSES = ("cross_entropy", "nll_loss", "linear_cross_entropy")

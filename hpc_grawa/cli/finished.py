@@ -1,0 +1,124 @@
+"""The models of a finished run, put in place again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import buffers
+from ..comm import Communicator
+from ..data import Splits
+from ..errors import ConfigError, Damaged, in_a_line, wrong
+from ..launch import Slot, local_device
+from ..runs.checkpoint import model_file, saved_models
+from ..runs.reading import parse_settings, read_text
+from ..runs.record import read_run
+from ..training.config import CLASS_SECTIONS, Config
+from ..vector import ParameterVector
+from .parsing import parse
+
+#: The averaged model of the last round.
+CENTER = "center"
+
+
+def finished_config(run: Path, program: str, backend: str, data_path: str | None) -> Config:
+    """The configuration of a finished run, on the data where they are now.
+
+    Raises:
+        ConfigError: the folder is not one of a finished run.
+        Damaged: its ``config.yaml`` is not whole.
+    """
+    for name in ("config.yaml", "center.pt"):
+        if not (run / name).is_file():
+            raise ConfigError(f"{run} is not the folder of a finished run: it has no {name}")
+    file = run / "config.yaml"
+    settings = parse_settings(read_text(file) or "", str(file))
+    if missing := CLASS_SECTIONS.keys() - settings:
+        raise Damaged(f"{file} is not whole: it has no {min(missing)}")
+    again = [f"--config={file}", f"--backend={backend}", "--network=null", "--compile=false"]
+    if data_path is not None:
+        again.append(f"--data.path={data_path}")
+    return parse(again, program)
+
+
+class FinishedRun:
+    """A finished run's data, and a model that takes the place of each of its models in turn.
+
+    Args:
+        run: the folder.
+        config: as of ``finished_config``.
+        comm: all ranks make it together.
+        slot: of this rank.
+    """
+
+    def __init__(self, run: Path, config: Config, comm: Communicator, slot: Slot) -> None:
+        from ..training.preflight import new_model
+
+        self.run, self.config = run, config
+        self._comm, self._device = comm, local_device(slot, config.device)
+        self.splits: Splits = config.data.load()
+        self.model: nn.Module = new_model(config, self.splits, comm, self._device)
+
+    @property
+    def ranks(self) -> int:
+        """Whose models the run has kept; none where all ranks have one."""
+        return saved_models(self.run)
+
+    def initial(self) -> nn.Module | None:
+        """The model as it began, made again from the run's seed; None where it cannot be seen to be the same.
+
+        All ranks must call it.
+        """
+        from ..training.progress import digest
+        from ..training.worker import first_model
+
+        model = first_model(self.config, self.splits, self._comm, self._device)
+        told = read_run(self.run).events.get("start", [{}])[0].get("weights")
+        return model if told == digest(ParameterVector(model).data) else None
+
+    def put(self, name: str) -> None:
+        """Put a model in place: the ``center``, or that of a rank (``rank 3``).
+
+        Raises:
+            ConfigError: there is no such model, its file is damaged, or of another model.
+        """
+        self.put_state(self._read(name), self._file(name))
+
+    def put_state(self, state: dict[str, Tensor], file: Path) -> None:
+        """The same for what a file held."""
+        own = self.model.state_dict()
+        state = {k: t.to(own[k].dtype) if k in own and t.is_floating_point() else t for k, t in state.items()}
+        try:
+            # Before load_state_dict, which refuses those that have changed their shape in training.
+            buffers.load_state(self.model, {key: state[key] for key in buffers.state(self.model) if key in state})
+            self.model.load_state_dict(state)
+        except Exception as error:  # a damaged file can raise anything
+            raise _damaged(file, error) from None
+
+    def put_from(self, other: FinishedRun) -> None:
+        """The same for the center of another run, whose model must be of the same kind."""
+        self.put_state(other._read(CENTER), other._file(CENTER))
+
+    def _file(self, name: str) -> Path:
+        if name == CENTER:
+            return self.run / "center.pt"
+        number = name.removeprefix("rank ")
+        if not number.isdecimal() or int(number) >= self.ranks:
+            kept = ", ".join([CENTER, *(f"'rank {m}'" for m in range(self.ranks))])
+            raise wrong("model", name, f"must be among {kept}, which {self.run} has kept")
+        return model_file(self.run, int(number))
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        file = self._file(name)
+        try:
+            state: dict[str, Tensor] = torch.load(file, weights_only=True)
+        except Exception as error:
+            raise _damaged(file, error) from None
+        return state
+
+
+def _damaged(file: Path, error: Exception) -> ConfigError:
+    why = in_a_line(error)[:200] or type(error).__name__
+    return ConfigError(f"{file} is damaged, or of another model: {why}")

@@ -1,0 +1,200 @@
+"""``hpc-grawa measures``."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..comm import Communicator
+from ..errors import ConfigError, require, wrong
+from ..launch import Slot
+from ..runs.log import Log, write_atomically
+from ..runs.reading import read_object
+from ..runs.record import RunRecord, read_run, settings_of
+from ..screen import wrapped
+from .compare import runs_in
+from .finished import CENTER, FinishedRun, finished_config
+from .gate import Parser
+from .together import backend_line, set_threads, together
+
+if TYPE_CHECKING:
+    from ..generalisation.ranking import Ranking
+
+#: Beside a run.
+FILE = "measures.json"
+
+
+def measures(words: list[str], slot: Slot) -> None:
+    """Say what foretells the gap between training and test over a set of runs, by how well it ranks them."""
+    program = "hpc-grawa measures"
+    parser = Parser(prog=program, description=measures.__doc__, allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, or folders of these")
+    parser.add_argument("--axes", help="settings that span the grid, separated by commas (those in which runs differ)")
+    parser.add_argument("--examples", type=int, default=2000, help="training examples, evenly spaced; 0: all (2000)")
+    parser.add_argument("--batch_size", type=int, default=500, help="examples per pass and rank (500)")
+    parser.add_argument("--bound", type=float, default=0.1, help="training error under disturbances, at most (.1)")
+    parser.add_argument(
+        "--trained_to", type=float, default=math.inf, help="leave out runs whose training loss at the end is above it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of noise (0)")
+    parser.add_argument("--csv", type=Path, help="write all measures of all runs to this file")
+    parser.add_argument("--figure", type=Path, help="draw how well each measure ranks runs to this file")
+    parser.add_argument("--data.path", dest="data_path", help="where the data are now")
+    parser.add_argument("--backend", default="auto", help="how ranks communicate")
+    options = parser.parse_args(words)
+    require(options.examples >= 0, "examples", options.examples, "at least 1, or 0 for all")
+    require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
+    require(0 < options.bound < 1, "bound", options.bound, "in (0, 1)")
+    if options.figure is not None:
+        from ..report.figure import check_drawable
+
+        check_drawable(options.figure)
+    paths = [run for path in options.runs for run in runs_in(path)]
+    records = [read_run(path) for path in paths]
+    kept = [record for record in records if _is_trained(record, options.trained_to)]
+    if len(kept) < 2:
+        raise ConfigError(f"runs are {len(kept)} of {len(records)} that are finished and trained: must be 2 or more")
+    axes = _axes(options.axes, kept)
+    configs = [finished_config(record.path, program, options.backend, options.data_path) for record in kept]
+    slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
+    first_line = backend_line(configs[0], slot)
+    set_threads(slot)
+    with together(program, configs[0], slot, first_line) as comm:
+        log = Log(None, speaks=comm.rank == 0)
+        found = []
+        for number, (record, config) in enumerate(zip(kept, configs, strict=True)):
+            found.append(_measured(FinishedRun(record.path, config, comm, slot), options, comm))
+            if log.due:
+                log.progress((number + 1) / len(kept), f"run {number + 1} of {len(kept)}: {record.path.name}")
+        log.close()
+        if comm.rank == 0:
+            gaps = [float(record.status["gap"]) for record in kept]
+            from ..generalisation.ranking import ranked
+
+            rankings = ranked([one["values"] for one in found], gaps, axes, options.seed)
+            print(_table(rankings, len(records), len(kept), axes, found))
+            if options.csv is not None:
+                _write_csv(options.csv, kept, found, gaps, axes)
+                print(f"\ntable   {options.csv}")
+            if options.figure is not None:
+                from ..report.ranking import draw
+
+                draw(rankings, options.figure, f"{len(kept)} runs; axes {', '.join(axes)}")
+                print(f"figure  {options.figure}")
+
+
+def _is_trained(record: RunRecord, most: float) -> bool:
+    status = record.status
+    loss, gap = status.get("center_train_loss"), status.get("gap")
+    if status["state"] != "finished" or not isinstance(gap, float | int) or not isinstance(loss, float | int):
+        return False
+    return math.isfinite(gap) and loss <= most
+
+
+def _axes(given: str | None, records: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """The value of each axis, of each run."""
+    settings = [settings_of(record) for record in records]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
+    names = differing if given is None else given.split(",")
+    if missing := [name for name in names if name not in differing]:
+        raise wrong("axes", missing[0], f"must be among the settings in which runs differ: {', '.join(differing)}")
+    return {name: [str(one.get(name)) for one in settings] for name in names}
+
+
+def _measured(run: FinishedRun, options: Any, comm: Communicator) -> dict[str, Any]:
+    """A run's measures, written beside it."""
+    from ..generalisation import measures as measure
+
+    how = {key: getattr(options, key) for key in ("examples", "bound", "seed")}
+    place = run.run / FILE
+    there = (read_object(place) or {}) if comm.rank == 0 else {}
+    told = json.dumps(there if there.get("how") == how else {})
+    known: dict[str, Any] = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
+    if known:
+        return known
+    run.put(CENTER)
+    found = measure(
+        run.model,
+        run.initial(),
+        run.splits.train,
+        comm,
+        options.examples or None,
+        options.bound,
+        options.batch_size,
+        options.seed,
+    )
+    known = {"how": how, **dataclasses.asdict(found)}
+    if comm.rank == 0:
+        write_atomically(place, json.dumps(known, indent=1) + "\n")
+    return known
+
+
+def _table(
+    rankings: Sequence[Ranking],
+    runs: int,
+    kept: int,
+    axes: Mapping[str, Sequence[str]],
+    found: Sequence[dict[str, Any]],
+) -> str:
+    from ..generalisation import NUMBERS
+    from ..generalisation.ranking import LECTURE, ORACLE_NOISE
+    from ..report.table import aligned
+
+    head = ["measure", "number", "tau", "pairs", "ties", "Psi", "worst axis", "information", "lecture: tau", "Psi"]
+    grid = [head]
+    for one in rankings:
+        known = {axis: value for axis, value in one.along.items() if not math.isnan(value)}
+        worst = min(known, key=lambda axis: known[axis], default=None)
+        lecture = LECTURE.get(one.name)
+        grid.append(
+            [
+                one.name.replace("_", " "),
+                NUMBERS.get(one.name, "-"),
+                _signed(one.tau),
+                f"{one.pairs:,}",
+                f"{one.ties:,}",
+                _signed(one.psi),
+                "-" if worst is None else f"{worst} {_signed(known[worst])}",
+                f"{one.information:.3f}",
+                *(("-", "-") if lecture is None else map(_signed, lecture)),
+            ]
+        )
+    notes = [f"{kept} of {runs} runs; axes {', '.join(axes)}", f"oracle: the gap with noise of {ORACLE_NOISE:g}"]
+    notes += [f"{one.name.replace('_', ' ')}: not defined for {one.left_out} runs" for one in rankings if one.left_out]
+    for kind in ("notes", "left_out"):
+        texts = dict.fromkeys(text for run in found for text in _texts(run[kind]))
+        notes += [f"{text} ({sum(text in _texts(run[kind]) for run in found)} runs)" for text in texts]
+    return "\n".join(["", *aligned(grid), "", *(wrapped(f"- {note}", 120, "", "  ") for note in notes)])
+
+
+def _texts(told: Any) -> list[str]:
+    return [f"{name}: {why}" for name, why in told.items()] if isinstance(told, dict) else list(told)
+
+
+def _signed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:+.3f}"
+
+
+def _write_csv(
+    path: Path,
+    records: Sequence[RunRecord],
+    found: Sequence[dict[str, Any]],
+    gaps: Sequence[float],
+    axes: Mapping[str, Sequence[str]],
+) -> None:
+    names = list(dict.fromkeys(name for one in found for name in one["values"]))
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["run", *axes, "gap", *names])
+            for number, (record, one) in enumerate(zip(records, found, strict=True)):
+                places = [places[number] for places in axes.values()]
+                writer.writerow([record.path, *places, gaps[number], *(one["values"].get(name, "") for name in names)])
+    except OSError as error:
+        raise ConfigError(f"the table {path} cannot be written: {error.strerror}") from error

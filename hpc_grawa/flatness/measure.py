@@ -1,0 +1,247 @@
+"""All measures of a model, one after the other: with progress, and going on where they were left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import require, wrong
+from .estimators import trace_and_square
+from .lanczos import Lanczos
+from .objective import Objective
+from .perturbed import keskar_sharpness, lpf, sam_sharpness, valley_width
+
+#: Passes over the examples that a forward pass, a gradient and a product are worth, roughly.
+VALUE, GRADIENT, PRODUCT = 1, 3, 8
+
+
+@dataclass
+class Settings:
+    """What is measured, and how exactly.
+
+    Attributes:
+        measures: names of ``MEASURES``.
+        steps: k of Lanczos's method.
+        starts: spectra from so many starts, for the density.
+        samples: vectors of the trace's estimate, and of its sketch.
+        rho: ρ of SAM's sharpness.
+        epsilon: ε of Keskar's sharpness.
+        sigma: σ of the low-pass filter.
+        lpf_samples: its M.
+        kappa: κ of the valley's width.
+        seed: of all random vectors.
+    """
+
+    measures: tuple[str, ...] = ()
+    steps: int = 100
+    starts: int = 1
+    samples: int = 10
+    rho: float = 0.05
+    epsilon: float = 5e-4
+    sigma: float = 5e-4
+    lpf_samples: int = 20
+    kappa: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.measures = tuple(self.measures) or tuple(MEASURES)
+        for name in self.measures:
+            if name not in MEASURES:
+                raise wrong("measures", name, f"must be among {', '.join(MEASURES)}")
+        for name in ("steps", "starts", "samples", "lpf_samples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("rho", "epsilon", "sigma"):
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+        require(1 < self.kappa < math.inf, "kappa", self.kappa, "a number above 1")
+
+
+@dataclass
+class Subject:
+    """What is measured: an objective at a model, and the ranks' models beside it.
+
+    Attributes:
+        objective: f, at the model.
+        ranks: their models ``[P]``; none where there are none, or all have one.
+        spectra: Lanczos's state of each start, as it was left.
+        keep: called with these whenever there is more of them.
+    """
+
+    objective: Objective
+    ranks: Sequence[Tensor] = ()
+    spectra: list[dict[str, Any]] = field(default_factory=list)
+    keep: Callable[[list[dict[str, Any]]], None] = lambda spectra: None
+
+
+def loss(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """f(θ), ‖∇f‖₂ and Σ_l ‖∇_l f‖."""
+    value, gradient = subject.objective.gradient()
+    norms = subject.objective.vector.layers().norms(subject.objective.vector.views(gradient))
+    return {
+        "loss": value,
+        "gradient_norm": float(gradient.double().norm()),
+        "sum_of_layer_norms": float(norms.double().sum()),
+    }
+
+
+def spectrum(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """Ritz values of k steps: λ_max, λ_min, the top ten, their sum (which is not the trace), √Σθ²; and the density."""
+    objective, vector = subject.objective, subject.objective.vector
+    spectra = []
+    for start in range(settings.starts):
+        lanczos = Lanczos(len(vector), settings.seed + start, objective.comm, vector.exact_dtype, vector.data.device)
+        if start < len(subject.spectra):
+            lanczos.load_state_dict(subject.spectra[start])
+        while lanczos.steps < settings.steps and not lanczos.complete:
+            lanczos.advance(objective.product)
+            subject.spectra[start : start + 1] = [lanczos.state_dict()]
+            subject.keep(subject.spectra)
+        spectra.append(lanczos.ritz())
+    values, _ = spectra[0]
+    return {
+        "largest_eigenvalue": float(values[-1]),
+        "smallest_eigenvalue": float(values[0]),
+        "top_eigenvalues": values[::-1][:10].tolist(),
+        "ritz_values": len(values),
+        "sum_of_ritz_values": float(values.sum()),
+        "root_of_squared_ritz_values": float(np.sqrt((values**2).sum())),
+        "spectra": [[values.tolist(), weights.tolist()] for values, weights in spectra],
+    }
+
+
+def trace(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """Tr H and ‖H‖_F, with standard errors."""
+    objective = subject.objective
+    like = objective.vector.data.to(objective.vector.exact_dtype)
+    found, square = trace_and_square(objective.product, like, settings.samples, settings.seed)
+    norm = math.sqrt(square.value)
+    return {
+        "trace": found.value,
+        "trace_error": found.error,
+        "frobenius_norm": norm,
+        "frobenius_norm_error": square.error / (2 * norm) if norm else 0.0,
+    }
+
+
+def sam(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """SAM's sharpness, plain and adaptive."""
+    return {
+        "sam_sharpness": sam_sharpness(subject.objective, settings.rho),
+        "adaptive_sam_sharpness": sam_sharpness(subject.objective, settings.rho, adaptive=True),
+    }
+
+
+def keskar(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """Keskar's ε-sharpness."""
+    return {"epsilon_sharpness": keskar_sharpness(subject.objective, settings.epsilon)}
+
+
+def filtered(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """The loss through a low-pass filter."""
+    found = lpf(subject.objective, settings.sigma, settings.lpf_samples, settings.seed)
+    return {"lpf": found.value, "lpf_error": found.error}
+
+
+def entropy(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """The mean Shannon entropy of the outputs, where they are logits of classes ``[B, C, ...]``."""
+    objective = subject.objective
+    sums = torch.zeros(3, dtype=torch.float64, device=objective.vector.data.device)
+    for output, target, _ in objective.outputs():
+        tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
+        if tensors and not target.is_floating_point() and output.dim() == target.dim() + 1:
+            logs = output.double().log_softmax(1)
+            each = -(logs.exp() * logs).sum(1)
+            sums += sums.new_tensor([float(each.sum()), each.numel(), 0])
+        else:
+            sums[2] += 1
+    objective.comm.allreduce(sums, "evaluate").wait()
+    return {"entropy": None if sums[2] or not sums[1] else float(sums[0] / sums[1])}
+
+
+def valley(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """How far the valley reaches towards each rank's model."""
+    found = valley_width(subject.objective, subject.objective.vector.data.clone(), subject.ranks, settings.kappa)
+    widths = [width for width, _ in found]
+    return {
+        "valley_width": sum(widths) / len(widths) if widths else None,
+        "valley_widths": widths,
+        "valley_cut": [cut for _, cut in found],
+    }
+
+
+#: By name: the measure, and what it costs in forward passes.
+MEASURES: dict[str, tuple[Callable[[Subject, Settings], dict[str, Any]], Callable[[Subject, Settings], float]]] = {
+    "loss": (loss, lambda subject, s: GRADIENT),
+    "sam": (sam, lambda subject, s: 2 * (GRADIENT + VALUE)),
+    "entropy": (entropy, lambda subject, s: VALUE),
+    "keskar": (keskar, lambda subject, s: VALUE + 15 * GRADIENT),
+    "lpf": (filtered, lambda subject, s: s.lpf_samples * VALUE),
+    "valley": (valley, lambda subject, s: (1 + 13 * len(subject.ranks)) * VALUE),
+    "trace": (trace, lambda subject, s: 3 * s.samples * PRODUCT),
+    "spectrum": (spectrum, lambda subject, s: s.starts * s.steps * PRODUCT),
+}
+
+
+#: Those that ask for a few passes over the examples.
+CHEAP = ("loss", "sam", "valley")
+
+
+def measure(
+    subject: Subject,
+    settings: Settings,
+    known: dict[str, Any] | None = None,
+    watch: Callable[[float, str], None] = lambda share, text: None,
+    on_found: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """All measures of a model; all ranks of its objective must call it together.
+
+    Args:
+        subject: what is measured.
+        settings: which, and how.
+        known: what was found before, by the same settings: not measured again.
+        watch: told after each batch the share that is done, and a line with the time that is left.
+        on_found: told what is known after each measure.
+
+    Returns:
+        Numbers by name; None where a measure does not apply.
+    """
+    found = dict(known or {})
+    costs = {name: MEASURES[name][1](subject, settings) for name in settings.measures}
+    total, done = sum(costs.values()), 0.0
+    for name in settings.measures:
+        if name in found.get("measures", ()):
+            done += costs[name]
+            continue
+        began, before, batches = time.monotonic(), done, 0
+
+        def tell(count: int, name: str = name, began: float = began, before: float = before) -> None:
+            nonlocal batches
+            batches += 1
+            share = min(1.0, batches / max(1.0, costs[name] * count / _weight(name)))
+            took = time.monotonic() - began
+            left = took * (1 - share) / share if share else math.nan
+            watch((before + share * costs[name]) / total, f"{name}  {share:.0%}, {left:.0f} s left of it")
+
+        subject.objective.watch = tell
+        found |= MEASURES[name][0](subject, settings)
+        subject.objective.watch = lambda batches: None
+        found["measures"] = [*found.get("measures", ()), name]
+        done += costs[name]
+        on_found(found)
+    return found
+
+
+def _weight(name: str) -> float:
+    """Forward passes that one pass of a measure is worth."""
+    return {"spectrum": PRODUCT, "trace": PRODUCT, "keskar": GRADIENT, "loss": GRADIENT}.get(name, VALUE)
+
+
+def said(settings: Settings) -> dict[str, Any]:
+    """The settings, as they stand beside what was found."""
+    return {key: value for key, value in asdict(settings).items() if key != "measures"}

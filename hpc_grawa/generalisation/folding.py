@@ -1,0 +1,82 @@
+"""A model without its BatchNorm, where that can be: each is folded into the one layer that it follows."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from ..errors import ConfigError, in_a_line
+
+#: What a BatchNorm can be folded into.
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass
+class Folded:
+    """A copy of a model in eval mode, with BatchNorm folded where it is the only one that sees its layer's output.
+
+    Attributes:
+        model: the copy; what was folded is an identity there.
+        folded: names of the BatchNorms that were.
+        kept: names of those that stay, as a scale and a shift of each channel: they follow no layer, or not alone.
+    """
+
+    model: nn.Module
+    folded: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def fold(model: nn.Module) -> Folded:
+    """Fold BatchNorm into the layers before.
+
+    Raises:
+        ConfigError: it has BatchNorm, and what follows what cannot be seen.
+    """
+    found = Folded(copy.deepcopy(model).eval())
+    norms = [name for name, module in found.model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return found
+    try:
+        graph = fx.Tracer().trace(found.model)
+    except Exception as error:  # of the model's forward, which may do anything
+        raise ConfigError(
+            f"BatchNorm of {type(model).__name__} cannot be folded, as torch.fx cannot follow its forward pass: "
+            f"{in_a_line(error)[:200]}"
+        ) from error
+    modules = dict(found.model.named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    for name in norms:
+        before = _layer_before(calls.get(name, []), calls, modules)
+        if before is None:
+            found.kept.append(name)
+            continue
+        _fold_into(modules[before], modules[name])
+        parent, _, last = name.rpartition(".")
+        setattr(found.model.get_submodule(parent), last, nn.Identity())
+        found.folded.append(name)
+    return found
+
+
+def _layer_before(nodes: list[fx.Node], calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module]) -> str | None:
+    """The layer whose output only this BatchNorm sees, both called once; None if there is none."""
+    if len(nodes) != 1 or not isinstance(before := nodes[0].args[0], fx.Node):
+        return None
+    name = str(before.target)
+    alone = before.op == "call_module" and len(before.users) == 1 and len(calls[name]) == 1
+    return name if alone and isinstance(modules[name], _LAYERS) else None
+
+
+def _fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
+    assert isinstance(layer, _LAYERS) and norm.running_mean is not None and norm.running_var is not None
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    given = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    with torch.no_grad():
+        layer.weight, layer.bias = fuse(layer.weight, layer.bias, *given)

@@ -1,0 +1,156 @@
+"""Measures of a network's weights alone: how many there are, and norms of layers, distances, and paths."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights.
+
+    Attributes:
+        name: in the model.
+        module: the layer.
+        shape: of its input, without the batch.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """W ``[out, ...]``."""
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        return weight
+
+
+def layers(model: nn.Module, inputs: Tensor) -> list[Layer]:
+    """The layers with a matrix of weights, in the order in which ``inputs`` pass them.
+
+    Raises:
+        ConfigError: there is none, or one of them is used twice.
+    """
+    found: list[Layer] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def see(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(Layer(names[module], module, tuple(given[0].shape[1:])))
+
+    hooks = [m.register_forward_hook(see) for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear))]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no convolution or linear layer, so no norms of layers")
+    if len({layer.name for layer in found}) < len(found):
+        raise ConfigError(f"{type(model).__name__} uses a layer twice, so norms over layers mean nothing")
+    return found
+
+
+def operator_norm(layer: Layer, tolerance: float = 1e-6, most: int = 500) -> float:
+    """The spectral norm of a layer as a map of its inputs, by power iteration; a convolution's is not its kernel's."""
+    weight = layer.weight.double()
+    if isinstance(layer.module, nn.Linear):
+        return float(torch.linalg.matrix_norm(weight, 2))
+    module = layer.module
+    assert isinstance(module, _CONVOLUTIONS)
+    convolve = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[type(module)]
+    options: Any = (None, module.stride, module.padding, module.dilation, module.groups)
+    x = torch.randn(1, *layer.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    norm = 0.0
+    for _ in range(most):
+        x = (x / x.norm()).requires_grad_()
+        y: Tensor = convolve(x, weight, *options)
+        before, norm = norm, float(y.detach().norm())
+        (back,) = torch.autograd.grad(y, x, y.detach())  # KᵀK x
+        x = back
+        if abs(norm - before) <= tolerance * norm:
+            break
+    return norm
+
+
+def kernel_norm(weight: Tensor) -> float:
+    """The spectral norm of ``[out, rest]``."""
+    return float(torch.linalg.matrix_norm(weight.double().flatten(1), 2))
+
+
+def square(weight: Tensor) -> float:
+    """‖W‖_F²."""
+    return float(weight.double().square().sum())
+
+
+def parameters(found: Sequence[Layer]) -> float:
+    """Σ_i k_i² c_{i-1}(c_i + 1). Source: Jiang et al., equation 20."""
+    return float(sum(_kernel(one) * one.weight.shape[1] * (len(one.weight) + 1) for one in found))
+
+
+def vc_dimension(found: Sequence[Layer], width: int) -> float:
+    """d·log₂(6dn)³·Σ_i k_i² c_i c_{i-1}, n the width of an image. Source: Jiang et al., equation 19."""
+    d = len(found)
+    sizes = sum(_kernel(one) * one.weight.shape[1] * len(one.weight) for one in found)
+    return float(d * math.log2(6 * d * width) ** 3 * sizes)
+
+
+def _kernel(layer: Layer) -> int:
+    return layer.weight[0, 0].numel()
+
+
+def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: float) -> dict[str, float]:
+    """Measures 26 to 39 of Jiang et al. from the squared norms of layers, in logarithms of their products.
+
+    Args:
+        squares: ‖W_i‖² of each layer, spectral or Frobenius.
+        frobenius: what stands above them: ‖W_i‖_F², or ‖W_i - W_i⁰‖_F².
+        margin: γ.
+    """
+    log_product = sum(map(math.log, squares))
+    ratio = sum(f / s for f, s in zip(frobenius, squares, strict=True))
+    over_margin = log_product - 2 * math.log(margin) if margin > 0 else math.nan
+    return {
+        "product": log_product,
+        "product_over_margin": over_margin,
+        "ratio": over_margin + math.log(ratio) if ratio > 0 else math.nan,
+        "mean": len(squares) * math.exp(log_product / len(squares)),
+    }
+
+
+def path_norm(model: nn.Module, shape: tuple[int, ...]) -> float:
+    """Σ over outputs of f_{w²}(1): the network with its weights squared, no biases, at an input of ones; in float64.
+
+    Source: Jiang et al., equation 43; Neyshabur, Salakhutdinov and Srebro, Path-SGD, 2015.
+
+    Args:
+        model: in eval mode.
+        shape: of an input.
+    """
+    squared = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for name, p in squared.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            else:
+                p.square_()
+        for module in squared.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.zero_()
+                assert module.running_var is not None
+                module.running_var.copy_((module.running_var + module.eps) ** 2 - module.eps)
+        ones = torch.ones(1, *shape, dtype=torch.float64, device=next(squared.parameters()).device)
+        return float(squared(ones).sum())

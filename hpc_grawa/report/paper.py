@@ -1,0 +1,60 @@
+"""The table of the GRAWA paper: of each method its best setting's error, communication, gap and flatness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..runs.record import RunRecord, group
+from .table import FLATNESS, Row, Table, aligned, in_words, rows
+
+
+def _chosen(table: Table) -> list[Row]:
+    """Of each method one setting: whose center was best at the last evaluation on the way, on the mean over seeds."""
+    best = {(row.method, row.network): row for row, _ in table.chosen}
+    return [row for row in table if row.state == "finished" and best.get((row.method, row.network), row) is row]
+
+
+def chosen_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs of the settings that the table is to show."""
+    experiments = group(records)
+    return [record for row in _chosen(rows(records)) for record in experiments[row.label]]
+
+
+def paper_table(records: Sequence[RunRecord]) -> str:
+    """The table as text.
+
+    Args:
+        records: the runs of a comparison.
+    """
+    table = rows(records)
+    shown = _chosen(table)
+    metric = table.metric
+    accuracy = metric.endswith("accuracy")
+    of = "test error" if accuracy else f"{in_words(metric)}, test"
+
+    def spread(row: Row, key: str, scale: float = 1.0, error: bool = False) -> str:
+        if key not in row.mean:
+            return "-"
+        mean = 100 * (1 - row.mean[key]) if error else scale * row.mean[key]
+        std = row.std.get(key)
+        amount = 100 if error else scale
+        return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {amount * std:.2g}"
+
+    head = ["method", f"{of}, %" if accuracy else of, "communication (rounds)", "gap, %" if accuracy else "gap"]
+    flat = {heading: key for heading, key in FLATNESS.items() if any(key in row.mean for row in shown)}
+    grid = [[*head, *flat]]
+    for row in shown:
+        communication = row.mean.get("communication_seconds", 0.0)
+        grid.append(
+            [
+                row.label,
+                spread(row, f"center_test_{metric}", error=accuracy),
+                f"{communication:,.0f} s ({row.mean.get('rounds', 0):,.0f})",
+                spread(row, "gap", 100.0 if accuracy else 1.0),
+                *(spread(row, key) for key in flat.values()),
+            ]
+        )
+    on = f"{table.part} data" + (", so its test error is too good" if table.part == "test" else "")
+    notes = ["", f"- Of each method the setting whose center was best at the last evaluation on {on}; mean ± standard"]
+    notes.append("  deviation over seeds. Flatness: hpc-grawa flatness RUN... measures it.")
+    return "\n".join([*aligned(grid), *notes])

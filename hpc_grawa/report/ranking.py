@@ -1,0 +1,47 @@
+"""How well measures rank runs by their generalisation gap, as one figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..generalisation.ranking import Ranking
+from .figure import COLOURS, FAINT, INK, drawable, saved_figure
+
+_WIDTH, _ROW, _EDGES = 9.0, 0.26, 1.3  # inches
+
+
+def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
+    """Draw τ, Ψ and the τ along each axis of every measure, the best above.
+
+    Args:
+        rankings: of the measures.
+        path: of the figure; its suffix is the format.
+        setting: what was ranked.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    shown = sorted(rankings, key=lambda one: one.psi if not math.isnan(one.psi) else one.tau)
+    height = _ROW * len(shown) + _EDGES
+    with saved_figure(path, (_WIDTH, height)) as figure:
+        axes = figure.add_axes((0.27, 0.62 / height, 0.7, 1 - _EDGES / height))
+        rows = range(len(shown))
+        for row, one in zip(rows, shown, strict=True):
+            along = [value for value in one.along.values() if not math.isnan(value)]
+            axes.plot(along, [row] * len(along), "|", color=FAINT, markersize=8)
+        axes.plot([one.tau for one in shown], rows, "o", color=COLOURS[1], markersize=6, label="τ over all pairs")
+        axes.plot([one.psi for one in shown], rows, "D", color=COLOURS[0], markersize=5, label="Ψ, mean over axes")
+        axes.plot([], [], "|", color=FAINT, markersize=8, label="τ along one axis")
+        axes.axvline(0, color=FAINT, linewidth=0.8)
+        axes.set_yticks(rows, [drawable(one.name.replace("_", " ")) for one in shown])
+        axes.set(xlim=(-1.05, 1.05), ylim=(-0.7, len(shown) - 0.3))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_xlabel("agreement with the generalisation gap")
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        figure.text(0.02, 1 - 0.3 / height, "What foretells the gap", size=13, weight="bold", color=INK, va="center")
+        figure.text(0.98, 1 - 0.3 / height, drawable(setting), size=10, color=FAINT, va="center", ha="right")

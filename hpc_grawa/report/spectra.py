@@ -1,0 +1,81 @@
+"""Spectra of the Hessian at several models as one figure: their densities, and the largest eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..flatness.lanczos import density
+from .figure import COLOURS, FAINT, Array, drawable, logarithmic, saved_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZE = (12.0, 4.6)  # inches
+_POINTS = 2000
+#: Of the density's bumps, in the width of all spectra.
+_WIDTH = 0.004
+#: Density below which nothing is shown, in parts of the largest.
+_LEAST = 1e-7
+
+
+def draw(found: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Draw the spectral densities (on the left, logarithmic) and the top eigenvalues (on the right) of models.
+
+    Args:
+        found: what was measured, by the model's name; those without a spectrum are left out.
+        path: of the figure; its suffix is the format.
+
+    Raises:
+        ConfigError: there is no spectrum, or the file cannot be written.
+    """
+    spectra = {name: _spectra(one) for name, one in found.items() if one.get("spectra")}
+    if not spectra:
+        raise ConfigError("there is nothing to draw: none of the models has a spectrum (--measures spectrum)")
+    first = next(one for one in found.values() if one.get("spectra"))
+    how, values = first["how"], first["ritz_values"]
+    with saved_figure(path, _SIZE) as figure:
+        left = figure.add_axes((0.065, 0.14, 0.49, 0.68))
+        right = figure.add_axes((0.66, 0.14, 0.32, 0.68))
+        title = f"{values} Ritz values; {how['examples']:,} of {how['of']:,} training examples, {how['dtype']}"
+        figure.text(0.02, 0.935, drawable(title), size=11, color=FAINT, va="center")
+        _densities(left, spectra)
+        _tops(right, {name: found[name]["top_eigenvalues"] for name in spectra})
+
+
+def _spectra(one: dict[str, Any]) -> list[tuple[Array, Array]]:
+    return [(np.array(values), np.array(weights)) for values, weights in one["spectra"]]
+
+
+def _densities(axes: Axes, spectra: Mapping[str, list[tuple[Array, Array]]]) -> None:
+    ends = [values[at] for starts in spectra.values() for values, _ in starts for at in (0, -1)]
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+    grid = np.linspace(low - 0.03 * span, high + 0.03 * span, _POINTS)
+    tallest = 0.0
+    for number, (name, starts) in enumerate(spectra.items()):
+        found = density(starts, grid, _WIDTH * span)
+        tallest = max(tallest, float(found.max()))
+        axes.semilogy(grid, found, color=COLOURS[number % len(COLOURS)], linewidth=1.3, label=drawable(name))
+    axes.set_ylim(_LEAST * tallest, 2 * tallest)
+    logarithmic(axes.yaxis, (1,))
+    axes.set_xlim(grid[0], grid[-1])
+    axes.set_xlabel("eigenvalue")
+    axes.set_title("Spectral density of the Hessian", size=13, weight="bold", loc="left", pad=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tops(axes: Axes, tops: Mapping[str, list[float]]) -> None:
+    for number, (name, values) in enumerate(tops.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        at = range(1, len(values) + 1)
+        axes.plot(at, values, "o-", color=colour, linewidth=1, markersize=5, label=drawable(name))
+    axes.set_xlabel("number of the eigenvalue, the largest first")
+    axes.set_title("Largest eigenvalues", size=13, weight="bold", loc="left", pad=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_ylim(bottom=0)

@@ -1,0 +1,237 @@
+"""``hpc-grawa flatness``, ``measures`` and ``compare --paper`` on runs that were really trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own
+import pytest
+import torch
+from launcher import called
+
+from hpc_grawa import simulate
+from hpc_grawa.cli.finished import FinishedRun, finished_config
+from hpc_grawa.cli.flatness import How
+from hpc_grawa.cli.parsing import parse
+from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.launch import own_slot
+from hpc_grawa.runs.checkpoint import model_file, saved_models
+from hpc_grawa.training.loop import fit
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    own.plain_process(monkeypatch)
+
+
+def trained(folder: Path, *words: str, world: int = 2) -> Path:
+    """A finished run of a tiny network."""
+    folder.mkdir(parents=True)
+    given = [
+        "--config=digits",
+        "--budget.seconds=null",
+        "--budget.steps=30",
+        "--model.width=2",
+        "--log.tensorboard=false",
+    ]
+    config = parse([*given, f"--run.name={folder.name}", f"--run.dir={folder.parent}", *words])
+    simulate(world, lambda comm: fit(config, comm, new_folder=None if comm.rank else lambda: folder, speaks=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        own.plain_process(patch)
+        return trained(tmp_path_factory.mktemp("runs") / "LGRAWA-0", "--method=LGRAWA", "--method.period=8")
+
+
+def finished(run: Path) -> FinishedRun:
+    return FinishedRun(run, finished_config(run, "test", "auto", None), SingleCommunicator(), own_slot())
+
+
+def test_a_run_keeps_its_ranks_models_and_knows_its_start(run: Path) -> None:
+    """The center lies between the ranks, which are a pull away from it; the start is that of its seed."""
+    kept = finished(run)
+    assert kept.ranks == saved_models(run) == 2
+    weights = []
+    for name in ("center", "rank 0", "rank 1"):
+        kept.put(name)
+        weights.append(torch.cat([p.detach().flatten() for p in kept.model.parameters()]))
+    center, *ranks = weights
+    assert not torch.equal(ranks[0], ranks[1])
+    between = (ranks[0] - center) * (ranks[1] - center)
+    assert float(between.max()) <= 1e-12  # on opposite sides in every coordinate
+    start = kept.initial()
+    assert start is not None
+    again = finished(run).initial()
+    assert again is not None and all(map(torch.equal, start.parameters(), again.parameters()))
+    metrics = (run / "metrics.jsonl").read_text()
+    other = run.parent / "other"
+    other.mkdir()
+    for file in ("config.yaml", "center.pt"):
+        (other / file).write_bytes((run / file).read_bytes())
+    (other / "metrics.jsonl").write_text(metrics.replace('"weights": "', '"weights": "0', 1))
+    assert finished(other).initial() is None
+
+
+def test_gradient_sharing_keeps_one_model(tmp_path: Path) -> None:
+    assert saved_models(trained(tmp_path / "a", "--method=DataParallel")) == 0
+    assert saved_models(trained(tmp_path / "b", "--method=LocalSGD", "--save.ranks=false")) == 0
+    assert not model_file(tmp_path / "b", 0).parent.exists()
+
+
+FEW = ("--examples=100", "--steps=6", "--samples=2", "--lpf_samples=2", "--double")
+
+
+def test_flatness_says_what_it_found_and_goes_on(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    figure = tmp_path / "spectra.png"
+    first = called(capsys, "flatness", str(run), *FEW, "--figure", str(figure))
+    assert first.status == 0, first.said
+    for part in ("100 of 1,437 training examples, float64", "largest, smallest eigenvalue", "width of the valley"):
+        assert part in first.said
+    assert figure.stat().st_size > 10_000
+    found = json.loads((run / "flatness.json").read_text())["center"]
+    assert found["ritz_values"] == 6 and len(found["valley_widths"]) == 2
+    assert found["top_eigenvalues"][0] == found["largest_eigenvalue"] == max(found["spectra"][0][0])
+    assert found["sum_of_ritz_values"] == pytest.approx(sum(found["spectra"][0][0]))
+    # Once more, with one measure less: nothing is measured again. With other settings: everything.
+    (run / "flatness.json").write_text(json.dumps({"center": {**found, "loss": -1.0}}))
+    again = called(capsys, "flatness", str(run), *FEW)
+    assert "-1" in again.said and json.loads((run / "flatness.json").read_text())["center"]["loss"] == -1
+    other = called(capsys, "flatness", str(run), *FEW, "--seed=1", "--measures=loss,spectrum")
+    assert other.status == 0 and json.loads((run / "flatness.json").read_text())["center"]["loss"] == found["loss"]
+    table = called(capsys, "table", str(run))
+    assert "largest eigenvalue" in table.said
+
+
+def test_flatness_of_each_rank(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = called(capsys, "flatness", str(run), *FEW, "--models=ranks", "--measures=loss,sam")
+    assert ended.status == 0, ended.said
+    found = json.loads((run / "flatness.json").read_text())
+    assert {"rank 0", "rank 1"} <= set(found) and found["rank 0"]["loss"] != found["rank 1"]["loss"]
+
+
+def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Along lines from the center to its ranks, between runs, and on the plane through three of them."""
+    few = ["--measures=loss", "--examples=60", "--points=5", "--double"]
+    figure = tmp_path / "ranks.png"
+    ended = called(capsys, "flatness", str(run), *few, f"--landscape={figure}")
+    assert ended.status == 0, ended.said
+    found = json.loads(figure.with_suffix(".json").read_text())
+    center = json.loads((run / "flatness.json").read_text())["center"]["loss"]
+    assert found["at"] == [-0.5, 0, 0.5, 1, 1.5] and list(found["lines"]) == ["rank 0", "rank 1"]
+    assert all(one["losses"][1] == pytest.approx(center) for one in found["lines"].values())
+    assert found["plane"]["places"]["center"] == [0, 0] and found["plane"]["through"] == ["center", "rank 0", "rank 1"]
+    assert figure.stat().st_size > 10_000
+    alone = trained(run.parent / "alone", "--method=MGRAWA")  # its center lies between its two ranks
+    ended = called(capsys, "flatness", str(alone), *few, f"--landscape={figure}")
+    assert ended.status == 0 and "without a plane" in ended.said, ended.said
+    runs = [trained(run.parent / f"seed{seed}", "--method=LocalSGD", f"--run.seed={seed}") for seed in (1, 2)]
+    figure = tmp_path / "runs.png"
+    ended = called(capsys, "flatness", *map(str, (run, *runs)), *few, f"--landscape={figure}")
+    assert ended.status == 0, ended.said
+    found = json.loads(figure.with_suffix(".json").read_text())
+    plane = found["plane"]
+    assert plane["through"] == [run.name, "seed1", "seed2"] and np.shape(plane["losses"]) == (5, 5)
+    own = json.loads((runs[0] / "flatness.json").read_text())["center"]["loss"]
+    assert found["lines"]["seed1"]["losses"][3] != pytest.approx(own)  # with the first center's BatchNorm
+    assert found["lines"]["seed1"]["distance"] == pytest.approx(plane["places"]["seed1"][0])
+
+
+def test_flatness_at_evaluations(tmp_path: Path) -> None:
+    """It changes nothing of training, and is what is said of the last center afterwards."""
+    words = ["--method=LGRAWA", "--method.period=8", "--eval.unit=steps", "--eval.every=15"]
+    plain, measured = (trained(tmp_path / f"f{n}", *words, f"--eval.flatness={n}") for n in (0, 100))
+    states = [torch.load(folder / "center.pt", weights_only=True) for folder in (plain, measured)]
+    assert all(torch.equal(a, states[1][key]) for key, a in states[0].items())
+    events = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
+    found = [event for event in events if event["event"] == "flatness"]
+    assert len(found) == sum(event["event"] == "evaluate" for event in events) >= 3
+    assert {"gradient_norm", "sum_of_layer_norms", "sam_sharpness", "valley_width"} <= found[-1].keys()
+    kept = finished(measured)
+    kept.put("center")
+    objective = How(examples=100).objective(kept, SingleCommunicator())
+    assert found[-1]["examples"] == 100 and found[-1]["loss"] == pytest.approx(objective.value(), rel=1e-5)
+    assert found[-1]["gradient_norm"] == pytest.approx(float(objective.gradient()[1].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--measures=loss,flat"], "measures is flat: must be among loss, sam, entropy"),
+        (["--models=mine"], "models is mine: must be center, ranks, or center,ranks"),
+        (["--steps=0"], "steps is 0: must be at least 1"),
+        (["--rho=nan"], "rho is nan: must be a positive number"),
+        (["--examples=-1"], "examples is -1: must be at least 1, or 0 for all"),
+        (["--figure=a.txt"], "a.txt: must end in .png"),
+        (["--points=1"], "points is 1: must be at least 2"),
+    ],
+)
+def test_what_flatness_cannot_do_is_named(
+    run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = called(capsys, "flatness", str(run), *words)
+    assert ended.status == 2 and message in ended.said and ended.said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A grid of 2 x 2: each run is measured once; the table, the CSV and the figure say how well measures rank."""
+    for width in (2, 4):
+        for lr in (0.02, 0.1):
+            words = [f"--model.width={width}", f"--optimizer.lr={lr}", "--method=LocalSGD", "--data.augment=true"]
+            trained(tmp_path / "runs" / f"{width}-{lr}", *words, "--budget.steps=60", world=1)
+    csv, figure = tmp_path / "m.csv", tmp_path / "m.png"
+    words = [str(tmp_path / "runs"), "--examples=200", "--bound=.3", f"--csv={csv}", f"--figure={figure}"]
+    ended = called(capsys, "measures", *words)
+    assert ended.status == 0, ended.said
+    assert "4 of 4 runs; axes optimizer.lr, model.width" in ended.said and "path norm" in ended.said
+    assert figure.stat().st_size > 10_000
+    rows = csv.read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("run,optimizer.lr,model.width,gap,")
+    known = json.loads((tmp_path / "runs/2-0.1/measures.json").read_text())
+    assert not known["left_out"] and known["values"]["frobenius_distance"] > 0
+    again = called(capsys, "measures", *words)
+    assert again.said.partition("| measure")[1:] == ended.said.partition("| measure")[1:]
+    few = called(capsys, "measures", str(tmp_path / "runs/2-0.1"))
+    assert few.status == 2 and "runs are 1 of 1" in few.said
+    axes = called(capsys, "measures", *words, "--axes=data.seed")
+    assert axes.status == 2 and "axes is data.seed: must be among the settings in which runs differ" in axes.said
+
+
+def test_a_budget_ends_at_a_training_loss(tmp_path: Path) -> None:
+    run = trained(
+        tmp_path / "a", "--budget.train_loss=1.0", "--budget.steps=300", "--eval.unit=steps", "--eval.every=10"
+    )
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in events if e["event"] == "evaluate" and e["part"] == "train"]
+    assert summary["state"] == "finished" and summary["steps"] < 300
+    assert all(loss > 1 for loss in losses[:-2]) and losses[-2] <= 1  # and once more at the end
+    assert summary["center_train_loss"] <= 1.2
+
+
+@pytest.mark.slow
+def test_a_comparison_as_in_a_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own_grid = tmp_path / "small.yaml"
+    own_grid.write_text(
+        "compare: {methods: [LGRAWA, EASGD], seeds: [1, 2], grids: {LGRAWA: {method.period: [4, 8], method.pull: [0.5],"
+        " method.prox: [0.05]}, EASGD: {method.period: [8], method.pull: [0.3]}}}"
+    )
+    words = ["--config=digits", f"--config={own_grid}", "--budget.seconds=null", "--budget.steps=20", "--model.width=2"]
+    ended = called(capsys, "compare", "--paper", *words, f"--run.dir={tmp_path}", "--run.name=p", "--device=cpu")
+    assert ended.status == 0, ended.said
+    lines = [line for line in ended.said.splitlines() if line.startswith("| ")]
+    head = next(line for line in lines if "communication (rounds)" in line)
+    assert "test error, %" in head and "largest eigenvalue" in head
+    rows = lines[lines.index(head) + 2 : lines.index(head) + 4]
+    assert sorted(row.split()[1] for row in rows) == ["EASGD", "LGRAWA"] and all("±" in row for row in rows)
+    assert len(list((tmp_path / "p").glob("*/summary.json"))) == 6
+    again = called(
+        capsys, "compare", "--paper", *words, f"--run.dir={tmp_path}", "--run.name=p", "--device=cpu", "--launcher=env"
+    )
+    assert again.status == 0 and all(row in again.said for row in (head, *rows)), again.said

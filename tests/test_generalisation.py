@@ -1,0 +1,255 @@
+"""Generalisation measures: by hand, in closed form, and against SciPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import kendalltau
+from test_flatness import Pairs, drawn
+from torch import Tensor, nn
+
+from hpc_grawa.errors import ConfigError
+from hpc_grawa.generalisation import conditional_information, fold, granulated, measures, psi, tau
+from hpc_grawa.generalisation.noise import aware_bound, bounds, largest
+from hpc_grawa.generalisation.norms import kernel_norm, layers, of_products, operator_norm, path_norm, square
+from hpc_grawa.models import AllCNN, DenseNet121, PyramidNet110, ResNet18, ResNet20, SmallCNN, WRN28x10
+
+# ---------------------------------------------------------------------------------------------------------
+# Rankings.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_tau_is_scipys_where_there_are_no_ties() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        measure, gap = generator.normal(size=(2, 30))
+        assert tau(measure, gap).value == pytest.approx(kendalltau(measure, gap).statistic)
+    assert (tau([1, 1, 2], [1, 2, 3]).ties, tau([1, 1, 2], [1, 2, 3]).value) == (1, 2 / 3)
+    assert math.isnan(tau([1], [1]).value)
+
+
+def test_psi_by_hand() -> None:
+    """2 x 3 runs; along lr each column has one pair, along depth each row three.
+
+    depth:        1  2  3
+    lr 1   μ      1  2  3     gap  1  3  2
+    lr 2   μ      4  3  6     gap  2  1  5
+    """
+    axes = {"lr": [1, 1, 1, 2, 2, 2], "depth": [1, 2, 3, 1, 2, 3]}
+    along = granulated([1, 2, 3, 4, 3, 6], [1, 3, 2, 2, 1, 5], axes)
+    # lr: columns (1→4, 1→2) +, (2→3, 3→1) -, (3→6, 2→5) +.  depth: (+, +, -)/3, (+, +, +)/3.
+    assert along == {"lr": pytest.approx(1 / 3), "depth": pytest.approx((1 / 3 + 1) / 2)}
+    assert psi(along) == pytest.approx(0.5)
+
+
+def test_conditional_information_by_hand() -> None:
+    """8 runs on two axes: without conditions 20 of 28 pairs agree; within one value of an axis fewer."""
+    axes = {"a": [0, 0, 0, 0, 1, 1, 1, 1], "b": [0, 1, 0, 1, 0, 1, 0, 1]}
+    measure, gap = [0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 1, 2, 7, 4, 6, 5]
+
+    def bits(agree: int, all_: int) -> float:
+        p = agree / all_
+        return 1 + sum(x * math.log2(x) for x in (p, 1 - p) if x)
+
+    def told(*chosen: str) -> float:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in range(8):
+            for j in range(i):
+                key = tuple(axes[c][i] for c in chosen)
+                if key == tuple(axes[c][j] for c in chosen):
+                    groups.setdefault(key, []).append((measure[i] > measure[j]) == (gap[i] > gap[j]))
+        total = sum(map(len, groups.values()))
+        return sum(len(g) / total * bits(sum(g), len(g)) for g in groups.values())
+
+    expected = min(told(), told("a"), told("b"), told("a", "b"))
+    assert conditional_information(measure, gap, axes) == pytest.approx(expected)
+    assert conditional_information(measure, measure, axes) == 1.0
+    assert conditional_information(measure, [-m for m in measure], axes) == 1.0  # it tells as much
+    assert conditional_information([1] * 8, gap, axes) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Folding.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def trained(model: nn.Module, *shape: int) -> nn.Module:
+    """With statistics and scales that are not those of the start."""
+    model = model.double()
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                assert tensor is not None
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "kept"),
+    [
+        (SmallCNN(in_channels=3), 0),
+        (ResNet20(), 0),
+        (ResNet18(stages=2), 0),
+        (AllCNN(), 0),
+        # Kept is the first norm of each block, whose input the shortcut sees too, and the last, which follows a sum.
+        (WRN28x10(widen=1), 13),
+        (PyramidNet110(alpha=54), 55),
+        (DenseNet121(growth=2), 62),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_folding_leaves_outputs_as_they_were(model: nn.Module, kept: int) -> None:
+    model, x = trained(model), drawn(2, 3, 16, 16)
+    found = fold(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), model(x), rtol=1e-9, atol=1e-9)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert (len(found.kept), len(found.folded)) == (kept, len(norms) - kept)
+
+
+class Twice(nn.Module):
+    """A layer whose output is used beside its norm, and one that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.b, self.norm_b = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        z = self.norm_b(self.b(y))
+        return self.norm_a(y) + y + self.b(z)  # type: ignore[no-any-return]
+
+
+class Hidden(SmallCNN):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > -1e9 else x
+
+
+def test_what_is_not_the_only_consumer_stays_and_what_cannot_be_followed_is_named() -> None:
+    model, x = trained(Twice()), drawn(4, 3)
+    found = fold(model)
+    assert (found.kept, found.folded) == (["norm_a", "norm_b"], [])
+    torch.testing.assert_close(found.model(x), model(x))
+    with pytest.raises(ConfigError, match=r"BatchNorm of Hidden cannot be folded, as torch\.fx cannot follow"):
+        fold(Hidden())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Norms and bounds.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_operator_norm_is_that_of_the_matrix_that_a_convolution_is() -> None:
+    for stride, padding in ((1, 1), (2, 0)):
+        layer = nn.Conv2d(2, 3, 3, stride, padding, bias=False).double()
+        x = drawn(1, 2, 5, 5)
+        (found,) = layers(layer, x)
+        columns = [layer(e.reshape(1, 2, 5, 5)).flatten().detach() for e in torch.eye(50, dtype=torch.float64)]
+        exact = float(torch.linalg.matrix_norm(torch.stack(columns, 1), 2))
+        assert operator_norm(found, 1e-10, 5000) == pytest.approx(exact, rel=1e-6)
+        assert kernel_norm(found.weight) == pytest.approx(
+            float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2))
+        )
+
+
+def test_norms_of_two_layers() -> None:
+    found = of_products([4.0, 9.0], [8.0, 27.0], margin=0.5)
+    assert found["product"] == pytest.approx(math.log(36))
+    assert found["product_over_margin"] == pytest.approx(math.log(36 / 0.25))
+    assert found["ratio"] == pytest.approx(math.log(36 / 0.25 * 5))
+    assert found["mean"] == pytest.approx(2 * 6)
+    assert math.isnan(of_products([4.0], [4.0], margin=-1)["product_over_margin"])
+
+
+def test_the_path_norm_sums_over_paths() -> None:
+    """Σ over paths of the product of squared weights, whatever the signs."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    a, b = (model[i].weight.detach() for i in (0, 2))  # type: ignore[union-attr]
+    expected = float((b.square() @ a.square()).sum())
+    assert path_norm(model, (3,)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_largest_disturbance() -> None:
+    for exact in (1e-5, 0.01, 0.3, 40.0):
+        found = largest(lambda size, exact=exact: size / exact, bound=1.0, tolerance=1e-3)  # type: ignore[misc]
+        assert found.size <= exact <= found.size * (1 + 2e-3) and found.tolerance <= 1e-3
+    assert largest(lambda size: 1.0, 0.1).size == 0 and largest(lambda size: 0.0, 0.1).size == math.inf
+
+
+def test_bounds_are_their_formulas() -> None:
+    assert bounds(0.5, 3.0, 100, 4.0) == pytest.approx(3 / (4 * 0.25) + math.log(200) + 10)
+    w, start = drawn(5), drawn(5, seed=1)
+    norm, size, added = float((w - start).square().sum()), 0.3, 1.0
+    each = [
+        0.25 * math.log((1e-6 + (size**2 + added) * norm / 5) / (1e-6 + size**2 * float(a - b) ** 2))
+        for a, b in zip(w, start, strict=True)
+    ]
+    assert aware_bound(size, w, start, norm, 50, added) == pytest.approx(sum(each) + math.log(50 / size) + 10)
+    assert math.isnan(bounds(math.inf, 1.0, 1, 1.0))
+
+
+def test_every_measure_of_a_linear_network_in_closed_form() -> None:
+    """Two linear layers on two classes, whose margin is uᵀx with u = (b_1 - b_0) A."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
+    start = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
+    a, b = (model[i].weight.detach() for i in (0, 1))  # type: ignore[union-attr]
+    x = drawn(40, 3)
+    logits = x @ (b @ a).T
+    y = logits.argmax(1)
+    found = measures(model, start, Pairs(x, y), batch_size=7)
+    values = found.values
+    margins = (logits[torch.arange(40), y] - logits[torch.arange(40), 1 - y]).sort().values
+    margin = float(torch.quantile(margins, 0.1))
+    assert values["margin"] == pytest.approx(margin) and values["inverse_margin"] == pytest.approx(margin**-2)
+    assert values["cross_entropy"] == pytest.approx(float(F.cross_entropy(logits, y)))
+    p = logits.softmax(1)
+    assert values["entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()))
+    two = [float(torch.linalg.matrix_norm(w, 2)) ** 2 for w in (a, b)]
+    moved = [w - s.weight.detach() for w, s in zip((a, b), start, strict=True)]  # type: ignore[arg-type, union-attr]
+    assert values["spectral_product"] == pytest.approx(math.log(two[0] * two[1]))
+    assert values["spectral_init"] == pytest.approx(
+        math.log(two[0] * two[1] / margin**2 * sum(square(m) / t for m, t in zip(moved, two, strict=True)))
+    )
+    assert values["frobenius_distance"] == pytest.approx(sum(map(square, moved)))
+    assert values["parameter_norm"] == pytest.approx(square(a) + square(b))
+    assert values["path_norm"] == pytest.approx(float((b.square() @ a.square()).sum()))
+    assert values["parameters"] == 3 * 5 + 4 * 3
+    # ⟨w, ∇ℓ⟩ = 2 ⟨logits, ∂ℓ/∂logits⟩, as logits are of degree 2 in the weights.
+    slopes = 2 * (logits * (p - F.one_hot(y, 2))).sum(1)
+    assert values["fisher_rao"] == pytest.approx(9 * float(slopes.square().mean()))
+    assert not found.left_out and not found.notes
+    assert set(measures(model, None, Pairs(x, y)).left_out) >= {"spectral_init", "frobenius_distance", "pac_bayes_init"}
+
+
+def test_noise_on_a_linear_model_in_closed_form() -> None:
+    """With one layer of two outputs the error under N(0, σ²I) is the mean of Φ(-margin / (σ ‖x‖ √2))."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2, bias=False).double(), drawn(200, 3)
+    logits = x @ model.weight.detach().T
+    y = logits.argmax(1)
+    margins = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (x.norm(dim=1) * 2**0.5)
+
+    def error(sigma: float) -> float:
+        return float(torch.special.ndtr(-margins / sigma).mean())
+
+    low, high = 1e-4, 10.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if error(middle) <= 0.1 else (low, middle)
+    from hpc_grawa.flatness import Objective
+    from hpc_grawa.generalisation.measures import Errors
+    from hpc_grawa.generalisation.noise import gaussian, worst
+
+    errors = Objective(model, Errors(), Pairs(x, y))
+    assert gaussian(errors, 0.1, aware=False, draws=400).size == pytest.approx(low, rel=0.15)
+    losses = Objective(model, nn.CrossEntropyLoss(), Pairs(x, y))
+    # In a box each margin falls by α ‖x‖₁·2 at most; the ascent cannot do that to all examples at once.
+    reach = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (2 * x.abs().sum(1))
+    assert worst(losses, errors, 0.1, aware=False).size >= float(reach.sort().values[20]) * 0.9
