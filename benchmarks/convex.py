@@ -53,7 +53,7 @@ class Regression(nn.Module):
 
 
 def minimum(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
-    """x* by Newton's method, and the largest curvature there, L."""
+    """x* by Newton's method, and the largest curvature at the start, L."""
 
     def loss(flat: Tensor) -> Tensor:
         weight, bias = flat[:640].reshape(10, 64), flat[640:]
@@ -66,6 +66,8 @@ def minimum(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
         if float(gradient.norm()) < 1e-12:
             break
         flat = flat - torch.linalg.solve(hessian, gradient)
+    else:
+        raise SystemExit("Newton's method has not converged")
     return flat, float(torch.linalg.matrix_norm(torch.autograd.functional.hessian(loss, 0 * flat), 2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,25 +95,83 @@ def test_flatness_says_what_it_found_and_goes_on(run: Path, capsys: pytest.Captu
     for part in ("100 of 1,437 training examples, float64", "largest, smallest eigenvalue", "width of the valley"):
         assert part in first.said
     assert figure.stat().st_size > 10_000
-    found = json.loads((run / "flatness.json").read_text())["center"]
+    found = json.loads((run / "flatness.json").read_text())["center"][-1]
     assert found["ritz_values"] == 6 and len(found["valley_widths"]) == 2
     assert found["top_eigenvalues"][0] == found["largest_eigenvalue"] == max(found["spectra"][0][0])
     assert found["sum_of_ritz_values"] == pytest.approx(sum(found["spectra"][0][0]))
     # Once more, with one measure less: nothing is measured again. With other settings: everything.
-    (run / "flatness.json").write_text(json.dumps({"center": {**found, "loss": -1.0}}))
+    (run / "flatness.json").write_text(json.dumps({"center": [{**found, "loss": -1.0}]}))
     again = called(capsys, "flatness", str(run), *FEW)
-    assert "-1" in again.said and json.loads((run / "flatness.json").read_text())["center"]["loss"] == -1
+    assert "-1" in again.said and json.loads((run / "flatness.json").read_text())["center"][-1]["loss"] == -1
     other = called(capsys, "flatness", str(run), *FEW, "--seed=1", "--measures=loss,spectrum")
-    assert other.status == 0 and json.loads((run / "flatness.json").read_text())["center"]["loss"] == found["loss"]
+    assert other.status == 0 and json.loads((run / "flatness.json").read_text())["center"][-1]["loss"] == found["loss"]
     table = called(capsys, "table", str(run))
     assert "largest eigenvalue" in table.said
+
+
+def test_what_was_measured_stays_beside_what_is_measured_later(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By other settings of one measure, by other examples, for another table."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "flatness.json").unlink(missing_ok=True)
+    few = ["--samples=2", "--lpf_samples=2", "--measures=loss,spectrum"]
+    for words in (
+        ["--examples=100", "--steps=4"],
+        ["--examples=100", "--measures=sam"],
+        ["--examples=50", "--steps=3"],
+    ):
+        assert called(capsys, "flatness", str(copy), *few, *words).status == 0
+    entries = json.loads((copy / "flatness.json").read_text())["center"]
+    assert [one["how"]["examples"] for one in entries] == [100, 50]
+    assert set(entries[0]["measures"]) == {"loss", "spectrum", "sam"} and entries[0]["ritz_values"] == 4
+    assert called(capsys, "flatness", str(copy), *few, "--examples=100", "--steps=4").status == 0
+    again = json.loads((copy / "flatness.json").read_text())["center"]
+    assert [one["how"]["examples"] for one in again] == [50, 100] and again[1] == entries[0]
+    (copy / "flatness.json").write_text('{"center": [1]}')
+    for command in ("flatness", "table"):
+        ended = called(capsys, command, str(copy))
+        assert ended.status == 2 and "flatness.json is damaged" in ended.said and "Traceback" not in ended.said
+
+
+def test_lanczos_goes_on_where_it_was_cut_off(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as in one go, and no product is made twice; nothing of it stays."""
+    from hpc_grawa.cli import flatness as module
+    from hpc_grawa.flatness.objective import Objective
+
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    for folder in (straight, cut):
+        shutil.copytree(run, folder)
+        (folder / "flatness.json").unlink(missing_ok=True)
+    words = ["--measures=spectrum", "--examples=100", "--steps=5", "--starts=2", "--double"]
+    assert called(capsys, "flatness", str(straight), *words).status == 0
+    honest, made = Objective.product, 0
+
+    def product(self: Objective, direction: torch.Tensor) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made == 8:
+            raise KeyboardInterrupt
+        return honest(self, direction)
+
+    monkeypatch.setattr(module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(Objective, "product", product)
+    assert called(capsys, "flatness", str(cut), *words).status == 130
+    assert (cut / "flatness" / "center").is_dir()
+    assert called(capsys, "flatness", str(cut), *words).status == 0
+    assert made == 8 + 3 and not (cut / "flatness" / "center").exists()
+    found, expected = (json.loads((f / "flatness.json").read_text())["center"][-1] for f in (cut, straight))
+    assert found == expected
 
 
 def test_flatness_of_each_rank(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended = called(capsys, "flatness", str(run), *FEW, "--models=ranks", "--measures=loss,sam")
     assert ended.status == 0, ended.said
     found = json.loads((run / "flatness.json").read_text())
-    assert {"rank 0", "rank 1"} <= set(found) and found["rank 0"]["loss"] != found["rank 1"]["loss"]
+    assert {"rank 0", "rank 1"} <= set(found) and found["rank 0"][-1]["loss"] != found["rank 1"][-1]["loss"]
 
 
 def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -121,8 +180,8 @@ def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], 
     figure = tmp_path / "ranks.png"
     ended = called(capsys, "flatness", str(run), *few, f"--landscape={figure}")
     assert ended.status == 0, ended.said
-    found = json.loads(figure.with_suffix(".json").read_text())
-    center = json.loads((run / "flatness.json").read_text())["center"]["loss"]
+    found = json.loads(figure.with_name(f"{figure.name}.json").read_text())
+    center = json.loads((run / "flatness.json").read_text())["center"][-1]["loss"]
     assert found["at"] == [-0.5, 0, 0.5, 1, 1.5] and list(found["lines"]) == ["rank 0", "rank 1"]
     assert all(one["losses"][1] == pytest.approx(center) for one in found["lines"].values())
     assert found["plane"]["places"]["center"] == [0, 0] and found["plane"]["through"] == ["center", "rank 0", "rank 1"]
@@ -134,10 +193,10 @@ def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], 
     figure = tmp_path / "runs.png"
     ended = called(capsys, "flatness", *map(str, (run, *runs)), *few, f"--landscape={figure}")
     assert ended.status == 0, ended.said
-    found = json.loads(figure.with_suffix(".json").read_text())
+    found = json.loads(figure.with_name(f"{figure.name}.json").read_text())
     plane = found["plane"]
     assert plane["through"] == [run.name, "seed1", "seed2"] and np.shape(plane["losses"]) == (5, 5)
-    own = json.loads((runs[0] / "flatness.json").read_text())["center"]["loss"]
+    own = json.loads((runs[0] / "flatness.json").read_text())["center"][-1]["loss"]
     assert found["lines"]["seed1"]["losses"][3] != pytest.approx(own)  # with the first center's BatchNorm
     assert found["lines"]["seed1"]["distance"] == pytest.approx(plane["places"]["seed1"][0])
 

@@ -14,7 +14,7 @@ from conftest import Ranks
 from torch import Tensor, nn
 
 from hpc_grawa.comm import Communicator
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.errors import ConfigError, NonFinite
 from hpc_grawa.flatness import (
     Lanczos,
     Objective,
@@ -27,6 +27,7 @@ from hpc_grawa.flatness import (
     trace_and_square,
     valley_width,
 )
+from hpc_grawa.flatness.measure import Settings, Subject, measure
 from hpc_grawa.models import GPT, SmallCNN
 
 
@@ -335,6 +336,48 @@ def test_the_width_of_a_valley(on_ranks: Ranks) -> None:
         assert none == (0.0, False)
 
     on_ranks(body)
+
+
+def test_without_a_positive_loss_there_is_no_width() -> None:
+    """κ·f(center) is no bound where f(center) is 0, negative, or not finite."""
+    for value in (0.0, -1.0, math.nan, math.inf):
+        objective = Objective(Constant(value), Plain(), Pairs(drawn(5, 1), drawn(5, 1)))
+        ((width, cut),) = valley_width(objective, drawn(2), [drawn(2, seed=1)])
+        assert math.isnan(width) and not cut
+
+
+def test_a_loss_that_is_not_finite_has_no_spectrum(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        objective, _, _ = quadratic(comm)
+        objective.model.get_parameter("theta").data[0] = math.nan
+        lanczos = Lanczos(12, 0, comm, torch.float64)
+        lanczos.advance(lambda v: v)
+        with pytest.raises(NonFinite, match="product of step 2 is not finite"):
+            lanczos.advance(lambda v: math.nan * v)
+        assert lanczos.steps == 1
+        found = measure(Subject(objective), Settings(measures=("loss", "spectrum", "sam", "keskar"), steps=3))
+        assert found["largest_eigenvalue"] is None and math.isnan(found["epsilon_sharpness"])
+
+    on_ranks(body)
+
+
+def test_ranks_without_an_example_take_part(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        objective = Objective(network(comm).vector, nn.CrossEntropyLoss(), network(None)._data, comm, limit=2)
+        alone = Objective(network(None).model, nn.CrossEntropyLoss(), network(None)._data, limit=2)
+        assert objective.value() == pytest.approx(alone.value(), rel=1e-9)
+        torch.testing.assert_close(objective.gradient()[1], alone.gradient()[1], rtol=1e-9, atol=1e-12)
+
+    on_ranks(body)
+
+
+class Constant(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.theta = value, nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value + 0 * (x + self.theta.sum())
 
 
 class Shifted(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from scipy.stats import kendalltau
 from test_flatness import Pairs, drawn
 from torch import Tensor, nn
 
+from hpc_grawa import simulate
+from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.generalisation import conditional_information, fold, granulated, measures, psi, tau
 from hpc_grawa.generalisation.noise import aware_bound, bounds, largest
 from hpc_grawa.generalisation.norms import kernel_norm, layers, of_products, operator_norm, path_norm, square
-from hpc_grawa.models import AllCNN, DenseNet121, PyramidNet110, ResNet18, ResNet20, SmallCNN, WRN28x10
+from hpc_grawa.models import GPT, AllCNN, DenseNet121, PyramidNet110, ResNet18, ResNet20, SmallCNN, WRN28x10
 
 # ---------------------------------------------------------------------------------------------------------
 # Rankings.
@@ -44,6 +48,17 @@ def test_psi_by_hand() -> None:
     # lr: columns (1→4, 1→2) +, (2→3, 3→1) -, (3→6, 2→5) +.  depth: (+, +, -)/3, (+, +, +)/3.
     assert along == {"lr": pytest.approx(1 / 3), "depth": pytest.approx((1 / 3 + 1) / 2)}
     assert psi(along) == pytest.approx(0.5)
+    # Each run once more, by another seed: pairs of seeds differ in no axis.
+    twice = {axis: [*values, *values] for axis, values in axes.items()}
+    again = granulated([1, 2, 3, 4, 3, 6, 9, 9, 9, 9, 9, 9], [1, 3, 2, 2, 1, 5, 0, 0, 0, 0, 0, 0], twice)
+
+    # A cell of lr has (1, 4), (1, 9), (9, 4), (9, 9): products +, -, ... by hand below.
+    def along_lr(a: int, b: int, x: int, y: int) -> float:
+        pairs = ((a, x, b, y), (a, x, 9, 0), (9, 0, b, y), (9, 0, 9, 0))
+        return sum(int(np.sign(p - r) * np.sign(q - s)) for p, q, r, s in pairs) / 4
+
+    assert again["lr"] == pytest.approx(np.mean([along_lr(1, 4, 1, 2), along_lr(2, 3, 3, 1), along_lr(3, 6, 2, 5)]))
+    assert granulated([1, 2], [1, 2], {"lr": [1, 1]})["lr"] is math.nan
 
 
 def test_conditional_information_by_hand() -> None:
@@ -225,6 +240,26 @@ def test_every_measure_of_a_linear_network_in_closed_form() -> None:
     slopes = 2 * (logits * (p - F.one_hot(y, 2))).sum(1)
     assert values["fisher_rao"] == pytest.approx(9 * float(slopes.square().mean()))
     assert not found.left_out and not found.notes
+    assert values["spectral_orig"] == pytest.approx(
+        math.log(two[0] * two[1] / margin**2 * (square(a) / two[0] + square(b) / two[1]))
+    )
+    assert values["spectral_mean"] == pytest.approx(2 * math.sqrt(two[0] * two[1]))
+    assert values["frobenius_product"] == pytest.approx(math.log(square(a) * square(b)))
+    assert values["frobenius_product_over_margin"] == pytest.approx(math.log(square(a) * square(b) / margin**2))
+    assert values["frobenius_mean"] == pytest.approx(2 * math.sqrt(square(a) * square(b)))
+    assert values["spectral_distance"] == pytest.approx(sum(float(torch.linalg.matrix_norm(m, 2)) ** 2 for m in moved))
+    assert values["path_norm_over_margin"] == pytest.approx(values["path_norm"] / margin**2)
+    assert values["vc_dimension"] == pytest.approx(2 * math.log2(6 * 2 * 3) ** 3 * (3 * 4 + 4 * 2))
+    weights, begun = (torch.cat([m[i].weight.detach().flatten() for i in (0, 1)]) for m in (model, start))
+    norm, moved_by = float(weights.square().sum()), float((weights - begun).square().sum())
+    sigma, alpha = values["pac_bayes_size"], values["sharpness_size"]
+    assert values["pac_bayes_flatness"] == pytest.approx(sigma**-2)
+    assert values["sharpness_flatness"] == pytest.approx(alpha**-2)
+    for kind, distance in (("orig", norm), ("init", moved_by)):
+        assert values[f"pac_bayes_{kind}"] == pytest.approx(distance / (4 * sigma**2) + math.log(40 / sigma) + 10)
+        assert values[f"sharpness_{kind}"] == pytest.approx(
+            distance * math.log(2 * 20) / (4 * alpha**2) + math.log(40 / alpha) + 10
+        )
     assert set(measures(model, None, Pairs(x, y)).left_out) >= {"spectral_init", "frobenius_distance", "pac_bayes_init"}
 
 
@@ -253,3 +288,73 @@ def test_noise_on_a_linear_model_in_closed_form() -> None:
     # In a box each margin falls by α ‖x‖₁·2 at most; the ascent cannot do that to all examples at once.
     reach = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (2 * x.abs().sum(1))
     assert worst(losses, errors, 0.1, aware=False).size >= float(reach.sort().values[20]) * 0.9
+
+
+def test_the_worst_neighbour_of_one_example() -> None:
+    """Of a linear model the margin falls by 2α‖x‖₁ at most: α = margin / (2‖x‖₁)."""
+    from hpc_grawa.flatness import Objective
+    from hpc_grawa.generalisation.measures import Errors
+    from hpc_grawa.generalisation.noise import worst
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2, bias=False).double(), drawn(1, 3)
+    logits = x @ model.weight.detach().T
+    y = logits.argmax(1)
+    exact = float((logits[0, y[0]] - logits[0, 1 - y[0]]) / (2 * x.abs().sum()))
+    errors, losses = (Objective(model, loss, Pairs(x, y)) for loss in (Errors(), nn.CrossEntropyLoss()))
+    assert worst(losses, errors, 0.1, aware=False).size == pytest.approx(exact, rel=0.02)
+
+
+def test_measures_are_those_of_one_process_on_several_ranks() -> None:
+    torch.manual_seed(0)
+    model, start = (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double() for _ in range(2))
+    x = drawn(23, 3)
+    y = model(x).argmax(1)
+
+    def body(comm: Communicator) -> dict[str, float]:
+        return measures(copy.deepcopy(model), copy.deepcopy(start), Pairs(x, y), comm, batch_size=4).values
+
+    (alone,) = simulate(1, body)
+    for world in (2, 4):
+        for values in simulate(world, body):
+            assert values == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in alone.items()}
+
+
+class Two(nn.Module):
+    """Several heads, tied weights, and more that measures are not defined for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(4, 4), nn.Linear(4, 4)
+        if kind == "tied":
+            self.b.weight = self.a.weight
+        self.norm = nn.LayerNorm(4) if kind == "LayerNorm" else nn.BatchNorm1d(4, track_running_stats=kind != "batch")
+        self.attention = nn.MultiheadAttention(4, 1) if kind == "attention" else None
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.norm(self.b(torch.relu(self.a(x))))
+        if self.attention is not None:
+            x = x + self.attention(x, x, x)[0]
+        return (x, x) if self.kind == "heads" else x.unsqueeze(1) if self.kind == "positions" else x
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("heads", "one head"),
+        ("positions", "one head"),
+        ("tied", "its weight twice"),
+        ("attention", "weights of no convolution or linear layer, 'attention.in_proj_weight'"),
+        ("LayerNorm", "normalises by each input, 'norm'"),
+        ("batch", "'norm' has no running statistics"),
+    ],
+)
+def test_what_has_no_measures_is_refused(kind: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        measures(Two(kind).double(), None, Pairs(drawn(8, 4), torch.arange(8) % 4))
+
+
+def test_a_language_model_is_refused() -> None:
+    tokens = torch.arange(12).reshape(3, 4)
+    with pytest.raises(ConfigError, match="one head"):
+        measures(GPT(vocabulary=16, context=4, depth=1, width=8, heads=1), None, Pairs(tokens, tokens))

@@ -2,8 +2,8 @@
 
     python benchmarks/studies/gap.py runs/gap --figure gap.png
 
-Each run needs its gradient norm: hpc-grawa flatness runs/gap/* --measures loss. Correlations are those of trained runs,
-whose training accuracy is above ``--trained``, and those of all. Errors are of 1,000 resamplings of the runs.
+Each run needs its gradient norm: hpc-grawa flatness runs/gap/EASGD* --measures loss. Correlations are those of trained
+runs, whose training accuracy is above ``--trained``, and those of all. Errors are of 1,000 resamplings of the runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     rows = []
     for file in sorted(words.folder.glob("*/flatness.json")):
         summary = json.loads((file.parent / "summary.json").read_text())
-        norm = json.loads(file.read_text())["center"]["gradient_norm"]
+        norm = json.loads(file.read_text())["center"][-1]["gradient_norm"]
         rows.append((norm, 100 * summary["gap"], summary["center_train_accuracy"]))
     table = np.array([row for row in rows if np.isfinite(row).all()])
     trained = table[:, 2] >= words.trained

@@ -50,6 +50,7 @@ def train(replicas: int, share: float, rounds: int, method: methods.Method) -> t
         for _ in range(rounds * STEPS):
             run.after_step(optimizer.step(closure))
         run.finish()
+        vector.data.copy_(run.local)
         local = error(model, a, b)
         vector.data.copy_(run.center)
         batches = (x[own[torch.randint(len(own), (64,), generator=draw)]] for _ in range(2))

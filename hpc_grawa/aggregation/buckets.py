@@ -123,7 +123,7 @@ class Bucketed(Aggregator):
         self._kept: set[int] = set()
         #: Tensors whose ``.grad`` may not be their view of the buffer.
         self._away: set[int] = set()
-        #: Numbers in gradients outside the buffer, of which a pass that does not share leaves a bucket's at most.
+        #: Numbers in gradients outside the buffer, a bucket's at most.
         self._held_twice = 0
         self._most_twice = bucket_bytes / self.grad.element_size()
         self._attach(range(n))
@@ -317,9 +317,7 @@ class Bucketed(Aggregator):
             self._away.add(i)
             self._held_twice += p.numel()
         if not self._armed and self._absent is None:
-            if self._held_twice > self._most_twice:
-                with self._comm.meter.span("pack", "gradient"):
-                    self._bring_home()
+            self._hold_few_twice()
             return
         if i in self._arrived or self._absent is not None:  # its bucket may be under way
             raise RuntimeError(
@@ -329,10 +327,16 @@ class Bucketed(Aggregator):
             )
         self._arrived.add(i)
         self._awaited[self._bucket_of[i]] -= 1
-        while len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
-            if self._codec.whole or not self._comm.are_latest(self._numbers, "gradient"):
-                return
+        launches = not self._codec.whole and self._comm.are_latest(self._numbers, "gradient")
+        while launches and len(self._works) < len(self._buckets) and not self._awaited[len(self._works)]:
             self._launch()
+        self._hold_few_twice()
+
+    def _hold_few_twice(self) -> None:
+        """Bring gradients home where those outside the buffer are more than a bucket's."""
+        if self._held_twice > self._most_twice:
+            with self._comm.meter.span("pack", "gradient"):
+                self._bring_home()
 
     def _launch(self, absent: Sequence[int] = ()) -> None:
         if self._shared and self._codec.once:

@@ -16,6 +16,7 @@ from ..runs.checkpoint import model_file, saved_models
 from ..runs.reading import parse_settings, read_text
 from ..runs.record import read_run
 from ..training.config import CLASS_SECTIONS, Config
+from ..training.preflight import fail_together, new_model
 from ..vector import ParameterVector
 from .parsing import parse
 
@@ -51,32 +52,34 @@ class FinishedRun:
         config: as of ``finished_config``.
         comm: all ranks make it together.
         slot: of this rank.
+        double: whether model and loss are to be in float64.
     """
 
-    def __init__(self, run: Path, config: Config, comm: Communicator, slot: Slot) -> None:
-        from ..training.preflight import new_model
-
+    def __init__(self, run: Path, config: Config, comm: Communicator, slot: Slot, double: bool = False) -> None:
         self.run, self.config = run, config
         self._comm, self._device = comm, local_device(slot, config.device)
         self.splits: Splits = config.data.load()
         self.model: nn.Module = new_model(config, self.splits, comm, self._device)
-
-    @property
-    def ranks(self) -> int:
-        """Whose models the run has kept; none where all ranks have one."""
-        return saved_models(self.run)
+        if double:
+            self.model.double()
+            config.loss.double()
+        seen = saved_models(run) if comm.rank == 0 else 0  # a file system may show it to others later
+        #: Whose models the run has kept; none where all ranks have one.
+        self.ranks = int(comm.gather_bytes(str(seen).encode(), "evaluate")[0])
 
     def initial(self) -> nn.Module | None:
         """The model as it began, made again from the run's seed; None where it cannot be seen to be the same.
 
-        All ranks must call it.
+        Nor is there one where ranks began apart. All ranks must call it.
         """
         from ..training.progress import digest
         from ..training.worker import first_model
 
         model = first_model(self.config, self.splits, self._comm, self._device)
         told = read_run(self.run).events.get("start", [{}])[0].get("weights")
-        return model if told == digest(ParameterVector(model).data) else None
+        same = self.config.run.start == "common" and told == digest(ParameterVector(model).data)
+        same = self._comm.gather_bytes(b"1" if same else b"")[0] == b"1"
+        return model if same else None
 
     def put(self, name: str) -> None:
         """Put a model in place: the ``center``, or that of a rank (``rank 3``).
@@ -84,10 +87,22 @@ class FinishedRun:
         Raises:
             ConfigError: there is no such model, its file is damaged, or of another model.
         """
-        self.put_state(self._read(name), self._file(name))
+        self._put(self._file(name))
 
-    def put_state(self, state: dict[str, Tensor], file: Path) -> None:
-        """The same for what a file held."""
+    def put_center_of(self, run: Path) -> None:
+        """The same for the center of another run, whose model must be of the same kind."""
+        self._put(run / "center.pt")
+
+    def _put(self, file: Path) -> None:
+        problem = ""
+        try:
+            self._load(file)
+        except ConfigError as error:
+            problem = str(error)
+        fail_together(self._comm, problem)  # also where another rank alone cannot read it
+
+    def _load(self, file: Path) -> None:
+        state = _read(file)
         own = self.model.state_dict()
         state = {k: t.to(own[k].dtype) if k in own and t.is_floating_point() else t for k, t in state.items()}
         try:
@@ -96,10 +111,6 @@ class FinishedRun:
             self.model.load_state_dict(state)
         except Exception as error:  # a damaged file can raise anything
             raise _damaged(file, error) from None
-
-    def put_from(self, other: FinishedRun) -> None:
-        """The same for the center of another run, whose model must be of the same kind."""
-        self.put_state(other._read(CENTER), other._file(CENTER))
 
     def _file(self, name: str) -> Path:
         if name == CENTER:
@@ -110,13 +121,13 @@ class FinishedRun:
             raise wrong("model", name, f"must be among {kept}, which {self.run} has kept")
         return model_file(self.run, int(number))
 
-    def _read(self, name: str) -> dict[str, Tensor]:
-        file = self._file(name)
-        try:
-            state: dict[str, Tensor] = torch.load(file, weights_only=True)
-        except Exception as error:
-            raise _damaged(file, error) from None
-        return state
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = torch.load(file, weights_only=True)
+    except Exception as error:
+        raise _damaged(file, error) from None
+    return state
 
 
 def _damaged(file: Path, error: Exception) -> ConfigError:

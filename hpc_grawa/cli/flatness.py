@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -14,20 +17,21 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..errors import require, wrong
-from ..flatness.measure import MEASURES, Settings, Subject, measure, said
+from ..flatness.measure import MEASURES, Settings, Subject, is_known, measure
 from ..flatness.objective import Objective, Statistics
 from ..launch import Slot
 from ..runs.checkpoint import Checkpoints
 from ..runs.log import Log, write_atomically
-from ..runs.reading import read_object
+from ..runs.record import FLATNESS, read_flatness
 from ..screen import wrapped
 from ..training.config import Config
+from ..training.preflight import fail_together
 from .finished import CENTER, FinishedRun, finished_config
 from .gate import Parser
 from .together import backend_line, set_threads, together
 
-#: Beside a run: what was found, and what Lanczos's method is to go on with.
-FILE, FOLDER = "flatness.json", "flatness"
+#: Beside a run: what Lanczos's method is to go on with.
+FOLDER = "flatness"
 #: Seconds between its checkpoints.
 KEEP_EVERY = 60.0
 
@@ -92,9 +96,9 @@ def flatness(words: list[str], slot: Slot) -> None:
         if options.landscape is not None:
             from .landscape import landscape
 
-            landscape(
-                [FinishedRun(*run, comm, slot) for run in runs.items()], how, comm, options.points, options.landscape
-            )
+            first, *others = runs
+            finished = FinishedRun(first, runs[first], comm, slot, double=how.double)
+            landscape(finished, others, how, comm, options.points, options.landscape)
 
 
 class How(NamedTuple):
@@ -120,11 +124,13 @@ class How(NamedTuple):
 
     def said(self, objective: Objective, finished: FinishedRun) -> dict[str, Any]:
         """How it was measured, as it stands beside what was found."""
+        batches = {"batch_size": self.batch_size, "ranks": objective.comm.size}  # which make the statistics
         return {
             "examples": objective.examples,
             "of": len(finished.splits.train),
             "dtype": str(objective.vector.data.dtype).removeprefix("torch."),
             "statistics": self.statistics,
+            **(batches if self.statistics == "batch" else {}),
         }
 
 
@@ -132,6 +138,30 @@ def weights(finished: FinishedRun, objective: Objective, name: str) -> Tensor:
     """The parameters ``[P]`` of one of a run's models, which is then in place."""
     finished.put(name)
     return objective.vector.data.clone()
+
+
+class RanksModels(Sequence[Tensor]):
+    """The parameters ``[P]`` of the ranks' own models, each read when it is asked for."""
+
+    def __init__(self, finished: FinishedRun, objective: Objective) -> None:
+        self._finished, self._objective = finished, objective
+
+    def __len__(self) -> int:
+        return self._finished.ranks
+
+    def __getitem__(self, rank: Any) -> Any:
+        if not 0 <= rank < len(self):
+            raise IndexError(rank)
+        found = weights(self._finished, self._objective, f"rank {rank}")
+        self._finished.put(CENTER)
+        return found
+
+
+def named(runs: Iterable[Path]) -> dict[Path, str]:
+    """What figures call runs: the names of their folders, or where two have one, their paths."""
+    runs = list(runs)
+    names = Counter(run.name for run in runs)
+    return {run: run.name if run.name and names[run.name] == 1 else str(run) for run in runs}
 
 
 def measure_runs(
@@ -146,17 +176,18 @@ def measure_runs(
     """Measure runs one after the other, and say what was found; all ranks must call it."""
     log = Log(None, speaks=comm.rank == 0)
     found: dict[str, dict[str, Any]] = {}
+    titles = named(runs)
     for run, config in runs.items():
-        finished = FinishedRun(run, config, comm, slot)
-        if how.double:
-            finished.model.double()
+        writes = comm.rank > 0 or os.access(run, os.W_OK)
+        fail_together(comm, "" if writes else f"{run} cannot be written, where results are to be kept")
+        finished = FinishedRun(run, config, comm, slot, double=how.double)
         names = [CENTER] if CENTER in models else []
         names += [f"rank {m}" for m in range(finished.ranks)] if "ranks" in models else []
         if not names:
             raise wrong("models", ",".join(models), f"must be center: {run} has kept no rank's own model")
         for name in names:
             known = _measured(finished, name, settings, how, comm, log)
-            found[f"{run.name} {name}" if len(names) > 1 else run.name] = known
+            found[f"{titles[run]} {name}" if len(names) > 1 else titles[run]] = known
             log.say(f"\n{described(f'{name} of {run}', known)}")
     log.close()
     if comm.rank == 0 and figure is not None:
@@ -170,42 +201,53 @@ def _measured(
     finished: FinishedRun, name: str, settings: Settings, how: How, comm: Communicator, log: Log
 ) -> dict[str, Any]:
     """What is known of a model, all that was asked for; on rank 0 it is written beside the run."""
-    objective = how.objective(finished, comm)
-    ranks = []
-    if name == CENTER and "valley" in settings.measures:
-        ranks = [weights(finished, objective, f"rank {m}") for m in range(finished.ranks)]
     finished.put(name)
-    exactly = {**how.said(objective, finished), **said(settings)}
-    place = finished.run / FILE
-    written = (read_object(place) or {}) if comm.rank == 0 else {}
-    told = json.dumps(written.get(name)) if written.get(name, {}).get("how") == exactly else "{}"
-    known: dict[str, Any] = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0]) or {"how": exactly}
-    checkpoints = Checkpoints(finished.run / FOLDER / name.replace(" ", "-"), comm, keep=1)
-    restored = checkpoints.load()
+    objective = how.objective(finished, comm)
+    exactly = how.said(objective, finished)
+
+    def there() -> list[dict[str, Any]]:
+        """What else was measured of this model, what is known so far the last."""
+        entries = read_flatness(finished.run).get(name, [])
+        same = [one for one in entries if one.get("how") == exactly]
+        return [*(one for one in entries if one.get("how") != exactly), *(same or [{"how": exactly}])]
+
+    told = json.dumps(there()[-1]) if comm.rank == 0 else ""
+    known: dict[str, Any] = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
+    under_way = "spectrum" in settings.measures and not is_known("spectrum", settings, known)
+    place = finished.run / FOLDER / name.replace(" ", "-")
+    checkpoints = Checkpoints(place, comm, keep=1)
+    wanted = {**exactly, **settings.of("spectrum")}
     spectra: list[dict[str, Any]] = []
-    if restored is not None and restored.world_size == comm.size and restored.manifest.get("how") == exactly:
-        spectra = restored.state["spectra"]
+    if under_way:
+        restored = checkpoints.load()
+        if restored is not None and restored.world_size == comm.size and restored.manifest.get("how") == wanted:
+            spectra = restored.state["spectra"]
     kept_at = time.monotonic()
 
-    def keep(state: list[dict[str, Any]]) -> None:
+    def keep(state: Callable[[], list[dict[str, Any]]]) -> None:
         nonlocal kept_at
-        due = torch.tensor([float(time.monotonic() - kept_at > KEEP_EVERY)])
+        due = torch.tensor([float(time.monotonic() - kept_at >= KEEP_EVERY)])
         if float(comm.broadcast(due, 0, "evaluate").wait()):
             kept_at = time.monotonic()
-            steps = sum(len(one["alpha"]) for one in state)
-            for problem in [*checkpoints.save(steps, {"spectra": state}, {"how": exactly}), *checkpoints.settle()]:
+            states = state()
+            steps = sum(len(one["alpha"]) for one in states)
+            for problem in [*checkpoints.save(steps, {"spectra": states}, {"how": wanted}), *checkpoints.settle()]:
                 log.say(problem)
 
     def write(now: dict[str, Any]) -> None:
         if comm.rank == 0:
-            written[name] = now
-            write_atomically(place, json.dumps(written, indent=1) + "\n")
+            file = {**read_flatness(finished.run), name: [*there()[:-1], now]}
+            write_atomically(finished.run / FLATNESS, json.dumps(file, indent=1) + "\n")
 
     def watch(share: float, text: str) -> None:
         if log.due:
             log.progress(share, f"{finished.run.name} {name}  {text}")
 
-    return measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
+    ranks = RanksModels(finished, objective) if name == CENTER else ()
+    known = measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
+    if under_way and comm.rank == 0:
+        shutil.rmtree(place, ignore_errors=True)
+    return known
 
 
 def described(title: str, found: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ..flatness.landscape import Plane, line
 from ..flatness.objective import Objective
 from ..runs.log import Log, write_atomically
 from .finished import CENTER, FinishedRun
-from .flatness import How, weights
+from .flatness import How, named, weights
 
 #: Where a line begins and ends: before the first model and beyond the second.
 FROM, TO = -0.5, 1.5
@@ -24,7 +24,9 @@ FROM, TO = -0.5, 1.5
 MARGIN = 0.4
 
 
-def landscape(runs: Sequence[FinishedRun], how: How, comm: Communicator, points: int, figure: Path) -> None:
+def landscape(
+    first: FinishedRun, others: Sequence[Path], how: How, comm: Communicator, points: int, figure: Path
+) -> None:
     """Draw the loss along lines and on a plane, and write its numbers beside the figure; all ranks must call it.
 
     Of one run lines go from its center to each rank's model; of several, from the first run's center to the others'.
@@ -32,13 +34,10 @@ def landscape(runs: Sequence[FinishedRun], how: How, comm: Communicator, points:
     BatchNorm has the statistics of the first center, or a batch's.
 
     Raises:
-        ConfigError: there is one model alone, or runs have other parameters than the first.
+        ConfigError: there is one model alone, runs have other parameters than the first, or no loss is finite.
     """
-    first = runs[0]
-    if how.double:
-        first.model.double()
     objective = how.objective(first, comm)
-    models = _models(runs, objective)
+    models = _models(first, others, objective)
     if len(models) < 2:
         raise ConfigError(
             f"there is nothing between models of {first.run}, which has kept no rank's own: give further runs"
@@ -54,10 +53,10 @@ def landscape(runs: Sequence[FinishedRun], how: How, comm: Communicator, points:
             log.progress(min(1.0, done / (total * batches)), "the loss between models")
 
     objective.watch = watch
-    (start, begin), *others = models.items()
+    (start, begin), *ends = models.items()
     at = np.linspace(FROM, TO, points).tolist()
     found: dict[str, Any] = {"how": how.said(objective, first), "from": start, "at": at, "lines": {}}
-    for name, end in others:
+    for name, end in ends:
         distance = float((end.double() - begin.double()).norm())
         found["lines"][name] = {"distance": distance, "losses": line(objective, begin, end, at)}
     chosen = list(models)[:3]
@@ -75,20 +74,21 @@ def landscape(runs: Sequence[FinishedRun], how: How, comm: Communicator, points:
     if comm.rank == 0:
         from ..report.landscape import draw
 
+        numbers = figure.with_name(f"{figure.name}.json")
+        write_atomically(numbers, json.dumps(found) + "\n")
         draw(found, figure)
-        write_atomically(figure.with_suffix(".json"), json.dumps(found) + "\n")
-        log.say(f"\nlandscape  {figure}, {figure.with_suffix('.json').name}")
+        log.say(f"\nlandscape  {figure}, {numbers.name}")
 
 
-def _models(runs: Sequence[FinishedRun], objective: Objective) -> Mapping[str, Tensor]:
+def _models(first: FinishedRun, others: Sequence[Path], objective: Objective) -> Mapping[str, Tensor]:
     """Parameters ``[P]`` by name, the center from which lines go first."""
-    first = runs[0]
-    if len(runs) == 1:
-        return {name: weights(first, objective, name) for name in (CENTER, *(f"rank {m}" for m in range(first.ranks)))}
+    if not others:
+        names = (CENTER, *(f"rank {m}" for m in range(first.ranks)))
+        return {name: weights(first, objective, name) for name in names}
     found = {}
-    for run in runs:
-        first.put_from(run)
-        found[run.run.name] = objective.vector.data.clone()
+    for run, title in named([first.run, *others]).items():
+        first.put_center_of(run)
+        found[title] = objective.vector.data.clone()
     return found
 
 

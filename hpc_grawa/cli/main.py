@@ -256,12 +256,17 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
     from ..report.paper import chosen_runs, paper_table
     from .flatness import How, measure_runs
 
-    read = [read_run(path) for path in comparison.finished] if comm.rank == 0 else []
-    told = json.dumps([str(record.path) for record in chosen_runs(read)]) if comm.rank == 0 else ""
-    chosen = {Path(path) for path in json.loads(comm.gather_bytes(told.encode())[0])}
-    runs = {comparison.finished_folder(config): config for _, config in comparison.plan}
+    told = ""
+    if comm.rank == 0:  # as it sees the folders: others may see what was written later
+        chosen = {record.path for record in chosen_runs([read_run(path) for path in comparison.finished])}
+        places = {n: comparison.finished_folder(config) for n, (_, config) in enumerate(comparison.plan)}
+        all_there = None not in places.values()
+        told = json.dumps({str(path): n for n, path in places.items() if all_there and path in chosen})
+    chosen_here = json.loads(comm.gather_bytes(told.encode())[0])
+    if not chosen_here:  # it was told to stop
+        return
     measure_runs(
-        {path: config for path, config in runs.items() if path is not None and path in chosen},
+        {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},
         Settings(measures=("loss", "trace", "spectrum")),
         How(),
         comm,

@@ -17,6 +17,7 @@ from ..runs.log import Log, write_atomically
 from ..runs.reading import read_object
 from ..runs.record import RunRecord, read_run, settings_of
 from ..screen import wrapped
+from ..training.preflight import fail_together
 from .compare import runs_in
 from .finished import CENTER, FinishedRun, finished_config
 from .gate import Parser
@@ -65,6 +66,9 @@ def measures(words: list[str], slot: Slot) -> None:
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
     with together(program, configs[0], slot, first_line) as comm:
+        told = "\n".join(map(str, (record.path for record in kept))).encode()
+        same = told == comm.gather_bytes(told, "evaluate")[0]
+        fail_together(comm, "" if same else "it sees other finished runs than rank 0: start again once none is written")
         log = Log(None, speaks=comm.rank == 0)
         found = []
         for number, (record, config) in enumerate(zip(kept, configs, strict=True)):

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..comm.single import SingleCommunicator
+from ..errors import NonFinite
 
 #: H·v of ``[P]``.
 Product = Callable[[Tensor], Tensor]
+#: Ritz values and weights.
+Ritz = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 class Lanczos:
@@ -73,34 +76,46 @@ class Lanczos:
         return bool(self._beta) and self._beta[-1] <= 100 * torch.finfo(self._dtype).eps * scale
 
     def advance(self, product: Product) -> None:
-        """One step: one H·v."""
-        q = self._next
-        self._basis.append(self._part(q))
-        w = product(q).to(self._dtype)
-        basis, part = torch.stack(self._basis), self._part(w)
-        along = self._sums(basis @ part)
-        self._alpha.append(float(along[-1]))
-        part = part - along @ basis
-        part = part - self._sums(basis @ part) @ basis  # what round-off has left
-        beta = math.sqrt(float(self._sums(part.double().square().sum().reshape(1))))
+        """One step: one H·v.
+
+        Raises:
+            NonFinite: it is not finite, on all ranks.
+        """
+        self._basis.append(self._part(self._next))
+        part = self._part(product(self._next).to(self._dtype)).clone()
+        alpha = self._take_away(part)
+        self._take_away(part)  # what round-off has left
+        square = float(self._sums(part.double().square().sum().reshape(1)))
+        if not math.isfinite(alpha + square):
+            self._basis.pop()
+            raise NonFinite(f"the Hessian has no spectrum: its product of step {self.steps + 1} is not finite")
+        beta = math.sqrt(square)
+        self._alpha.append(alpha)
         self._beta.append(beta)
         whole = self._comm.allgather(part / beta if beta else part, "evaluate").wait()
         self._next = whole.flatten()[: self._size].clone()
 
-    def ritz(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _take_away(self, part: Tensor) -> float:
+        """Make the vector orthogonal to the basis; returns how much of the last one there was."""
+        along = self._sums(torch.stack([q @ part for q in self._basis])).tolist()
+        for share, q in zip(along, self._basis, strict=True):
+            part.sub_(q, alpha=share)
+        return float(along[-1])
+
+    def ritz(self) -> Ritz:
         """Ritz values, ascending, and their weights ``[k]``, which sum to 1."""
         values, vectors = eigh_tridiagonal(np.array(self._alpha), np.array(self._beta[:-1]))
         return values, vectors[0] ** 2
 
-    def state_dict(self) -> dict[str, Any]:
-        """All there is to go on with; of this rank."""
-        basis = torch.stack(self._basis) if self._basis else torch.empty(0, self._width, dtype=self._dtype)
-        return {"alpha": self._alpha, "beta": self._beta, "basis": basis.cpu(), "next": self._next.cpu()}
+    def state_dict(self, basis: bool = True) -> dict[str, Any]:
+        """All there is to go on with, of this rank; without the basis what ``ritz`` needs."""
+        kept = [q.cpu() for q in self._basis] if basis else []
+        return {"alpha": [*self._alpha], "beta": [*self._beta], "basis": kept, "next": self._next.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, on as many ranks."""
         self._alpha, self._beta = list(state["alpha"]), list(state["beta"])
-        self._basis = [*state["basis"].to(self._device)]
+        self._basis = [q.to(self._device) for q in state["basis"]]
         self._next = state["next"].to(self._device)
 
     def _part(self, x: Tensor) -> Tensor:
@@ -113,9 +128,7 @@ class Lanczos:
         return self._comm.allreduce(x.contiguous(), "evaluate").wait()
 
 
-def density(
-    spectra: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]], grid: np.ndarray[Any, Any], width: float
-) -> np.ndarray[Any, Any]:
+def density(spectra: list[Ritz], grid: np.ndarray[Any, Any], width: float) -> np.ndarray[Any, Any]:
     """The spectral density on a grid ``[G]``: the mean over starts of Σ τ_i N(t; θ_i, width²).
 
     Source: Ghorbani, Krishnan and Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import require, wrong
+from ..errors import NonFinite, require, wrong
 from .estimators import trace_and_square
-from .lanczos import Lanczos
+from .lanczos import Lanczos, Ritz
 from .objective import Objective
 from .perturbed import keskar_sharpness, lpf, sam_sharpness, valley_width
 
@@ -27,7 +27,7 @@ class Settings:
     """What is measured, and how exactly.
 
     Attributes:
-        measures: names of ``MEASURES``.
+        measures: names of ``MEASURES``; none: all.
         steps: k of Lanczos's method.
         starts: spectra from so many starts, for the density.
         samples: vectors of the trace's estimate, and of its sketch.
@@ -61,6 +61,10 @@ class Settings:
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         require(1 < self.kappa < math.inf, "kappa", self.kappa, "a number above 1")
 
+    def of(self, measure: str) -> dict[str, Any]:
+        """Those that a measure depends on."""
+        return {key: getattr(self, key) for key in MEASURES[measure].settings}
+
 
 @dataclass
 class Subject:
@@ -70,13 +74,13 @@ class Subject:
         objective: f, at the model.
         ranks: their models ``[P]``; none where there are none, or all have one.
         spectra: Lanczos's state of each start, as it was left.
-        keep: called with these whenever there is more of them.
+        keep: called after each of its steps with what makes these states.
     """
 
     objective: Objective
     ranks: Sequence[Tensor] = ()
-    spectra: list[dict[str, Any]] = field(default_factory=list)
-    keep: Callable[[list[dict[str, Any]]], None] = lambda spectra: None
+    spectra: Sequence[dict[str, Any]] = ()
+    keep: Callable[[Callable[[], list[dict[str, Any]]]], None] = lambda spectra: None
 
 
 def loss(subject: Subject, settings: Settings) -> dict[str, Any]:
@@ -93,16 +97,20 @@ def loss(subject: Subject, settings: Settings) -> dict[str, Any]:
 def spectrum(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Ritz values of k steps: λ_max, λ_min, the top ten, their sum (which is not the trace), √Σθ²; and the density."""
     objective, vector = subject.objective, subject.objective.vector
-    spectra = []
+    spectra: list[Ritz] = []
+    done: list[dict[str, Any]] = []
     for start in range(settings.starts):
         lanczos = Lanczos(len(vector), settings.seed + start, objective.comm, vector.exact_dtype, vector.data.device)
         if start < len(subject.spectra):
             lanczos.load_state_dict(subject.spectra[start])
         while lanczos.steps < settings.steps and not lanczos.complete:
-            lanczos.advance(objective.product)
-            subject.spectra[start : start + 1] = [lanczos.state_dict()]
-            subject.keep(subject.spectra)
+            try:
+                lanczos.advance(objective.product)
+            except NonFinite:
+                return dict.fromkeys(("largest_eigenvalue", "smallest_eigenvalue", "sum_of_ritz_values"))
+            subject.keep(lambda lanczos=lanczos: [*done, lanczos.state_dict()])  # type: ignore[misc]
         spectra.append(lanczos.ritz())
+        done.append(lanczos.state_dict(basis=False))
     values, _ = spectra[0]
     return {
         "largest_eigenvalue": float(values[-1]),
@@ -167,24 +175,38 @@ def entropy(subject: Subject, settings: Settings) -> dict[str, Any]:
 def valley(subject: Subject, settings: Settings) -> dict[str, Any]:
     """How far the valley reaches towards each rank's model."""
     found = valley_width(subject.objective, subject.objective.vector.data.clone(), subject.ranks, settings.kappa)
-    widths = [width for width, _ in found]
+    widths = [None if math.isnan(width) else width for width, _ in found]
+    known = [width for width in widths if width is not None]
     return {
-        "valley_width": sum(widths) / len(widths) if widths else None,
+        "valley_width": sum(known) / len(known) if known and len(known) == len(widths) else None,
         "valley_widths": widths,
         "valley_cut": [cut for _, cut in found],
     }
 
 
-#: By name: the measure, and what it costs in forward passes.
-MEASURES: dict[str, tuple[Callable[[Subject, Settings], dict[str, Any]], Callable[[Subject, Settings], float]]] = {
-    "loss": (loss, lambda subject, s: GRADIENT),
-    "sam": (sam, lambda subject, s: 2 * (GRADIENT + VALUE)),
-    "entropy": (entropy, lambda subject, s: VALUE),
-    "keskar": (keskar, lambda subject, s: VALUE + 15 * GRADIENT),
-    "lpf": (filtered, lambda subject, s: s.lpf_samples * VALUE),
-    "valley": (valley, lambda subject, s: (1 + 13 * len(subject.ranks)) * VALUE),
-    "trace": (trace, lambda subject, s: 3 * s.samples * PRODUCT),
-    "spectrum": (spectrum, lambda subject, s: s.starts * s.steps * PRODUCT),
+class Measure(NamedTuple):
+    """One of ``MEASURES``.
+
+    Attributes:
+        found: numbers by name.
+        cost: in forward passes.
+        settings: those that it depends on.
+    """
+
+    found: Callable[[Subject, Settings], dict[str, Any]]
+    cost: Callable[[Subject, Settings], float]
+    settings: tuple[str, ...] = ()
+
+
+MEASURES: dict[str, Measure] = {
+    "loss": Measure(loss, lambda subject, s: GRADIENT),
+    "sam": Measure(sam, lambda subject, s: 2 * (GRADIENT + VALUE), ("rho",)),
+    "entropy": Measure(entropy, lambda subject, s: VALUE),
+    "keskar": Measure(keskar, lambda subject, s: VALUE + 15 * GRADIENT, ("epsilon",)),
+    "lpf": Measure(filtered, lambda subject, s: s.lpf_samples * VALUE, ("sigma", "lpf_samples", "seed")),
+    "valley": Measure(valley, lambda subject, s: (1 + 13 * len(subject.ranks)) * VALUE, ("kappa",)),
+    "trace": Measure(trace, lambda subject, s: 3 * s.samples * PRODUCT, ("samples", "seed")),
+    "spectrum": Measure(spectrum, lambda subject, s: s.starts * s.steps * PRODUCT, ("steps", "starts", "seed")),
 }
 
 
@@ -204,18 +226,18 @@ def measure(
     Args:
         subject: what is measured.
         settings: which, and how.
-        known: what was found before, by the same settings: not measured again.
+        known: what was found before; what the same settings have given is not measured again.
         watch: told after each batch the share that is done, and a line with the time that is left.
         on_found: told what is known after each measure.
 
     Returns:
-        Numbers by name; None where a measure does not apply.
+        Numbers by name, None where a measure does not apply; ``measures``: the settings of each.
     """
     found = dict(known or {})
-    costs = {name: MEASURES[name][1](subject, settings) for name in settings.measures}
+    costs = {name: MEASURES[name].cost(subject, settings) for name in settings.measures}
     total, done = sum(costs.values()), 0.0
     for name in settings.measures:
-        if name in found.get("measures", ()):
+        if is_known(name, settings, found):
             done += costs[name]
             continue
         began, before, batches = time.monotonic(), done, 0
@@ -229,9 +251,9 @@ def measure(
             watch((before + share * costs[name]) / total, f"{name}  {share:.0%}, {left:.0f} s left of it")
 
         subject.objective.watch = tell
-        found |= MEASURES[name][0](subject, settings)
+        found |= MEASURES[name].found(subject, settings)
         subject.objective.watch = lambda batches: None
-        found["measures"] = [*found.get("measures", ()), name]
+        found["measures"] = {**found.get("measures", {}), name: settings.of(name)}
         done += costs[name]
         on_found(found)
     return found
@@ -242,6 +264,6 @@ def _weight(name: str) -> float:
     return {"spectrum": PRODUCT, "trace": PRODUCT, "keskar": GRADIENT, "loss": GRADIENT}.get(name, VALUE)
 
 
-def said(settings: Settings) -> dict[str, Any]:
-    """The settings, as they stand beside what was found."""
-    return {key: value for key, value in asdict(settings).items() if key != "measures"}
+def is_known(name: str, settings: Settings, found: dict[str, Any]) -> bool:
+    """Whether a measure was found before, by the same settings."""
+    return bool(found.get("measures", {}).get(name) == settings.of(name))

@@ -67,7 +67,9 @@ class Objective:
         self.examples = min(len(examples), limit or len(examples))
         self._loss, self._data, self._statistics = loss, examples, statistics
         index = torch.arange(self.examples) * len(examples) // self.examples
-        self._parts = torch.split(index[self.comm.rank :: self.comm.size], batch_size)
+        own = index[self.comm.rank :: self.comm.size]
+        # Of like sizes: a last batch of one example has no BatchNorm statistics.
+        self._parts = torch.tensor_split(own, -(-len(own) // batch_size)) if len(own) else ()
         self._smooth = False  # whether that was looked at
         #: Told after each batch of a pass: how many of this rank's there are.
         self.watch: Callable[[int], None] = lambda batches: None
@@ -138,6 +140,8 @@ class Objective:
                 return (None,) * len(parameters)
             once, along = zip(*pairs, strict=True)
             return torch.autograd.grad(once, parameters, along, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             raise ConfigError(
                 f"the loss cannot be differentiated twice, so it has no Hessian to measure: {in_a_line(error)[:200]}"

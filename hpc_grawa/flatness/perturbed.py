@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,11 +50,12 @@ def keskar_sharpness(objective: Objective, epsilon: float = 5e-4, iterations: in
         def lower(delta: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, object]:
             nonlocal worst
             found, gradient = gradient_at(start + torch.from_numpy(delta).to(start))
-            worst = max(worst, found)
+            worst = max(worst, found) if math.isfinite(found) else math.nan
             return -found, -gradient.double().cpu().numpy()
 
         box = np.stack((-bounds, bounds), 1)
-        minimize(lower, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": iterations})
+        exactly = {"maxiter": iterations, "gtol": 0, "ftol": 0}  # flat models would end by its tolerances
+        minimize(lower, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=box, options=exactly)
         return worst
 
     worst = _led(objective, search, start)
@@ -84,7 +86,8 @@ def valley_width(
 ) -> list[tuple[float, bool]]:
     """How far from the center towards each rank the loss reaches κ·f(center), and whether the search ended before.
 
-    It ends at 10 times the rank's distance; a rank that is the center has width 0.
+    It ends at 10 times the rank's distance; a rank that is the center has width 0. NaN where f(center) is not positive
+    and finite, so that κ·f(center) is no bound.
 
     Args:
         objective: f.
@@ -96,8 +99,8 @@ def valley_width(
     found = []
     for rank in ranks:
         distance = float((rank - center).double().norm())
-        if distance == 0:
-            found.append((0.0, False))
+        if distance == 0 or not 0 < bound < math.inf:
+            found.append((0.0 if distance == 0 else math.nan, False))
             continue
         below, above = 0.0, 1.0
         while (high := objective.value(torch.lerp(center, rank, above)) < bound) and above < 10:

@@ -45,7 +45,7 @@ def tau(measure: Sequence[float], gap: Sequence[float]) -> Tau:
 def granulated(measure: Sequence[float], gap: Sequence[float], axes: Axes) -> dict[str, float]:
     """τ along each axis: the mean over the cells in which all other axes are fixed; NaN for an axis without pairs.
 
-    Their mean is Ψ.
+    Pairs of runs that do not differ in the axis (of two seeds, say) do not count. The mean of all is Ψ.
 
     Source: Jiang et al., equation 5 and 6.
 
@@ -59,9 +59,13 @@ def granulated(measure: Sequence[float], gap: Sequence[float], axes: Axes) -> di
         cells: dict[tuple[object, ...], list[int]] = {}
         for run in range(len(measure)):
             cells.setdefault(tuple(axes[other][run] for other in axes if other != axis), []).append(run)
-        taus = [tau([measure[r] for r in runs], [gap[r] for r in runs]).value for runs in cells.values()]
-        known = [value for value in taus if not math.isnan(value)]
-        found[axis] = sum(known) / len(known) if known else math.nan
+        taus = []
+        for runs in cells.values():
+            pairs = _products([measure[r] for r in runs], [gap[r] for r in runs])
+            along = [product for a, b, product in pairs if axes[axis][runs[a]] != axes[axis][runs[b]]]
+            if along:
+                taus.append(sum(along) / len(along))
+        found[axis] = sum(taus) / len(taus) if taus else math.nan
     return found
 
 

@@ -41,6 +41,9 @@ def fold(model: nn.Module) -> Folded:
     norms = [name for name, module in found.model.named_modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return found
+    for name in norms:
+        if found.model.get_submodule(name).running_mean is None:
+            raise ConfigError(f"'{name}' has no running statistics, so there is nothing to fold it by")
     try:
         graph = fx.Tracer().trace(found.model)
     except Exception as error:  # of the model's forward, which may do anything

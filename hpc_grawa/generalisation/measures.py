@@ -20,24 +20,26 @@ from .folding import fold
 from .noise import DELTA, Largest, aware_bound, bounds, gaussian, worst
 from .norms import Layer, kernel_norm, layers, of_products, operator_norm, parameters, path_norm, square, vc_dimension
 
-#: What the measures are called, and their numbers in the paper.
+#: What the measures are called, and their numbers in the paper as public code of its followers has them.
 NUMBERS = {
     "vc_dimension": "19",
     "parameters": "20",
     "cross_entropy": "21",
     "inverse_margin": "22",
     "entropy": "23",
-    "spectral_product": "26",
     "spectral_init": "29",
-    "spectral_orig": "31",
-    "spectral_mean": "32",
-    "frobenius_product": "36",
+    "spectral_orig": "30",
+    "spectral_product_over_margin": "31",
+    "spectral_product": "32",
+    "spectral_mean": "35",
+    "frobenius_product_over_margin": "36",
+    "frobenius_product": "37",
     "frobenius_mean": "39",
     "frobenius_distance": "40",
     "spectral_distance": "41",
     "parameter_norm": "42",
-    "path_norm": "43",
-    "path_norm_over_margin": "44",
+    "path_norm_over_margin": "43",
+    "path_norm": "44",
     "fisher_rao": "45",
     "pac_bayes_init": "48",
     "pac_bayes_orig": "49",
@@ -114,7 +116,7 @@ def measures(
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
         raise ConfigError("measures are those of classifiers: inputs must be one tensor, and targets classes")
     device = next(model.parameters()).device
-    one = inputs.to(device, next(model.parameters()).dtype)
+    one = inputs.to(device, next(model.parameters()).dtype if inputs.is_floating_point() else inputs.dtype)
     with torch.no_grad():
         output = folded.model(one)
     if not isinstance(output, Tensor) or output.dim() != 2:
@@ -206,7 +208,10 @@ def _of_weights(own: list[Layer], first: list[Layer] | None, margin: float, shap
             "spectral_init": of_products(norms, distances, margin)["ratio"],
             "kernel_spectral_init": of_products(kernels, distances, margin)["ratio"],
             "frobenius_distance": sum(distances),
-            "spectral_distance": sum(kernel_norm(change) ** 2 for change in moved),
+            "spectral_distance": sum(
+                operator_norm(layer, weight=change) ** 2 for layer, change in zip(own, moved, strict=True)
+            ),
+            "kernel_spectral_distance": sum(kernel_norm(change) ** 2 for change in moved),
         }
     return found
 
@@ -248,7 +253,8 @@ def _of_noise(
     }
     for name, (search, scale, added) in kinds.items():
         plain, aware = search(bound, False), search(bound, True)
-        found |= {f"{name}_size": plain.size, f"{name}_tolerance": plain.tolerance, f"{name}_mag_size": aware.size}
+        found |= {f"{name}_size": plain.size, f"{name}_tolerance": plain.tolerance}
+        found |= {f"{name}_mag_size": aware.size, f"{name}_mag_tolerance": aware.tolerance}
         found[f"{name}_size_where_it_rises"] = search(rises, False).size
         found[f"{name}_flatness"] = _inverse(plain.size)
         found[f"{name}_mag_flatness"] = _inverse(aware.size)

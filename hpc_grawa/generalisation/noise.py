@@ -28,7 +28,7 @@ class Largest:
     tolerance: float
 
 
-def largest(error: Callable[[float], float], bound: float, tolerance: float = 0.05, begin: float = 0.01) -> Largest:
+def largest(error: Callable[[float], float], bound: float, tolerance: float = 0.01, begin: float = 0.01) -> Largest:
     """The largest size with error(size) ≤ bound, by doubling or halving and bisection.
 
     Example:
@@ -102,7 +102,7 @@ def worst(losses: Objective, errors: Objective, bound: float, aware: bool, steps
         if not size and not aware:
             return errors.value()
         u = torch.zeros_like(at)
-        most = 0.0
+        most = errors.value()
         for _ in range(steps):
             _, gradient = losses.gradient(at + u)
             u = torch.clamp(u + 0.2 * box * gradient.sign().to(u), -box, box)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..errors import ConfigError
 
@@ -38,13 +39,19 @@ class Layer:
         return weight
 
 
+#: Normalisations that no norm of weights sees.
+_BY_INPUT = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
+
+
 def layers(model: nn.Module, inputs: Tensor) -> list[Layer]:
     """The layers with a matrix of weights, in the order in which ``inputs`` pass them.
 
     Raises:
-        ConfigError: there is none, or one of them is used twice.
+        ConfigError: there is none, one of them is used twice, there are weights elsewhere (of attention, recurrence,
+            embeddings, parametrisations), or what it normalises by depends on its input.
     """
     found: list[Layer] = []
+    own = type(model).__name__
     names = {module: name for name, module in model.named_modules()}
 
     def see(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -58,15 +65,22 @@ def layers(model: nn.Module, inputs: Tensor) -> list[Layer]:
         for hook in hooks:
             hook.remove()
     if not found:
-        raise ConfigError(f"{type(model).__name__} has no convolution or linear layer, so no norms of layers")
-    if len({layer.name for layer in found}) < len(found):
-        raise ConfigError(f"{type(model).__name__} uses a layer twice, so norms over layers mean nothing")
+        raise ConfigError(f"{own} has no convolution or linear layer, so no norms of layers")
+    if len({id(layer.module.weight) for layer in found}) < len(found):
+        raise ConfigError(f"{own} uses a layer or its weight twice, so norms over layers mean nothing")
+    inside = {id(layer.module.weight) for layer in found}
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and id(p) not in inside:
+            raise ConfigError(f"{own} has weights of no convolution or linear layer, '{name}', so it has no measures")
+    for name, module in model.named_modules():
+        if isinstance(module, _BY_INPUT):
+            raise ConfigError(f"{own} normalises by each input, '{name}', so norms of its layers say little of it")
     return found
 
 
-def operator_norm(layer: Layer, tolerance: float = 1e-6, most: int = 500) -> float:
+def operator_norm(layer: Layer, tolerance: float = 1e-6, most: int = 500, weight: Tensor | None = None) -> float:
     """The spectral norm of a layer as a map of its inputs, by power iteration; a convolution's is not its kernel's."""
-    weight = layer.weight.double()
+    weight = (layer.weight if weight is None else weight).double()
     if isinstance(layer.module, nn.Linear):
         return float(torch.linalg.matrix_norm(weight, 2))
     module = layer.module
@@ -134,7 +148,7 @@ def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: fl
 def path_norm(model: nn.Module, shape: tuple[int, ...]) -> float:
     """Σ over outputs of f_{w²}(1): the network with its weights squared, no biases, at an input of ones; in float64.
 
-    Source: Jiang et al., equation 43; Neyshabur, Salakhutdinov and Srebro, Path-SGD, 2015.
+    Source: Jiang et al., equation 44; Neyshabur, Salakhutdinov and Srebro, Path-SGD, 2015.
 
     Args:
         model: in eval mode.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import ConfigError
 from .figure import COLOURS, FAINT, INK, drawable, logarithmic, saved_figure
 
 if TYPE_CHECKING:
@@ -59,8 +60,11 @@ def _lines(axes: Axes, found: Mapping[str, Any]) -> None:
 
 
 def _plane(axes: Axes, bar: Axes, plane: Mapping[str, Any]) -> None:
-    losses = np.array(plane["losses"])
-    low, high = float(np.nanmin(losses)), float(np.nanpercentile(losses, 95))
+    losses = np.array(plane["losses"], dtype=float)
+    finite = losses[np.isfinite(losses)]
+    if not len(finite):
+        raise ConfigError("there is nothing to draw: no loss on the plane is finite")
+    low, high = float(finite.min()), float(np.percentile(finite, 95))
     from matplotlib.colors import LogNorm
 
     shown = np.clip(np.nan_to_num(losses, nan=high, posinf=high), max(low, 1e-12), high)

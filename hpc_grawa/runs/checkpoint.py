@@ -176,7 +176,13 @@ class Checkpoints:
         """Keep this rank's own model beside the run; returns what went wrong, the same on all ranks."""
         file = model_file(self.folder.parent, self._comm.rank)
         wrong = self._errors_of((lambda: file.parent.mkdir(exist_ok=True)) if self._comm.rank == 0 else None)
-        wrong = wrong or self._errors_of(lambda: write_atomically(file, state))
+
+        def write() -> None:
+            temporary = file.with_name(f".{file.name}.{os.getpid()}")
+            _write(temporary, state)
+            temporary.rename(file)
+
+        wrong = wrong or self._errors_of(write)
         return [f"the ranks' models are not kept: {'; '.join(wrong)}"] if wrong else []
 
     def check_space(self, bytes_per_rank: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from ..errors import ConfigError, Damaged
 from .reading import parse_object, parse_settings, read_object, read_text
 
+#: Beside a run: what ``hpc-grawa flatness`` has measured.
+FLATNESS = "flatness.json"
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
 #: Settings that tell repetitions of one experiment from each other, and where they are kept.
@@ -29,21 +31,21 @@ class RunRecord:
         summary: ``summary.json``, or None while the run is unfinished.
         events: those of ``metrics.jsonl`` by kind (``start``, ``train``, ``round``, ``evaluate``), in their order.
         config: ``config.yaml``, flat: ``{"method": "hpc_grawa.methods.LGRAWA", "method.period": 32, ...}``.
-        flatness: ``flatness.json``: by model what ``hpc-grawa flatness`` has measured.
+        flatness: what ``hpc-grawa flatness`` has measured, as of ``read_flatness``.
     """
 
     path: Path
     summary: dict[str, Any] | None
     events: dict[str, list[dict[str, Any]]]
     config: dict[str, Any]
-    flatness: dict[str, Any] = field(default_factory=dict)
+    flatness: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @cached_property
     def status(self) -> dict[str, Any]:
         """The summary; of an unfinished run, as much of it as its events tell."""
         summary = {"state": "finished", **self.summary} if self.summary is not None else {}
         if summary.get("state") == "finished":
-            center = self.flatness.get("center") or {}
+            center = self.flatness.get("center", [{}])[-1]
             return {**summary, **{f"flatness_{key}": value for key, value in center.items() if is_number(value)}}
         happened = [event for events in self.events.values() for event in events]
         status: dict[str, Any] = {"state": "unfinished", "name": self.path.name, "metric": self.metric}
@@ -156,7 +158,7 @@ def read_run(path: str | Path) -> RunRecord:
         summary=_read_summary(summary),
         events=_read_events(log),
         config={} if settings is None else flatten(parse_settings(settings, str(config))),
-        flatness=read_object(path / "flatness.json") or {},
+        flatness=read_flatness(path),
     )
 
 
@@ -191,7 +193,8 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 def evaluated_part(records: Iterable[RunRecord]) -> str:
     """The part of the data that the runs evaluated most often on their way: ``test``, or ``validation``."""
-    counts = Counter(event["part"] for record in records for event in record.events.get("evaluate", []))
+    parts = (event["part"] for record in records for event in record.events.get("evaluate", []))
+    counts = Counter(part for part in parts if part != "train")
     return max(sorted(counts), key=counts.__getitem__, default="test")  # test comes before validation
 
 
@@ -234,6 +237,18 @@ def _read_events(path: Path) -> dict[str, list[dict[str, Any]]]:
                 _check(event, key, is_number, where)
         events.setdefault(kind, []).append(event)
     return events
+
+
+def read_flatness(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """``flatness.json``: by model what was measured of it, by other examples or numbers each; the latest last.
+
+    Raises:
+        Damaged: it is not that.
+    """
+    found = read_object(run / FLATNESS) or {}
+    if not all(isinstance(x, list) and x and all(isinstance(one, dict) for one in x) for x in found.values()):
+        raise Damaged(f"{run / FLATNESS} is damaged: it holds something else than lists of what was measured")
+    return found
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

@@ -77,7 +77,8 @@ class Examiner:
     def flatness(self, own: Tensor) -> dict[str, Any]:
         """What is cheap to say of the loss around the model that is in place, towards each rank's ``own`` among it."""
         config, vector = self._config, self._worker.vector
-        limit, batch_size = config.eval.flatness, config.eval.batch_size
+        limit = config.eval.flatness
+        batch_size = min(config.eval.batch_size, max(1, config.data.batch_size // config.accumulate))  # with gradients
         objective = Objective(vector, config.loss, self._worker.splits.train, self._comm, limit, batch_size)
         ranks = Sent(self._comm, own) if self._worker.run.synchronizers else ()
         found = measure(Subject(objective, ranks), Settings(measures=CHEAP))

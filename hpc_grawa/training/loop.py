@@ -166,9 +166,9 @@ class Training:
         with meter.busy("evaluates"):
             found = self.examiner.everything()
         self._write("center.pt", found.pop("center_state"))
-        self._keep_models()
         summary = _summary(worker, found | self._choice(found), self.folder, training_seconds)
         self._write("summary.json", json.dumps(summary, indent=1) + "\n")
+        self._keep_models()  # what it cannot write costs nothing of the run
         self.log.close()
         self.log.say(farewell(summary, worker.config.metric.name, self.folder))
         return summary
