@@ -183,6 +183,8 @@ def test_per_layer_weights_reach_where_weights_per_rank_cannot() -> None:
     assert beyond == {"MGRAWA": False, "LGRAWA": True}
     with pytest.raises(ConfigError, match="makes no round in 100 steps"):
         first_round(DataParallel())
+    with pytest.raises(ConfigError, match=r"lr is 1\.0: must be smaller for MGRAWA"):
+        first_round(METHODS["MGRAWA"], lr=1.0)
 
 
 @pytest.mark.parametrize("view", ["surface", "weights"])

@@ -14,7 +14,7 @@ from ..errors import ConfigError, label
 from ..methods import Method
 from ..schedules import RunFacts
 from ..vector import ParameterVector
-from .vincent import Vincent
+from .vincent import Vincent, check_inside, check_numbers
 
 #: A rank where f is flat in the first coordinate, one where it is flat in the second, one where it is in none.
 SCATTERED = ((7.2, 1.05), (2.7, 7.3), (1.05, 1.35))
@@ -49,8 +49,9 @@ def first_round(
         starts: ``[W, D]``, one per rank.
 
     Raises:
-        ConfigError: there was no round of all ranks.
+        ConfigError: a number that cannot be, a local step that left the domain of f, or no round of all ranks.
     """
+    check_numbers(steps, lr)
 
     def live(comm: Communicator) -> Pulled | None:
         model = Vincent(starts[comm.rank])
@@ -61,9 +62,10 @@ def first_round(
         rounds: list[Round] = []
         run.on_round = rounds.append
         closure = run.closure(model)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             loss = closure()
             optimizer.step()
+            check_inside(vector.data, method, lr, comm.rank, step)
             before = vector.data.clone()
             run.after_step(loss)
             if rounds and len(rounds[-1].ranks) == comm.size:

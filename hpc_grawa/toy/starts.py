@@ -79,10 +79,14 @@ def ends(
             for name, method in methods.items()
             for number, start in enumerate(drawn)
         }
-        for done, task in enumerate(as_completed(tasks), 1):
-            name, number = tasks[task]
-            found[name][number] = task.result()
-            watch(done)
+        try:
+            for done, task in enumerate(as_completed(tasks), 1):
+                name, number = tasks[task]
+                found[name][number] = task.result()
+                watch(done)
+        except BaseException:  # one that left the domain, Ctrl-C: the others need not end first
+            pool.shutdown(cancel_futures=True)
+            raise
     return {name: [end for end in one if end is not None] for name, one in found.items()}
 
 

@@ -99,8 +99,7 @@ def descend(
 
     Source: the comparison on this function in Dimlioglu and Choromanska, GRAWA (AISTATS 2024).
     """
-    require(steps >= 1, "steps", steps, "at least 1")
-    require(0 < lr < math.inf, "lr", lr, "positive and finite")
+    check_numbers(steps, lr)
 
     def live(comm: Communicator) -> tuple[Tensor, Tensor]:
         model = Vincent(starts[comm.rank])
@@ -114,13 +113,7 @@ def descend(
         for step in range(1, steps + 1):
             loss = closure()
             optimizer.step()
-            if not bool(vector.data.log().isfinite().all()):
-                raise wrong(
-                    "lr",
-                    lr,
-                    f"must be smaller for {type(method).__name__}, under which rank {comm.rank} left the "
-                    f"function's domain (x > 0) at step {step}, to {[round(x, 4) for x in vector.data.tolist()]}",
-                )
+            check_inside(vector.data, method, lr, comm.rank, step)
             run.after_step(loss)
             if step == steps:
                 run.finish()
@@ -132,6 +125,23 @@ def descend(
     ranks, centers = map(torch.stack, zip(*simulate(len(starts), live), strict=True))
     common = (centers == centers[0]).all(-1).all(0)
     return Descent(ranks, torch.where(common[:, None], centers[0], torch.nan))
+
+
+def check_numbers(steps: int, lr: float) -> None:
+    """Raise ``ConfigError`` for numbers that no descent can have."""
+    require(steps >= 1, "steps", steps, "at least 1")
+    require(0 < lr < math.inf, "lr", lr, "positive and finite")
+
+
+def check_inside(x: Tensor, method: Method, lr: float, rank: int, step: int) -> None:
+    """Raise ``ConfigError`` where a local step has left the domain of f."""
+    if not bool(x.log().isfinite().all()):
+        raise wrong(
+            "lr",
+            lr,
+            f"must be smaller for {type(method).__name__}, under which rank {rank} left the "
+            f"function's domain (x > 0) at step {step}, to {[round(each, 4) for each in x.tolist()]}",
+        )
 
 
 def _center(run: Run) -> Tensor:
