@@ -177,10 +177,11 @@ def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> Non
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed ImageNet of 6 classes, 3 small pictures each."""
+    """A packed ImageNet of 6 classes, 3 small pictures each, 1 for validation."""
     folder = tmp_path_factory.mktemp("pictures")
     images = {f"n{c:08}": {f"{n}.JPEG": jpeg(40, 40, seed=10 * c + n) for n in range(3)} for c in range(6)}
-    options = folders(folder / "in", {"train": images, "val": images})
+    few = {name: {"0.JPEG": pictures["0.JPEG"]} for name, pictures in images.items()}
+    options = folders(folder / "in", {"train": images, "val": few})
     assert script("imagenet").main([*options, "--out", str(folder / "packed")]) == 0
     return folder / "packed"
 
