@@ -188,8 +188,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-#: Bytes that two ranks take.
-LARGE = {"imagenet_vitb16": 12e9, "imagenet_resnet152": 8e9, "cifar100_wrn28x10": 6e9}
+#: Of two ranks the largest took 12 GB.
+LARGE = ("imagenet_vitb16", "imagenet_resnet152", "cifar100_wrn28x10")
 
 
 @pytest.mark.slow
@@ -198,8 +198,8 @@ def test_every_setting_trains(
     name: str, paths: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps of two ranks, a round among them, and the evaluation at the end."""
-    if name in LARGE and psutil.virtual_memory().available < LARGE[name]:
-        pytest.skip(f"two ranks of it take {LARGE[name] / 1e9:.0f} GB of memory")
+    if name in LARGE and psutil.virtual_memory().available < 14e9:
+        pytest.skip("less than 14 GB of memory are free")
     plain_process(monkeypatch)
     words = [
         f"--config={name}",
