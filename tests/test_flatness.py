@@ -349,7 +349,7 @@ def test_without_a_positive_loss_there_is_no_width() -> None:
 def test_a_loss_that_is_not_finite_has_no_spectrum(on_ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         objective, _, _ = quadratic(comm)
-        objective.model.get_parameter("theta").data[0] = math.nan
+        objective.model.get_buffer("a")[0, 0] = math.nan
         lanczos = Lanczos(12, 0, comm, torch.float64)
         lanczos.advance(lambda v: v)
         with pytest.raises(NonFinite, match="product of step 2 is not finite"):

@@ -284,7 +284,7 @@ def test_noise_on_a_linear_model_in_closed_form() -> None:
 
     errors = Objective(model, Errors(), Pairs(x, y))
     assert gaussian(errors, 0.1, aware=False, draws=400).size == pytest.approx(low, rel=0.15)
-    losses = Objective(model, nn.CrossEntropyLoss(), Pairs(x, y))
+    losses = Objective(errors.vector, nn.CrossEntropyLoss(), Pairs(x, y))
     # In a box each margin falls by α ‖x‖₁·2 at most; the ascent cannot do that to all examples at once.
     reach = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (2 * x.abs().sum(1))
     assert worst(losses, errors, 0.1, aware=False).size >= float(reach.sort().values[20]) * 0.9
@@ -301,7 +301,8 @@ def test_the_worst_neighbour_of_one_example() -> None:
     logits = x @ model.weight.detach().T
     y = logits.argmax(1)
     exact = float((logits[0, y[0]] - logits[0, 1 - y[0]]) / (2 * x.abs().sum()))
-    errors, losses = (Objective(model, loss, Pairs(x, y)) for loss in (Errors(), nn.CrossEntropyLoss()))
+    errors = Objective(model, Errors(), Pairs(x, y))
+    losses = Objective(errors.vector, nn.CrossEntropyLoss(), Pairs(x, y))
     assert worst(losses, errors, 0.1, aware=False).size == pytest.approx(exact, rel=0.02)
 
 

@@ -123,9 +123,9 @@ class Bucketed(Aggregator):
         self._kept: set[int] = set()
         #: Tensors whose ``.grad`` may not be their view of the buffer.
         self._away: set[int] = set()
-        #: Numbers in gradients outside the buffer, a bucket's at most.
+        #: Numbers in gradients outside the buffer, the largest bucket's at most.
         self._held_twice = 0
-        self._most_twice = bucket_bytes / self.grad.element_size()
+        self._most_twice = max(len(bucket.gradient) for bucket in self._buckets)
         self._attach(range(n))
         self._handles = [
             p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]

@@ -149,6 +149,7 @@ class Objective:
 
     @contextmanager
     def _measuring(self, at: Tensor | None) -> Iterator[None]:
+        self.vector.check()  # another vector of the same model would leave this one without effect
         there = nullcontext() if at is None else self.vector.swapped(at)
         twice = sdpa_kernel(SDPBackend.MATH)  # attention's fast forms have no second derivative
         with undisturbed(self.model, self.comm), eval_mode(self.model), eagerly(), twice, there:

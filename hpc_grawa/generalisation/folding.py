@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -56,9 +57,10 @@ def fold(model: nn.Module) -> Folded:
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
+    uses = Counter(id(module.weight) for module in modules.values() if isinstance(module, _LAYERS))
     for name in norms:
         before = _layer_before(calls.get(name, []), calls, modules)
-        if before is None:
+        if before is None or uses[id(modules[before].weight)] > 1:  # a tied weight is another layer's too
             found.kept.append(name)
             continue
         _fold_into(modules[before], modules[name])
