@@ -31,7 +31,7 @@ SHORT = ["--budget.seconds", "1000", "--budget.steps", "3", "--eval.train_exampl
 
 #: What measures a model is made to look at less of it.
 FEW = {
-    "flatness": shlex.split("--examples 16 --steps 3 --samples 1 --lpf_samples 1 --points 3"),
+    "flatness": shlex.split("--examples 16 --measures loss,spectrum --steps 3 --points 3"),
     "measures": shlex.split("--examples 16"),
 }
 
