@@ -478,7 +478,7 @@ def killed_again_and_again(tmp_path: Path, per_class: int, kills: int) -> None:
     """Kill the conversion after random numbers of bytes, resume it, and compare with one that was left in peace."""
     options = archives(tmp_path / "in", real("train", per_class), real("val", per_class // 2))
     straight, out = tmp_path / "straight", tmp_path / "out"
-    assert begun(straight, options).wait(300) == 0
+    assert begun(straight, options).wait(120) == 0
     chance, interrupted = random.Random(0), 0
     for _ in range(kills):
         enough = sum(path.stat().st_size for path in out.glob("*.tar")) + chance.uniform(0, 3e6)
@@ -490,7 +490,7 @@ def killed_again_and_again(tmp_path: Path, per_class: int, kills: int) -> None:
         job.kill()
         job.wait(60)
     assert interrupted
-    assert begun(out, options).wait(300) == 0
+    assert begun(out, options).wait(120) == 0
     assert contents(out) == contents(straight)
 
 

@@ -9,7 +9,6 @@ import re
 import shlex
 from pathlib import Path
 
-import psutil
 import pytest
 from ilsvrc import folders, jpeg, script
 from own import plain_process
@@ -188,18 +187,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-#: Of two ranks the largest took 12 GB.
-LARGE = ("imagenet_vitb16", "imagenet_resnet152", "cifar100_wrn28x10")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(recipes()) - set(ROWS)))
 def test_every_setting_trains(
     name: str, paths: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps of two ranks, a round among them, and the evaluation at the end."""
-    if name in LARGE and psutil.virtual_memory().available < 14e9:
-        pytest.skip("less than 14 GB of memory are free")
     plain_process(monkeypatch)
     words = [
         f"--config={name}",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..errors import require, wrong
-from ..flatness.measure import MEASURES, Settings, Subject, is_known, measure
+from ..flatness.measure import MEASURES, Models, Settings, Subject, is_known, measure
 from ..flatness.objective import Objective, Statistics
 from ..launch import Slot
 from ..runs.checkpoint import Checkpoints
@@ -140,23 +140,6 @@ def weights(finished: FinishedRun, objective: Objective, name: str) -> Tensor:
     return objective.vector.data.clone()
 
 
-class RanksModels(Sequence[Tensor]):
-    """The parameters ``[P]`` of the ranks' own models, each read when it is asked for."""
-
-    def __init__(self, finished: FinishedRun, objective: Objective) -> None:
-        self._finished, self._objective = finished, objective
-
-    def __len__(self) -> int:
-        return self._finished.ranks
-
-    def __getitem__(self, rank: Any) -> Any:
-        if not 0 <= rank < len(self):
-            raise IndexError(rank)
-        found = weights(self._finished, self._objective, f"rank {rank}")
-        self._finished.put(CENTER)
-        return found
-
-
 def named(runs: Iterable[Path]) -> dict[Path, str]:
     """What figures call runs: the names of their folders, or where two have one, their paths."""
     runs = list(runs)
@@ -243,7 +226,12 @@ def _measured(
         if log.due:
             log.progress(share, f"{finished.run.name} {name}  {text}")
 
-    ranks = RanksModels(finished, objective) if name == CENTER else ()
+    def read(rank: int) -> Tensor:
+        found = weights(finished, objective, f"rank {rank}")
+        finished.put(CENTER)
+        return found
+
+    ranks = Models(finished.ranks, read) if name == CENTER else ()
     known = measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
     if under_way and comm.rank == 0:
         shutil.rmtree(place, ignore_errors=True)

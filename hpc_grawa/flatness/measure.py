@@ -66,6 +66,26 @@ class Settings:
         return {key: getattr(self, key) for key in MEASURES[measure].settings}
 
 
+class Models(Sequence[Tensor]):
+    """The ranks' own models ``[P]``, each made when it is asked for; all ranks must ask alike.
+
+    Args:
+        count: of ranks.
+        make: one, by its rank.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Tensor]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rank: Any) -> Any:
+        if not 0 <= rank < self._count:
+            raise IndexError(rank)
+        return self._make(rank)
+
+
 @dataclass
 class Subject:
     """What is measured: an objective at a model, and the ranks' models beside it.
@@ -188,25 +208,27 @@ class Measure(NamedTuple):
     """One of ``MEASURES``.
 
     Attributes:
-        found: numbers by name.
-        cost: in forward passes.
+        find: numbers by name.
+        one: what most of its passes over the examples are worth, in forward passes.
+        passes: how many these are, roughly.
         settings: those that it depends on.
     """
 
-    found: Callable[[Subject, Settings], dict[str, Any]]
-    cost: Callable[[Subject, Settings], float]
+    find: Callable[[Subject, Settings], dict[str, Any]]
+    one: float
+    passes: Callable[[Subject, Settings], float]
     settings: tuple[str, ...] = ()
 
 
 MEASURES: dict[str, Measure] = {
-    "loss": Measure(loss, lambda subject, s: GRADIENT),
-    "sam": Measure(sam, lambda subject, s: 2 * (GRADIENT + VALUE), ("rho",)),
-    "entropy": Measure(entropy, lambda subject, s: VALUE),
-    "keskar": Measure(keskar, lambda subject, s: VALUE + 15 * GRADIENT, ("epsilon",)),
-    "lpf": Measure(filtered, lambda subject, s: s.lpf_samples * VALUE, ("sigma", "lpf_samples", "seed")),
-    "valley": Measure(valley, lambda subject, s: (1 + 13 * len(subject.ranks)) * VALUE, ("kappa",)),
-    "trace": Measure(trace, lambda subject, s: 3 * s.samples * PRODUCT, ("samples", "seed")),
-    "spectrum": Measure(spectrum, lambda subject, s: s.starts * s.steps * PRODUCT, ("steps", "starts", "seed")),
+    "loss": Measure(loss, GRADIENT, lambda subject, s: 1),
+    "sam": Measure(sam, GRADIENT, lambda subject, s: 4, ("rho",)),
+    "entropy": Measure(entropy, VALUE, lambda subject, s: 1),
+    "keskar": Measure(keskar, GRADIENT, lambda subject, s: 15, ("epsilon",)),
+    "lpf": Measure(filtered, VALUE, lambda subject, s: s.lpf_samples, ("sigma", "lpf_samples", "seed")),
+    "valley": Measure(valley, VALUE, lambda subject, s: 1 + 13 * len(subject.ranks), ("kappa",)),
+    "trace": Measure(trace, PRODUCT, lambda subject, s: 3 * s.samples, ("samples", "seed")),
+    "spectrum": Measure(spectrum, PRODUCT, lambda subject, s: s.starts * s.steps, ("steps", "starts", "seed")),
 }
 
 
@@ -234,7 +256,8 @@ def measure(
         Numbers by name, None where a measure does not apply; ``measures``: the settings of each.
     """
     found = dict(known or {})
-    costs = {name: MEASURES[name].cost(subject, settings) for name in settings.measures}
+    passes = {name: MEASURES[name].passes(subject, settings) for name in settings.measures}
+    costs = {name: MEASURES[name].one * passes[name] for name in settings.measures}
     total, done = sum(costs.values()), 0.0
     for name in settings.measures:
         if is_known(name, settings, found):
@@ -245,23 +268,18 @@ def measure(
         def tell(count: int, name: str = name, began: float = began, before: float = before) -> None:
             nonlocal batches
             batches += 1
-            share = min(1.0, batches / max(1.0, costs[name] * count / _weight(name)))
+            share = min(1.0, batches / (passes[name] * count))
             took = time.monotonic() - began
             left = took * (1 - share) / share if share else math.nan
             watch((before + share * costs[name]) / total, f"{name}  {share:.0%}, {left:.0f} s left of it")
 
         subject.objective.watch = tell
-        found |= MEASURES[name].found(subject, settings)
+        found |= MEASURES[name].find(subject, settings)
         subject.objective.watch = lambda batches: None
         found["measures"] = {**found.get("measures", {}), name: settings.of(name)}
         done += costs[name]
         on_found(found)
     return found
-
-
-def _weight(name: str) -> float:
-    """Forward passes that one pass of a measure is worth."""
-    return {"spectrum": PRODUCT, "trace": PRODUCT, "keskar": GRADIENT, "loss": GRADIENT}.get(name, VALUE)
 
 
 def is_known(name: str, settings: Settings, found: dict[str, Any]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .starts import start_convolutions
+
 
 class AllCNN(nn.Module):
     """All-CNN-C, nine convolutions, no BatchNorm: 1,369,738 parameters in 18 tensors for 10 classes of colour images.
@@ -35,9 +37,9 @@ class AllCNN(nn.Module):
             *(nn.Conv2d(192, 192, 1), nn.ReLU(inplace=True)),
             *(nn.Conv2d(192, num_classes, 1), nn.ReLU(inplace=True)),
         )
+        start_convolutions(self, "fan_in")
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # each has one
 
     def forward(self, x: Tensor) -> Tensor:

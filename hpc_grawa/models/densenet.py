@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .starts import start_convolutions
+
 
 class _Layer(nn.Module):
     """BN, ReLU, 1x1 convolution to 4k channels, BN, ReLU, 3x3 convolution to k, which are put beside the input's."""
@@ -60,9 +62,7 @@ class DenseNet121(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.bn = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+        start_convolutions(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``, H and W at least 8."""

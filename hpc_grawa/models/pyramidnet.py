@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .starts import start_convolutions
+
 
 class _Block(nn.Module):
     """BN, 3x3 convolution, BN, ReLU, 3x3 convolution, BN; beside it the mean of 2x2 pixels, new channels zero."""
@@ -48,9 +50,7 @@ class PyramidNet110(nn.Module):
         )
         self.bn2 = nn.BatchNorm2d(widths[-1])
         self.head = nn.Linear(widths[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
+from .starts import start_convolutions
 
 
 class _Block(nn.Module):
@@ -50,9 +51,7 @@ class ResNet18(nn.Module):
         pairs = zip([width, *widths[:-1]], widths, strict=True)
         self.blocks = nn.Sequential(*(_Block(before, width) for before, width in pairs))
         self.head = nn.Linear(widths[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""

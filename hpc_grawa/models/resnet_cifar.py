@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .starts import start_convolutions
+
 
 class _Block(nn.Module):
     """Two 3x3 convolutions beside option A's shortcut: every second pixel, new channels zero, no parameters."""
@@ -40,9 +42,7 @@ class _ResNet(nn.Module):
             )
         )
         self.head = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .starts import start_convolutions
+
 
 class _Block(nn.Module):
     """BN, ReLU, 3x3 convolution, dropout, BN, ReLU, 3x3 convolution; where widths differ, beside a 1x1 convolution."""
@@ -51,9 +53,7 @@ class WRN28x10(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(before)
         self.head = nn.Linear(before, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""

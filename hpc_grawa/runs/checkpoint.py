@@ -179,8 +179,11 @@ class Checkpoints:
 
         def write() -> None:
             temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            _write(temporary, state)
-            temporary.rename(file)
+            try:
+                _write(temporary, state)
+                temporary.rename(file)
+            finally:
+                temporary.unlink(missing_ok=True)  # half a file would hold what room there is
 
         wrong = wrong or self._errors_of(write)
         return [f"the ranks' models are not kept: {'; '.join(wrong)}"] if wrong else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..batchnorm import pool, recalibrate
 from ..buffers import shared
-from ..comm import Communicator
 from ..data import Examples, in_advance
-from ..flatness.measure import CHEAP, Settings, Subject, measure
+from ..flatness.measure import CHEAP, Models, Settings, Subject, measure
 from ..flatness.objective import Objective
 from ..forward import undisturbed
 from .evaluate import Evaluator, uniform_mean
@@ -35,13 +34,13 @@ class Examiner:
         )
 
     @contextmanager
-    def center(self) -> Iterator[Tensor]:
+    def center(self) -> Iterator[Tensor | None]:
         """Within the block the model is the center; before the first round, the mean of all ranks.
 
-        Yields this rank's own model ``[P]``.
+        Yields this rank's own model ``[P]``, which ``flatness`` wants, where that is measured.
         """
         with self._worker.meant():
-            own = self._worker.run.local.clone()
+            own = self._worker.run.local.clone() if self._config.eval.flatness else None
             with self._in_place(self._center()):
                 yield own
 
@@ -80,7 +79,10 @@ class Examiner:
         limit = config.eval.flatness
         batch_size = min(config.eval.batch_size, max(1, config.data.batch_size // config.accumulate))  # with gradients
         objective = Objective(vector, config.loss, self._worker.splits.train, self._comm, limit, batch_size)
-        ranks = Sent(self._comm, own) if self._worker.run.synchronizers else ()
+        ranks = Models(
+            self._comm.size if self._worker.run.synchronizers else 0,
+            lambda rank: self._comm.broadcast(own.clone(), rank, "evaluate").wait(),
+        )
         found = measure(Subject(objective, ranks), Settings(measures=CHEAP))
         return {"examples": objective.examples} | {k: v for k, v in found.items() if isinstance(v, float)}
 
@@ -107,18 +109,3 @@ class Examiner:
         row = torch.tensor(list(local.values()), dtype=torch.float64)
         table = self._comm.allgather(row, "evaluate").wait()
         return found | {f"local_test_{key}": table[:, column].tolist() for column, key in enumerate(local)}
-
-
-class Sent(Sequence[Tensor]):
-    """The ranks' own models ``[P]``, each sent to all when it is asked for; all ranks must ask alike."""
-
-    def __init__(self, comm: Communicator, own: Tensor) -> None:
-        self._comm, self._own = comm, own
-
-    def __len__(self) -> int:
-        return self._comm.size
-
-    def __getitem__(self, rank: Any) -> Any:
-        if not 0 <= rank < len(self):
-            raise IndexError(rank)
-        return self._comm.broadcast(self._own.clone(), rank, "evaluate").wait()

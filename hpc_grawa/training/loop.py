@@ -232,7 +232,7 @@ class Training:
                     known = self.examiner.evaluate(worker.splits.train, worker.config.eval.train_examples)
                     worker.reached = known["loss"] <= target
                     self.progress.on_evaluation("train", known, None)
-                flat = self.examiner.flatness(own) if worker.config.eval.flatness else None
+                flat = None if own is None else self.examiner.flatness(own)
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
         self.progress.on_evaluation(self.part, scores, apart)
         if flat is not None:
