@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -61,24 +63,26 @@ def test_psi_by_hand() -> None:
     assert granulated([1, 2], [1, 2], {"lr": [1, 1]})["lr"] is math.nan
 
 
-def test_conditional_information_by_hand() -> None:
-    """8 runs on two axes: without conditions 20 of 28 pairs agree; within one value of an axis fewer."""
+def test_conditional_information_by_definition() -> None:
+    """min over S of I(V_μ; V_gap | U_S) / H(V_gap | U_S), from counts over ordered pairs of 8 runs."""
     axes = {"a": [0, 0, 0, 0, 1, 1, 1, 1], "b": [0, 1, 0, 1, 0, 1, 0, 1]}
     measure, gap = [0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 1, 2, 7, 4, 6, 5]
 
-    def bits(agree: int, all_: int) -> float:
-        p = agree / all_
-        return 1 + sum(x * math.log2(x) for x in (p, 1 - p) if x)
-
     def told(*chosen: str) -> float:
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i in range(8):
-            for j in range(i):
-                key = tuple(axes[c][i] for c in chosen)
-                if key == tuple(axes[c][j] for c in chosen):
-                    groups.setdefault(key, []).append((measure[i] > measure[j]) == (gap[i] > gap[j]))
-        total = sum(map(len, groups.values()))
-        return sum(len(g) / total * bits(sum(g), len(g)) for g in groups.values())
+        pairs = []
+        for i, j in itertools.permutations(range(8), 2):
+            one, other = (tuple(axes[c][run] for c in chosen) for run in (i, j))
+            if one == other:
+                pairs.append((one, measure[i] > measure[j], gap[i] > gap[j]))
+
+        def entropy(*parts: int) -> float:
+            shares = np.array(list(Counter(tuple(pair[part] for part in parts) for pair in pairs).values())) / len(
+                pairs
+            )
+            return float(-(shares * np.log2(shares)).sum())
+
+        information = entropy(0, 1) + entropy(0, 2) - entropy(0) - entropy(0, 1, 2)
+        return information / (entropy(0, 2) - entropy(0))
 
     expected = min(told(), told("a"), told("b"), told("a", "b"))
     assert conditional_information(measure, gap, axes) == pytest.approx(expected)

@@ -134,12 +134,6 @@ class How(NamedTuple):
         }
 
 
-def weights(finished: FinishedRun, objective: Objective, name: str) -> Tensor:
-    """The parameters ``[P]`` of one of a run's models, which is then in place."""
-    finished.put(name)
-    return objective.vector.data.clone()
-
-
 def named(runs: Iterable[Path]) -> dict[Path, str]:
     """What figures call runs: the names of their folders, or where two have one, their paths."""
     runs = list(runs)
@@ -227,7 +221,8 @@ def _measured(
             log.progress(share, f"{finished.run.name} {name}  {text}")
 
     def read(rank: int) -> Tensor:
-        found = weights(finished, objective, f"rank {rank}")
+        finished.put(f"rank {rank}")
+        found = objective.vector.data.clone()
         finished.put(CENTER)
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from ..comm import Communicator
 from ..errors import ConfigError
 from ..flatness.landscape import Plane, line
+from ..flatness.measure import Models
 from ..flatness.objective import Objective
 from ..runs.log import Log, write_atomically
 from .finished import CENTER, FinishedRun
-from .flatness import How, named, weights
+from .flatness import How, named
 
 #: Where a line begins and ends: before the first model and beyond the second.
 FROM, TO = -0.5, 1.5
@@ -37,14 +38,15 @@ def landscape(
         ConfigError: there is one model alone, runs have other parameters than the first, or no loss is finite.
     """
     objective = how.objective(first, comm)
-    models = _models(first, others, objective)
-    if len(models) < 2:
+    names, models = _models(first, others, objective)
+    if len(names) < 2:
         raise ConfigError(
             f"there is nothing between models of {first.run}, which has kept no rank's own: give further runs"
         )
-    first.put(CENTER)
+    for _ in models:
+        pass  # one that cannot be read is told before losses are computed
     log = Log(None, speaks=comm.rank == 0)
-    done, total = 0, (len(models) - 1) * points + points**2
+    done, total = 0, (len(names) - 1) * points + points**2
 
     def watch(batches: int) -> None:
         nonlocal done
@@ -53,23 +55,23 @@ def landscape(
             log.progress(min(1.0, done / (total * batches)), "the loss between models")
 
     objective.watch = watch
-    (start, begin), *ends = models.items()
+    begin = models[0]
     at = np.linspace(FROM, TO, points).tolist()
-    found: dict[str, Any] = {"how": how.said(objective, first), "from": start, "at": at, "lines": {}}
-    for name, end in ends:
+    found: dict[str, Any] = {"how": how.said(objective, first), "from": names[0], "at": at, "lines": {}}
+    for number, name in enumerate(names[1:], 1):
+        end = models[number]
         distance = float((end.double() - begin.double()).norm())
         found["lines"][name] = {"distance": distance, "losses": line(objective, begin, end, at)}
-    chosen = list(models)[:3]
-    if len(chosen) == 3:
+    if len(names) > 2:
         try:
-            plane = Plane((models[chosen[0]], models[chosen[1]], models[chosen[2]]))
+            plane = Plane((begin, models[1], models[2]))
         except ConfigError:
             log.say("landscape  without a plane: the models lie on one line")
         else:
-            places = {name: plane.place(model) for name, model in models.items()}
+            places = {name: plane.place(models[number]) for number, name in enumerate(names)}
             across, up = _sides(list(places.values()), points)
             losses = plane.losses(objective, across, up).tolist()
-            found["plane"] = {"through": chosen, "places": places, "across": across, "up": up, "losses": losses}
+            found["plane"] = {"through": names[:3], "places": places, "across": across, "up": up, "losses": losses}
     log.close()
     if comm.rank == 0:
         from ..report.landscape import draw
@@ -80,16 +82,22 @@ def landscape(
         log.say(f"\nlandscape  {figure}, {numbers.name}")
 
 
-def _models(first: FinishedRun, others: Sequence[Path], objective: Objective) -> Mapping[str, Tensor]:
-    """Parameters ``[P]`` by name, the center from which lines go first."""
-    if not others:
-        names = (CENTER, *(f"rank {m}" for m in range(first.ranks)))
-        return {name: weights(first, objective, name) for name in names}
-    found = {}
-    for run, title in named([first.run, *others]).items():
-        first.put_center_of(run)
-        found[title] = objective.vector.data.clone()
-    return found
+def _models(first: FinishedRun, others: Sequence[Path], objective: Objective) -> tuple[list[str], Models]:
+    """Names, and parameters ``[P]``, lines' beginning first; reads leave its BatchNorm in place."""
+    own = [CENTER, *(f"rank {m}" for m in range(first.ranks))]
+    centers = named([first.run, *others])
+
+    def read(number: int) -> Tensor:
+        if others:
+            first.put_center_of(list(centers)[number])
+        else:
+            first.put(own[number])
+        found = objective.vector.data.clone()
+        first.put(CENTER)
+        return found
+
+    names = list(centers.values()) if others else own
+    return names, Models(len(names), read)
 
 
 def _sides(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float], list[float]]:
