@@ -230,15 +230,24 @@ def test_every_setting_trains(
 
 
 #: Runs of each study's comparison.
-STUDIES = {"flatness": 18, "gap": 162, "large_batch": 20, "measures": 128, "parle": 12, "qsr": 18, "scalability": 6}
+STUDIES = {
+    "flatness": 18,
+    "gap": 162,
+    "large_batch": 20,
+    "measures": 128,
+    "parle": 12,
+    "qsr": 18,
+    "qsr_text": 12,
+    "scalability": 6,
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_can_be_trained(name: str, tmp_path: Path) -> None:
+def test_every_study_can_be_trained(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """All its runs are different experiments, and are checked; one of each method is built."""
     folder = Path(__file__).parents[1] / "benchmarks/studies"
     assert {file.stem for file in folder.glob("*.yaml")} == set(STUDIES)
-    data = cifar(tmp_path / "data", 10, train=5000)
+    data = paths["gpt_text"] if name.endswith("_text") else cifar(tmp_path / "data", 10, train=5000)
     words = [f"--config={folder / name}.yaml", f"--data.path={data}", f"--run.name={name}"]
     plan = [config for _, config in Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan]
     assert len(plan) == STUDIES[name] == len({_experiment(config) for config in plan})
