@@ -222,7 +222,7 @@ def test_every_measure_of_a_linear_network_in_closed_form() -> None:
     x = drawn(40, 3)
     logits = x @ (b @ a).T
     y = logits.argmax(1)
-    found = measures(model, start, Pairs(x, y), batch_size=7)
+    found = measures(model, start, Pairs(x, y), batch_size=25)
     values = found.values
     margins = (logits[torch.arange(40), y] - logits[torch.arange(40), 1 - y]).sort().values
     margin = float(torch.quantile(margins, 0.1))
@@ -313,7 +313,7 @@ def test_the_worst_neighbour_of_one_example() -> None:
 def test_measures_are_those_of_one_process_on_several_ranks() -> None:
     torch.manual_seed(0)
     model, start = (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double() for _ in range(2))
-    x = drawn(23, 3)
+    x = drawn(9, 3)
     y = model(x).argmax(1)
 
     def body(comm: Communicator) -> dict[str, float]:

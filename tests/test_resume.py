@@ -30,7 +30,7 @@ from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.runs.checkpoint import Checkpoints
+from hpc_grawa.runs.checkpoint import Checkpoints, model_file
 from hpc_grawa.runs.lock import Lock
 from hpc_grawa.runs.log import write_atomically
 from hpc_grawa.training.config import Config
@@ -349,10 +349,28 @@ def test_too_little_space_is_an_error_before_training(tmp_path: Path, monkeypatc
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr("hpc_grawa.runs.checkpoint.shutil.disk_usage", lambda place: usage)
     with pytest.raises(
-        ConfigError, match=r"save.keep is 2: 3 checkpoints of 3 ranks need 2.23 MB, .* has 1 MB for them"
+        ConfigError, match=r"save.keep is 2: 3 checkpoints of 3 ranks and their models need 2.5 MB, .* has 1 MB"
     ):
         run(config("LGRAWA"), tmp_path / "a")
     run(config("LGRAWA", "--save.every=.inf"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("method", ["LGRAWA", "SlowMo", "Parle", "PowerSGD", "EFSign", "DataParallel"])
+def test_the_space_that_is_asked_for_is_what_a_run_takes(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of AdamW's moments and all that methods keep; within 30 %, as files hold more than tensors."""
+    asked = []
+    monkeypatch.setattr(Checkpoints, "check_space", lambda self, *needed: asked.append(needed))
+    run(config(method, "--optimizer=AdamW", "--save.keep=1", "--model.width=32"), tmp_path / "a")
+    (checkpoint, model), *others = asked
+    assert others == [(checkpoint, model)] * (WORLD - 1)
+    files = [file.stat().st_size for file in (tmp_path / "a").glob("checkpoints/*/rank-*.pt")]
+    assert len(files) == WORLD
+    assert all(file == pytest.approx(checkpoint, rel=0.3) for file in files)
+    kept = [model_file(tmp_path / "a", rank) for rank in range(WORLD)]
+    assert all(file.is_file() == bool(model) for file in kept)
+    assert not model or all(file.stat().st_size == pytest.approx(model, rel=0.3) for file in kept)
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:

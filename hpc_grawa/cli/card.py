@@ -17,6 +17,7 @@ from ..comm.meter import TRAINING_PURPOSES, bytes_sent
 from ..comm.mirror import Message, MirrorCommunicator
 from ..methods import AveragingMethod, Method, Run, SharingMethod
 from ..models import ResNet20
+from ..runs.checkpoint import bytes_of
 from ..runs.log import human_bytes
 from ..schedules import RunFacts
 from ..screen import columns, wrapped
@@ -136,7 +137,7 @@ def _numbers(run: Run, step: Callable[[], object], world_size: int) -> list[str]
         step()
         among = f" among {synchronizer.averager.comm.size}" if len(run.synchronizers) > 1 else ""
         lines.append((f"each round{among}", sent_by(synchronizer.round)))
-    kept, state = _kept(run), _tensors(run.state_dict())
+    kept, state = _kept(run), bytes_of(run.state_dict())
     size, width = vector.data.nbytes, vector.data.element_size()
     title = (
         f"With {type(vector.model).__name__}: P = {len(vector):,} parameters of {width} bytes in {len(vector.names)} "
@@ -165,15 +166,6 @@ def _messages(messages: Sequence[Message]) -> str:
         count = f"{len(found)} x " if len(found) > 1 else ""
         texts.append(f"{count}{verb} ({purpose}), n = {human_bytes(payload)}: {_FORMULA[verb]} = {human_bytes(sent)}")
     return f";\n{'':15}".join(texts) or "nothing"
-
-
-def _tensors(value: object) -> int:
-    """Bytes of all tensors in a nest."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_tensors, value.values()))
-    return sum(map(_tensors, value)) if isinstance(value, list | tuple) else 0
 
 
 #: What sharing and averaging keep their tensors in; a score's probe, say, leads to all of a training program.

@@ -188,10 +188,14 @@ class Checkpoints:
         wrong = wrong or self._errors_of(write)
         return [f"the ranks' models are not kept: {'; '.join(wrong)}"] if wrong else []
 
-    def check_space(self, bytes_per_rank: int) -> None:
+    def check_space(self, bytes_per_rank: int, model_bytes: int = 0) -> None:
         """Find out on rank 0 whether as many checkpoints as are to be kept, and the next one, have room.
 
         Those that are there already count as much as they take.
+
+        Args:
+            bytes_per_rank: of a checkpoint.
+            model_bytes: of the model that each rank keeps beside them.
 
         Raises:
             ConfigError: they have not.
@@ -200,13 +204,13 @@ class Checkpoints:
             return
         place = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         free, copies = shutil.disk_usage(place).free, self._keep + 1
-        needed = bytes_per_rank * self._comm.size * copies
+        needed = (bytes_per_rank * copies + model_bytes) * self._comm.size
         there = sum(file.lstat().st_size for name in _names(self.folder) for file in (self.folder / name).glob("*"))
         if free + there < needed:
             raise wrong(
                 "save.keep",
                 self._keep,
-                f"{copies} checkpoints of {self._comm.size} ranks need "
+                f"{copies} checkpoints of {self._comm.size} ranks{' and their models' if model_bytes else ''} need "
                 f"{human_bytes(needed)}, {place} has {human_bytes(free + there)} for them; must be fewer, "
                 f"or another run.dir, or save.every .inf",
             )
@@ -380,6 +384,15 @@ def copied(state: Any, path: str = "", tensors: bool = True) -> Any:
         f"{path} is of type {kind.__module__}.{kind.__qualname__}, which a checkpoint could not give back: must be a "
         f"tensor, number or string, or lists, tuples, sets and dictionaries of these"
     )
+
+
+def bytes_of(state: Any) -> int:
+    """Of all tensors in nested lists, tuples, sets and dictionaries."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(bytes_of, state.values()))
+    return sum(map(bytes_of, state)) if isinstance(state, list | tuple | set) else 0
 
 
 def _on_host(tensor: Tensor) -> Tensor:

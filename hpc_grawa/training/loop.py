@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import Communicator, Meter, slowed
 from ..comm.trace import Trace
 from ..launch import signals_heeded
-from ..runs.checkpoint import Checkpoints, Restored, check_world
+from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world
 from ..runs.heartbeat import Watch
 from ..runs.log import Log, commit, open_run, say, versions, write_atomically
 from .budget import Cadence
@@ -193,12 +193,15 @@ class Training:
         if restored is not None and not any_world:
             check_world(worker.comm.size, restored.world_size, self.folder or self.place)
         if checkpoints is not None and worker.config.save.every < math.inf:
-            width = worker.vector.data.element_size() * len(worker.vector)
-            checkpoints.check(self._state())
+            state = self._state()
+            checkpoints.check(state)
             worker.run.control.written = checkpoints.written
-            # Parameters, centers, and as much as AdamW keeps.
-            copies = 3 + len(worker.run.synchronizers)
-            checkpoints.check_space(copies * width + sum(t.nbytes for _, t in worker.vector.outside))
+            # What the first steps add: centers, and as much as AdamW keeps.
+            coming = (2 + len(worker.run.synchronizers)) * worker.vector.data.nbytes
+            models = 0
+            if worker.config.save.ranks and worker.run.synchronizers:
+                models = bytes_of(worker.model.state_dict())
+            checkpoints.check_space(bytes_of(state) + coming, models)
         if self.folder is not None:
             (self.folder / "summary.json").unlink(missing_ok=True)
         # What a run wrote after its last checkpoint, or before its first one, it is to write again.
