@@ -233,9 +233,9 @@ def test_every_setting_trains(
 STUDIES = {
     "flatness": 18,
     "gap": 162,
-    "large_batch": 20,
+    "large_batch": 10,
     "measures": 128,
-    "parle": 12,
+    "parle": 8,
     "qsr": 18,
     "qsr_text": 12,
     "scalability": 6,
