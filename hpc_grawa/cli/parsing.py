@@ -55,14 +55,8 @@ def parse(arguments: Sequence[str], program: str = "hpc-grawa train") -> Config:
 def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     settings, others = read_sections(files, options)
     variant = settings["method"].pop("variant", None)
-    parser = ArgumentParser(exit_on_error=False)
     classes = {name: find_class(name, settings[name]["class_path"]) for name in CLASS_SECTIONS}
-    for name, found in classes.items():
-        parser.add_argument(f"--{name}.class_path", type=str, required=True)
-        if "dict_kwargs" in settings[name]:
-            parser.add_argument(f"--{name}.dict_kwargs", type=dict)
-        add_class(parser, found, f"{name}.init_args")
-    add_others(parser)
+    parser = _whole(tuple(classes.items()), tuple(name for name in classes if "dict_kwargs" in settings[name]))
     _check(parser, settings, whole=False)  # what is wrong in a file is so where an option wins, too
     called = set_options(settings, others)
     _check(parser, settings, whole=True)
@@ -107,6 +101,19 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         called=called,
         _model=model,
     )
+
+
+@cache
+def _whole(classes: tuple[tuple[str, type], ...], free: tuple[str, ...]) -> ArgumentParser:
+    """A parser of all settings, for the class of each section; ``free`` sections have ``dict_kwargs``."""
+    parser = ArgumentParser(exit_on_error=False)
+    for name, found in classes:
+        parser.add_argument(f"--{name}.class_path", type=str, required=True)
+        if name in free:
+            parser.add_argument(f"--{name}.dict_kwargs", type=dict)
+        add_class(parser, found, f"{name}.init_args")
+    add_others(parser)
+    return parser
 
 
 def _settled(
@@ -169,9 +176,7 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
 def _check_class(found: object, given: dict[str, Any], key: str, whole: bool) -> None:
     """The same for a class that a setting holds."""
     if isinstance(found, type):
-        parser = ArgumentParser(exit_on_error=False)
-        add_class(parser, found, "of")
-        _check_all(actions(parser, "of"), given, key, found.__name__, whole)
+        _check_all(actions(_of(found), "of"), given, key, found.__name__, whole)
 
 
 def _import_held(settings: dict[str, Any]) -> dict[str, str]:
@@ -192,10 +197,8 @@ def _as_imported(key: str, value: Any) -> Any:
         return value
     if not is_class(kind := find_class(key, value["class_path"]), torch.optim.Optimizer):
         return value
-    parser = ArgumentParser(exit_on_error=False)
-    add_class(parser, kind, "of")
     try:
-        arguments = parser.parse_object({"of": value.get("init_args") or {}}).of.as_dict()
+        arguments = _of(kind).parse_object({"of": value.get("init_args") or {}}).of.as_dict()
     except ArgumentError as error:
         raise ConfigError(in_a_line(error)) from None
     inside = {"groups": arguments.pop("groups", None), "kind": value["class_path"], "arguments": arguments}
@@ -225,6 +228,14 @@ def _check_type(key: str, kind: Any, value: Any) -> None:
             _check_class(found, {}, key, whole=True)
         why = _FP16 if (key, value) == ("precision", "fp16") else ""
         raise wrong(key, value, must_be(key, kind, None if value == "null" else value) + why) from None
+
+
+@cache
+def _of(found: type) -> ArgumentParser:
+    """A parser of one class's settings, ``of``."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_class(parser, found, "of")
+    return parser
 
 
 @cache

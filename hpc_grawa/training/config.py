@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,12 +241,17 @@ class Config:
 
 def instantiate(parsed: Namespace) -> Namespace:
     """Build the classes of a part of what was parsed."""
-    keep = ArgumentParser(exit_on_error=False)
-    for name, (base, _) in CLASS_SECTIONS.items():
-        if name in parsed:
-            keep.add_argument(f"--{name}", type=base)
-    for name, group in GROUPS.items():
-        if name in parsed:
-            keep.add_class_arguments(group, name)
-    built: Namespace = keep.instantiate(parsed)
+    built: Namespace = _maker(tuple(name for name in (*CLASS_SECTIONS, *GROUPS) if name in parsed)).instantiate(parsed)
     return built
+
+
+@cache
+def _maker(sections: tuple[str, ...]) -> ArgumentParser:
+    """What builds the classes of sections."""
+    parser = ArgumentParser(exit_on_error=False)
+    for name in sections:
+        if name in CLASS_SECTIONS:
+            parser.add_argument(f"--{name}", type=CLASS_SECTIONS[name][0])
+        else:
+            parser.add_class_arguments(GROUPS[name], name)
+    return parser
