@@ -139,16 +139,23 @@ def _experiment(config: Config) -> str:
     return config.text.replace(f"name: {config.run.name}\n", "")
 
 
-@pytest.mark.parametrize("paper", papers())
-def test_a_paper_makes_a_row_of_any_setting(paper: str, paths: dict[str, Path]) -> None:
+#: Papers, settings, and how many runs they make together.
+ROWS_OF_PAPERS = [
+    ("grawa", "cifar10_resnet20", 3 * (9 + 12 + 2 * 12 + 2 * 6)),
+    ("qsr", "cifar10_resnet20", 3 * 6),
+    ("qsr", "imagenet_vitb16", 3 * 6),
+]
+
+
+@pytest.mark.parametrize(("paper", "name", "runs"), ROWS_OF_PAPERS)
+def test_a_paper_makes_a_row_of_any_setting(paper: str, name: str, runs: int, paths: dict[str, Path]) -> None:
     """Its methods, seeds, and of each method the settings that it was chosen from."""
-    runs = {"grawa": 3 * (9 + 12 + 2 * 12 + 2 * 6), "qsr": 3 * 6}[paper]
-    for name in ("cifar10_resnet20", "imagenet_vitb16"):
-        words = [f"--config={PAPERS / paper}.yaml", f"--config={name}", f"--data.path={paths[name]}"]
-        planned = Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan
-        assert len(planned) == runs and {config.run.seed for _, config in planned} == {36, 720, 1042}
-        assert len({_experiment(config) for _, config in planned}) == runs
-        planned[0].config.check(4)
+    words = [f"--config={PAPERS / paper}.yaml", f"--config={name}", f"--data.path={paths[name]}"]
+    planned = Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan
+    assert {of for of, *_ in ROWS_OF_PAPERS} == set(papers())
+    assert len(planned) == runs and {config.run.seed for _, config in planned} == {36, 720, 1042}
+    assert len({_experiment(config) for _, config in planned}) == runs
+    planned[0].config.check(4)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -242,6 +249,7 @@ STUDIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_can_be_trained(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """All its runs are different experiments, and are checked; one of each method is built."""
