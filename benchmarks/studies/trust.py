@@ -57,11 +57,10 @@ def train(
         x, y = examples.batch(torch.randint(len(examples), (batch_size,)))
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        before = {p: p.detach().clone() for p in names}
+        before = {p: p.detach().clone() for p in names if step in at}
         optimizer.step()
-        if step in at:
-            for p, name in names.items():
-                found[name].append(ratio(settings, p, before[p], optimizer.state[p], step))
+        for p, start in before.items():
+            found[names[p]].append(ratio(settings, p, start, optimizer.state[p], step))
     return found, at
 
 
