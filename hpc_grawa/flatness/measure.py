@@ -67,11 +67,11 @@ class Settings:
 
 
 class Models(Sequence[Tensor]):
-    """The ranks' own models ``[P]``, each made when it is asked for; all ranks must ask alike.
+    """Models ``[P]``, such as the ranks' own, each made when it is asked for; all ranks must ask alike.
 
     Args:
-        count: of ranks.
-        make: one, by its rank.
+        count: of models.
+        make: one, by its number.
     """
 
     def __init__(self, count: int, make: Callable[[int], Tensor]) -> None:
@@ -80,10 +80,10 @@ class Models(Sequence[Tensor]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, rank: Any) -> Any:
-        if not 0 <= rank < self._count:
-            raise IndexError(rank)
-        return self._make(rank)
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._make(number)
 
 
 @dataclass
