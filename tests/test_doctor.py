@@ -234,8 +234,9 @@ def test_a_plain_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 @launched
-@pytest.mark.parametrize(("ranks", "backend"), [(2, "mpi"), pytest.param(4, "auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "mpi"), (4, "auto")])
 def test_ranks_of_mpirun(ranks: int, backend: str) -> None:
     status, output, errors = run("doctor", "--backend", backend, "--folder", "some/runs", by=mpirun(ranks))
     assert status == 0, output + errors

@@ -320,9 +320,8 @@ def test_measures_are_those_of_one_process_on_several_ranks() -> None:
         return measures(copy.deepcopy(model), copy.deepcopy(start), Pairs(x, y), comm, batch_size=4).values
 
     (alone,) = simulate(1, body)
-    for world in (2, 4):
-        for values in simulate(world, body):
-            assert values == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in alone.items()}
+    for values in simulate(4, body):
+        assert values == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in alone.items()}
 
 
 class Two(nn.Module):

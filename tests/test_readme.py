@@ -221,6 +221,7 @@ def test_own_model_data_loss_and_metric(tmp_path: Path) -> None:
     assert run(evaluate, tmp_path).stdout.strip().endswith(f"test r2 {found[1]}")
 
 
+@pytest.mark.slow
 def test_many_simulated_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = next(b for b in blocks("python") if "simulate(64" in b)
     (tmp_path / "many.py").write_text(program)

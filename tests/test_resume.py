@@ -151,7 +151,7 @@ def test_wherever_a_run_is_cut_off_it_equals_the_uninterrupted_one(
 
 def test_with_a_limit_in_seconds_the_clock_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints by the clock, too: all ranks make them at the same step."""
-    limits = ("--budget.steps=null", "--budget.seconds=3", "--save.unit=seconds", "--save.every=0.4")
+    limits = ("--budget.steps=null", "--budget.seconds=1.5", "--save.unit=seconds", "--save.every=0.2")
     made, take = config("LGRAWA", *limits, "--eval.every=1000"), Worker.step
 
     last = 0.0
@@ -159,7 +159,7 @@ def test_with_a_limit_in_seconds_the_clock_goes_on(tmp_path: Path, monkeypatch: 
     def cut(worker: Worker) -> Any:
         nonlocal last
         last = max(last, worker.facts.seconds)
-        if worker.facts.seconds > 1.5:
+        if worker.facts.seconds > 0.8:
             raise Cut
         return take(worker)
 
@@ -168,10 +168,10 @@ def test_with_a_limit_in_seconds_the_clock_goes_on(tmp_path: Path, monkeypatch: 
         with pytest.raises(Cut):
             run(made, tmp_path)
     manifests = [json.loads(m.read_text()) for m in sorted(tmp_path.glob("checkpoints/0*/manifest.json"))]
-    assert 0.4 <= manifests[-1]["seconds"] <= last
+    assert 0.2 <= manifests[-1]["seconds"] <= last
     began = time.monotonic()
     summary = run(made, tmp_path)[0]
-    assert 3 <= summary["training_seconds"] <= manifests[-1]["seconds"] + time.monotonic() - began
+    assert 1.5 <= summary["training_seconds"] <= manifests[-1]["seconds"] + time.monotonic() - began
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for name in ("step", "seconds"):
         seen = [record[name] for record in records if record["event"] == "train"]
