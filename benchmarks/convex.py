@@ -104,7 +104,7 @@ def descend(
             value = optimizer.step(closure)
             before = vector.data.clone()
             run.after_step(value)
-            if seen and rounds < 1000:
+            if seen:
                 seen.clear()
                 rounds += 1
                 whole = [whole_loss(model, vector, p, x, y) for p in (before, run.center)]

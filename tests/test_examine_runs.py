@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hpc_grawa import simulate
 from hpc_grawa.cli.finished import FinishedRun, finished_config
 from hpc_grawa.cli.flatness import How
 from hpc_grawa.cli.parsing import parse
+from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.launch import own_slot
 from hpc_grawa.runs.checkpoint import model_file, saved_models
@@ -108,6 +110,12 @@ def test_flatness_says_what_it_found_and_goes_on(run: Path, capsys: pytest.Captu
     assert other["loss"] == -1 and other["spectra"] != found["spectra"] and other["trace"] == found["trace"]
     table = called(capsys, "table", str(run))
     assert "largest eigenvalue" in table.said
+    assert "- flatness: of the center, on 100 of 1437 training examples, float64, 6 Ritz values." in table.said
+    # On other examples, and on the first ones again, which is then the latest.
+    assert called(capsys, "flatness", str(run), "--measures=loss", "--examples=50").status == 0
+    assert "on 50 of 1437 training examples, float32." in called(capsys, "table", str(run)).said
+    assert called(capsys, "flatness", str(run), "--measures=loss", "--examples=100", "--double").status == 0
+    assert "on 100 of 1437 training examples, float64, 6 Ritz values." in called(capsys, "table", str(run)).said
 
 
 def test_what_was_measured_stays_beside_what_is_measured_later(
@@ -168,6 +176,75 @@ def test_lanczos_goes_on_where_it_was_cut_off(
     assert found == expected
 
 
+def test_flatness_of_a_folder_of_runs(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of its finished ones; and the table says where they were not measured alike."""
+    for seed in ("0", "1"):
+        shutil.copytree(run, tmp_path / "all" / f"LGRAWA-{seed}")
+        (tmp_path / "all" / f"LGRAWA-{seed}" / "flatness.json").unlink(missing_ok=True)
+    (tmp_path / "all" / "LGRAWA-2").mkdir()
+    (tmp_path / "all" / "LGRAWA-2" / "metrics.jsonl").write_text("")
+    ended = called(capsys, "flatness", str(tmp_path / "all"), "--measures=loss", "--examples=50")
+    assert ended.status == 0 and "runs       2 of 3; the others are not finished" in ended.said, ended.said
+    assert (tmp_path / "all/LGRAWA-0/flatness.json").read_text() == (
+        tmp_path / "all/LGRAWA-1/flatness.json"
+    ).read_text()
+    again = called(capsys, "flatness", str(tmp_path / "all/LGRAWA-1"), "--measures=loss", "--examples=60")
+    assert again.status == 0, again.said
+    told = " ".join(called(capsys, "table", str(tmp_path / "all")).said.split())
+    assert "flatness was not measured alike, so do not compare it: LGRAWA on 50 of 1437" in told and "on 60 of" in told
+    for folder, why in (("all/LGRAWA-2", "has no config.yaml"), ("nothing", "has no config.yaml")):
+        ended = called(capsys, "flatness", str(tmp_path / folder))
+        assert ended.status == 2 and why in ended.said, ended.said
+
+
+def test_a_spectrum_goes_on_by_as_many_ranks(run: Path, tmp_path: Path) -> None:
+    """Each has kept its part of the basis; others would lose it."""
+    from hpc_grawa.cli.flatness import How, measure_runs
+    from hpc_grawa.errors import ConfigError
+    from hpc_grawa.flatness.measure import Settings
+    from hpc_grawa.runs.checkpoint import Checkpoints
+
+    folder = tmp_path / "cut"
+    shutil.copytree(run, folder)
+    (folder / "flatness.json").unlink(missing_ok=True)
+    how, settings = How(examples=50), Settings(measures=("spectrum",), steps=3)
+
+    def cut(comm: Communicator) -> None:
+        kept = FinishedRun(folder, finished_config(folder, "test", "auto", None), comm, own_slot())
+        told = {**how.said(how.objective(kept, comm), kept), **settings.of("spectrum")}
+        checkpoints = Checkpoints(folder / "flatness" / "center", comm, keep=1)
+        assert not [*checkpoints.save(1, {"spectra": []}, {"how": told}), *checkpoints.settle()]
+
+    simulate(2, cut)
+    configs = {folder: finished_config(folder, "test", "auto", None)}
+    with pytest.raises(ConfigError, match="ranks is 1: must be 2, who began the spectrum of center; or remove"):
+        measure_runs(configs, settings, how, SingleCommunicator(), own_slot())
+    assert list((folder / "flatness" / "center").glob("*/rank-1.pt"))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_mean_of_the_ranks_models(run: Path, world: int) -> None:
+    """With BatchNorm statistics of its own, the same on any number of ranks."""
+
+    def body(comm: Communicator) -> list[torch.Tensor]:
+        kept = FinishedRun(run, finished_config(run, "test", "auto", None), comm, own_slot())
+        found = []
+        for name in ("rank 0", "rank 1", "mean", "center"):
+            kept.put(name)
+            found.append(torch.cat([p.detach().flatten() for p in kept.model.parameters()]))
+            if name == "mean":
+                found.append(torch.cat([b.flatten() for n, b in kept.model.named_buffers() if n.endswith("_var")]))
+        return found
+
+    first, second, mean, spread, center = simulate(world, body)[0]
+    assert torch.allclose(mean, (first + second) / 2, atol=1e-7) and not torch.equal(mean, center)
+    alone = simulate(1, body)[0][3]
+    assert torch.allclose(spread, alone, rtol=1e-5) and float(spread.min()) > 0
+    state = torch.load(run / "center.pt", weights_only=True)
+    centers = torch.cat([b.flatten() for n, b in state.items() if n.endswith("_var")])
+    assert not torch.equal(spread, centers)
+
+
 def test_flatness_of_each_rank(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended = called(capsys, "flatness", str(run), *FEW, "--models=ranks", "--measures=loss,sam")
     assert ended.status == 0, ended.said
@@ -182,7 +259,13 @@ def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], 
     ended = called(capsys, "flatness", str(run), *few, f"--landscape={figure}")
     assert ended.status == 0, ended.said
     found = json.loads(figure.with_name(f"{figure.name}.json").read_text())
-    center = json.loads((run / "flatness.json").read_text())["center"][-1]["loss"]
+
+    def of_batch(folder: Path) -> float:
+        assert called(capsys, "flatness", str(folder), *few, "--statistics=batch").status == 0
+        return float(json.loads((folder / "flatness.json").read_text())["center"][-1]["loss"])
+
+    center = of_batch(run)
+    assert found["how"]["statistics"] == "batch"
     assert found["at"] == [-0.5, 0, 0.5, 1, 1.5] and list(found["lines"]) == ["rank 0", "rank 1"]
     assert all(one["losses"][1] == pytest.approx(center) for one in found["lines"].values())
     assert found["plane"]["places"]["center"] == [0, 0] and found["plane"]["through"] == ["center", "rank 0", "rank 1"]
@@ -197,8 +280,7 @@ def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], 
     found = json.loads(figure.with_name(f"{figure.name}.json").read_text())
     plane = found["plane"]
     assert plane["through"] == [run.name, "seed1", "seed2"] and np.shape(plane["losses"]) == (5, 5)
-    own = json.loads((runs[0] / "flatness.json").read_text())["center"][-1]["loss"]
-    assert found["lines"]["seed1"]["losses"][3] != pytest.approx(own)  # with the first center's BatchNorm
+    assert found["lines"]["seed1"]["losses"][3] == pytest.approx(of_batch(runs[0]))  # not by another's BatchNorm
     assert found["lines"]["seed1"]["distance"] == pytest.approx(plane["places"]["seed1"][0])
 
 
@@ -223,7 +305,7 @@ def test_flatness_at_evaluations(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--measures=loss,flat"], "measures is flat: must be among loss, sam, entropy"),
-        (["--models=mine"], "models is mine: must be center, ranks, or center,ranks"),
+        (["--models=mine"], "models is mine: must be some of center,mean,ranks"),
         (["--steps=0"], "steps is 0: must be at least 1"),
         (["--rho=nan"], "rho is nan: must be a positive number"),
         (["--examples=-1"], "examples is -1: must be at least 1, or 0 for all"),
@@ -250,6 +332,7 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ended = called(capsys, "measures", *words)
     assert ended.status == 0, ended.said
     assert "4 of 4 runs; axes optimizer.lr, model.width" in ended.said and "path norm" in ended.said
+    assert re.search(r"^\| tau along +\| optimizer.lr \| model.width \|$", ended.said, re.M)
     assert figure.stat().st_size > 10_000
     rows = csv.read_text().splitlines()
     assert len(rows) == 5 and rows[0].startswith("run,optimizer.lr,model.width,gap,")

@@ -182,8 +182,11 @@ def test_norms_of_two_layers() -> None:
     assert found["product"] == pytest.approx(math.log(36))
     assert found["product_over_margin"] == pytest.approx(math.log(36 / 0.25))
     assert found["ratio"] == pytest.approx(math.log(36 / 0.25 * 5))
+    assert found["ratios"] == 5
     assert found["mean"] == pytest.approx(2 * 6)
+    assert found["mean_over_margin"] == pytest.approx(2 * 6 / 0.5)
     assert math.isnan(of_products([4.0], [4.0], margin=-1)["product_over_margin"])
+    assert all(map(math.isnan, of_products([4.0, 0.0], [4.0, 1.0], margin=1).values()))  # a layer that died
 
 
 def test_the_path_norm_sums_over_paths() -> None:
@@ -248,6 +251,9 @@ def test_every_measure_of_a_linear_network_in_closed_form() -> None:
         math.log(two[0] * two[1] / margin**2 * (square(a) / two[0] + square(b) / two[1]))
     )
     assert values["spectral_mean"] == pytest.approx(2 * math.sqrt(two[0] * two[1]))
+    assert values["spectral_mean_over_margin"] == pytest.approx(values["spectral_mean"] / margin)
+    assert values["frobenius_over_spectral"] == pytest.approx(square(a) / two[0] + square(b) / two[1])
+    assert values["frobenius_mean_over_margin"] == pytest.approx(values["frobenius_mean"] / margin)
     assert values["frobenius_product"] == pytest.approx(math.log(square(a) * square(b)))
     assert values["frobenius_product_over_margin"] == pytest.approx(math.log(square(a) * square(b) / margin**2))
     assert values["frobenius_mean"] == pytest.approx(2 * math.sqrt(square(a) * square(b)))

@@ -244,7 +244,7 @@ def test_every_setting_trains(
 STUDIES = {
     "flatness": 18,
     "gap": 162,
-    "large_batch": 10,
+    "large_batch": 12,
     "measures": 128,
     "parle": 8,
     "qsr": 18,

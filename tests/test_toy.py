@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import dataclass, fields, replace
@@ -26,7 +27,8 @@ from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod, Level, Probe, Run
 from hpc_grawa.toy import Descent, Vincent, descend, draw, first_round, valley, vincent
 from hpc_grawa.toy import table as printed_table
-from hpc_grawa.toy.vincent import CORNERS
+from hpc_grawa.toy.starts import end_of, ends
+from hpc_grawa.toy.vincent import CORNERS, DOMAIN
 
 #: As far as a method has them.
 SETTINGS = {"pull": 0.5, "prox": 0.0, "power": 1.0, "score_momentum": 0.0}
@@ -136,6 +138,37 @@ def test_score_momentum_ends_in_the_same_valley(name: str) -> None:
     descent = descend(replace(METHODS[name], score_momentum=SCORE_MOMENTUM), steps=8000)  # type: ignore[call-arg]
     assert (descent.ranks[:, -1] - 7.706).abs().max() < 0.05
     assert (descent.center[-1] - 7.706).abs().max() < 0.05
+
+
+def test_what_the_end_of_a_descent_is() -> None:
+    """Also on its way down a bowl; tops count as saddles."""
+    low, high = (math.exp((sign * math.pi / 2 + 4 * math.pi) / 10) for sign in (1, -1))
+    for x, kind in (
+        ((low, low), "minimum"),
+        ((low, 1.1 * low), "minimum"),
+        ((low, high), "saddle"),
+        ((high, high), "saddle"),
+        ((low, 1.05 * high), "moving"),
+    ):
+        end = end_of(torch.tensor(x, dtype=torch.float64))
+        assert end.kind == kind
+        assert end.curvature == pytest.approx(50 / low**2 if kind == "minimum" else math.nan, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_ends_from_random_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a descent from each start, whichever process makes it."""
+    method = with_settings(MGRAWA(period=4))
+    found = ends({"MGRAWA": method}, starts=3, seed=1, steps=200, lr=1e-3)["MGRAWA"]
+    low, high = DOMAIN
+    drawn = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * (high - low) + low
+    by_hand = [end_of(descend(method, 200, 1e-3, start.tolist()).center[-1]) for start in drawn]
+    assert str(found) == str(by_hand)  # NaN is not NaN
+    status, output, errors = called(capsys, "toy", "--starts=3", "--seed=1", "--steps=200", "--methods=MGRAWA,LocalSGD")
+    assert (status, errors) == (0, ""), output
+    for name in ("MGRAWA", "LocalSGD"):
+        (line,) = (line for line in output.splitlines() if line.startswith(f"| {name} "))
+        assert sum(float(share) for share in re.findall(r"([\d.]+) %", line)) == pytest.approx(100, abs=0.2)
 
 
 def test_leaving_the_domain_is_an_error() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/studies/gap.py runs/gap --figure gap.png
 
-Each run needs its gradient norm: hpc-grawa flatness runs/gap/EASGD* --measures loss. Correlations are those of trained
+Each run needs its gradient norm: hpc-grawa flatness runs/gap --measures loss. Correlations are those of trained
 runs, whose training accuracy is above ``--trained``, and those of all. Errors are of 1,000 resamplings of the runs.
 """
 
@@ -36,7 +36,8 @@ def main() -> None:
     rows = []
     for file in sorted(words.folder.glob("*/flatness.json")):
         summary = json.loads((file.parent / "summary.json").read_text())
-        norm = json.loads(file.read_text())["center"][-1]["gradient_norm"]
+        measured = json.loads(file.read_text())["center"]
+        norm = next(one["gradient_norm"] for one in reversed(measured) if "gradient_norm" in one)
         rows.append((norm, 100 * summary["gap"], summary["center_train_accuracy"]))
     table = np.array([row for row in rows if np.isfinite(row).all()])
     trained = table[:, 2] >= words.trained

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .. import buffers
+from .. import buffers, nests
+from ..batchnorm import recalibrate
 from ..comm import Communicator
 from ..data import Splits
 from ..errors import ConfigError, Damaged, in_a_line, wrong
+from ..flatness.objective import in_dtype
 from ..launch import Slot, local_device
 from ..runs.checkpoint import model_file, saved_models
 from ..runs.reading import parse_settings, read_text
@@ -20,8 +23,15 @@ from ..training.preflight import fail_together, new_model
 from ..vector import ParameterVector
 from .parsing import parse
 
-#: The averaged model of the last round.
-CENTER = "center"
+#: The averaged model of the last round; the uniform mean of the ranks' own.
+CENTER, MEAN = "center", "mean"
+
+_NEEDED = ("config.yaml", "center.pt")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether this is the folder of a finished run."""
+    return all((run / name).is_file() for name in _NEEDED)
 
 
 def finished_config(run: Path, program: str, backend: str, data_path: str | None) -> Config:
@@ -31,9 +41,9 @@ def finished_config(run: Path, program: str, backend: str, data_path: str | None
         ConfigError: the folder is not one of a finished run.
         Damaged: its ``config.yaml`` is not whole.
     """
-    for name in ("config.yaml", "center.pt"):
-        if not (run / name).is_file():
-            raise ConfigError(f"{run} is not the folder of a finished run: it has no {name}")
+    if not is_finished(run):
+        missing = next(name for name in _NEEDED if not (run / name).is_file())
+        raise ConfigError(f"{run} is not the folder of a finished run: it has no {missing}")
     file = run / "config.yaml"
     settings = parse_settings(read_text(file) or "", str(file))
     if missing := CLASS_SECTIONS.keys() - settings:
@@ -82,12 +92,36 @@ class FinishedRun:
         return model if same else None
 
     def put(self, name: str) -> None:
-        """Put a model in place: the ``center``, or that of a rank (``rank 3``).
+        """Put a model in place: the ``center``, the ``mean`` of the ranks' models, or that of a rank (``rank 3``).
+
+        The mean has BatchNorm statistics of its own, of as many training examples as the run's evaluations took, and
+        the center's other buffers. Where all ranks have one model, it is this one.
 
         Raises:
             ConfigError: there is no such model, its file is damaged, or of another model.
         """
-        self._put(self._file(name))
+        if name == MEAN and self.ranks:
+            self._put_mean()
+        else:
+            self._put(self._file(CENTER if name == MEAN else name))
+
+    def _put_mean(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items() if p.requires_grad}
+        for number in range(self.ranks):
+            self.put(f"rank {number}")
+            for name, total in sums.items():
+                total += parameters[name].detach()
+        self.put(CENTER)
+        with torch.no_grad():
+            for name, total in sums.items():
+                parameters[name].copy_(total / self.ranks)
+        train, size = self.splits.train, self.config.data.batch_size
+        seen = min(len(train), self.config.eval.bn_batches * size * self.ranks)
+        parts = (torch.arange(seen) * len(train) // seen).split(size)[self._comm.rank :: self._comm.size]
+        dtype = next(self.model.parameters()).dtype
+        batches = (nests.mapped(partial(in_dtype, dtype), train.batch(part, None)[0]) for part in parts)
+        recalibrate(self.model, batches, self._comm)
 
     def put_center_of(self, run: Path) -> None:
         """The same for the center of another run, whose model must be of the same kind."""
@@ -117,7 +151,7 @@ class FinishedRun:
             return self.run / "center.pt"
         number = name.removeprefix("rank ")
         if not number.isdecimal() or int(number) >= self.ranks:
-            kept = ", ".join([CENTER, *(f"'rank {m}'" for m in range(self.ranks))])
+            kept = ", ".join([CENTER, MEAN, *(f"'rank {m}'" for m in range(self.ranks))])
             raise wrong("model", name, f"must be among {kept}, which {self.run} has kept")
         return model_file(self.run, int(number))
 

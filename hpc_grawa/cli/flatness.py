@@ -21,12 +21,13 @@ from ..flatness.measure import MEASURES, Models, Settings, Subject, is_known, me
 from ..flatness.objective import Objective, Statistics
 from ..launch import Slot
 from ..runs.checkpoint import Checkpoints
-from ..runs.log import Log, write_atomically
-from ..runs.record import FLATNESS, read_flatness
+from ..runs.log import Log, say, write_atomically
+from ..runs.record import FLATNESS, group, read_flatness, read_run
 from ..screen import wrapped
 from ..training.config import Config
 from ..training.preflight import fail_together
-from .finished import CENTER, FinishedRun, finished_config
+from .compare import runs_in
+from .finished import CENTER, MEAN, FinishedRun, finished_config, is_finished
 from .gate import Parser
 from .together import backend_line, set_threads, together
 
@@ -40,16 +41,19 @@ def flatness(words: list[str], slot: Slot) -> None:
     """Say how flat the loss is around a run's models: spectrum of its Hessian, sharpness, width of the valley."""
     program, default = "hpc-grawa flatness", Settings()
     parser = Parser(prog=program, description=flatness.__doc__, allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, or folders of these")
     parser.add_argument(
-        "--models", default=CENTER, help="center, ranks (each one's own), or both: center,ranks (center)"
+        "--models", default=CENTER, help="some of center,mean,ranks: the ranks' own, their mean (center)"
     )
     parser.add_argument("--measures", default=",".join(MEASURES), help=f"some of {','.join(MEASURES)} (all)")
     parser.add_argument("--examples", type=int, default=2000, help="training examples, evenly spaced; 0: all (2000)")
     parser.add_argument("--batch_size", type=int, default=500, help="examples per pass and rank (500)")
     parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument(
-        "--statistics", choices=get_args(Statistics), default="model", help="BatchNorm's: the model's or a batch's"
+        "--statistics",
+        choices=get_args(Statistics),
+        default="model",
+        help="BatchNorm's: the model's or a batch's (model; between models, for --landscape, always a batch's)",
     )
     texts = {
         "steps": "of Lanczos's method",
@@ -76,29 +80,34 @@ def flatness(words: list[str], slot: Slot) -> None:
     require(options.examples >= 0, "examples", options.examples, "at least 1, or 0 for all")
     require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
     chosen = options.models.split(",")
-    if not chosen or set(chosen) - {CENTER, "ranks"}:
-        raise wrong("models", options.models, "must be center, ranks, or center,ranks")
+    if set(chosen) - {CENTER, MEAN, "ranks"}:
+        raise wrong("models", options.models, "must be some of center,mean,ranks")
     require(options.points >= 2, "points", options.points, "at least 2")
     for figure in (options.figure, options.landscape):
         if figure is not None:
             from ..report.figure import check_drawable
 
             check_drawable(figure)
-    configs = [finished_config(run, program, options.backend, options.data_path) for run in options.runs]
+    paths = [run for path in options.runs for run in runs_in(path)]
+    finished = [run for run in paths if run in options.runs or is_finished(run)]
+    require(bool(finished), "runs", ", ".join(map(str, options.runs)), "folders of finished runs, or folders of these")
+    configs = [finished_config(run, program, options.backend, options.data_path) for run in finished]
     for config in configs:
         config.data.check(1)
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
     with together(program, configs[0], slot, first_line) as comm:
-        runs = dict(zip(options.runs, configs, strict=True))
+        if comm.rank == 0 and len(finished) < len(paths):
+            say(f"runs       {len(finished)} of {len(paths)}; the others are not finished")
+        runs = dict(zip(finished, configs, strict=True))
         measure_runs(runs, settings, how, comm, slot, chosen, options.figure)
         if options.landscape is not None:
             from .landscape import landscape
 
             first, *others = runs
-            finished = FinishedRun(first, runs[first], comm, slot, double=how.double)
-            landscape(finished, others, how, comm, options.points, options.landscape)
+            begin = FinishedRun(first, runs[first], comm, slot, double=how.double)
+            landscape(begin, others, how, comm, options.points, options.landscape)
 
 
 class How(NamedTuple):
@@ -141,6 +150,15 @@ def named(runs: Iterable[Path]) -> dict[Path, str]:
     return {run: run.name if run.name and names[run.name] == 1 else str(run) for run in runs}
 
 
+def experiments(runs: Mapping[Path, str]) -> dict[Path, str]:
+    """What the lines of figures are called: seeds of one experiment alike, any other run by its name."""
+    records = [read_run(run) for run in runs]
+    if len({record.metric for record in records}) > 1:
+        return dict(runs)
+    several = {label: members for label, members in group(records).items() if len(members) > 1}
+    return {**runs, **{record.path: label for label, members in several.items() for record in members}}
+
+
 def measure_runs(
     runs: Mapping[Path, Config],
     settings: Settings,
@@ -152,19 +170,19 @@ def measure_runs(
 ) -> None:
     """Measure runs one after the other, and say what was found; all ranks must call it."""
     log = Log(None, speaks=comm.rank == 0)
-    found: dict[str, dict[str, Any]] = {}
-    titles = named(runs)
+    found: list[tuple[str, dict[str, Any]]] = []
+    titles = experiments(named(runs))
     for run, config in runs.items():
         writes = comm.rank > 0 or os.access(run, os.W_OK)
         fail_together(comm, "" if writes else f"{run} cannot be written, where results are to be kept")
         finished = FinishedRun(run, config, comm, slot, double=how.double)
-        names = [CENTER] if CENTER in models else []
+        names = [name for name in (CENTER, MEAN) if name in models]
         names += [f"rank {m}" for m in range(finished.ranks)] if "ranks" in models else []
         if not names:
             raise wrong("models", ",".join(models), f"must be center: {run} has kept no rank's own model")
         for name in names:
             known = _measured(finished, name, settings, how, comm, log)
-            found[f"{titles[run]} {name}" if len(names) > 1 else titles[run]] = known
+            found.append((f"{titles[run]} {name}" if len(names) > 1 else titles[run], known))
             log.say(f"\n{described(f'{name} of {run}', known)}")
     log.close()
     if comm.rank == 0 and figure is not None:
@@ -197,7 +215,12 @@ def _measured(
     spectra: list[dict[str, Any]] = []
     if under_way:
         restored = checkpoints.load()
-        if restored is not None and restored.world_size == comm.size and restored.manifest.get("how") == wanted:
+        if restored is not None and restored.manifest.get("how") == wanted:
+            if restored.world_size != comm.size:
+                fix = (
+                    f"must be {restored.world_size}, who began the spectrum of {name}; or remove {place} to begin anew"
+                )
+                raise wrong("ranks", comm.size, fix)
             spectra = restored.state["spectra"]
     kept_at = time.monotonic()
 
@@ -228,6 +251,7 @@ def _measured(
 
     ranks = Models(finished.ranks, read) if name == CENTER else ()
     known = measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
+    write(known)  # the last of the list, if nothing of it was to be measured
     if under_way and comm.rank == 0:
         shutil.rmtree(place, ignore_errors=True)
     return known

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..batchnorm import norms
 from ..comm import Communicator
 from ..errors import ConfigError
 from ..flatness.landscape import Plane, line
@@ -32,11 +33,13 @@ def landscape(
 
     Of one run lines go from its center to each rank's model; of several, from the first run's center to the others'.
     The plane goes through the first three of these models; there is none where they are fewer or lie on one line.
-    BatchNorm has the statistics of the first center, or a batch's.
+    BatchNorm has each batch's statistics, as no model between others has any.
 
     Raises:
         ConfigError: there is one model alone, runs have other parameters than the first, or no loss is finite.
     """
+    if norms(first.model):
+        how = how._replace(statistics="batch")
     objective = how.objective(first, comm)
     names, models = _models(first, others, objective)
     if len(names) < 2:

@@ -174,7 +174,12 @@ def _table(
     for kind in ("notes", "left_out"):
         texts = dict.fromkeys(text for run in found for text in _texts(run[kind]))
         notes += [f"{text} ({sum(text in _texts(run[kind]) for run in found)} runs)" for text in texts]
-    return "\n".join(["", *aligned(grid), "", *(wrapped(f"- {note}", 120, "", "  ") for note in notes)])
+    along = [["tau along", *axes]]
+    along += [
+        [one.name.replace("_", " "), *(_signed(one.along.get(axis, math.nan)) for axis in axes)] for one in rankings
+    ]
+    told = (wrapped(f"- {note}", 120, "", "  ") for note in notes)
+    return "\n".join(["", *aligned(grid), "", *aligned(along), "", *told])
 
 
 def _texts(told: Any) -> list[str]:

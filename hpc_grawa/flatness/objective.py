@@ -163,7 +163,7 @@ class Objective:
         device, dtype = self.vector.data.device, self.vector.data.dtype
         batches = in_advance(self._data, ((part, None) for part in self._parts), device)
         for part, batch in zip(self._parts, batches, strict=True):
-            yield part, nests.mapped(partial(_in, dtype), nests.moved(batch, device))
+            yield part, nests.mapped(partial(in_dtype, dtype), nests.moved(batch, device))
             self.watch(len(self._parts))
 
     def _losses(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,5 +198,6 @@ def _check_twice(gradients: list[Tensor]) -> None:
         to_do += [other for other, _ in node.next_functions]
 
 
-def _in(dtype: torch.dtype, leaf: Any) -> Any:
+def in_dtype(dtype: torch.dtype, leaf: Any) -> Any:
+    """A floating-point tensor in ``dtype``; anything else as it is."""
     return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -86,8 +86,8 @@ def valley_width(
 ) -> list[tuple[float, bool]]:
     """How far from the center towards each rank the loss reaches κ·f(center), and whether the search ended before.
 
-    It ends at 10 times the rank's distance; a rank that is the center has width 0. NaN where f(center) is not positive
-    and finite, so that κ·f(center) is no bound.
+    It ends at 10 times the rank's distance; a rank that is the center has width 0. NaN where the rank is not finite, or
+    f(center) is not positive and finite, so that κ·f(center) is no bound.
 
     Args:
         objective: f.
@@ -99,7 +99,7 @@ def valley_width(
     found = []
     for rank in ranks:
         distance = float((rank - center).double().norm())
-        if distance == 0 or not 0 < bound < math.inf:
+        if distance == 0 or not (0 < bound < math.inf and math.isfinite(distance)):
             found.append((0.0 if distance == 0 else math.nan, False))
             continue
         below, above = 0.0, 1.0

@@ -31,9 +31,12 @@ NUMBERS = {
     "spectral_orig": "30",
     "spectral_product_over_margin": "31",
     "spectral_product": "32",
+    "frobenius_over_spectral": "33",
+    "spectral_mean_over_margin": "34",
     "spectral_mean": "35",
     "frobenius_product_over_margin": "36",
     "frobenius_product": "37",
+    "frobenius_mean_over_margin": "38",
     "frobenius_mean": "39",
     "frobenius_distance": "40",
     "spectral_distance": "41",
@@ -190,6 +193,8 @@ def _of_weights(own: list[Layer], first: list[Layer] | None, margin: float, shap
         "spectral_product": spectral["product"],
         "spectral_product_over_margin": spectral["product_over_margin"],
         "spectral_orig": spectral["ratio"],
+        "frobenius_over_spectral": spectral["ratios"],
+        "spectral_mean_over_margin": spectral["mean_over_margin"],
         "spectral_mean": spectral["mean"],
         "kernel_spectral_product": of_products(kernels, frobenius, margin)["product"],
         "kernel_spectral_orig": of_products(kernels, frobenius, margin)["ratio"],
@@ -199,6 +204,7 @@ def _of_weights(own: list[Layer], first: list[Layer] | None, margin: float, shap
     found |= {
         "frobenius_product": of_frobenius["product"],
         "frobenius_product_over_margin": of_frobenius["product_over_margin"],
+        "frobenius_mean_over_margin": of_frobenius["mean_over_margin"],
         "frobenius_mean": of_frobenius["mean"],
     }
     if first is not None:

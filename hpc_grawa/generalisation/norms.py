@@ -133,15 +133,25 @@ def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: fl
         squares: ‖W_i‖² of each layer, spectral or Frobenius.
         frobenius: what stands above them: ‖W_i‖_F², or ‖W_i - W_i⁰‖_F².
         margin: γ.
+
+    Returns:
+        NaN for what is not defined: over a margin that is not positive, or where a layer is zero.
     """
+    if min(squares) <= 0:
+        return dict.fromkeys(
+            ("product", "product_over_margin", "ratios", "ratio", "mean", "mean_over_margin"), math.nan
+        )
     log_product = sum(map(math.log, squares))
-    ratio = sum(f / s for f, s in zip(frobenius, squares, strict=True))
+    ratios = sum(f / s for f, s in zip(frobenius, squares, strict=True))
     over_margin = log_product - 2 * math.log(margin) if margin > 0 else math.nan
+    d = len(squares)
     return {
         "product": log_product,
         "product_over_margin": over_margin,
-        "ratio": over_margin + math.log(ratio) if ratio > 0 else math.nan,
-        "mean": len(squares) * math.exp(log_product / len(squares)),
+        "ratios": ratios,
+        "ratio": over_margin + math.log(ratios) if ratios > 0 else math.nan,
+        "mean": d * math.exp(log_product / d),
+        "mean_over_margin": d * math.exp(over_margin / d),
     }
 
 

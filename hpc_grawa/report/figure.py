@@ -289,7 +289,7 @@ def _draw_curves(
 
     floor = axes.get_ylim()[0]
     for label, (seconds, means, stds) in curves.items():
-        colour, dashes = _pen(pens[label])
+        colour, dashes = pen(pens[label])
         values = shown(means)
         if stds.any():
             low = np.maximum(values - stds, floor) if logarithmic else values - stds
@@ -336,7 +336,7 @@ def _draw_course(figure: FigureBase, course: Mapping[str, Sequence[tuple[float, 
         figure.text(left + 0.042 + (width - 0.077) / 2, 0.03, "training time (s)", ha="center", va="baseline")
 
 
-def _pen(index: int) -> tuple[str, Any]:
+def pen(index: int) -> tuple[str, Any]:
     """Colour and dashes of a line."""
     return COLOURS[index % len(COLOURS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
 
@@ -356,7 +356,7 @@ def _name_ends(
     order = sorted(reversed(list(ends)), key=lambda label: round(points[label][1], 6))
     heights = _spread([float(points[label][1]) for label in order], 14 / height)
     for label, y in zip(order, heights, strict=True):
-        colour, _ = _pen(pens[label])
+        colour, _ = pen(pens[label])
         axes.annotate(
             names[label],
             xy=points[label],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError
-from .figure import COLOURS, FAINT, INK, drawable, logarithmic, saved_figure
+from .figure import FAINT, INK, drawable, logarithmic, pen, saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,15 +38,14 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             bar = figure.add_axes((0.925, 0.13, 0.012, 0.7))
             _plane(axes, bar, plane)
         said = f"{how['examples']:,} of {how['of']:,} training examples, {how['dtype']}"
+        said += "; BatchNorm by each batch" if how["statistics"] == "batch" else ""
         figure.text(0.02, 0.945, drawable(said), size=11, color=FAINT, va="center")
 
 
 def _lines(axes: Axes, found: Mapping[str, Any]) -> None:
     for number, (name, one) in enumerate(found["lines"].items()):
-        label = f"{name}, at {one['distance']:.3g}"
-        axes.plot(
-            found["at"], one["losses"], color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=drawable(label)
-        )
+        (colour, dashes), label = pen(number), drawable(f"{name}, at {one['distance']:.3g}")
+        axes.plot(found["at"], one["losses"], color=colour, linestyle=dashes, linewidth=1.5, label=label)
     for at, name in ((0, found["from"]), (1, "the other model")):
         axes.axvline(at, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
         axes.annotate(drawable(name), (at, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..runs.record import RunRecord, group
-from .table import FLATNESS, Row, Table, aligned, in_words, rows
+from .table import FLATNESS, Row, Table, aligned, flatness_note, in_words, rows
 
 
 def _chosen(table: Table) -> list[Row]:
@@ -56,5 +56,7 @@ def paper_table(records: Sequence[RunRecord]) -> str:
         )
     on = f"{table.part} data" + (", so its test error is too good" if table.part == "test" else "")
     notes = ["", f"- Of each method the setting whose center was best at the last evaluation on {on}; mean ± standard"]
-    notes.append("  deviation over seeds. Flatness: hpc-grawa flatness RUN... measures it.")
+    notes.append("  deviation over seeds.")
+    flatness = flatness_note(shown) or "flatness: hpc-grawa flatness RUN... measures it"
+    notes.append(f"- {flatness[0].upper()}{flatness[1:]}.")
     return "\n".join([*aligned(grid), *notes])

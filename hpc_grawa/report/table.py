@@ -36,6 +36,7 @@ class Row:
         reached: how many runs reach the target.
         by_seed: the center's test metric of each seed, of finished runs.
         last: mean over the runs of the center's last evaluation on the data that were evaluated on the way.
+        flatness_of: by what the centers' flatness was measured; one entry if all alike, none where it was not.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Row:
     reached: int
     by_seed: dict[int, float]
     last: float | None
+    flatness_of: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,14 @@ class Table:
 FLATNESS = {
     "largest eigenvalue": "flatness_largest_eigenvalue",
     "trace": "flatness_trace",
+    "Frobenius norm": "flatness_frobenius_norm",
     "sum of Ritz values": "flatness_sum_of_ritz_values",
+    "SAM sharpness": "flatness_sam_sharpness",
+    "epsilon-sharpness": "flatness_epsilon_sharpness",
+    "low-pass loss": "flatness_lpf",
+    "entropy": "flatness_entropy",
+    "gradient norm": "flatness_gradient_norm",
+    "valley width": "flatness_valley_width",
 }
 
 
@@ -259,6 +268,7 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
             if _is_number(status.get("seed")) and _is_number(status.get(key := f"center_test_{status['metric']}"))
         },
         last=statistics.fmean(ends) if (ends := [curve[-1][1] for run in runs if (curve := run.curve(part))]) else None,
+        flatness_of=tuple(dict.fromkeys(run.flatness_of for run in runs if run.flatness_of)),
     )
 
 
@@ -333,6 +343,15 @@ def _reached(row: Row) -> str:
     return text if row.reached in (0, row.runs) else f"{text} ({row.reached} of {row.runs})"
 
 
+def flatness_note(shown: Sequence[Row]) -> str:
+    """By what the flatness of rows was measured, or that it was not measured alike; empty where there is none."""
+    measured = dict.fromkeys(how for row in shown for how in row.flatness_of)
+    if len(measured) < 2:
+        return "".join(f"flatness: of the center, on {how}" for how in measured)
+    told = "; ".join(f"{row.label} on {' and '.join(row.flatness_of)}" for row in shown if row.flatness_of)
+    return f"flatness was not measured alike, so do not compare it: {told}"
+
+
 def _notes(table: Table, width: int) -> list[str]:
     """What the columns say."""
     metric, amount = in_words(table.metric), formatter(table.metric)
@@ -363,6 +382,8 @@ def _notes(table: Table, width: int) -> list[str]:
             f"to {amount(table.target)}: training seconds until an evaluation of the center on {table.part} data first "
             f"finds that or better{why}"
         )
+    if flatness := flatness_note(list(table)):
+        entries.append(flatness)
     return [fill(f"- {entry}.", width, subsequent_indent="  ") for entry in entries]
 
 

@@ -40,6 +40,18 @@ class RunRecord:
     config: dict[str, Any]
     flatness: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
+    @property
+    def flatness_of(self) -> str:
+        """By what the center's flatness, as ``status`` has it, was measured, for people; empty where it was not."""
+        center = self.flatness.get("center", [{}])[-1]
+        how = center.get("how")
+        if not isinstance(how, dict):
+            return ""
+        parts = [f"{how.get('examples')} of {how.get('of')} training examples", str(how.get("dtype"))]
+        parts += [f"{center['ritz_values']} Ritz values"] if "ritz_values" in center else []
+        parts += ["BatchNorm's statistics of each batch"] if how.get("statistics") == "batch" else []
+        return ", ".join(parts)
+
     @cached_property
     def status(self) -> dict[str, Any]:
         """The summary; of an unfinished run, as much of it as its events tell."""

@@ -26,8 +26,9 @@ class End:
     """Where the center of one descent is after the last step.
 
     Attributes:
-        kind: a ``minimum``; a ``saddle``, at rest where f curves down in some coordinate; or still ``moving``.
-        curvature: the largest second derivative at the minimum of its valley; NaN beside a minimum.
+        kind: a ``minimum``, in the bowl of one, where f curves up in every coordinate; a ``saddle``, at rest where f
+            curves down in some coordinate; or still ``moving``.
+        curvature: the largest second derivative at the minimum of its bowl; NaN beside one.
     """
 
     kind: Literal["minimum", "saddle", "moving"]
@@ -44,11 +45,9 @@ def end_of(x: Tensor) -> End:
     x = x.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(vincent(x), x, create_graph=True)
     bends = torch.stack([torch.autograd.grad(g, x, retain_graph=True)[0][d] for d, g in enumerate(slope)])
-    if float(slope.detach().abs().max()) > _AT_REST:
-        return End("moving", float("nan"))
-    if float(bends.min()) < 0:
-        return End("saddle", float("nan"))
-    return End("minimum", 100 / (len(x) * float(valley(x.detach()).min()) ** 2))
+    if float(bends.min()) > 0:  # at rest or on its way: in a flat bowl that takes thousands of steps
+        return End("minimum", 100 / (len(x) * float(valley(x.detach()).min()) ** 2))
+    return End("saddle" if float(slope.detach().abs().max()) <= _AT_REST else "moving", float("nan"))
 
 
 def ends(
