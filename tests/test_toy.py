@@ -27,7 +27,8 @@ from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod, Level, Probe, Run
 from hpc_grawa.toy import Descent, Vincent, descend, draw, first_round, valley, vincent
 from hpc_grawa.toy import table as printed_table
-from hpc_grawa.toy.starts import end_of, ends
+from hpc_grawa.toy.starts import end_of
+from hpc_grawa.toy.starts import ends as ends_of
 from hpc_grawa.toy.vincent import CORNERS, DOMAIN
 
 #: As far as a method has them.
@@ -159,7 +160,7 @@ def test_what_the_end_of_a_descent_is() -> None:
 def test_ends_from_random_starts(capsys: pytest.CaptureFixture[str]) -> None:
     """Those of a descent from each start, whichever process makes it."""
     method = with_settings(MGRAWA(period=4))
-    found = ends({"MGRAWA": method}, starts=3, seed=1, steps=200, lr=1e-3)["MGRAWA"]
+    found = ends_of({"MGRAWA": method}, starts=3, seed=1, steps=200, lr=1e-3)["MGRAWA"]
     low, high = DOMAIN
     drawn = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * (high - low) + low
     by_hand = [end_of(descend(method, 200, 1e-3, start.tolist()).center[-1]) for start in drawn]

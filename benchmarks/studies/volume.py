@@ -39,9 +39,9 @@ def main() -> None:
         found = [float(record.status[f"center_test_{metric}"]) for record in members]
         sent, spread = _mean(members, "bytes_sent"), statistics.stdev(found) if len(found) > 1 else 0.0
         places[name] = (100 * sent / whole, statistics.fmean(found), spread)
-        reached = f"{amount(places[name][1])} ± {amount(spread).split(' ')[0]}" if spread else amount(places[name][1])
+        shown = amount(places[name][1]) + (f" ± {amount(spread).split(' ')[0]}" if spread else "")
         rounds = f"{_mean(members, 'rounds'):,.0f}"
-        grid.append([name, reached, rounds, f"{sent / 1e6:,.1f} MB", f"{places[name][0]:.1f} %"])
+        grid.append([name, shown, rounds, f"{sent / 1e6:,.1f} MB", f"{places[name][0]:.1f} %"])
     print("\n".join(aligned(grid)))
     scale = 100 if metric.endswith("accuracy") else 1
     with saved_figure(words.figure, (12.0, 4.8)) as figure:
@@ -54,13 +54,10 @@ def main() -> None:
             volume, value, spread = places[name]
             right.errorbar(volume, scale * value, scale * spread, fmt="o", color=colour, markersize=6, capsize=3)
             right.annotate(name, (volume, scale * value), (7, 4), textcoords="offset points", size=9, color=colour)
+        reached = f"{in_words(metric).capitalize()}, test" + (", %" if scale == 100 else "")
         for axes, title, below in (
             (left, "Local steps of a round, H", "step"),
-            (
-                right,
-                f"{in_words(metric).capitalize()}, test" + (", %" if scale == 100 else ""),
-                "sent, % of DataParallel",
-            ),
+            (right, reached, "sent, % of DataParallel"),
         ):
             axes.set_title(title, size=13, weight="bold", loc="left", color=INK)
             axes.set_xlabel(below)
