@@ -8,10 +8,12 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -42,7 +44,9 @@ TRY_AGAIN = 75
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
     spell_unknown_characters()
-    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
+    others = ("--submit", "--launcher")  # whose value is another program's words
+    words = [word if before in others else _underscored(word) for before, word in pairwise(["", *given])]
     slot = own_slot()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # own classes may lie where the program is started
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _underscored(word: str) -> str:
     """An option by the name it has here, however its words were joined: ``--dry-run`` is ``--dry_run``."""
     name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[\w.+-]+", name) else word
 
 
 def train(words: list[str], slot: Slot) -> None:
