@@ -174,13 +174,14 @@ def status(words: list[str], slot: Slot) -> None:
     """Say what runs are doing, from any host: state, ETA, last metrics, and what every rank does."""
     program = "hpc-grawa status"
     parser = Parser(prog=program, description=status.__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
     options = parser.parse_args(words)
     if slot.rank:
         return
     from ..report.status import describe
+    from .compare import runs_in
 
-    print("\n\n".join(describe(run) for run in options.runs))
+    print("\n\n".join(describe(run) for path in options.runs for run in runs_in(path)))
 
 
 def compare(words: list[str], slot: Slot) -> None:
