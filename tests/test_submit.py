@@ -36,3 +36,25 @@ def test_options_of_sbatch_stay_as_they_are(words: str, sbatch: Path, capsys: py
     ended = called(capsys, *COMPARE, "--methods=LGRAWA", "--submit", words)
     assert ended.status == 0, ended.said
     assert sbatch.read_text().splitlines()[1:-1] == words.split()
+
+
+@pytest.mark.parametrize("way", ["--submit=slurm/compare.sh", "--launcher=true"])
+def test_a_run_that_was_cut_off_goes_on_over_the_network_that_it_began_over(
+    way: str, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("runs/study/LGRAWA-0")
+    folder.mkdir(parents=True)
+    words = (*COMPARE, "--methods=LGRAWA", way)
+    for network, others in (("null", "10mbit,1ms"), ('"10mbit,1ms"', "null")):
+        (folder / "environment.json").write_text(f'{{"network": {network}}}')
+        began, now = (text.strip('"').replace("null", "None") for text in (network, others))
+        status, _, errors = called(capsys, *words, f"--network={others}")
+        assert (status, errors) == (
+            2,
+            f"hpc-grawa compare: error: run.name is study: {folder} was made with 'network: {began}', now it is "
+            f"'network: {now}'; must be another --run.name, or remove that folder\n",
+        )
+        assert not sbatch.exists()
+        ended = called(capsys, *words, "--network=" + network.strip('"'))
+        assert ended.status == 0, ended.said
+        sbatch.unlink(missing_ok=True)

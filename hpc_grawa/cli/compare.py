@@ -150,10 +150,11 @@ class Comparison:
         return cls(folder, plan, section.get("target") if target is None else target)
 
     def check_folders(self, world_size: int | None) -> None:
-        """See that finished runs of this comparison were made by the same configuration and ranks.
+        """See that runs of this comparison that are there were made by the same configuration and ranks.
 
         Args:
-            world_size: of the ranks; None where they are not known here.
+            world_size: of the ranks; None where they are not known here, but started elsewhere: a run that was cut off
+                then goes on in its folder, and must do so over the network that it began over.
 
         Raises:
             ConfigError: one was not (the message names the first line that differs), or no folder can be made.
@@ -165,6 +166,10 @@ class Comparison:
         for _, config in self.plan:
             run = self.finished_folder(config)
             if run is None:
+                begun = self.folder / str(config.run.name)
+                known = read_object(begun / "environment.json") if world_size is None else None
+                if known is not None and (network := known.get("network")) != config.network:
+                    raise self._mixed(begun, f"network: {network}", f"network: {config.network}")
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
             texts = (
@@ -185,12 +190,11 @@ class Comparison:
                     old, new = (
                         f"{n.get(key)} ranks" if key == "ranks" else f"{short}: {n.get(key)}" for n in (there, now)
                     )
-                    raise wrong(
-                        "run.name",
-                        self.folder.name,
-                        f"{run} was made with '{old}', now it is '{new}'; must be "
-                        f"another --run.name, or remove that folder",
-                    )
+                    raise self._mixed(run, old, new)
+
+    def _mixed(self, run: Path, old: str, new: str) -> ConfigError:
+        fix = f"{run} was made with '{old}', now it is '{new}'; must be another --run.name, or remove that folder"
+        return wrong("run.name", self.folder.name, fix)
 
     def train(self, comm: Communicator) -> list[Path]:
         """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
