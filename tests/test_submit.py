@@ -58,3 +58,21 @@ def test_a_run_that_was_cut_off_goes_on_over_the_network_that_it_began_over(
         ended = called(capsys, *words, "--network=" + network.strip('"'))
         assert ended.status == 0, ended.said
         sbatch.unlink(missing_ok=True)
+
+
+def test_finished_runs_may_have_been_made_elsewhere_or_over_another_backend(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``site.sh`` says for the tasks, of which the comparison's own line knows nothing."""
+    words = (*COMPARE, "--methods=LGRAWA")
+    ended = called(capsys, *words, "--backend=single", "--comm_timeout=50", "--run.control_every=30")
+    assert ended.status == 0, ended.said
+    file = Path("runs/study/LGRAWA-0/config.yaml")
+    text = file.read_text()
+    assert "    channels_last: true\n" in text
+    file.write_text(text.replace("    channels_last: true\n", "    channels_last: true\n    stage: /there\n"))
+    ended = called(capsys, *words, "--run.control_every=30", "--submit=slurm/compare.sh")
+    assert ended.said == "nothing to submit: all 1 runs are in runs/study\n"
+    ended = called(capsys, *words, "--submit=slurm/compare.sh")
+    assert (ended.status, sbatch.exists()) == (2, False)
+    assert "runs/study/LGRAWA-0 was made with 'control_every: 30', now it is 'control_every: 20'" in ended.errors

@@ -23,6 +23,7 @@ from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
 from ..screen import columns
 from ..training.config import Config, renamed
+from ..training.resume import FREE
 from .classes import find_class, short
 from .parsing import parse
 from .settings import class_section, read_settings, split_config
@@ -183,7 +184,7 @@ class Comparison:
             # Resumed by itself, it may have gone on over another.
             there["network"] = (read_object(run / "summary.json") or {}).get("network")
             for key in dict.fromkeys([*now, *there]):
-                if key == "run.resume":  # a launcher's runs go on where they were cut off
+                if key in ("backend", *FREE) and key != "network":
                     continue
                 if there.get(key) != now.get(key):
                     short = key.rpartition(".")[2]
