@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 from pathlib import Path
 
 import own
 import pytest
-from launcher import called
+from launcher import ROOT, called
+
+from hpc_grawa.cli import compare
+from hpc_grawa.cli.parsing import parse
 
 #: Notes its words, each on a line.
 SBATCH = "#!/bin/sh\nprintf '%s\\n' \"$@\" >sbatch.said\necho Submitted batch job 7\n"
@@ -29,6 +34,16 @@ def sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path / "sbatch.said"
+
+
+def words_of_task(plan: str, task: int) -> list[str]:
+    """What a task of ``compare.sh`` hands on: a recipe, and options of ``hpc-grawa train``."""
+    common = Path("slurm/common.sh")
+    common.parent.mkdir(exist_ok=True)
+    common.write_text("printf '%s\\0' \"$@\"\n")
+    variables = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_SUBMIT_DIR": os.getcwd()}
+    done = subprocess.run(["bash", ROOT / "slurm/compare.sh", plan], env=variables, capture_output=True, check=True)
+    return [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]]
 
 
 @pytest.mark.parametrize("words", ["--gpus-per-node=2 slurm/compare.sh", "--exclusive slurm/my-compare.sh"])
@@ -76,3 +91,82 @@ def test_finished_runs_may_have_been_made_elsewhere_or_over_another_backend(
     ended = called(capsys, *words, "--submit=slurm/compare.sh")
     assert (ended.status, sbatch.exists()) == (2, False)
     assert "runs/study/LGRAWA-0 was made with 'control_every: 30', now it is 'control_every: 20'" in ended.errors
+
+
+def test_tasks_that_wait_keep_their_runs_when_others_are_submitted(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More methods, fewer seeds: an array that waits, or is requeued, reads its own plan, whatever came after it."""
+    arrays = (
+        ("LGRAWA,EASGD", "1,2", ["LGRAWA-1", "EASGD-1", "LGRAWA-2", "EASGD-2"]),
+        ("LGRAWA,EASGD,LocalSGD", "1", ["LGRAWA-1", "EASGD-1", "LocalSGD-1"]),
+        ("EASGD", "2", ["EASGD-2"]),
+    )
+    plans = []
+    for methods, seeds, runs in arrays:
+        ended = called(
+            capsys, *COMPARE, f"--methods={methods}", f"--seeds={seeds}", "--submit=--time=9 slurm/compare.sh"
+        )
+        assert ended.status == 0, ended.said
+        array, time, script, plan = sbatch.read_text().splitlines()
+        assert array == f"--array={','.join(map(str, range(len(runs))))}"
+        assert (time, script, Path(plan).parent) == ("--time=9", "slurm/compare.sh", Path("runs/study"))
+        plans.append(plan)
+    for plan, (_, _, runs) in zip(plans, arrays, strict=True):
+        for task, run in enumerate(runs):
+            recipe, *options = words_of_task(plan, task)
+            assert recipe == "digits" and f"--run.name={run}" in options and "--run.dir=runs/study" in options
+
+
+def test_a_task_gets_every_word_as_it_was_given(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values of several lines, too, and names in any letters, or in bytes that are no text."""
+    groups = '[{match: "*.bias",\n weight_decay: 0},\n {match: "it\'s $HOME\\\\", lr_factor: .5}]'
+    folder = "läufe 実験 $x$ it's \udcff"
+    words = (*COMPARE, "--methods=LGRAWA,EASGD", f"--run.dir={folder}", "--optimizer.groups", groups)
+    ended = called(capsys, *words, "--submit=slurm/compare.sh")
+    assert ended.status == 0, ended.said
+    [plan] = Path(folder, "study").glob("plan-*.txt")
+    for task, run in enumerate(("LGRAWA-0", "EASGD-0")):
+        recipe, *options = words_of_task(str(plan), task)
+        assert options[options.index("--optimizer.groups") + 1] == groups
+        config = parse(["--config", recipe, *options])
+        assert (config.run.name, config.run.dir) == (run, f"{folder}/study")
+
+
+@pytest.mark.parametrize("way", ["--submit=slurm/compare.sh", "--launcher=touch started"])
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--budget.seconds=-5"], "budget.seconds is -5.0: must be positive and finite"),
+        (["--data.batch_size=2000"], "data.batch_size is 2000: must be at most 1437"),
+        (["--network=1foo"], "network is 1foo: "),
+        (["--grid=accumulate=1,5"], "accumulate is 5: must divide data.batch_size, which is 32"),
+    ],
+)
+def test_what_no_run_could_be_made_with_is_not_submitted_nor_launched(
+    words: list[str], error: str, way: str, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output, errors = called(capsys, *COMPARE, "--methods=LGRAWA", *words, way)
+    assert (status, output, errors.count("\n")) == (2, "", 1) and f"error: {error}" in errors
+    assert not any(path.exists() for path in (sbatch, Path("started"), Path("runs")))
+
+
+def test_where_nothing_can_be_submitted_one_line_says_why(
+    sbatch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no plan is left."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    words = (*COMPARE, "--methods=LGRAWA", "--submit=slurm/compare.sh")
+    with monkeypatch.context() as disk:
+        disk.setattr(compare, "write_atomically", full)
+        status, _, errors = called(capsys, *words)
+    assert status == 2 and errors.count("\n") == 1 and not sbatch.exists()
+    assert "error: run.dir is runs: must be a folder where runs/study/plan-" in errors
+    assert errors.endswith(".txt can be written (No space left on device)\n")
+    monkeypatch.setenv("PATH", "/nowhere")
+    status, _, errors = called(capsys, *words)
+    assert (status, errors) == (2, "hpc-grawa compare: error: sbatch cannot be found: submit where SLURM is\n")
+    assert list(Path("runs/study").iterdir()) == []

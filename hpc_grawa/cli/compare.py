@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 from ..comm import Communicator
 from ..errors import ConfigError, wrong
-from ..runs.log import is_finished, new_folder
+from ..runs.log import is_finished, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
 from ..screen import columns
@@ -242,7 +244,9 @@ class Comparison:
         return failed
 
     def submit(self, arguments: Sequence[str]) -> str:
-        """Submit one job array over the runs that are not there yet, with their options in ``plan.txt``.
+        """Submit one job array over the runs that are not there yet, with the options of all in ``plan-XXXXXXXX.txt``.
+
+        Tasks read their line when they start, days later perhaps: each plan has a file of its own, named by its content.
 
         Args:
             arguments: of ``sbatch``: its options, then the script, which is given the plan; the task's line in it
@@ -252,21 +256,28 @@ class Comparison:
             What was submitted, in words.
 
         Raises:
-            ConfigError: the first options are not ``--config`` and a recipe, or sbatch has refused.
+            ConfigError: the first options are not ``--config`` and a recipe, there is no room for the plan, or sbatch
+                is not there or has refused.
         """
-        lines = [shlex.join(_recipe_first(words)) for words, _ in self.plan]
+        text = "".join(f"{_line(_recipe_first(words))}\n" for words, _ in self.plan)
         left = [number for number, (_, config) in enumerate(self.plan) if self.finished_folder(config) is None]
         if not left:
             return f"nothing to submit: all {len(self.plan)} runs are in {self.folder}"
-        file = self.folder / "plan.txt"
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         if not arguments:
             raise wrong("submit", "", "must be options of sbatch, if any, and the script, slurm/compare.sh")
+        if shutil.which("sbatch") is None:
+            raise ConfigError("sbatch cannot be found: submit where SLURM is")
+        file = self.folder / f"plan-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+        try:
+            write_atomically(file, text)
+        except OSError as error:
+            fix = f"must be a folder where {file} can be written ({error.strerror})"
+            raise wrong("run.dir", self.folder.parent, fix) from None
         command = ["sbatch", f"--array={','.join(map(str, left))}", *arguments, str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise ConfigError(f"sbatch cannot be started: {error.strerror}; submit where SLURM is") from None
+            raise ConfigError(f"sbatch cannot be started: {error.strerror}") from None
         if done.returncode:
             refused = " ".join(done.stderr.split())
             raise wrong("submit", shlex.join(arguments), f"must be what sbatch takes ({refused})")
@@ -342,6 +353,12 @@ def _recipe_first(words: Sequence[str]) -> list[str]:
             recipe = words[after - 1].removeprefix("--config=")
             return [recipe, *words[:at], *words[after:]]
     raise ConfigError("submit needs a recipe, which a job's script is given first: --config RECIPE")
+
+
+def _line(words: Sequence[str]) -> str:
+    """Words for a shell on one line, in ASCII: all else, as the bytes that they were given in."""
+    # What shlex.join leaves outside of single quotes is ASCII and can be printed.
+    return "".join(chr(b) if 32 <= b < 127 else f"'$'\\{b:03o}''" for b in os.fsencode(shlex.join(words)))
 
 
 def _title(key: str, value: str, axes: dict[str, list[str]]) -> str:

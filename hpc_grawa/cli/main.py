@@ -209,6 +209,8 @@ def compare(words: list[str], slot: Slot) -> None:
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
+    for _, config in comparison.plan:
+        config.check(slot.size if elsewhere is None else None)
     if elsewhere is None:
         _compare_here(comparison, program, slot, options.paper is not None)
         return
@@ -240,8 +242,6 @@ def compare(words: list[str], slot: Slot) -> None:
 def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
     from .compare import report
 
-    for _, config in comparison.plan:
-        config.check(slot.size)
     first = comparison.plan[0].config
     first_line = backend_line(first, slot)
     if slot.rank == 0:
