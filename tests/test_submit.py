@@ -10,6 +10,7 @@ from pathlib import Path
 import own
 import pytest
 from launcher import ROOT, called
+from test_templates import started
 
 from hpc_grawa.cli import compare
 from hpc_grawa.cli.parsing import parse
@@ -170,3 +171,25 @@ def test_where_nothing_can_be_submitted_one_line_says_why(
     status, _, errors = called(capsys, *words)
     assert (status, errors) == (2, "hpc-grawa compare: error: sbatch cannot be found: submit where SLURM is\n")
     assert list(Path("runs/study").iterdir()) == []
+
+
+def test_a_task_trains_what_was_planned_on_the_data_that_the_recipe_names(
+    sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data without a path, and data whose path a file of the user's says."""
+    (tmp_path / "my.yaml").write_text(
+        "{model: character_model.Transformer, loss: character_model.NextCharacter, metric: character_model.Perplexity,"
+        f" data: {{class_path: character_model.Text, init_args: {{path: {ROOT / 'LICENSE'}}}}}, budget: {{steps: 2}}}}"
+    )
+    for recipe in ("digits", "my.yaml"):
+        words = (f"--config={recipe}", "--methods=LGRAWA", f"--run.name={recipe}", "--submit=slurm/compare.sh")
+        ended = called(capsys, "compare", *words)
+        assert ended.status == 0, ended.said
+        run = tmp_path / f"runs/{recipe}/LGRAWA-0"
+        run.mkdir()
+        (run / "summary.json").write_text('{"state": "finished"}')  # or the script would say that nothing was trained
+        task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+        [given] = started(tmp_path, "compare", sbatch.read_text().splitlines()[-1], **task)
+        config = parse(given[1:])
+        assert (config.run.dir, config.run.name) == (f"runs/{recipe}", "LGRAWA-0")
+        assert getattr(config.data, "path", None) == (str(ROOT / "LICENSE") if recipe == "my.yaml" else None)
