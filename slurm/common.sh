@@ -63,6 +63,15 @@ option() { # KEY WORD...: the value of the last --KEY among the words
     printf '%s' "$value"
 }
 
+data_of() { # RECIPE: the folder in DATA that a recipe of the package trains on; nothing for a file of the user's
+    if [ -f "$1" ]; then return; fi
+    case $1 in
+        cifar10_* | cifar100_* | imagenet_*) printf '%s' "${1%%_*}" ;;
+        results_cifar10* | ablations_*) printf cifar10 ;;
+        gpt_text* | results_gpt*) printf text ;;
+    esac
+}
+
 latest() { cat "$folder/checkpoints/latest" 2>/dev/null || true; } # the step that a start would go on from
 
 summary_says() { grep -Eqs "\"$1\": \"$2\"" "$folder/summary.json"; }
@@ -123,14 +132,16 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
 }
 
 train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finished
-    local nodes=$1 recipe=$2 again before after silent said name words=()
+    local nodes=$1 recipe=$2 again before after silent said name data words=()
     shift 2
     name=${CHAIN:-$SLURM_JOB_NAME-$id}${STEPS:+-${nodes}nodes}
     words=(train --config "$recipe" --run.resume auto --run.dir "${RUNS:-runs}" --run.name "$name"
         --backend "${BACKEND:-auto}")
-    if [ -z "$(option config "$@")$(option data "$@")" ]; then # else other data
-        words+=(--data.path "${DATA:-data}/${recipe%%_*}")
-        if [[ $recipe == imagenet* ]] && [ -n "${STAGE:-}" ]; then words+=(--data.stage "$STAGE"); fi
+    data=$(data_of "$recipe")
+    if [ -n "$(option config "$@")$(option data "$@")$(option data.class_path "$@")" ]; then data=""; fi # other data
+    if [ -n "$data" ]; then
+        words+=(--data.path "${DATA:-data}/$data")
+        if [ "$data" = imagenet ] && [ -n "${STAGE:-}" ]; then words+=(--data.stage "$STAGE"); fi
     fi
     words+=("$@")
     folder=$(option run.dir "${words[@]}")/$(option run.name "${words[@]}")

@@ -103,6 +103,8 @@ def test_the_state_of_a_run_that_has_ended(tmp_path: Path, capsys: pytest.Captur
     assert called(capsys, *alone)[0] == 0
     status, output, _ = called(capsys, "status", str(tmp_path / "a"))
     assert status == 0 and output.startswith(f"{tmp_path}/a: finished\ntraining   step 8: ")
+    (tmp_path / "table.csv").touch()  # as beside the runs of a comparison, which its folder stands for
+    assert called(capsys, "status", str(tmp_path)) == (0, output, "")
     status, _, errors = called(capsys, "status", str(tmp_path / "none"))
     assert (status, errors) == (
         2,

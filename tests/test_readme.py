@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launcher import BIN, ROOT, environment
+from launcher import BIN, ROOT, called, environment
 from test_text import prepared
 
 from hpc_grawa import simulate
@@ -182,6 +182,16 @@ def test_launcher_table(command: str, backend: str, said: str, tmp_path: Path) -
     assert re.search(rf"backend +{taken} \(", run(words, tmp_path).stdout)
     summary = json.loads((tmp_path / "runs" / "x" / "summary.json").read_text())
     assert (summary["backend"], summary["world_size"]) == (taken, 2 if "4" in command else 1)
+
+
+def test_the_comparison_that_is_submitted_can_be_planned(
+    newcomer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [line] = re.findall(r"`hpc-grawa (compare --config [^`]*--submit [^`]*)`", PAGES["slurm/README.md"])
+    monkeypatch.chdir(newcomer)
+    monkeypatch.setenv("PATH", "/nowhere")
+    status, _, errors = called(capsys, *shlex.split(line))
+    assert (status, errors) == (2, "hpc-grawa compare: error: sbatch cannot be found: submit where SLURM is\n")
 
 
 def scripts(*ends: str) -> str:

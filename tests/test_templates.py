@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from hpc_grawa.cli.settings import recipes
+from hpc_grawa.cli.settings import read_settings, recipes
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
@@ -46,7 +48,56 @@ def test_templates_name_recipes_that_are_there() -> None:
     # What the user named: the template of ImageNet, for this method.
     named, imagenet = ((SLURM / f"{name}.sh").read_text() for name in ("lgrawa_imagenet", "imagenet"))
     assert named.replace("=lgrawa_imagenet", "=imagenet").replace("_resnet50_lgrawa ", "_resnet50 ") == imagenet
-    assert 'common.sh" cifar10_resnet20 --budget.seconds 900 ' in (SLURM / "scaling.sh").read_text()
+    assert 'common.sh" cifar10_resnet20 "$@"' in (SLURM / "scaling.sh").read_text()
+
+
+def started(folder: Path, template: str, *words: str, **variables: str) -> list[list[str]]:
+    """The words of each ``hpc-grawa`` that a job of a template starts in ``folder``, by an srun that starts nothing."""
+    srun = folder / "bin/srun"
+    if not srun.exists():
+        shutil.copytree(SLURM, folder / "slurm", ignore=shutil.ignore_patterns("site.sh", "logs"))
+        srun.parent.mkdir(exist_ok=True)
+        srun.write_text("#!/bin/bash\nwhile [ \"$1\" != hpc-grawa ]; do shift; done\nprintf '%s\\0' \"$@\"\n")
+        srun.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": template, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(
+        ["bash", f"slurm/{template}.sh", *words],
+        cwd=folder,
+        env={"PATH": f"{srun.parent}:/usr/bin:/bin", **job, **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return [call.split("\0")[:-1] for call in done.stdout.split("hpc-grawa\0")[1:]]
+
+
+def test_a_template_finds_the_data_of_any_recipe_of_the_package_and_leaves_others_alone(tmp_path: Path) -> None:
+    """Digits have no path, and a file of the user's says its own."""
+    (tmp_path / "my.yaml").write_text("data: Digits")
+    for recipe in (*recipes(), "cifar10_resnet20_easgd", "my.yaml"):
+        [words] = started(tmp_path, "cifar10", recipe, "--dry-run")
+        assert words[:3] == ["train", "--config", recipe]
+        file = str(tmp_path / recipe) if recipe == "my.yaml" else recipe
+        kind = read_settings([file])["data"]["class_path"].rpartition(".")[2]
+        cifar = "cifar100" if recipe.startswith("cifar100") else "cifar10"
+        place = {"CIFAR": ["data", cifar], "ImageNet": ["data", "imagenet"], "Text": ["data", "text"], "Digits": []}[kind]
+        paths = [words[at + 1] for at, word in enumerate(words) if word == "--data.path"]
+        assert paths == ["/".join(place)] * bool(place), recipe
+    for other in ("--config=my.yaml", "--data=own.Numbers", "--data.class_path=own.Numbers"):
+        [words] = started(tmp_path, "imagenet", other, "--dry-run", STAGE="/disk")
+        assert not {"--data.path", "--data.stage"} & set(words)
+    [words] = started(tmp_path, "imagenet", "--dry-run", STAGE="/disk", DATA="/there")
+    assert {"--data.path", "/there/imagenet", "--data.stage", "/disk"} < set(words)
+
+
+def test_scaling_takes_another_recipe_too(tmp_path: Path) -> None:
+    """Its own ends after 15 minutes by itself."""
+    assert read_settings(["cifar10_resnet20"])["budget"] == {"seconds": 900}
+    for nodes, words in enumerate(started(tmp_path, "scaling", "digits", "--dry-run", SLURM_JOB_NUM_NODES="2"), 1):
+        assert words[:3] == ["train", "--config", "digits"] and f"scaling-7-{nodes}nodes" in words
+        assert not [word for word in words if word.startswith("--budget")]
+    assert nodes == 2
 
 
 def shown(node: ast.AST) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,11 +20,12 @@ from typing import NamedTuple
 
 from ..comm import Communicator
 from ..errors import ConfigError, wrong
-from ..runs.log import is_finished, new_folder
+from ..runs.log import is_finished, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
 from ..screen import columns
 from ..training.config import Config, renamed
+from ..training.resume import FREE
 from .classes import find_class, short
 from .parsing import parse
 from .settings import class_section, read_settings, split_config
@@ -150,10 +153,11 @@ class Comparison:
         return cls(folder, plan, section.get("target") if target is None else target)
 
     def check_folders(self, world_size: int | None) -> None:
-        """See that finished runs of this comparison were made by the same configuration and ranks.
+        """See that runs of this comparison that are there were made by the same configuration and ranks.
 
         Args:
-            world_size: of the ranks; None where they are not known here.
+            world_size: of the ranks; None where they are not known here, but started elsewhere: a run that was cut off
+                then goes on in its folder, and must do so over the network that it began over.
 
         Raises:
             ConfigError: one was not (the message names the first line that differs), or no folder can be made.
@@ -165,6 +169,10 @@ class Comparison:
         for _, config in self.plan:
             run = self.finished_folder(config)
             if run is None:
+                begun = self.folder / str(config.run.name)
+                known = read_object(begun / "environment.json") if world_size is None else None
+                if known is not None and (network := known.get("network")) != config.network:
+                    raise self._mixed(begun, f"network: {network}", f"network: {config.network}")
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
             texts = (
@@ -178,19 +186,18 @@ class Comparison:
             # Resumed by itself, it may have gone on over another.
             there["network"] = (read_object(run / "summary.json") or {}).get("network")
             for key in dict.fromkeys([*now, *there]):
-                if key == "run.resume":  # a launcher's runs go on where they were cut off
+                if key in ("backend", *FREE) and key != "network":
                     continue
                 if there.get(key) != now.get(key):
                     short = key.rpartition(".")[2]
                     old, new = (
                         f"{n.get(key)} ranks" if key == "ranks" else f"{short}: {n.get(key)}" for n in (there, now)
                     )
-                    raise wrong(
-                        "run.name",
-                        self.folder.name,
-                        f"{run} was made with '{old}', now it is '{new}'; must be "
-                        f"another --run.name, or remove that folder",
-                    )
+                    raise self._mixed(run, old, new)
+
+    def _mixed(self, run: Path, old: str, new: str) -> ConfigError:
+        fix = f"{run} was made with '{old}', now it is '{new}'; must be another --run.name, or remove that folder"
+        return wrong("run.name", self.folder.name, fix)
 
     def train(self, comm: Communicator) -> list[Path]:
         """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
@@ -237,7 +244,9 @@ class Comparison:
         return failed
 
     def submit(self, arguments: Sequence[str]) -> str:
-        """Submit one job array over the runs that are not there yet, with their options in ``plan.txt``.
+        """Submit one job array over the runs that are not there yet, with the options of all in ``plan-XXXXXXXX.txt``.
+
+        Tasks read their line when they start, days later perhaps: each plan has a file of its own, named by its content.
 
         Args:
             arguments: of ``sbatch``: its options, then the script, which is given the plan; the task's line in it
@@ -247,21 +256,28 @@ class Comparison:
             What was submitted, in words.
 
         Raises:
-            ConfigError: the first options are not ``--config`` and a recipe, or sbatch has refused.
+            ConfigError: the first options are not ``--config`` and a recipe, there is no room for the plan, or sbatch
+                is not there or has refused.
         """
-        lines = [shlex.join(_recipe_first(words)) for words, _ in self.plan]
+        text = "".join(f"{_line(_recipe_first(words))}\n" for words, _ in self.plan)
         left = [number for number, (_, config) in enumerate(self.plan) if self.finished_folder(config) is None]
         if not left:
             return f"nothing to submit: all {len(self.plan)} runs are in {self.folder}"
-        file = self.folder / "plan.txt"
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         if not arguments:
             raise wrong("submit", "", "must be options of sbatch, if any, and the script, slurm/compare.sh")
+        if shutil.which("sbatch") is None:
+            raise ConfigError("sbatch cannot be found: submit where SLURM is")
+        file = self.folder / f"plan-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+        try:
+            write_atomically(file, text)
+        except OSError as error:
+            fix = f"must be a folder where {file} can be written ({error.strerror})"
+            raise wrong("run.dir", self.folder.parent, fix) from None
         command = ["sbatch", f"--array={','.join(map(str, left))}", *arguments, str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise ConfigError(f"sbatch cannot be started: {error.strerror}; submit where SLURM is") from None
+            raise ConfigError(f"sbatch cannot be started: {error.strerror}") from None
         if done.returncode:
             refused = " ".join(done.stderr.split())
             raise wrong("submit", shlex.join(arguments), f"must be what sbatch takes ({refused})")
@@ -337,6 +353,12 @@ def _recipe_first(words: Sequence[str]) -> list[str]:
             recipe = words[after - 1].removeprefix("--config=")
             return [recipe, *words[:at], *words[after:]]
     raise ConfigError("submit needs a recipe, which a job's script is given first: --config RECIPE")
+
+
+def _line(words: Sequence[str]) -> str:
+    """Words for a shell on one line, in ASCII: all else, as the bytes that they were given in."""
+    # What shlex.join leaves outside of single quotes is ASCII and can be printed.
+    return "".join(chr(b) if 32 <= b < 127 else f"'$'\\{b:03o}''" for b in os.fsencode(shlex.join(words)))
 
 
 def _title(key: str, value: str, axes: dict[str, list[str]]) -> str:

@@ -8,10 +8,12 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -42,7 +44,9 @@ TRY_AGAIN = 75
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; bad input is one line on rank 0 and exit status 2."""
     spell_unknown_characters()
-    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
+    others = ("--submit", "--launcher")  # whose value is another program's words
+    words = [word if before in others else _underscored(word) for before, word in pairwise(["", *given])]
     slot = own_slot()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # own classes may lie where the program is started
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _underscored(word: str) -> str:
     """An option by the name it has here, however its words were joined: ``--dry-run`` is ``--dry_run``."""
     name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[\w.+-]+", name) else word
 
 
 def train(words: list[str], slot: Slot) -> None:
@@ -170,13 +174,14 @@ def status(words: list[str], slot: Slot) -> None:
     """Say what runs are doing, from any host: state, ETA, last metrics, and what every rank does."""
     program = "hpc-grawa status"
     parser = Parser(prog=program, description=status.__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
     options = parser.parse_args(words)
     if slot.rank:
         return
     from ..report.status import describe
+    from .compare import runs_in
 
-    print("\n\n".join(describe(run) for run in options.runs))
+    print("\n\n".join(describe(run) for path in options.runs for run in runs_in(path)))
 
 
 def compare(words: list[str], slot: Slot) -> None:
@@ -204,6 +209,8 @@ def compare(words: list[str], slot: Slot) -> None:
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
+    for _, config in comparison.plan:
+        config.check(slot.size if elsewhere is None else None)
     if elsewhere is None:
         _compare_here(comparison, program, slot, options.paper is not None)
         return
@@ -235,8 +242,6 @@ def compare(words: list[str], slot: Slot) -> None:
 def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
     from .compare import report
 
-    for _, config in comparison.plan:
-        config.check(slot.size)
     first = comparison.plan[0].config
     first_line = backend_line(first, slot)
     if slot.rank == 0:

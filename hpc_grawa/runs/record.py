@@ -162,7 +162,7 @@ def read_run(path: str | Path) -> RunRecord:
         raise ConfigError(f"{path} is no run folder: {'it is a file' if path.exists() else 'there is no such folder'}")
     log, summary, config = path / "metrics.jsonl", path / "summary.json", path / "config.yaml"
     if not (log.is_file() or summary.is_file()):
-        hint = f"; give the run folders in it: {path}/*" if any(path.glob("*/metrics.jsonl")) else ""
+        hint = f"; give the run folders in it: {path}/*/" if any(path.glob("*/metrics.jsonl")) else ""
         raise ConfigError(f"{path} is no run folder: it holds neither metrics.jsonl nor summary.json{hint}")
     settings = read_text(config)
     return RunRecord(

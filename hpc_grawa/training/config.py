@@ -208,8 +208,11 @@ class Config:
         """What messages call a setting: as it was given."""
         return self.called.get(key, key)
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int | None) -> None:
         """Find every impossible value, without communicating or loading data.
+
+        Args:
+            world_size: None where ranks are started elsewhere: what holds for any number of them, on any host.
 
         Raises:
             ConfigError: one line that names key, value and what is allowed.
@@ -219,7 +222,11 @@ class Config:
         require(self.comm_timeout > 0, "comm_timeout", self.comm_timeout, "positive, .inf for no limit")
         if self.network is not None:
             Network.read(self.network)
-        self.data.check(world_size)
+        if world_size is None:
+            world_size = 1
+            Data.check(self.data, 1)  # data of a class may ask for what their own host has, as processors
+        else:
+            self.data.check(world_size)
         batch, parts = self.data.batch_size, self.accumulate
         if (norm := self.clip_norm) is not None:
             require(0 < norm < math.inf, self.name("clip_norm"), f"{norm:g}", "positive, or null")

@@ -18,7 +18,7 @@ from ..runs.record import flatten
 from .config import Config, renamed
 
 #: May differ when a run goes on: what says where and how fast, but not what.
-_FREE = ("run.resume", "run.dir", "network", "comm_timeout", "data.stage", "data.workers", "data.start_method")
+FREE = ("run.resume", "run.dir", "network", "comm_timeout", "data.stage", "data.workers", "data.start_method")
 #: In a run's folder.
 _FILES = (
     *("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "center.pt", "trace.json", "lock.json"),
@@ -42,7 +42,7 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
     then, now = (renamed(flatten(parse_settings(yaml, str(file)))) for yaml in (text, configuration))
     allowed = [*allowed, *renamed(dict.fromkeys(allowed))]
     for key in dict.fromkeys([*then, *now]):
-        if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*_FREE, *allowed)):
+        if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*FREE, *allowed)):
             was = then.get(key, f"left out (is {file} whole?)")
             raise wrong(
                 key,
