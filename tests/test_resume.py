@@ -264,6 +264,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     assert len(set(simulate(WORLD, body))) == 1
 
 
+def test_a_newer_checkpoint_that_was_passed_over_takes_no_whole_one_s_place(tmp_path: Path) -> None:
+    saved(tmp_path, (100, 200))
+    (tmp_path / "000000200/rank-0000.pt").write_bytes(b"")
+    assert loaded(tmp_path)[0][0] == 100
+    saved(tmp_path, (150,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000100", "000000150", "latest"]
+
+
 def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """All ranks are told, whichever it is, and go on; nothing of the new one remains."""
     saved(tmp_path, (10,))

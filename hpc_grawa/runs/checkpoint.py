@@ -265,7 +265,9 @@ class Checkpoints:
         unfinished.rename(place)
         _flush_folder(self.folder)
         write_atomically(self.folder / "latest", place.name + "\n")
-        others = (p for p in _names(self.folder) if p != place.name and p.isdigit() and (self.folder / p).is_dir())
+        others = [p for p in _names(self.folder) if p != place.name and p.isdigit() and (self.folder / p).is_dir()]
+        # Newer ones were passed over when the run went on from an older one: it is whole, they need not be.
+        others.sort(key=lambda name: name > place.name)
         kept = [place.name, *others][: self._keep]
         for old in self.folder.iterdir():
             if old.is_dir() and old.name not in kept:
