@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -281,15 +280,8 @@ def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path) -> 
         assert checkpoints.save(20, {"x": torch.zeros(500_000 if comm.rank == 1 else 5)}, {}) == []
         return checkpoints.save(30, {"x": 0}, {}) + checkpoints.settle()
 
-    # What a full disk does, to files of more than a megabyte.
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
+    with own.files_limited(1_000_000):
         told = simulate(WORLD, body)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
     assert told == [["step 20: not saved, the checkpoints before stay: rank 1: [Errno 27] File too large"]] * WORLD
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000030", "latest"]
     assert (tmp_path / "latest").read_text() == "000000030\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -106,6 +107,12 @@ def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterato
                 "world_size": comm.size,
                 "steps": facts.step,
             }
-            with suppress(OSError), (Path(place) / "summary.json").open("x", encoding="utf-8") as file:
-                file.write(json.dumps(found, indent=1) + "\n")
+            file = Path(place) / "summary.json"
+            temporary = file.with_name(f".{file.name}.rank-{comm.rank}")
+            with suppress(OSError):
+                try:
+                    temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                    os.link(temporary, file)  # whole or not at all, and never over the word of the first
+                finally:
+                    temporary.unlink(missing_ok=True)
         raise
