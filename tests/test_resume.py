@@ -640,6 +640,43 @@ def test_a_job_of_slurm_finds_its_run_by_its_number(
     assert called(capsys, *words)[1].endswith("LGRAWA-17_2 is finished\n")
 
 
+def test_told_to_end_where_it_cannot_save_a_run_says_from_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("train", *LINE, "--method.period=4", "--budget.steps=60", "--log.tensorboard=false", "--run.name=a")
+    words += ("--run.resume=auto", f"--run.dir={tmp_path}")
+    take, at = Worker.step, 0
+
+    def told(worker: Worker) -> Any:
+        if worker.local_steps == at:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", told)
+
+    def ended(step: int, room: int) -> tuple[str, int]:
+        nonlocal at
+        at = step
+        with own.files_limited(room):
+            status, output, errors = called(capsys, *words)
+        assert status == TRY_AGAIN, errors
+        steps: int = json.loads((tmp_path / "a" / "summary.json").read_text())["steps"]
+        began = "ended      timed out by SIGUSR2 (rank 0), "
+        assert output.splitlines()[-1].startswith(began), output
+        return output.splitlines()[-1].removeprefix(began), steps
+
+    little, enough = 5_000, 1_000_000  # a checkpoint has 10,000 bytes
+    line, steps = ended(9, little)
+    assert line == f"not saved at step {steps}: the same command goes on from the start"
+    line, saved = ended(9, enough)
+    assert line == f"saved at step {saved}; the same command goes on"
+    line, steps = ended(saved + 5, little)
+    assert saved < steps and line == f"not saved at step {steps}: the same command goes on from step {saved}"
+    at = -1
+    status, output, errors = called(capsys, *words)
+    assert status == 0 and f"resumed    at step {saved}, " in output, errors
+
+
 def told_to_end(job: Any, folder: Path, state: str, cause: str) -> dict[str, Any]:
     """The summary of a job that was told to end, and says so."""
     output, errors = job.communicate(timeout=90)

@@ -35,7 +35,7 @@ from .together import backend_line, set_threads, together
 if TYPE_CHECKING:
     from .compare import Comparison
 
-#: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
+#: Exit status of a run that was told to end before its time, and can go on (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
 
 

@@ -84,6 +84,8 @@ class Checkpoints:
         self.folder, self._comm, self._keep = folder, comm, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: _UnderWay | None = None
+        #: Step of the checkpoint to go on from, the same on all ranks; None if there is none.
+        self.saved: int | None = None
 
     def save(self, step: int, state: dict[str, Any], noted: dict[str, Any]) -> list[str]:
         """Begin to save every rank's state, and end what is still under way.
@@ -170,7 +172,10 @@ class Checkpoints:
             wrong = self._errors_of(publish if first else None)
         if wrong and first:
             shutil.rmtree(unfinished, ignore_errors=True)
-        return [_not_saved(under_way.step, wrong)] if wrong else []
+        if wrong:
+            return [_not_saved(under_way.step, wrong)]
+        self.saved = under_way.step
+        return []
 
     def keep_model(self, state: dict[str, Tensor]) -> list[str]:
         """Keep this rank's own model beside the run; returns what went wrong, the same on all ranks."""
@@ -228,6 +233,7 @@ class Checkpoints:
             found: list[Restored] = []
             wrong = self._errors_of(partial(self._read, name, skipped + damaged, found))
             if not wrong:
+                self.saved = found[0].step
                 return found[0]
             damaged += wrong
         if damaged:

@@ -63,8 +63,13 @@ class Ending:
             again = ", Ctrl-C again: now" if self.cause == "SIGINT" else ""
             self._log.say(f"ending     {self.cause}: all ranks save at the next control word, then end{again}")
 
-    def summary(self, worker: Worker) -> dict[str, Any]:
-        """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it."""
+    def summary(self, worker: Worker, saved: int | None) -> dict[str, Any]:
+        """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it.
+
+        Args:
+            worker: this rank's.
+            saved: step of the checkpoint to go on from; None if there is none.
+        """
         own = f"{self.cause}:{self._state}" if self.cause else ""
         causes = [found.decode() for found in worker.comm.gather_bytes(own.encode(), "evaluate")]
         rank, (cause, _, state) = next((m, found.partition(":")) for m, found in enumerate(causes) if found)
@@ -81,11 +86,17 @@ class Ending:
         }
         if self._folder is not None:
             (self._folder / "STOP").unlink(missing_ok=True)
-            write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
+            try:
+                write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
+            except OSError as error:
+                self._log.say(f"ended      {self._folder / 'summary.json'} cannot be written ({error.strerror})")
         self._log.close()
-        self._log.say(
-            f"ended      {state} by {cause} (rank {rank}), saved at step {facts.step}; --run.resume auto goes on"
-        )
+        again = "the same command" if worker.config.run.resume == "auto" else "--run.resume auto"
+        where = f"saved at step {facts.step}; {again} goes on"
+        if saved != facts.step:
+            start = "the start" if saved is None else f"step {saved}"
+            where = f"not saved at step {facts.step}: {again} goes on from {start}"
+        self._log.say(f"ended      {state} by {cause} (rank {rank}), {where}")
         return found
 
 

@@ -155,7 +155,7 @@ class Training:
         if worker.used < 1:
             self._save()
             self._settle()
-            return ending.summary(worker)
+            return ending.summary(worker, None if self.checkpoints is None else self.checkpoints.saved)
         self._settle()
         worker.run.finish()
         training_seconds = worker.clock.settled
