@@ -272,6 +272,19 @@ class Comparison:
         """The folders of the runs that are."""
         return [path for _, config in self.plan if (path := self.finished_folder(config))]
 
+    def report(self) -> None:
+        """Print one table of the finished runs; beside them write ``table.csv`` and, with Matplotlib, ``figure.png``."""
+        from ..report.figure import check_drawable
+
+        figure, missing = self.folder / "figure.png", ""
+        try:
+            check_drawable(figure)
+        except ConfigError as error:
+            missing = str(error)
+        report(self.finished, self.target, self.folder / "table.csv", None if missing else figure)
+        if missing:
+            print(f"figure  none: {missing}")
+
     def _announce(self, number: int, done: Path | None) -> None:
         config = self.plan[number].config
         link = f" over an emulated network of {config.network}" if config.network else ""

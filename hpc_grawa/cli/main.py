@@ -161,6 +161,10 @@ def table(words: list[str], slot: Slot) -> None:
     check_target(options.target)
     if slot.rank:
         return
+    if options.figure is not None:
+        from ..report.figure import check_drawable
+
+        check_drawable(options.figure)
     from .compare import report
 
     report(options.runs, options.target, options.csv, options.figure)
@@ -181,7 +185,7 @@ def status(words: list[str], slot: Slot) -> None:
 
 def compare(words: list[str], slot: Slot) -> None:
     """Train with several methods, settings and seeds, one after the other or as a job array, and compare them."""
-    from .compare import Comparison, report
+    from .compare import Comparison
 
     program = "hpc-grawa compare"
     own = Parser(prog=program, add_help=False, allow_abbrev=False)
@@ -226,15 +230,11 @@ def compare(words: list[str], slot: Slot) -> None:
         with together(program, config, alone, backend_line(config, alone)) as comm:
             _as_in_a_paper(comparison, comm, alone)
     if comparison.finished:
-        report(
-            comparison.finished, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png"
-        )
+        comparison.report()
     raise SystemExit(status)
 
 
 def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
-    from .compare import report
-
     for _, config in comparison.plan:
         config.check(slot.size)
     first = comparison.plan[0].config
@@ -243,11 +243,11 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool)
         comparison.check_folders(slot.size)
     set_threads(slot)
     with together(program, first, slot, first_line) as comm:
-        folders = comparison.train(comm)
+        comparison.train(comm)
         if paper:
             _as_in_a_paper(comparison, comm, slot)
         if slot.rank == 0:
-            report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
+            comparison.report()
 
 
 def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
