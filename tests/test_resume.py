@@ -773,6 +773,84 @@ def test_the_last_evaluation_is_made_again_where_it_was_cut_off(tmp_path: Path) 
         assert cut == whole
 
 
+COMPARED = ("compare", *LINE, "--methods=LocalSGD,LGRAWA", "--seeds=1", "--method.period=4", "--run.name=study")
+STUDY = ("LocalSGD-1", "LGRAWA-1")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR2, TRY_AGAIN), (signal.SIGINT, 130)])
+def test_a_comparison_that_is_told_to_end_says_so_and_goes_on_where_it_was(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its first run and in its second; it then equals one that was never told, bit for bit."""
+    words = (*COMPARED, "--budget.steps=20", "--log.every=3", "--log.tensorboard=false")
+    assert called(capsys, *words, f"--run.dir={tmp_path}/whole")[0] == 0
+    take, tells = Worker.step, ""
+
+    def told(worker: Worker) -> Any:
+        if worker.config.method_name == tells and worker.local_steps == 6:
+            os.kill(os.getpid(), number)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", told)
+    again = (*words, f"--run.dir={tmp_path}/cut")
+    for tells, rows in (("LocalSGD", 0), ("LGRAWA", 1)):
+        found = called(capsys, *again)
+        assert (found.status, found.errors) == (status, "")
+        assert found.output.count("\n| LocalSGD ") == rows and "; the same command goes on\n" in found.output
+    tells = ""
+    found = called(capsys, *again)
+    assert found.status == 0 and "resumed    at step " in found.output, found.errors
+    assert sorted(p.name for p in (tmp_path / "cut/study").iterdir() if p.is_dir()) == sorted(STUDY)
+    for name in STUDY:
+        assert result(tmp_path / "cut/study" / name) == result(tmp_path / "whole/study" / name)
+
+
+def test_a_comparison_by_other_settings_leaves_what_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run gets a folder with a number; what was cut off goes on with the settings that it had."""
+    take = Worker.step
+
+    def told(worker: Worker) -> Any:
+        if worker.local_steps == 6:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return take(worker)
+
+    def compare(steps: int) -> str:
+        found = called(capsys, *COMPARED, "--methods=LGRAWA", f"--budget.steps={steps}", f"--run.dir={tmp_path}")
+        assert found.status == (TRY_AGAIN if "ended      " in found.output else 0), found.errors
+        return found.output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "step", told)
+        compare(20)
+        compare(30)
+    first, second = tmp_path / "study/LGRAWA-1", tmp_path / "study/LGRAWA-1.2"
+    before = own.contents(first)
+    assert "resumed    at step " in compare(30)
+    assert own.contents(first) == before and json.loads((second / "summary.json").read_text())["steps"] == 30
+
+
+@launched
+@pytest.mark.slow
+def test_a_comparison_on_several_ranks_goes_on_where_it_was_told_to_end(tmp_path: Path) -> None:
+    words = (*COMPARED, "--model=own.Slow", "--budget.steps=40", "--run.control_every=4", "--log.every=2")
+    words += ("--backend=mpi", "--log.tensorboard=false")
+    assert launch(*words, f"--run.dir={tmp_path}/whole", ranks=2)[0] == 0
+    again, study = (*words, f"--run.dir={tmp_path}/cut"), tmp_path / "cut/study"
+    job, records, end = start(*again, ranks=2), study / "LGRAWA-1/metrics.jsonl", time.monotonic() + 90
+    while not records.exists() or '"round": 2' not in records.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(next(p for p in running(f"--run.dir={tmp_path}/cut") if rank_of(p) == "1"), signal.SIGTERM)
+    output, errors = job.communicate(timeout=90)
+    assert job.returncode == TRY_AGAIN and "\n| LocalSGD " in output and "| LGRAWA " not in output, errors
+    status, output, errors = launch(*again, ranks=2)
+    assert status == 0 and "resumed    at step " in output and "\n| LGRAWA " in output, errors
+    for name in STUDY:
+        assert result(study / name) == result(tmp_path / "whole/study" / name)
+
+
 def rank_of(process: int) -> str | None:
     variables = Path(f"/proc/{process}/environ").read_text().split("\0")
     return next((v.partition("=")[2] for v in variables if v.startswith("OMPI_COMM_WORLD_RANK=")), None)

@@ -10,19 +10,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..comm import Communicator
-from ..errors import ConfigError, wrong
+from ..errors import ConfigError, Damaged, wrong
+from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, new_folder
 from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import flatten
 from ..screen import columns
 from ..training.config import Config, renamed
+from ..training.resume import RunPlace
 from .classes import find_class, short
 from .parsing import parse
 from .settings import class_section, read_settings, split_config
@@ -192,21 +194,52 @@ class Comparison:
                         f"another --run.name, or remove that folder",
                     )
 
-    def train(self, comm: Communicator) -> list[Path]:
-        """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
-        from ..training.loop import fit
+    def train(self, comm: Communicator) -> dict[str, Any]:
+        """Make every run that is not finished, until one is told to end; rank 0 decides which.
 
+        Returns:
+            The summary of the last one: its state is ``finished``, or says how it was told to end, on all ranks.
+        """
         done = [self.finished_folder(config) for _, config in self.plan] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
+        ended: dict[str, Any] = {"state": "finished"}
         for number, (_, config) in enumerate(self.plan):
             if comm.rank == 0:
                 self._announce(number, done[number])
             if not there[number]:
-                # A run that was cut off keeps its folder; the next attempt gets a numbered one.
-                folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
-                if fit(config, comm, new_folder=None if comm.rank else folder)["state"] != "finished":
+                ended = self._fit(_resumed(config, str(config.run.name)), comm)
+                if ended["state"] != "finished":
                     break
-        return self.finished if comm.rank == 0 else []
+        return ended
+
+    def _fit(self, config: Config, comm: Communicator) -> dict[str, Any]:
+        from ..training.loop import fit
+
+        place: RunPlace | None = None
+
+        def folder() -> Path | None:
+            nonlocal place
+            place = self._place(config, comm.size)
+            return place.open()
+
+        try:
+            return fit(config, comm, new_folder=None if comm.rank else folder)
+        finally:
+            if place is not None:
+                place.close()
+
+    def _place(self, config: Config, ranks: int) -> RunPlace:
+        """Where a run goes on that was cut off with a checkpoint, by these settings and ranks; else a new folder.
+
+        What is there otherwise stays as it is: the new folder gets a number.
+        """
+        for path in self._attempts(config):
+            place = RunPlace(_resumed(config, path.name))
+            with suppress(ConfigError, Damaged, OSError):
+                if saved_world(path / "checkpoints") is not None:
+                    place.check(ranks)
+                    return place
+        return RunPlace(_resumed(config, new_folder(str(self.folder), str(config.run.name), numbered=True).name))
 
     def launch(self, launcher: Sequence[str]) -> int:
         """Start every run that is not there yet as a job step of its own; one that was cut off goes on.
@@ -293,9 +326,16 @@ class Comparison:
 
     def finished_folder(self, config: Config) -> Path | None:
         """The folder of a run, if it is finished: of its first attempt that is."""
+        return next((path for path in self._attempts(config) if is_finished(path)), None)
+
+    def _attempts(self, config: Config) -> list[Path]:
         name = str(config.run.name)
-        attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
-        return next((path for path in attempts if is_finished(path)), None)
+        return [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
+
+
+def _resumed(config: Config, name: str) -> Config:
+    """A run of a comparison, which goes on where it was cut off, in the folder of that name."""
+    return replace(config, run=replace(config.run, name=name, resume="auto"))
 
 
 def _axes(grid: object) -> dict[str, list[str]]:

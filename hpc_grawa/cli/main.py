@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..comm import Backend, Communicator
 from ..errors import ConfigError, require, wrong
@@ -119,8 +119,13 @@ def train(words: list[str], slot: Slot) -> None:
             place.close()
         if found["state"] != "finished":
             comm.barrier()  # whoever leaves first with a status has srun end the others: rank 0 must have written
-    if found["state"] != "finished":
-        raise SystemExit(130 if found["cause"] == "SIGINT" else TRY_AGAIN)
+    _leave_early(found)
+
+
+def _leave_early(ended: dict[str, Any]) -> None:
+    """Leave with the status that says so, where a run was told to end."""
+    if ended["state"] != "finished":
+        raise SystemExit(130 if ended["cause"] == "SIGINT" else TRY_AGAIN)
 
 
 def evaluate(words: list[str], slot: Slot) -> None:
@@ -243,11 +248,15 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool)
         comparison.check_folders(slot.size)
     set_threads(slot)
     with together(program, first, slot, first_line) as comm:
-        comparison.train(comm)
-        if paper:
+        ended = comparison.train(comm)
+        finished = ended["state"] == "finished"
+        if paper and finished:
             _as_in_a_paper(comparison, comm, slot)
-        if slot.rank == 0:
+        if slot.rank == 0 and comparison.finished:
             comparison.report()
+        if not finished:
+            comm.barrier()
+    _leave_early(ended)
 
 
 def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
@@ -263,7 +272,7 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
         all_there = None not in places.values()
         told = json.dumps({str(path): n for n, path in places.items() if all_there and path in chosen})
     chosen_here = json.loads(comm.gather_bytes(told.encode())[0])
-    if not chosen_here:  # it was told to stop
+    if not chosen_here:
         return
     measure_runs(
         {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},
