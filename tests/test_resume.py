@@ -22,7 +22,7 @@ from launcher import called, environment, launch, launched, start
 from table import as_words, kinds, plain
 from test_cli import LINE, running
 
-from hpc_grawa import simulate
+from hpc_grawa import cli, simulate
 from hpc_grawa.averaging.probe import probe_gradient
 from hpc_grawa.cli.main import TRY_AGAIN
 from hpc_grawa.cli.parsing import parse
@@ -32,6 +32,7 @@ from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints, model_file
 from hpc_grawa.runs.lock import Lock
 from hpc_grawa.runs.log import write_atomically
+from hpc_grawa.runs.record import group, read_run
 from hpc_grawa.training.config import Config
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
@@ -580,6 +581,36 @@ def test_what_a_run_does_not_go_on_with(
     assert refused("--run.name=null", "--budget.steps=8") == (
         "run.resume is auto: must be never without run.name, where SLURM gives the job no number"
     )
+
+
+CHANGING = (*LINE, "--method.period=4", "--log.tensorboard=false", "--save.unit=steps", "--save.every=4")
+
+
+def test_settings_that_were_changed_on_the_way_are_told_and_make_no_seed_of_another_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is such a run one of a comparison; of a run that had made no checkpoint nothing of the old ones is left."""
+    train = ("train", *CHANGING, f"--run.dir={tmp_path}", "--run.resume=auto")
+    for name, steps in (("short", 12), ("long", 20)):
+        assert called(capsys, *train, f"--run.name={name}", f"--budget.steps={steps}")[0] == 0
+    for name, step in (("changed", 10), ("anew", 3)):
+        with monkeypatch.context() as patched:
+            cut_at(step, patched)
+            with pytest.raises(Cut):
+                cli.main([*train, f"--run.name={name}", "--budget.steps=12"])
+        status, output, errors = called(
+            capsys, *train, f"--run.name={name}", "--budget.steps=20", "--allow-change=budget"
+        )
+        assert status == 0, errors
+        assert ("changed    budget.steps from 12 to 20\n" in output) is (name == "changed")
+    labels = {label: len(runs) for label, runs in group([read_run(run) for run in tmp_path.iterdir()]).items()}
+    assert labels == {"LGRAWA steps=12": 1, "LGRAWA steps=20": 2, "LGRAWA steps=12, then 20": 1}
+    (tmp_path / "study").mkdir()
+    shutil.copytree(tmp_path / "changed", tmp_path / "study/LGRAWA-0")
+    compare = ("compare", *CHANGING, f"--run.dir={tmp_path}", "--run.name=study", "--methods=LGRAWA")
+    for steps in (12, 20):
+        status, _, errors = called(capsys, *compare, f"--budget.steps={steps}")
+        assert status == 2 and f"was made with 'steps: 12, then 20', now it is 'steps: {steps}'" in errors
 
 
 @pytest.mark.slow

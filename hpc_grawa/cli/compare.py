@@ -20,8 +20,8 @@ from ..comm import Communicator
 from ..errors import ConfigError, Damaged, wrong
 from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, new_folder
-from ..runs.reading import parse_settings, read_object, read_text
-from ..runs.record import flatten
+from ..runs.reading import parse_settings, read_object
+from ..runs.record import flatten, read_run
 from ..screen import columns
 from ..training.config import Config, renamed
 from ..training.resume import RunPlace
@@ -169,16 +169,11 @@ class Comparison:
             if run is None:
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
-            texts = (
-                (read_text(run / "config.yaml") or "", ranks),
-                (config.text, ranks if world_size is None else world_size),
-            )
-            there, now = (
-                renamed(flatten(parse_settings(text, str(run / "config.yaml")))) | {"ranks": size}
-                for text, size in texts
-            )
-            # Resumed by itself, it may have gone on over another.
-            there["network"] = (read_object(run / "summary.json") or {}).get("network")
+            record = read_run(run)
+            # Resumed by itself, it may have gone on over another network.
+            there = renamed(record.config) | {"ranks": ranks, "network": record.network}
+            now = renamed(flatten(parse_settings(config.text, "config")))
+            now |= {"ranks": ranks if world_size is None else world_size}
             for key in dict.fromkeys([*now, *there]):
                 if key == "run.resume":  # a launcher's runs go on where they were cut off
                     continue
@@ -306,7 +301,7 @@ class Comparison:
         return [path for _, config in self.plan if (path := self.finished_folder(config))]
 
     def report(self) -> None:
-        """Print one table of the finished runs; beside them write ``table.csv`` and, with Matplotlib, ``figure.png``."""
+        """Print one table of the finished runs; beside them write ``table.csv`` and, if it can, ``figure.png``."""
         from ..report.figure import check_drawable
 
         figure, missing = self.folder / "figure.png", ""
@@ -425,7 +420,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
         csv: where to write the numbers.
         figure: where to draw.
     """
-    from ..report import draw, markdown, read_run, rows, write_csv
+    from ..report import draw, markdown, rows, write_csv
 
     records = [read_run(run) for path in runs for run in runs_in(path)]
     lines = rows(records, target=target)
