@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,6 +48,19 @@ def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("SLURM_NTASKS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@contextmanager
+def files_limited(size: int) -> Iterator[None]:
+    """Within the block no file grows beyond so many bytes: what a full disk does, to large files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -383,6 +383,19 @@ def test_a_comparison_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert float(row["center_test_r2_std"]) == pytest.approx(values.std().item(), rel=1e-3, abs=1e-6)
 
 
+def test_without_matplotlib_a_comparison_has_no_figure_and_one_that_is_asked_for_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    lacks = "figures need Matplotlib, which is not installed: pip install 'hpc-grawa[demo]'\n"
+    status, output, errors = called(capsys, "compare", "--methods=EASGD", *LINE, "--budget.steps=4")
+    assert (status, errors) == (0, "") and output.endswith(f"runs/comparison/table.csv\nfigure  none: {lacks}")
+    assert Path("runs/comparison/table.csv").is_file()
+    words = ("table", "runs/comparison", "--csv=t.csv", "--figure=f.png")
+    assert called(capsys, *words) == (2, "", f"hpc-grawa table: error: {lacks}")
+    assert not Path("t.csv").exists()
+
+
 def test_variants_of_a_method_are_told_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the table of a comparison, and in the folder of a run without a name."""
     (tmp_path / "variants.yaml").write_text(

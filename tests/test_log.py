@@ -8,11 +8,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import own
 import pytest
 import torch
+from launcher import called
+from test_cli import LINE
 
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.log import Log, human_bytes, new_folder, open_run, write_atomically
+from hpc_grawa.schedules import RunFacts
+from hpc_grawa.training.ending import failure_recorded
 
 
 def _race(directory: str, barrier: Any, results: Any) -> None:
@@ -90,6 +96,70 @@ def test_the_log_writes_lines_at_once_and_only_where_it_has_a_folder(
     assert capsys.readouterr().out == "a line\n"
     for each in (log, silent):
         each.close()
+
+
+# A full disk
+
+
+def test_lines_that_a_full_disk_refuses_are_written_in_their_order_once_there_is_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said once; what is lost at the end is said too. A checkpoint counts them, as they are still to come."""
+    file, lines = tmp_path / "metrics.jsonl", [f'{{"event": "train", "step": {step}}}\n' for step in range(6)]
+    log = Log(tmp_path, speaks=True)
+
+    def record(*steps: int) -> str:
+        for step in steps:
+            log.record("train", step=step)
+        assert log.written == len("".join(lines[: steps[-1] + 1]))
+        return capsys.readouterr().out
+
+    assert record(0) == ""
+    with own.files_limited(50):
+        told = f"log        {file} cannot be written (File too large): lines are kept until it can\n"
+        assert record(1, 2, 3) == told
+        assert file.read_text() == "".join(lines)[:50]
+    assert record(4) == "" and file.read_text() == "".join(lines[:5])
+    with own.files_limited(file.stat().st_size):
+        assert record(5) == told
+        log.close()
+    assert capsys.readouterr().out == f"log        {file} lacks its last {len(lines[5])} bytes: they are lost\n"
+
+
+def test_a_full_disk_ends_tensorboard_s_events_not_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    log = Log(tmp_path, speaks=True, tensorboard=True)
+    log.go_on(0, -1)
+    with own.files_limited(40):
+        log.record("train", step=1, loss=0.5)
+        log.close()
+    assert "log        no more events for TensorBoard ([Errno 27] File too large" in capsys.readouterr().out
+
+
+def test_training_ends_as_it_should_where_its_records_find_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.plain_process(monkeypatch)
+    words = ["train", *LINE, "--budget.steps=100", "--log.every=1", "--log.tensorboard=false", "--run.name=a"]
+    with own.files_limited(10_000):
+        status, output, errors = called(capsys, *words, f"--run.dir={tmp_path}")
+    assert (status, errors) == (0, "") and output.count("metrics.jsonl cannot be written (File too large)") == 1
+    assert (tmp_path / "a/metrics.jsonl").stat().st_size == 10_000
+    assert json.loads((tmp_path / "a/summary.json").read_text())["state"] == "finished"
+
+
+def test_word_of_a_failure_is_whole_or_absent_and_the_first_stays(tmp_path: Path) -> None:
+    def fail() -> list[str]:
+        with pytest.raises(ZeroDivisionError), failure_recorded(str(tmp_path), SingleCommunicator(), RunFacts(step=7)):
+            raise ZeroDivisionError
+        return [path.read_text() for path in tmp_path.iterdir()]
+
+    with own.files_limited(0):
+        assert fail() == []
+    (word,) = fail()
+    assert (json.loads(word)["state"], json.loads(word)["steps"]) == ("failed", 7)
+    (tmp_path / "summary.json").write_text("the first")
+    assert fail() == ["the first"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from launcher import called, environment, launch, launched, start
 from table import as_words, kinds, plain
 from test_cli import LINE, running
 
-from hpc_grawa import simulate
+from hpc_grawa import cli, simulate
 from hpc_grawa.averaging.probe import probe_gradient
 from hpc_grawa.cli.main import TRY_AGAIN
 from hpc_grawa.cli.parsing import parse
@@ -33,6 +32,7 @@ from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints, model_file
 from hpc_grawa.runs.lock import Lock
 from hpc_grawa.runs.log import write_atomically
+from hpc_grawa.runs.record import group, read_run
 from hpc_grawa.training.config import Config
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
@@ -264,6 +264,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     assert len(set(simulate(WORLD, body))) == 1
 
 
+def test_a_newer_checkpoint_that_was_passed_over_takes_no_whole_one_s_place(tmp_path: Path) -> None:
+    saved(tmp_path, (100, 200))
+    (tmp_path / "000000200/rank-0000.pt").write_bytes(b"")
+    assert loaded(tmp_path)[0][0] == 100
+    saved(tmp_path, (150,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000100", "000000150", "latest"]
+
+
 def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """All ranks are told, whichever it is, and go on; nothing of the new one remains."""
     saved(tmp_path, (10,))
@@ -273,15 +281,8 @@ def test_a_rank_that_cannot_write_leaves_the_last_checkpoint(tmp_path: Path) -> 
         assert checkpoints.save(20, {"x": torch.zeros(500_000 if comm.rank == 1 else 5)}, {}) == []
         return checkpoints.save(30, {"x": 0}, {}) + checkpoints.settle()
 
-    # What a full disk does, to files of more than a megabyte.
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
+    with own.files_limited(1_000_000):
         told = simulate(WORLD, body)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
     assert told == [["step 20: not saved, the checkpoints before stay: rank 1: [Errno 27] File too large"]] * WORLD
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000030", "latest"]
     assert (tmp_path / "latest").read_text() == "000000030\n"
@@ -582,6 +583,36 @@ def test_what_a_run_does_not_go_on_with(
     )
 
 
+CHANGING = (*LINE, "--method.period=4", "--log.tensorboard=false", "--save.unit=steps", "--save.every=4")
+
+
+def test_settings_that_were_changed_on_the_way_are_told_and_make_no_seed_of_another_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is such a run one of a comparison; of a run that had made no checkpoint nothing of the old ones is left."""
+    train = ("train", *CHANGING, f"--run.dir={tmp_path}", "--run.resume=auto")
+    for name, steps in (("short", 12), ("long", 20)):
+        assert called(capsys, *train, f"--run.name={name}", f"--budget.steps={steps}")[0] == 0
+    for name, step in (("changed", 10), ("anew", 3)):
+        with monkeypatch.context() as patched:
+            cut_at(step, patched)
+            with pytest.raises(Cut):
+                cli.main([*train, f"--run.name={name}", "--budget.steps=12"])
+        status, output, errors = called(
+            capsys, *train, f"--run.name={name}", "--budget.steps=20", "--allow-change=budget"
+        )
+        assert status == 0, errors
+        assert ("changed    budget.steps from 12 to 20\n" in output) is (name == "changed")
+    labels = {label: len(runs) for label, runs in group([read_run(run) for run in tmp_path.iterdir()]).items()}
+    assert labels == {"LGRAWA steps=12": 1, "LGRAWA steps=20": 2, "LGRAWA steps=12, then 20": 1}
+    (tmp_path / "study").mkdir()
+    shutil.copytree(tmp_path / "changed", tmp_path / "study/LGRAWA-0")
+    compare = ("compare", *CHANGING, f"--run.dir={tmp_path}", "--run.name=study", "--methods=LGRAWA")
+    for steps in (12, 20):
+        status, _, errors = called(capsys, *compare, f"--budget.steps={steps}")
+        assert status == 2 and f"was made with 'steps: 12, then 20', now it is 'steps: {steps}'" in errors
+
+
 @pytest.mark.slow
 def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -638,6 +669,43 @@ def test_a_job_of_slurm_finds_its_run_by_its_number(
     assert called(capsys, *words)[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["LGRAWA-17_2"]
     assert called(capsys, *words)[1].endswith("LGRAWA-17_2 is finished\n")
+
+
+def test_told_to_end_where_it_cannot_save_a_run_says_from_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("train", *LINE, "--method.period=4", "--budget.steps=60", "--log.tensorboard=false", "--run.name=a")
+    words += ("--run.resume=auto", f"--run.dir={tmp_path}")
+    take, at = Worker.step, 0
+
+    def told(worker: Worker) -> Any:
+        if worker.local_steps == at:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", told)
+
+    def ended(step: int, room: int) -> tuple[str, int]:
+        nonlocal at
+        at = step
+        with own.files_limited(room):
+            status, output, errors = called(capsys, *words)
+        assert status == TRY_AGAIN, errors
+        steps: int = json.loads((tmp_path / "a" / "summary.json").read_text())["steps"]
+        began = "ended      timed out by SIGUSR2 (rank 0), "
+        assert output.splitlines()[-1].startswith(began), output
+        return output.splitlines()[-1].removeprefix(began), steps
+
+    little, enough = 5_000, 1_000_000  # a checkpoint has 10,000 bytes
+    line, steps = ended(9, little)
+    assert line == f"not saved at step {steps}: the same command goes on from the start"
+    line, saved = ended(9, enough)
+    assert line == f"saved at step {saved}; the same command goes on"
+    line, steps = ended(saved + 5, little)
+    assert saved < steps and line == f"not saved at step {steps}: the same command goes on from step {saved}"
+    at = -1
+    status, output, errors = called(capsys, *words)
+    assert status == 0 and f"resumed    at step {saved}, " in output, errors
 
 
 def told_to_end(job: Any, folder: Path, state: str, cause: str) -> dict[str, Any]:
@@ -734,6 +802,84 @@ def test_the_last_evaluation_is_made_again_where_it_was_cut_off(tmp_path: Path) 
     assert status == 0 and "resumed    at step 4, " in output, errors
     for cut, whole in zip(result(folder), result(tmp_path / "whole" / "a"), strict=True):
         assert cut == whole
+
+
+COMPARED = ("compare", *LINE, "--methods=LocalSGD,LGRAWA", "--seeds=1", "--method.period=4", "--run.name=study")
+STUDY = ("LocalSGD-1", "LGRAWA-1")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR2, TRY_AGAIN), (signal.SIGINT, 130)])
+def test_a_comparison_that_is_told_to_end_says_so_and_goes_on_where_it_was(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its first run and in its second; it then equals one that was never told, bit for bit."""
+    words = (*COMPARED, "--budget.steps=20", "--log.every=3", "--log.tensorboard=false")
+    assert called(capsys, *words, f"--run.dir={tmp_path}/whole")[0] == 0
+    take, tells = Worker.step, ""
+
+    def told(worker: Worker) -> Any:
+        if worker.config.method_name == tells and worker.local_steps == 6:
+            os.kill(os.getpid(), number)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", told)
+    again = (*words, f"--run.dir={tmp_path}/cut")
+    for tells, rows in (("LocalSGD", 0), ("LGRAWA", 1)):
+        found = called(capsys, *again)
+        assert (found.status, found.errors) == (status, "")
+        assert found.output.count("\n| LocalSGD ") == rows and "; the same command goes on\n" in found.output
+    tells = ""
+    found = called(capsys, *again)
+    assert found.status == 0 and "resumed    at step " in found.output, found.errors
+    assert sorted(p.name for p in (tmp_path / "cut/study").iterdir() if p.is_dir()) == sorted(STUDY)
+    for name in STUDY:
+        assert result(tmp_path / "cut/study" / name) == result(tmp_path / "whole/study" / name)
+
+
+def test_a_comparison_by_other_settings_leaves_what_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run gets a folder with a number; what was cut off goes on with the settings that it had."""
+    take = Worker.step
+
+    def told(worker: Worker) -> Any:
+        if worker.local_steps == 6:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return take(worker)
+
+    def compare(steps: int) -> str:
+        found = called(capsys, *COMPARED, "--methods=LGRAWA", f"--budget.steps={steps}", f"--run.dir={tmp_path}")
+        assert found.status == (TRY_AGAIN if "ended      " in found.output else 0), found.errors
+        return found.output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "step", told)
+        compare(20)
+        compare(30)
+    first, second = tmp_path / "study/LGRAWA-1", tmp_path / "study/LGRAWA-1.2"
+    before = own.contents(first)
+    assert "resumed    at step " in compare(30)
+    assert own.contents(first) == before and json.loads((second / "summary.json").read_text())["steps"] == 30
+
+
+@launched
+@pytest.mark.slow
+def test_a_comparison_on_several_ranks_goes_on_where_it_was_told_to_end(tmp_path: Path) -> None:
+    words = (*COMPARED, "--model=own.Slow", "--budget.steps=40", "--run.control_every=4", "--log.every=2")
+    words += ("--backend=mpi", "--log.tensorboard=false")
+    assert launch(*words, f"--run.dir={tmp_path}/whole", ranks=2)[0] == 0
+    again, study = (*words, f"--run.dir={tmp_path}/cut"), tmp_path / "cut/study"
+    job, records, end = start(*again, ranks=2), study / "LGRAWA-1/metrics.jsonl", time.monotonic() + 90
+    while not records.exists() or '"round": 2' not in records.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(next(p for p in running(f"--run.dir={tmp_path}/cut") if rank_of(p) == "1"), signal.SIGTERM)
+    output, errors = job.communicate(timeout=90)
+    assert job.returncode == TRY_AGAIN and "\n| LocalSGD " in output and "| LGRAWA " not in output, errors
+    status, output, errors = launch(*again, ranks=2)
+    assert status == 0 and "resumed    at step " in output and "\n| LGRAWA " in output, errors
+    for name in STUDY:
+        assert result(study / name) == result(tmp_path / "whole/study" / name)
 
 
 def rank_of(process: int) -> str | None:

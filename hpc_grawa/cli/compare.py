@@ -12,20 +12,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..comm import Communicator
-from ..errors import ConfigError, wrong
+from ..errors import ConfigError, Damaged, wrong
+from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, new_folder, write_atomically
-from ..runs.reading import parse_settings, read_object, read_text
-from ..runs.record import flatten
+from ..runs.reading import parse_settings, read_object
+from ..runs.record import flatten, read_run
 from ..screen import columns
 from ..training.config import Config, renamed
-from ..training.resume import FREE
+from ..training.resume import FREE, RunPlace
 from .classes import find_class, short
 from .parsing import parse
 from .settings import class_section, read_settings, split_config
@@ -175,16 +176,11 @@ class Comparison:
                     raise self._mixed(begun, f"network: {network}", f"network: {config.network}")
                 continue
             ranks = (read_object(run / "environment.json") or {}).get("world_size")
-            texts = (
-                (read_text(run / "config.yaml") or "", ranks),
-                (config.text, ranks if world_size is None else world_size),
-            )
-            there, now = (
-                renamed(flatten(parse_settings(text, str(run / "config.yaml")))) | {"ranks": size}
-                for text, size in texts
-            )
-            # Resumed by itself, it may have gone on over another.
-            there["network"] = (read_object(run / "summary.json") or {}).get("network")
+            record = read_run(run)
+            # Resumed by itself, it may have gone on over another network.
+            there = renamed(record.config) | {"ranks": ranks, "network": record.network}
+            now = renamed(flatten(parse_settings(config.text, "config")))
+            now |= {"ranks": ranks if world_size is None else world_size}
             for key in dict.fromkeys([*now, *there]):
                 if key in ("backend", *FREE) and key != "network":
                     continue
@@ -199,21 +195,53 @@ class Comparison:
         fix = f"{run} was made with '{old}', now it is '{new}'; must be another --run.name, or remove that folder"
         return wrong("run.name", self.folder.name, fix)
 
-    def train(self, comm: Communicator) -> list[Path]:
-        """Make every run that is not there yet; rank 0 decides which and gets the folders of all."""
-        from ..training.loop import fit
+    def train(self, comm: Communicator) -> dict[str, Any]:
+        """Make every run that is not finished, until one is told to end; rank 0 decides which.
 
+        Returns:
+            The summary of the last one: its state is ``finished``, or says how it was told to end, on all ranks.
+        """
         done = [self.finished_folder(config) for _, config in self.plan] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
+        ended: dict[str, Any] = {"state": "finished"}
         for number, (_, config) in enumerate(self.plan):
             if comm.rank == 0:
                 self._announce(number, done[number])
             if not there[number]:
-                # A run that was cut off keeps its folder; the next attempt gets a numbered one.
-                folder = partial(new_folder, str(self.folder), str(config.run.name), numbered=True)
-                if fit(config, comm, new_folder=None if comm.rank else folder)["state"] != "finished":
+                ended = self._fit(_resumed(config, str(config.run.name)), comm)
+                if ended["state"] != "finished":
                     break
-        return self.finished if comm.rank == 0 else []
+        return ended
+
+    def _fit(self, config: Config, comm: Communicator) -> dict[str, Any]:
+        from ..training.loop import fit
+
+        place: RunPlace | None = None
+
+        def folder() -> Path | None:
+            nonlocal place
+            place = self._place(config, comm.size)
+            return place.open()
+
+        try:
+            return fit(config, comm, new_folder=None if comm.rank else folder)
+        finally:
+            if place is not None:
+                place.close()
+
+    def _place(self, config: Config, ranks: int) -> RunPlace:
+        """Where a run goes on that was cut off with a checkpoint, by these settings and ranks; else a new folder.
+
+        What is there otherwise stays as it is: the new folder gets a number.
+        """
+        for path in self._attempts(config):
+            place = RunPlace(_resumed(config, path.name))
+            with suppress(ConfigError, Damaged, OSError):
+                network = (read_object(path / "environment.json") or {}).get("network")
+                if network == config.network and saved_world(path / "checkpoints") is not None:
+                    place.check(ranks)
+                    return place
+        return RunPlace(_resumed(config, new_folder(str(self.folder), str(config.run.name), numbered=True).name))
 
     def launch(self, launcher: Sequence[str]) -> int:
         """Start every run that is not there yet as a job step of its own; one that was cut off goes on.
@@ -288,6 +316,19 @@ class Comparison:
         """The folders of the runs that are."""
         return [path for _, config in self.plan if (path := self.finished_folder(config))]
 
+    def report(self) -> None:
+        """Print one table of the finished runs; beside them write ``table.csv`` and, if it can, ``figure.png``."""
+        from ..report.figure import check_drawable
+
+        figure, missing = self.folder / "figure.png", ""
+        try:
+            check_drawable(figure)
+        except ConfigError as error:
+            missing = str(error)
+        report(self.finished, self.target, self.folder / "table.csv", None if missing else figure)
+        if missing:
+            print(f"figure  none: {missing}")
+
     def _announce(self, number: int, done: Path | None) -> None:
         config = self.plan[number].config
         link = f" over an emulated network of {config.network}" if config.network else ""
@@ -296,9 +337,16 @@ class Comparison:
 
     def finished_folder(self, config: Config) -> Path | None:
         """The folder of a run, if it is finished: of its first attempt that is."""
+        return next((path for path in self._attempts(config) if is_finished(path)), None)
+
+    def _attempts(self, config: Config) -> list[Path]:
         name = str(config.run.name)
-        attempts = [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
-        return next((path for path in attempts if is_finished(path)), None)
+        return [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
+
+
+def _resumed(config: Config, name: str) -> Config:
+    """A run of a comparison, which goes on where it was cut off, in the folder of that name."""
+    return replace(config, run=replace(config.run, name=name, resume="auto"))
 
 
 def _axes(grid: object) -> dict[str, list[str]]:
@@ -394,7 +442,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
         csv: where to write the numbers.
         figure: where to draw.
     """
-    from ..report import draw, markdown, read_run, rows, write_csv
+    from ..report import draw, markdown, rows, write_csv
 
     records = [read_run(run) for path in runs for run in runs_in(path)]
     lines = rows(records, target=target)

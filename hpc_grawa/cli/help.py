@@ -51,7 +51,8 @@ def _section(program: str, key: str, path: str, chosen: dict[str, str]) -> str:
 def _whole(program: str, chosen: dict[str, str]) -> str:
     parser = ArgumentParser(
         prog=program,
-        description="Trains one model per rank with one method. Every option may stand in a file given by --config.",
+        description="Trains one model per rank with one method. Every option but those named at the end may stand in "
+        "a file given by --config.",
         epilog="hpc-grawa train --dry_run [--world_size N] [--ranks_per_host N] only says what would happen. "
         "--trace writes trace.json; --resume_world any resumes with another number of ranks, from the center; "
         "--allow_change KEY (again for each key) resumes with a changed setting. --print_config prints the "

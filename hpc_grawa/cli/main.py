@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..comm import Backend, Communicator
 from ..errors import ConfigError, require, wrong
@@ -37,7 +37,7 @@ from .together import backend_line, set_threads, together
 if TYPE_CHECKING:
     from .compare import Comparison
 
-#: Exit status of a run that was told to end before its time, and saved (EX_TEMPFAIL of sysexits.h).
+#: Exit status of a run that was told to end before its time, and can go on (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
 
 
@@ -123,8 +123,13 @@ def train(words: list[str], slot: Slot) -> None:
             place.close()
         if found["state"] != "finished":
             comm.barrier()  # whoever leaves first with a status has srun end the others: rank 0 must have written
-    if found["state"] != "finished":
-        raise SystemExit(130 if found["cause"] == "SIGINT" else TRY_AGAIN)
+    _leave_early(found)
+
+
+def _leave_early(ended: dict[str, Any]) -> None:
+    """Leave with the status that says so, where a run was told to end."""
+    if ended["state"] != "finished":
+        raise SystemExit(130 if ended["cause"] == "SIGINT" else TRY_AGAIN)
 
 
 def evaluate(words: list[str], slot: Slot) -> None:
@@ -165,6 +170,10 @@ def table(words: list[str], slot: Slot) -> None:
     check_target(options.target)
     if slot.rank:
         return
+    if options.figure is not None:
+        from ..report.figure import check_drawable
+
+        check_drawable(options.figure)
     from .compare import report
 
     report(options.runs, options.target, options.csv, options.figure)
@@ -186,7 +195,7 @@ def status(words: list[str], slot: Slot) -> None:
 
 def compare(words: list[str], slot: Slot) -> None:
     """Train with several methods, settings and seeds, one after the other or as a job array, and compare them."""
-    from .compare import Comparison, report
+    from .compare import Comparison
 
     program = "hpc-grawa compare"
     own = Parser(prog=program, add_help=False, allow_abbrev=False)
@@ -233,26 +242,26 @@ def compare(words: list[str], slot: Slot) -> None:
         with together(program, config, alone, backend_line(config, alone)) as comm:
             _as_in_a_paper(comparison, comm, alone)
     if comparison.finished:
-        report(
-            comparison.finished, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png"
-        )
+        comparison.report()
     raise SystemExit(status)
 
 
 def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
-    from .compare import report
-
     first = comparison.plan[0].config
     first_line = backend_line(first, slot)
     if slot.rank == 0:
         comparison.check_folders(slot.size)
     set_threads(slot)
     with together(program, first, slot, first_line) as comm:
-        folders = comparison.train(comm)
-        if paper:
+        ended = comparison.train(comm)
+        finished = ended["state"] == "finished"
+        if paper and finished:
             _as_in_a_paper(comparison, comm, slot)
-        if slot.rank == 0:
-            report(folders, comparison.target, comparison.folder / "table.csv", comparison.folder / "figure.png")
+        if slot.rank == 0 and comparison.finished:
+            comparison.report()
+        if not finished:
+            comm.barrier()
+    _leave_early(ended)
 
 
 def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
@@ -268,7 +277,7 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
         all_there = None not in places.values()
         told = json.dumps({str(path): n for n, path in places.items() if all_there and path in chosen})
     chosen_here = json.loads(comm.gather_bytes(told.encode())[0])
-    if not chosen_here:  # it was told to stop
+    if not chosen_here:
         return
     measure_runs(
         {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},

@@ -166,7 +166,10 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
         path = value.get("class_path") if isinstance(value, dict) else None
         if isinstance(path, str) and not any(one in (dict, Any) for one in kinds):
             found = find_class(key, path) if key in HELD else imported(path)[0]
-            _check_class(found, value.get("init_args") or {}, key, whole)
+            inside = value.get("init_args") or {}
+            if not isinstance(inside, dict):
+                raise wrong(f"{key}.init_args", inside, "must hold settings (key: value)")
+            _check_class(found, inside, key, whole)
             if not whole:
                 continue  # options may give what it is missing
             value = _as_imported(key, value)

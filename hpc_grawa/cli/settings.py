@@ -102,7 +102,7 @@ def set_options(settings: dict[str, Any], options: Sequence[tuple[str, Any]]) ->
         if name in OF_A_STEP and not (key != name and takes("optimizer", settings["optimizer"]["class_path"], name)):
             called[name] = name if key == name else f"optimizer.{name}"
             key = name
-        path = [part for part in key.split(".") if part != "init_args"]
+        path = [part for part in key.split(".") if part != "init_args"] or [key]
         if (held := ".".join(path[:2])) in HELD and takes(path[0], settings[path[0]]["class_path"], path[1]):
             path = path[:2] if path[2:] == ["class_path"] else path
             arguments, default = settings[path[0]].setdefault("init_args", {}), HELD[held][1]
@@ -116,6 +116,8 @@ def set_options(settings: dict[str, Any], options: Sequence[tuple[str, Any]]) ->
         if len(path) == 1 and path[0] in CLASS_SECTIONS:
             section = {"class_path": settings[path[0]]["class_path"], "init_args": _in_braces(key, value)}
             value = class_section(path[0], section)
+        if path[-1].endswith("+") and isinstance(value, str):
+            value = _load(value, key, value)
         _set(settings, path, value)
     return called
 
@@ -183,14 +185,18 @@ def class_section(name: str, section: object) -> dict[str, Any]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    except OSError as error:
+        raise wrong("config", name, f"cannot be read ({error.strerror})") from None
+    if text is None:
         recipe, _, method = name.rpartition("_")
         called = {known.lower(): known for known in known_classes("method")}
         if recipe in recipes() and method in called:
             return {**_read(recipe), "method": class_section("method", called[method])}
         raise wrong("config", name, f"must be a file or one of the recipes {', '.join(recipes())}")
-    settings = _load(path.read_text(encoding="utf-8", errors="replace"), "config", name)
+    settings = _load(text, "config", name)
     if not isinstance(settings, dict):
         raise wrong("config", name, f"must hold sections (key: value), found {type(settings).__name__}")
     # method.class_path is short for the section, too.
@@ -297,7 +303,10 @@ def _merge(settings: dict[str, Any], more: dict[str, Any]) -> None:
         elif value.get("class_path") == old.get("class_path"):
             _merge(old, value)
         elif "class_path" not in value:
-            _merge(old.setdefault("init_args", {}), value.get("init_args", value))
+            there, own = old.get("init_args") or {}, value.get("init_args", value) or {}
+            old["init_args"] = there if isinstance(own, dict) else own  # which the check of types refuses
+            if isinstance(there, dict) and isinstance(own, dict):
+                _merge(there, own)
         else:
             settings[key] = value
 
@@ -311,8 +320,10 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
         elif isinstance(value, str) and re.match(r"\{\s*['\"]?class_path\b", value):
             value = _load(value, name, value)
         if name.endswith("+"):
-            name, more = name[:-1], load_yaml(value)
-            value = [*(settings.get(name) or []), *(more if isinstance(more, list) else [more])]
+            name = name[:-1]
+            there = settings.get(name)
+            there = (_load(there, name, there) if isinstance(there, str) else there) or []
+            value = [*(there if isinstance(there, list) else [there]), *(value if isinstance(value, list) else [value])]
         _merge(settings, {name: value})
         return
     old = settings.get(name)

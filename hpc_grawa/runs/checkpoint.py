@@ -84,6 +84,8 @@ class Checkpoints:
         self.folder, self._comm, self._keep = folder, comm, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: _UnderWay | None = None
+        #: Step of the checkpoint to go on from, the same on all ranks; None if there is none.
+        self.saved: int | None = None
 
     def save(self, step: int, state: dict[str, Any], noted: dict[str, Any]) -> list[str]:
         """Begin to save every rank's state, and end what is still under way.
@@ -170,7 +172,10 @@ class Checkpoints:
             wrong = self._errors_of(publish if first else None)
         if wrong and first:
             shutil.rmtree(unfinished, ignore_errors=True)
-        return [_not_saved(under_way.step, wrong)] if wrong else []
+        if wrong:
+            return [_not_saved(under_way.step, wrong)]
+        self.saved = under_way.step
+        return []
 
     def keep_model(self, state: dict[str, Tensor]) -> list[str]:
         """Keep this rank's own model beside the run; returns what went wrong, the same on all ranks."""
@@ -228,6 +233,7 @@ class Checkpoints:
             found: list[Restored] = []
             wrong = self._errors_of(partial(self._read, name, skipped + damaged, found))
             if not wrong:
+                self.saved = found[0].step
                 return found[0]
             damaged += wrong
         if damaged:
@@ -265,7 +271,9 @@ class Checkpoints:
         unfinished.rename(place)
         _flush_folder(self.folder)
         write_atomically(self.folder / "latest", place.name + "\n")
-        others = (p for p in _names(self.folder) if p != place.name and p.isdigit() and (self.folder / p).is_dir())
+        others = [p for p in _names(self.folder) if p != place.name and p.isdigit() and (self.folder / p).is_dir()]
+        # Newer ones were passed over when the run went on from an older one: it is whole, they need not be.
+        others.sort(key=lambda name: name > place.name)
         kept = [place.name, *others][: self._keep]
         for old in self.folder.iterdir():
             if old.is_dir() and old.name not in kept:

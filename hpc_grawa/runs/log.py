@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Damaged, wrong
+from ..errors import ConfigError, Damaged, in_a_line, wrong
 from ..screen import is_terminal
 from .reading import read_object
 
@@ -144,6 +146,8 @@ def say(text: str) -> None:
 class Log:
     """``metrics.jsonl``, TensorBoard's events and the screen. On ranks other than 0, and without a folder, nothing.
 
+    A full disk, which it says, ends no training: lines are kept until there is room, TensorBoard gets no more events.
+
     Args:
         folder: the run's folder, or None.
         speaks: whether this rank prints.
@@ -152,7 +156,9 @@ class Log:
 
     def __init__(self, folder: Path | None, speaks: bool, tensorboard: bool = False) -> None:
         self.folder, self.speaks = folder, speaks
-        self._file: IO[str] | None = None if folder is None else _appended(folder / "metrics.jsonl")
+        self._file: IO[bytes] | None = None if folder is None else _appended(folder / "metrics.jsonl")
+        #: What could not be written yet.
+        self._kept, self._full = b"", False
         self._last_line = time.monotonic()
         self._live = is_terminal()
         self._bar: Any = None
@@ -171,18 +177,39 @@ class Log:
     def record(self, event: str, **values: Any) -> None:
         """Add a line to ``metrics.jsonl``, and its numbers to TensorBoard's curves over steps."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, **values}) + "\n")
-            self._file.flush()
+            self._add(self._file, json.dumps({"event": event, **values}).encode() + b"\n")
         if self._events is not None and "step" in values:
             part = f"{values['part']}_" if "part" in values else ""
-            for key, value in values.items():
-                if isinstance(value, int | float) and key not in ("step", "epoch", "round"):
-                    self._events.add_scalar(f"{event}/{part}{key}", value, values["step"])
+            with self._events_dropped():
+                for key, value in values.items():
+                    if isinstance(value, int | float) and key not in ("step", "epoch", "round"):
+                        self._events.add_scalar(f"{event}/{part}{key}", value, values["step"])
+
+    def _add(self, file: IO[bytes], lines: bytes) -> None:
+        """Write what was kept and these lines; what cannot be written is kept until the next ones come."""
+        self._kept += lines
+        try:
+            while self._kept:
+                self._kept = self._kept[file.write(self._kept) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self.say(f"log        {file.name} cannot be written ({error.strerror}): lines are kept until it can")
+            self._full = True
+
+    @contextmanager
+    def _events_dropped(self) -> Iterator[None]:
+        """Where the block cannot write TensorBoard's events, as on a full disk, it gets no more of them."""
+        try:
+            yield
+        except Exception as error:  # TensorFlow's, where it is installed, is no OSError
+            self.say(f"log        no more events for TensorBoard ({in_a_line(error)})")
+            self._events = None
 
     @property
     def written(self) -> int:
-        """Bytes in ``metrics.jsonl``."""
-        return self._file.tell() if self._file is not None else 0
+        """Bytes in ``metrics.jsonl``, with those that are to come there."""
+        return self._file.tell() + len(self._kept) if self._file is not None else 0
 
     def go_on(self, written: int, step: int) -> None:
         """Begin to write: forget what was recorded after a checkpoint of that step, which is recorded once more."""
@@ -198,7 +225,8 @@ class Log:
         if self._wants_events:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(self.folder, flush_secs=10, purge_step=step + 1 if again else None)
+            with self._events_dropped():
+                self._events = SummaryWriter(self.folder, flush_secs=10, purge_step=step + 1 if again else None)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -240,10 +268,14 @@ class Log:
             self._bar.close()
             self._bar = None
         if self._file is not None:
+            self._add(self._file, b"")
+            if self._kept:
+                self.say(f"log        {self._file.name} lacks its last {len(self._kept)} bytes: they are lost")
             self._file.close()
             self._file = None
         if self._events is not None:
-            self._events.close()
+            with self._events_dropped():
+                self._events.close()
             self._events = None
 
 
@@ -252,9 +284,9 @@ def is_text(name: str) -> bool:
     return not any("\udc80" <= character <= "\udcff" for character in name)
 
 
-def _appended(file: Path) -> IO[str]:
+def _appended(file: Path) -> IO[bytes]:
     try:
-        return file.open("a", encoding="utf-8")
+        return file.open("ab", buffering=0)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written ({error.strerror})") from None
 

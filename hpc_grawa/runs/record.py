@@ -29,8 +29,9 @@ class RunRecord:
     Attributes:
         path: of the folder.
         summary: ``summary.json``, or None while the run is unfinished.
-        events: those of ``metrics.jsonl`` by kind (``start``, ``train``, ``round``, ``evaluate``), in their order.
-        config: ``config.yaml``, flat: ``{"method": "hpc_grawa.methods.LGRAWA", "method.period": 32, ...}``.
+        events: those of ``metrics.jsonl`` by kind (``start``, ``train``, ``round``, ``evaluate``, ``changed``), ordered.
+        config: ``config.yaml``, flat: ``{"method": "hpc_grawa.methods.LGRAWA", "method.period": 32, ...}``; of what
+            ``--allow-change`` has changed all that it was: ``"90, then 200"``.
         flatness: what ``hpc-grawa flatness`` has measured, as of ``read_flatness``.
     """
 
@@ -165,11 +166,12 @@ def read_run(path: str | Path) -> RunRecord:
         hint = f"; give the run folders in it: {path}/*/" if any(path.glob("*/metrics.jsonl")) else ""
         raise ConfigError(f"{path} is no run folder: it holds neither metrics.jsonl nor summary.json{hint}")
     settings = read_text(config)
+    events = _read_events(log)
     return RunRecord(
         path=path,
         summary=_read_summary(summary),
-        events=_read_events(log),
-        config={} if settings is None else flatten(parse_settings(settings, str(config))),
+        events=events,
+        config={} if settings is None else flatten(parse_settings(settings, str(config))) | _changed(events),
         flatness=read_flatness(path),
     )
 
@@ -263,6 +265,16 @@ def read_flatness(run: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _changed(events: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """The settings that were changed when a run went on, each with all that it was."""
+    values: dict[str, list[str]] = {}
+    for event in events.get("changed", []):
+        for key, (was, now) in event["settings"].items():
+            seen = values.setdefault(key, [_value(was)])
+            seen += [_value(now)] if _value(now) != seen[-1] else []
+    return {key: ", then ".join(seen) for key, seen in values.items() if key not in _IDENTITY}
+
+
 def _read_summary(path: Path) -> dict[str, Any] | None:
     summary = read_object(path)
     if summary is not None:
@@ -305,10 +317,16 @@ def _are_names(value: Any) -> bool:
     return value is None or isinstance(value, list)
 
 
+def _are_changes(value: Any) -> bool:
+    """Whether these are pairs by key."""
+    return isinstance(value, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in value.values())
+
+
 _WORDS = ("event", "part", "model")
 #: What events must say, as reports rely on it.
 _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "start": {"layers": _are_names},
+    "changed": {"step": _is_time, "settings": _are_changes},
     "train": {"step": _is_time, "seconds": _is_time},
     "evaluate": {"step": _is_time, "seconds": _is_time, "part": _is_word, "model": _is_word},
     "round": {"step": _is_time, "round": _is_time, "seconds": _is_time, "weights": _are_weights},

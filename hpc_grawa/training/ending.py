@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -62,8 +63,13 @@ class Ending:
             again = ", Ctrl-C again: now" if self.cause == "SIGINT" else ""
             self._log.say(f"ending     {self.cause}: all ranks save at the next control word, then end{again}")
 
-    def summary(self, worker: Worker) -> dict[str, Any]:
-        """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it."""
+    def summary(self, worker: Worker, saved: int | None) -> dict[str, Any]:
+        """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it.
+
+        Args:
+            worker: this rank's.
+            saved: step of the checkpoint to go on from; None if there is none.
+        """
         own = f"{self.cause}:{self._state}" if self.cause else ""
         causes = [found.decode() for found in worker.comm.gather_bytes(own.encode(), "evaluate")]
         rank, (cause, _, state) = next((m, found.partition(":")) for m, found in enumerate(causes) if found)
@@ -80,11 +86,17 @@ class Ending:
         }
         if self._folder is not None:
             (self._folder / "STOP").unlink(missing_ok=True)
-            write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
+            try:
+                write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
+            except OSError as error:
+                self._log.say(f"ended      {self._folder / 'summary.json'} cannot be written ({error.strerror})")
         self._log.close()
-        self._log.say(
-            f"ended      {state} by {cause} (rank {rank}), saved at step {facts.step}; --run.resume auto goes on"
-        )
+        again = "the same command" if worker.config.run.resume == "auto" else "--run.resume auto"
+        where = f"saved at step {facts.step}; {again} goes on"
+        if saved != facts.step:
+            start = "the start" if saved is None else f"step {saved}"
+            where = f"not saved at step {facts.step}: {again} goes on from {start}"
+        self._log.say(f"ended      {state} by {cause} (rank {rank}), {where}")
         return found
 
 
@@ -106,6 +118,12 @@ def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterato
                 "world_size": comm.size,
                 "steps": facts.step,
             }
-            with suppress(OSError), (Path(place) / "summary.json").open("x", encoding="utf-8") as file:
-                file.write(json.dumps(found, indent=1) + "\n")
+            file = Path(place) / "summary.json"
+            temporary = file.with_name(f".{file.name}.rank-{comm.rank}")
+            with suppress(OSError):
+                try:
+                    temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                    os.link(temporary, file)  # whole or not at all, and never over the word of the first
+                finally:
+                    temporary.unlink(missing_ok=True)
         raise

@@ -22,6 +22,7 @@ from .config import Config
 from .ending import Ending, failure_recorded
 from .examiner import Examiner
 from .progress import Progress, farewell, gpu_memory, greet
+from .resume import changed
 from .worker import Worker
 
 #: Seconds that the others give rank 0 to open the run's folder, however short the limit for messages is.
@@ -82,6 +83,8 @@ def fit(
     with failure_recorded(place if anew else "", comm, worker.facts):
         training = Training(worker, folder, place, speaks)
         restored = training.prepare(any_world)
+    if folder is not None and not anew and restored is None:  # nothing is left of what it began with
+        open_run(folder, config.text, comm.size, comm.backend, comm.network)
     # Simulated ranks wait for one another as they should, and cannot be lost.
     watch = comm.watch or Watch(comm.rank, comm.size, math.inf)
     watch.attach(comm)
@@ -155,7 +158,7 @@ class Training:
         if worker.used < 1:
             self._save()
             self._settle()
-            return ending.summary(worker)
+            return ending.summary(worker, None if self.checkpoints is None else self.checkpoints.saved)
         self._settle()
         worker.run.finish()
         training_seconds = worker.clock.settled
@@ -224,6 +227,9 @@ class Training:
         for wrong in restored.skipped:
             self.log.say(f"damaged    {wrong}")
         self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training{start}")
+        if self.folder is not None and (changes := changed(self.folder, worker.config.text)):
+            self.log.record("changed", step=restored.step, settings=changes)
+            self.log.say("changed    " + ", ".join(f"{key} from {was} to {now}" for key, (was, now) in changes.items()))
 
     def _evaluate(self) -> None:
         worker = self.worker

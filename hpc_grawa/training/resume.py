@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, Damaged, wrong
 from ..launch import job_name, restarts
@@ -19,12 +20,30 @@ from .config import Config, renamed
 
 #: May differ when a run goes on: what says where and how fast, but not what.
 FREE = ("run.resume", "run.dir", "network", "comm_timeout", "data.stage", "data.workers", "data.start_method")
+#: In place of a setting that a run's configuration does not have.
+_LEFT_OUT = "left out"
 #: In a run's folder.
 _FILES = (
     *("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "center.pt", "trace.json", "lock.json"),
     *("STOP", "checkpoints/latest"),
 )
 _FOLDERS = (".", "checkpoints", "ranks")
+
+
+def changed(folder: Path, configuration: str) -> dict[str, list[Any]]:
+    """By dotted key what a setting was when the run in ``folder`` began, and what it is now; what may differ left out.
+
+    Args:
+        folder: of a run.
+        configuration: YAML, as it is now.
+    """
+    file = folder / "config.yaml"
+    text = read_text(file)
+    if text is None:
+        return {}  # killed before it was written
+    then, now = (renamed(flatten(parse_settings(yaml, str(file)))) for yaml in (text, configuration))
+    keys = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key) and not _within(key, FREE)]
+    return {key: [then.get(key, _LEFT_OUT), now.get(key)] for key in keys}
 
 
 def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = ()) -> None:
@@ -35,21 +54,20 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
         configuration: YAML, as it would be now.
         allowed: dotted keys that may differ; a section's name stands for all of its keys.
     """
-    file = folder / "config.yaml"
-    text = read_text(file)
-    if text is None:
-        return  # killed before it was written
-    then, now = (renamed(flatten(parse_settings(yaml, str(file)))) for yaml in (text, configuration))
     allowed = [*allowed, *renamed(dict.fromkeys(allowed))]
-    for key in dict.fromkeys([*then, *now]):
-        if then.get(key) != now.get(key) and not any(key == a or key.startswith(f"{a}.") for a in (*FREE, *allowed)):
-            was = then.get(key, f"left out (is {file} whole?)")
+    for key, (was, now) in changed(folder, configuration).items():
+        if not _within(key, allowed):
+            doubt = f" (is {folder / 'config.yaml'} whole?)" if was == _LEFT_OUT else ""
             raise wrong(
                 key,
-                now.get(key),
-                f"must be {was}, as it was when {folder} began; give the run "
+                now,
+                f"must be {was}{doubt}, as it was when {folder} began; give the run "
                 f"another name, or allow this with --allow-change {key}",
             )
+
+
+def _within(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def check_kinds(folder: Path) -> None:
