@@ -135,7 +135,8 @@ def _state_told(optimizer: optim.Optimizer) -> str:
     if not held:
         return "a new optimizer"
     file = io.BytesIO()
-    torch.save([(i, key, v.detach().clone() if isinstance(v, Tensor) else v) for i, key, v in held], file)
+    # The file says of each tensor where it lies, which differs between the GPUs of a host.
+    torch.save([(i, key, v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v) for i, key, v in held], file)
     state = hashlib.sha256(file.getvalue()).hexdigest()[:8]
     return (
         f"an optimizer that has made steps (state {state}; where gradients are shared all ranks need the same: begin "
