@@ -167,19 +167,18 @@ class Averager:
         if prox and self.center is not None:
             pull(self.vector.data, self.center, prox)
 
-    def agree(self, number: int, made: Sequence[int]) -> None:
+    def agree(self, number: int) -> None:
         """Decide before round ``number``, counted from 1, what rides in its message; all ranks must.
 
-        They look at rounds 1, 2, 4, 8, ..., which in the long run costs nothing. (Deadlock argument: number and names
-        of candidates are the same on all ranks, and so are the gathered checksums that they decide by.)
+        They look for what differs at rounds 1, 2, 4, 8, ..., which in the long run costs nothing. (Deadlock argument:
+        number and names of candidates are the same on all ranks, and so are the gathered checksums that they decide
+        by, and what each rider has gathered.)
 
         Args:
             number: of the round.
-            made: local steps of each rank in it.
         """
-        if not all(made):
-            for rider in self.riders:
-                rider.agree(self.comm)
+        for rider in self.riders:
+            rider.agree(self.comm)
         if self.comm.size == 1 or number & (number - 1):
             return
         own = {name: checksum(t) for rider in self.riders for name, t in rider.candidates().items()}

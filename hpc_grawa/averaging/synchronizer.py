@@ -167,8 +167,6 @@ class Synchronizer:
             self._begin()
         self.score.observe(loss)
         self.position += 1
-        for rider in self.averager.riders:
-            rider.after_step()
         self.averager.after_step(self.prox / self.period)
 
     def round_if_due(self) -> None:
@@ -214,7 +212,7 @@ class Synchronizer:
             return
         if any(word.finite < 0 for word in table.words):
             averager.mend(int(alive.int().argmax()))
-        averager.agree(self.completed + 1, table.made)
+        averager.agree(self.completed + 1)
         averager.start(averager.source, weights, alive)
         self._opened = _Opened(table, weights, staying)
 
