@@ -443,7 +443,7 @@ class LAMB:
     state: dict[str, Array] = field(default_factory=dict)
 
     def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
-        g, zero, self.t = gradient_at(x), np.zeros_like(x), self.t + 1
+        g, zero, self.t = gradient_at(x), np.zeros_like(x), self.t + 1 if self.state else 1
         self.state["m"] = m = self.beta1 * self.state.get("m", zero) + (1 - self.beta1) * g
         self.state["v"] = v = self.beta2 * self.state.get("v", zero) + (1 - self.beta2) * g * g
         u = m / (1 - self.beta1**self.t) / (np.sqrt(v / (1 - self.beta2**self.t)) + self.eps)

@@ -97,6 +97,17 @@ def test_optimizers_follow_the_oracle(name: str, row: str, on_ranks: Ranks) -> N
     assert_follows(traces, replay(theirs, on_ranks.size, STEPS, optimizer=oracle(), batch=eight), 1e-12)
 
 
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_lamb_counts_its_steps_anew_where_its_moments_begin_anew(policy: Any, on_several_ranks: Ranks) -> None:
+    """It corrects them by that count, which lies elsewhere: on a rank that is healed, and at rounds that reset them."""
+    settings, oracle = PAIRS["LAMB"]
+    ours = LocalSGD(period=4, local_momentum=policy)
+    broken: dict[str, Any] = {"poison": lambda *at: at == (1, 3), "batch": eight}
+    traces = on_several_ranks(lambda comm: run_method(comm, ours, steps=STEPS, settings=settings, **broken))
+    options: dict[str, Any] = {"optimizer": oracle(), "local_momentum": policy, **broken}
+    assert_follows(traces, replay(ref.LocalSGD(), on_several_ranks.size, STEPS, **options), 1e-12)
+
+
 def test_entropy_sgd_follows_the_oracle(on_ranks: Ranks) -> None:
     """y, which is trained; x is z of every third step."""
     traces = on_ranks(lambda comm: run_method(comm, DataParallel(), steps=STEPS, settings=ENTROPY))

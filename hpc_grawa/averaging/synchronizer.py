@@ -229,7 +229,7 @@ class Synchronizer:
             self._forget()  # before the averages arrive, which it takes over like every rank
         averager.finish(averager.source, healed=not here)
         if self._reset_momentum:
-            self.optimizer.state.clear()
+            self._reset_optimizer()
         self.completed += 1
         self.healed += len(healed)
         self.on_round(
@@ -310,6 +310,11 @@ class Synchronizer:
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""
-        self.optimizer.state.clear()
+        self._reset_optimizer()
         self.score.reset()
         reset_statistics(self._vector.model)
+
+    def _reset_optimizer(self) -> None:
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group.pop("step", None)  # by which timm's LAMB corrects moments that are zero again
