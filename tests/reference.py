@@ -719,7 +719,8 @@ class LSGD(Method):
     """c = x_leader,  x_m <- lerp(x_m, c, pull);  leader = argmin of the mean mini-batch loss since the last round.
 
     With `group` ranks per group each group has a leader of its own every `group_period` steps and at the end: its
-    proximity pull comes before that to c, and its round before a round of all.
+    proximity pull comes before that to c, and its round before a round of all. A rank that its group heals has no loss
+    from before.
     """
 
     pull: float = 0.1
@@ -731,6 +732,7 @@ class LSGD(Method):
 
     def start(self, world: World) -> None:
         self.losses: list[Array] = []
+        self.begun = [0] * world.size
         self.group_losses: list[Array] = []
         self.leaders: dict[int, Array] = {}
 
@@ -759,12 +761,13 @@ class LSGD(Method):
             else:
                 world.x[m] = leader
                 world.optimizers[m].state.clear()
+                self.begun[m] = len(self.losses)
             self.leaders[m] = leader
 
     def raw_scores(self, world: World) -> Array:
-        mean = np.sum(self.losses, axis=0) / len(self.losses)
-        self.losses = []
-        return np.asarray(mean).reshape(world.size, 1)
+        own = [[losses[m] for losses in self.losses[self.begun[m] :]] for m in range(world.size)]
+        self.losses, self.begun = [], [0] * world.size
+        return np.array([[sum(losses) / len(losses) if losses else np.nan] for losses in own])
 
     def weights(self, scores: Array) -> Array:
         return argmin(scores)

@@ -62,6 +62,9 @@ class TrainingLoss(Score):
     """The mean training loss of the local steps since the last round; without any, that of the round before."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
         self._last = torch.full((1,), torch.nan, dtype=torch.float64)

@@ -138,6 +138,8 @@ class Synchronizer:
         #: Rounds, and ranks that were healed in them.
         self.completed = 0
         self.healed = 0
+        #: All of the run, this one among them: a rank that one of them heals begins anew for every one.
+        self.levels = [self]
         self.on_round: Callable[[Round], None] = lambda _: None
         control.columns = max(control.columns, score.size)
         self._ticket = False
@@ -208,6 +210,7 @@ class Synchronizer:
         except NonFinite:
             if control.decides:
                 raise
+            self.completed += 1  # as of the parts beside it
             self._end(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
             return
         if any(word.finite < 0 for word in table.words):
@@ -311,7 +314,8 @@ class Synchronizer:
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""
         self._reset_optimizer()
-        self.score.reset()
+        for level in self.levels:
+            level.score.reset()
         reset_statistics(self._vector.model)
 
     def _reset_optimizer(self) -> None:
