@@ -229,7 +229,7 @@ def test_parle_pulls_in_an_own_loop_however_it_steps(words: Any) -> None:
     for own in (False, True):
         model = twin(starts(1)[0])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        parle = Parle(period=100, gamma=0.5, scoping=1.0)
+        parle = Parle(period=100, gamma=0.5, gamma_floor=0.5, scoping=1.0)
         run = parle.build(SingleCommunicator(), ParameterVector(model), optimizer)
 
         def loss(model: nn.Module = model) -> torch.Tensor:
@@ -528,6 +528,8 @@ def test_statistics_of_a_healed_rank_start_anew() -> None:
         (lambda: DiLoCo(outer_lr=math.nan), "method.outer_lr is nan"),
         (lambda: DPPF(pull=0.5, push=-1.0), "method.push is -1.0"),
         (lambda: Parle(gamma=0.0), "method.gamma is 0.0: must be a positive number"),
+        (lambda: Parle(gamma=0.5), "method.gamma is 0.5: must be at least method.gamma_floor, which is 1.0"),
+        (lambda: Parle(rho=0.0), "method.rho is 0.0: must be at least method.rho_floor, which is 0.1"),
         (lambda: Parle(scoping=0.0), "method.scoping is 0.0: must be null"),
         (lambda: Parle(decay=1.0), "method.decay is 1.0"),
     ],
