@@ -73,16 +73,19 @@ def test_deep_gradient_compression_that_sends_all_unmasked_is_data_parallel(on_r
     same(on_ranks, all_, DataParallel(), optimizer=nesterov)
 
 
-def test_deep_gradient_compression_that_sends_all_trains_matrices_without_momentum(on_ranks: Ranks) -> None:
-    """And vectors, of which nothing is late, with it."""
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_deep_gradient_compression_that_sends_all_trains_matrices_without_momentum(
+    on_ranks: Ranks, nesterov: bool
+) -> None:
+    """And vectors, of which nothing is late, with it. Nesterov's is 1 + μ times a step."""
 
-    def train(comm: Communicator, method: SharingMethod, momentum: float) -> Tensor:
+    def train(comm: Communicator, method: SharingMethod, momentum: float, lr: float) -> Tensor:
         model = twin(starts(comm.size)[0])
         groups = [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "momentum": momentum},
+            {"params": [p for p in model.parameters() if p.dim() > 1], "momentum": momentum, "lr": lr},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.1},
         ]
-        sgd = optim.SGD(groups, 0.1, momentum=0.9, weight_decay=1e-2)
+        sgd = optim.SGD(groups, 0.1, momentum=0.9, weight_decay=1e-2, nesterov=nesterov)
         run = method.build(comm, ParameterVector(model), sgd)
         number = 0
         closure: Any = run.closure(lambda: loss_on(model, comm.rank, number))
@@ -92,7 +95,7 @@ def test_deep_gradient_compression_that_sends_all_trains_matrices_without_moment
 
     def body(comm: Communicator) -> list[Tensor]:
         all_ = DeepGradientCompression(ratio=1.0, warmup_epochs=0)
-        return [train(comm, all_, 0.9), train(comm, DataParallel(), 0.0)]
+        return [train(comm, all_, 0.9, 0.1), train(comm, DataParallel(), 0.0, 0.19 if nesterov else 0.1)]
 
     for ours_, theirs in on_ranks(body):
         torch.testing.assert_close(ours_, theirs, rtol=1e-12, atol=1e-12)
