@@ -62,7 +62,7 @@ def uniform(scores: Array) -> Array:
 def inverse(scores: Array, power: float = 1.0, noise: NDArray[np.bool_] | None = None) -> Array:
     """beta_m = s_m^-q / sum_j s_j^-q with q = `power`; scores that are zero share the weight equally.
 
-    Uniform where all scores are +inf, and over the finite ones where all of these are `noise` [W, K].
+    Uniform where all scores are +inf, and over the finite ones where all of these are `noise` [W, K], or q is 0.
     s_m^-q is computed as (s_min / s_m)^q: the factor cancels, and tiny scores cannot overflow.
     """
     weights = np.zeros_like(scores)
@@ -71,7 +71,7 @@ def inverse(scores: Array, power: float = 1.0, noise: NDArray[np.bool_] | None =
             weights[:, k] = 1.0 / len(scores)
             continue
         finite = _finite_rows(scores, k)
-        if noise is not None and all(noise[m, k] for m in finite):
+        if power == 0 or (noise is not None and all(noise[m, k] for m in finite)):
             weights[finite, k] = 1.0 / len(finite)
             continue
         if any(scores[m, k] < 0 for m in finite):

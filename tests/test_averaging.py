@@ -106,6 +106,11 @@ def test_t3_limits_of_the_inverse_rule(scores: tuple[float, ...], weights: tuple
     assert scores != (1, 1, 1, 10) or round(got[3].item(), 5) == 0.03226
 
 
+def test_power_0_weighs_all_finite_ranks_alike_whatever_they_say() -> None:
+    scores = torch.tensor([[0.0, math.inf], [1.0, 2.0], [math.nan, 0.0]], dtype=torch.float64)
+    assert inverse(scores, power=0.0).tolist() == [[0.5, 0], [0.5, 0.5], [0, 0.5]]
+
+
 def test_inverse_weighs_each_column_by_itself() -> None:
     scores = torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, math.nan]], dtype=torch.float64)
     assert inverse(scores).tolist() == [[0.75, 1.0, 1.0], [0.25, 0.0, 0.0]]
