@@ -992,8 +992,8 @@ class EFSign(_Compressed):
 class PowerSGD(DataParallel):
     """Of each matrix M_m = G_m + e_m:  P = orth(mean of M_m Q),  Q_m = M_m' P,  e_m = M_m - P Q_m',  Q = mean of Q_m.
 
-    Shared is P Q'. Vectors, and all in the first `warmup` steps, are the mean. Q starts as normal numbers seeded by the
-    tensor's number.
+    Shared is P Q'. Where Q is square, P is orth(mean of M_m). Vectors, and all in the first `warmup` steps, are the
+    mean. Q starts as normal numbers seeded by the tensor's number.
     """
 
     rank: int = 2
@@ -1024,7 +1024,8 @@ class PowerSGD(DataParallel):
             if i in self.q:
                 rows = world.problem.shapes[i][0]
                 ms = (world.gradients + self.left)[:, o : o + n].reshape(world.size, rows, -1)
-                p = np.linalg.qr(np.mean(ms @ self.q[i], axis=0))[0]
+                whole = self.q[i].shape[0] == self.q[i].shape[1]
+                p = np.linalg.qr(np.mean(ms if whole else ms @ self.q[i], axis=0))[0]
                 qs = [m.T @ p for m in ms]
                 self.left[:, o : o + n] = [(m - p @ q.T).reshape(n) for m, q in zip(ms, qs, strict=True)]
                 self.q[i] = np.mean(qs, axis=0)
