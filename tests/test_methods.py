@@ -250,6 +250,19 @@ def test_parle_pulls_in_an_own_loop_however_it_steps(words: Any) -> None:
     assert torch.equal(*found)
 
 
+def test_parle_draws_all_of_an_embedding_whose_gradient_is_sparse() -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(4, 2, sparse=sparse)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = Parle(period=2, scoping=1.0).build(SingleCommunicator(), ParameterVector(model), optimizer)
+        for word in (0, 1, 3, 1):
+            run.after_step(optimizer.step(run.closure(lambda m=model, w=word: m(torch.tensor([w])).square().sum())))
+        found.append(run.vector.data)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
     """λ = 0 and no proximity: bit for bit what a rank does without the others."""
     for name in plain("pulls"):

@@ -62,6 +62,9 @@ class _Replica(Aggregator):
         y = self._vector.data
         self._begin()
         torch.sub(y, self.x, out=self._apart)
+        for p in self._vector.parameters:
+            if p.grad is not None and p.grad.is_sparse:  # all of y is drawn
+                p.grad = p.grad.to_dense()
         pairs = zip(self._vector.parameters, self._views, strict=True)
         given = [(p.grad, view) for p, view in pairs if p.grad is not None]
         if given:
