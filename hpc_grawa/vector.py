@@ -85,8 +85,8 @@ class ParameterVector:
         model: any module with at least one trainable parameter.
 
     Raises:
-        ConfigError: the model is wrapped by another way of training together (``DistributedDataParallel``, FSDP), or two
-            parameters lie in the same memory.
+        ConfigError: the model is wrapped by another way of training together (``DistributedDataParallel``, FSDP), or
+            two parameters lie in the same memory.
         ValueError: no trainable parameter, one without a shape yet (a lazy module), or parameters of several dtypes or
             devices (both are listed).
 

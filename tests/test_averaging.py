@@ -381,7 +381,7 @@ def test_momentum_rides_wherever_a_rank_has_it(kind: str) -> None:
 
 
 def momenta_ride(comm: Communicator, make: Callable[..., Any], steps: int, reach: Callable[[int, int], bool]) -> Any:
-    """An optimizer whose parameter i has in step t the gradient 1 + rank + i, where reach(t, i), and a round after it."""
+    """What an optimizer holds; parameter i has in step t the gradient 1 + rank + i, if reach(t, i), then is a round."""
     vector = vector_of(np.zeros(6))
     optimizer = make(*vector.parameters)
     run = LocalSGD(period=1, local_momentum="average").build(comm, vector, optimizer)
@@ -433,7 +433,7 @@ def test_all_ranks_hear_of_a_state_that_one_cannot_average() -> None:
         run = own_run(comm, LocalSGD(period=2, local_momentum="average"))
         if comm.rank == 1:
             run.optimizer.state[run.vector.parameters[0]]["codes"] = torch.zeros(3, dtype=torch.uint8)
-        with pytest.raises(ConfigError, match="local_momentum is average: the optimizer's state 'codes' is of torch.uint8"):
+        with pytest.raises(ConfigError, match="average: the optimizer's state 'codes' is of torch.uint8"):
             steps(run, 2)
 
     simulate(3, body)

@@ -133,7 +133,7 @@ def test_facts_that_differ_are_an_error_on_all_ranks(on_several_ranks: Ranks, na
 
     messages = on_several_ranks(body)
     assert set(messages) == {messages[0]}
-    assert f"rank 1 has facts.{named} {other} (must be the same on all ranks: " in messages[0]
+    assert f"rank 1 has facts.{named} {other} (all ranks need the same: " in messages[0]
     assert f"rank 0 has facts.{named} {alike[named]} " in messages[0]
 
 

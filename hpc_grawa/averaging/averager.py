@@ -22,8 +22,8 @@ WeightRule = Callable[[Tensor], Tensor]
 def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
     """Weights inverse to the scores: β_m = |s_m|^{-q} / Σ_j |s_j|^{-q}, column by column.
 
-    Zero scores share the weight equally (the limit of s → 0, but for power 0); a score that is not finite gets weight 0.
-    Equal scores, and power 0, give the uniform mean. So does a column in which no rank has anything to say: all scores
+    Zero scores share the weight equally (the limit of s → 0, if q > 0); a score that is not finite gets weight 0.
+    Equal scores, and q = 0, give the uniform mean. So does a column in which no rank has anything to say: all scores
     are +∞ (no gradient), or all finite ones are negative (round-off).
 
     Args:

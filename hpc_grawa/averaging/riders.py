@@ -54,8 +54,8 @@ class LocalMomentum(Rider):
     """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments).
 
     Raises:
-        ConfigError: by ``agree``, on all ranks, where the state of one holds what is no number to average (8-bit codes),
-            or is sparse; by ``pack`` where it has come to.
+        ConfigError: by ``agree``, on all ranks, where the state of one holds what is no number to average (8-bit
+            codes), or is sparse; by ``pack`` where it has come to.
     """
 
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
@@ -89,7 +89,7 @@ class LocalMomentum(Rider):
         for key, t, _ in kept:
             _refuse(key, t)
         others = {"step", *(key for key, t, shape in kept if t.shape != shape)}
-        return [(i, [key for key, t in state.items() if isinstance(t, Tensor) and key not in others]) for i, _, state in states]
+        return [(i, [k for k, t in state.items() if isinstance(t, Tensor) and k not in others]) for i, _, state in states]
 
     def _joined(self, held: dict[int, dict[str, None]]) -> list[tuple[nn.Parameter, str]]:
         """Each parameter with each name that a rank has there; one that none has stepped with those of its group."""

@@ -132,7 +132,7 @@ class Method(ABC):
 def _told(facts: RunFacts) -> list[str]:
     """What ranks compare of facts that do not change, by which periods and methods decide what is sent."""
     names = ("peak_lr", "warmup_steps", "total_steps", "steps_per_epoch")
-    return [f"facts.{name} {getattr(facts, name)} (must be the same on all ranks: give each rank 0's)" for name in names]
+    return [f"facts.{name} {getattr(facts, name)} (all ranks need the same: give each rank 0's)" for name in names]
 
 
 def _state_told(optimizer: optim.Optimizer) -> str:

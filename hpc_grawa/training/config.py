@@ -127,7 +127,7 @@ class Identity:
         name: of the run's folder; null: method and time, or, to be resumed, method and SLURM job.
         dir: the folder of runs.
         seed: of all random draws.
-        start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own, for methods that
+        start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own, by methods that
             average from the first step on.
         control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
         resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
