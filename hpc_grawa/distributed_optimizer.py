@@ -82,7 +82,7 @@ def DistributedOptimizer(
         ConfigError: the optimizer is wrapped already, or does not hold the model's trainable parameters; or an argument
             is Horovod's, or of another kind than it should be.
         ValueError: something that the method needs was not given; the message says what to pass.
-        RanksDisagree: model, method or package version differ among ranks.
+        RanksDisagree: model, method, facts or package version differ among ranks.
 
     Example:
         >>> import hpc_grawa

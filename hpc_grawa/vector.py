@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -84,7 +85,8 @@ class ParameterVector:
         model: any module with at least one trainable parameter.
 
     Raises:
-        ConfigError: the model is wrapped by another way of training together (``DistributedDataParallel``, FSDP).
+        ConfigError: the model is wrapped by another way of training together (``DistributedDataParallel``, FSDP), or
+            two parameters lie in the same memory.
         ValueError: no trainable parameter, one without a shape yet (a lazy module), or parameters of several dtypes or
             devices (both are listed).
 
@@ -113,6 +115,7 @@ class ParameterVector:
             raise ValueError(f"all trainable parameters must have one dtype and device, found {found}")
         if not named[0][1].is_floating_point():
             raise ValueError(f"trainable parameters must be floating point, '{named[0][0]}' is {named[0][1].dtype}")
+        _refuse_shared_memory(named)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self.names = tuple(name for name, _ in named)
         self.parameters = [p for _, p in named]
@@ -256,6 +259,24 @@ def _refuse_wrappers(model: nn.Module) -> None:
                 f"the model is wrapped in PyTorch's {wrapper}, which shares gradients at every step itself: pass the "
                 f"plain module (model.module), and hpc_grawa.DataParallel() as the method for what the wrapper does"
             )
+
+
+def _refuse_shared_memory(named: Sequence[tuple[str, Tensor]]) -> None:
+    """A weight tied by its memory alone: in the vector it would be two, which part in training."""
+    held = [(p.data_ptr(), p, name) for name, p in named if p.numel() and p.layout == torch.strided]
+    spans = sorted((start, start + _span(p), name) for start, p, name in held if start)  # 0 on the device "meta"
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ConfigError(
+                f"parameters '{one}' and '{other}' lie in the same memory but are two, which training would part: tie "
+                f"them as one (b.weight = a.weight), or give each memory of its own (p.data = p.data.clone())"
+            )
+
+
+def _span(p: Tensor) -> int:
+    """Bytes from the first of its numbers to the end of the last."""
+    steps = sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+    return (steps + 1) * p.element_size()
 
 
 def _dense(p: Tensor) -> bool:

@@ -62,7 +62,7 @@ def uniform(scores: Array) -> Array:
 def inverse(scores: Array, power: float = 1.0, noise: NDArray[np.bool_] | None = None) -> Array:
     """beta_m = s_m^-q / sum_j s_j^-q with q = `power`; scores that are zero share the weight equally.
 
-    Uniform where all scores are +inf, and over the finite ones where all of these are `noise` [W, K].
+    Uniform where all scores are +inf, and over the finite ones where all of these are `noise` [W, K], or q is 0.
     s_m^-q is computed as (s_min / s_m)^q: the factor cancels, and tiny scores cannot overflow.
     """
     weights = np.zeros_like(scores)
@@ -71,7 +71,7 @@ def inverse(scores: Array, power: float = 1.0, noise: NDArray[np.bool_] | None =
             weights[:, k] = 1.0 / len(scores)
             continue
         finite = _finite_rows(scores, k)
-        if noise is not None and all(noise[m, k] for m in finite):
+        if power == 0 or (noise is not None and all(noise[m, k] for m in finite)):
             weights[finite, k] = 1.0 / len(finite)
             continue
         if any(scores[m, k] < 0 for m in finite):
@@ -443,7 +443,7 @@ class LAMB:
     state: dict[str, Array] = field(default_factory=dict)
 
     def step(self, x: Array, gradient_at: GradientAt, lr: float) -> Array:
-        g, zero, self.t = gradient_at(x), np.zeros_like(x), self.t + 1
+        g, zero, self.t = gradient_at(x), np.zeros_like(x), self.t + 1 if self.state else 1
         self.state["m"] = m = self.beta1 * self.state.get("m", zero) + (1 - self.beta1) * g
         self.state["v"] = v = self.beta2 * self.state.get("v", zero) + (1 - self.beta2) * g * g
         u = m / (1 - self.beta1**self.t) / (np.sqrt(v / (1 - self.beta2**self.t)) + self.eps)
@@ -719,7 +719,8 @@ class LSGD(Method):
     """c = x_leader,  x_m <- lerp(x_m, c, pull);  leader = argmin of the mean mini-batch loss since the last round.
 
     With `group` ranks per group each group has a leader of its own every `group_period` steps and at the end: its
-    proximity pull comes before that to c, and its round before a round of all.
+    proximity pull comes before that to c, and its round before a round of all. A rank that its group heals has no loss
+    from before.
     """
 
     pull: float = 0.1
@@ -731,6 +732,7 @@ class LSGD(Method):
 
     def start(self, world: World) -> None:
         self.losses: list[Array] = []
+        self.begun = [0] * world.size
         self.group_losses: list[Array] = []
         self.leaders: dict[int, Array] = {}
 
@@ -759,12 +761,13 @@ class LSGD(Method):
             else:
                 world.x[m] = leader
                 world.optimizers[m].state.clear()
+                self.begun[m] = len(self.losses)
             self.leaders[m] = leader
 
     def raw_scores(self, world: World) -> Array:
-        mean = np.sum(self.losses, axis=0) / len(self.losses)
-        self.losses = []
-        return np.asarray(mean).reshape(world.size, 1)
+        own = [[losses[m] for losses in self.losses[self.begun[m] :]] for m in range(world.size)]
+        self.losses, self.begun = [], [0] * world.size
+        return np.array([[sum(losses) / len(losses) if losses else np.nan] for losses in own])
 
     def weights(self, scores: Array) -> Array:
         return argmin(scores)
@@ -989,8 +992,8 @@ class EFSign(_Compressed):
 class PowerSGD(DataParallel):
     """Of each matrix M_m = G_m + e_m:  P = orth(mean of M_m Q),  Q_m = M_m' P,  e_m = M_m - P Q_m',  Q = mean of Q_m.
 
-    Shared is P Q'. Vectors, and all in the first `warmup` steps, are the mean. Q starts as normal numbers seeded by the
-    tensor's number.
+    Shared is P Q'. Where Q is square, P is orth(mean of M_m). Vectors, and all in the first `warmup` steps, are the
+    mean. Q starts as normal numbers seeded by the tensor's number.
     """
 
     rank: int = 2
@@ -1021,7 +1024,8 @@ class PowerSGD(DataParallel):
             if i in self.q:
                 rows = world.problem.shapes[i][0]
                 ms = (world.gradients + self.left)[:, o : o + n].reshape(world.size, rows, -1)
-                p = np.linalg.qr(np.mean(ms @ self.q[i], axis=0))[0]
+                whole = self.q[i].shape[0] == self.q[i].shape[1]
+                p = np.linalg.qr(np.mean(ms if whole else ms @ self.q[i], axis=0))[0]
                 qs = [m.T @ p for m in ms]
                 self.left[:, o : o + n] = [(m - p @ q.T).reshape(n) for m, q in zip(ms, qs, strict=True)]
                 self.q[i] = np.mean(qs, axis=0)

@@ -22,8 +22,10 @@ from hpc_grawa.averaging import Equal
 from hpc_grawa.averaging.averager import Averager, argmin, inverse, pull
 from hpc_grawa.averaging.riders import LocalMomentum, RunningStatistics
 from hpc_grawa.comm import Communicator, simulate
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, NonFinite
 from hpc_grawa.methods import AveragingMethod, Level, Probe
+from hpc_grawa.optim.parts import Combined
 from hpc_grawa.periods import Period
 from hpc_grawa.vector import Layers
 
@@ -102,6 +104,11 @@ def test_t3_limits_of_the_inverse_rule(scores: tuple[float, ...], weights: tuple
     got = inverse(torch.tensor(scores, dtype=torch.float64)[:, None]).flatten()
     torch.testing.assert_close(got, torch.tensor(weights, dtype=torch.float64), rtol=0, atol=1e-12)
     assert scores != (1, 1, 1, 10) or round(got[3].item(), 5) == 0.03226
+
+
+def test_power_0_weighs_all_finite_ranks_alike_whatever_they_say() -> None:
+    scores = torch.tensor([[0.0, math.inf], [1.0, 2.0], [math.nan, 0.0]], dtype=torch.float64)
+    assert inverse(scores, power=0.0).tolist() == [[0.5, 0], [0.5, 0.5], [0, 0.5]]
 
 
 def test_inverse_weighs_each_column_by_itself() -> None:
@@ -354,7 +361,8 @@ def test_momentum_rides_wherever_a_rank_has_it(kind: str) -> None:
         before = [{k: t.clone() for k, t in optimizer.state[p].items()} for p in vector.parameters]
         averager = Averager(comm, vector, 0.0)
         averager.riders = [LocalMomentum(vector, optimizer)]
-        for _ in range(2):
+        for number in (1, 2):
+            averager.agree(number)
             averager.start(vector.data, torch.full((3, 1), 1 / 3, dtype=torch.float64), torch.ones(3, dtype=torch.bool))
             averager.finish(vector.data)
         return before, [dict(optimizer.state[p]) for p in vector.parameters]
@@ -372,13 +380,72 @@ def test_momentum_rides_wherever_a_rank_has_it(kind: str) -> None:
                     assert key not in after[i]
 
 
+def momenta_ride(comm: Communicator, make: Callable[..., Any], steps: int, reach: Callable[[int, int], bool]) -> Any:
+    """What an optimizer holds; parameter i has in step t the gradient 1 + rank + i, if reach(t, i), then is a round."""
+    vector = vector_of(np.zeros(6))
+    optimizer = make(*vector.parameters)
+    run = LocalSGD(period=1, local_momentum="average").build(comm, vector, optimizer)
+    for step in range(steps):
+        for i, p in enumerate(vector.parameters):
+            p.grad = torch.full_like(p, 1.0 + comm.rank + i) if reach(step, i) else None
+        optimizer.step()
+        run.after_step()
+    return [optimizer.state.get(p, {}) for p in vector.parameters]
+
+
+def test_momentum_rides_from_the_first_step_that_any_rank_has_not_left_out() -> None:
+    """As a loop leaves out that of a loss which is no number: in step 0 all, in step 1 all but rank 0."""
+
+    def body(comm: Communicator) -> list[float]:
+        states = momenta_ride(
+            comm, lambda *p: torch.optim.SGD(p, 0.1, momentum=0.9), 4, lambda step, i: step > min(comm.rank, 1)
+        )
+        return [state["momentum_buffer"][0].item() for state in states]
+
+    momenta = np.full((3, 3), np.nan)
+    for step in range(4):
+        for rank in range(3):
+            if step > min(rank, 1):
+                momenta[rank] = 0.9 * np.nan_to_num(momenta[rank]) + 1 + rank + np.arange(3)
+        momenta = np.where(np.isnan(momenta), np.nan, np.nan_to_num(momenta).mean(0))
+    np.testing.assert_allclose(simulate(3, body), momenta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_momenta_of_two_kinds_ride_where_the_data_of_a_rank_reach_one_kind(lacks: int) -> None:
+    """Of a parameter that no rank's data have reached yet those of its group, once it has some."""
+
+    def two(a: Tensor, b: Tensor, c: Tensor) -> Combined:
+        return Combined("two", [torch.optim.SGD([a], 0.1, momentum=0.9), torch.optim.Adam([b, c], 0.1)])
+
+    def body(comm: Communicator) -> Any:
+        return momenta_ride(comm, two, 2, lambda step, i: step == 1 if i == 2 else i != lacks or comm.rank > 0)
+
+    first, second, third = simulate(3, body)
+    for i, keys in enumerate((["momentum_buffer"], ["exp_avg", "exp_avg_sq"], ["exp_avg", "exp_avg_sq"])):
+        for key in keys:
+            assert torch.equal(second[i][key], third[i][key]) and second[i][key].any()
+            assert key not in first[i] if i == lacks else torch.equal(first[i][key], second[i][key])
+
+
+def test_all_ranks_hear_of_a_state_that_one_cannot_average() -> None:
+    def body(comm: Communicator) -> None:
+        run = own_run(comm, LocalSGD(period=2, local_momentum="average"))
+        if comm.rank == 1:
+            run.optimizer.state[run.vector.parameters[0]]["codes"] = torch.zeros(3, dtype=torch.uint8)
+        with pytest.raises(ConfigError, match="average: the optimizer's state 'codes' is of torch.uint8"):
+            steps(run, 2)
+
+    simulate(3, body)
+
+
 def test_momentum_of_a_sparse_gradient_does_not_ride() -> None:
     model = nn.Embedding(4, 2, sparse=True)
     vector, optimizer = ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.tensor([1])).sum().backward()
     optimizer.step()
     with pytest.raises(ConfigError, match=r"local_momentum is average: .* is sparse, .* must be keep or reset"):
-        LocalMomentum(vector, optimizer).pack()
+        LocalMomentum(vector, optimizer).agree(SingleCommunicator())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -67,22 +67,47 @@ def test_power_sgd_at_full_rank_is_data_parallel(on_ranks: Ranks) -> None:
     same(on_ranks, full, DataParallel(), optimizer=nesterov)
 
 
+@pytest.mark.parametrize("shape", [(5, 2), (2, 5), (3, 3)], ids=str)
+def test_power_sgd_at_full_rank_is_data_parallel_whatever_the_gradients_before(
+    on_ranks: Ranks, shape: tuple[int, int]
+) -> None:
+    """Also after one of zero, and one of rank 1, by which its Q has lost rank."""
+
+    def train(comm: Communicator, method: SharingMethod) -> list[Tensor]:
+        p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        vector, sgd, found = ParameterVector(nn.ParameterList([p])), optim.SGD([p], 0.1), []
+        run = method.build(comm, vector, sgd)
+        for step, rank in enumerate((3, 0, 3, 1, 3)):
+            drawn = torch.Generator().manual_seed(10 * comm.rank + step)
+            left, right = (torch.randn(n, rank, generator=drawn, dtype=torch.float64) for n in shape)
+            run.after_step(sgd.step(run.closure(lambda g=left @ right.T: (g * p).sum())))
+            found.append(vector.data.clone())
+        return found
+
+    full = PowerSGD(rank=100, min_compression=0.0, warmup_steps=0)
+    for ours_, theirs in on_ranks(lambda comm: [train(comm, method) for method in (full, DataParallel())]):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_deep_gradient_compression_that_sends_all_unmasked_is_data_parallel(on_ranks: Ranks) -> None:
     """With Nesterov's momentum and weight decay, which it has taken over."""
     all_ = DeepGradientCompression(ratio=1.0, warmup_epochs=0, masking=False, bucket_mb=1e-4)
     same(on_ranks, all_, DataParallel(), optimizer=nesterov)
 
 
-def test_deep_gradient_compression_that_sends_all_trains_matrices_without_momentum(on_ranks: Ranks) -> None:
-    """And vectors, of which nothing is late, with it."""
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_deep_gradient_compression_that_sends_all_trains_matrices_without_momentum(
+    on_ranks: Ranks, nesterov: bool
+) -> None:
+    """And vectors, of which nothing is late, with it. Nesterov's is 1 + μ times a step."""
 
-    def train(comm: Communicator, method: SharingMethod, momentum: float) -> Tensor:
+    def train(comm: Communicator, method: SharingMethod, momentum: float, lr: float) -> Tensor:
         model = twin(starts(comm.size)[0])
         groups = [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "momentum": momentum},
+            {"params": [p for p in model.parameters() if p.dim() > 1], "momentum": momentum, "lr": lr},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.1},
         ]
-        sgd = optim.SGD(groups, 0.1, momentum=0.9, weight_decay=1e-2)
+        sgd = optim.SGD(groups, 0.1, momentum=0.9, weight_decay=1e-2, nesterov=nesterov)
         run = method.build(comm, ParameterVector(model), sgd)
         number = 0
         closure: Any = run.closure(lambda: loss_on(model, comm.rank, number))
@@ -92,7 +117,7 @@ def test_deep_gradient_compression_that_sends_all_trains_matrices_without_moment
 
     def body(comm: Communicator) -> list[Tensor]:
         all_ = DeepGradientCompression(ratio=1.0, warmup_epochs=0)
-        return [train(comm, all_, 0.9), train(comm, DataParallel(), 0.0)]
+        return [train(comm, all_, 0.9, 0.1), train(comm, DataParallel(), 0.0, 0.19 if nesterov else 0.1)]
 
     for ours_, theirs in on_ranks(body):
         torch.testing.assert_close(ours_, theirs, rtol=1e-12, atol=1e-12)

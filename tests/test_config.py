@@ -163,6 +163,10 @@ IMPOSSIBLE = {
     "--run.name ..": ("run.name is ..", "name of a folder"),
     "--run.seed -3": ("run.seed is -3", "0 or more"),
     "--run.start together": ("run.start is together", "common, independent"),
+    "--run.start independent --method DataParallel": ("run.start is independent", "common where gradients are shared"),
+    "--run.start independent --method OneBitSGD": ("run.start is independent", "common where gradients are shared"),
+    "--run.start independent --method LocalSGD --method.period SWAP --method.period.switch 2 "
+    "--method.sharing DataParallel": ("run.start is independent", "common where gradients are shared"),
     "--run.control_every 0": ("run.control_every is 0", "at least 1"),
     "--comm_timeout 0": ("comm_timeout is 0.0", "positive"),
     "--precision fp16": ("precision is fp16", "fp32, bf16", "loss scaling"),

@@ -14,7 +14,8 @@ from torch import nn
 from hpc_grawa import LGRAWA, DataParallel, LocalSGD, Method, ParameterVector, Run
 from hpc_grawa.comm import Communicator
 from hpc_grawa.errors import RanksDisagree
-from hpc_grawa.periods import Constant
+from hpc_grawa.periods import Constant, PostLocal
+from hpc_grawa.schedules import RunFacts
 
 
 def build(comm: Communicator, model: nn.Module, method: Method, lr: float = 0.1, **more: Any) -> Run:
@@ -114,6 +115,26 @@ def test_methods_that_differ_are_an_error_on_all_ranks(
 
     messages = on_several_ranks(body)
     assert set(messages) == {messages[0]} and "rank 1 differs" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("named", "other"), [("peak_lr", 0.3), ("warmup_steps", 4), ("total_steps", 11), ("steps_per_epoch", 11)]
+)
+def test_facts_that_differ_are_an_error_on_all_ranks(on_several_ranks: Ranks, named: str, other: Any) -> None:
+    """By them ranks would share gradients of, or average, different steps: shards of a batch more make such epochs."""
+    alike: dict[str, Any] = {"peak_lr": 0.1, "warmup_steps": 2, "total_steps": 10, "steps_per_epoch": 10}
+
+    def body(comm: Communicator) -> str:
+        facts = RunFacts(**(alike | {named: other} if comm.rank == 1 else alike))
+        method = LocalSGD(period=PostLocal(1, "epochs"), sharing=DataParallel())
+        with pytest.raises(RanksDisagree) as error:
+            build(comm, nn.Linear(2, 3), method, facts=facts)
+        return str(error.value)
+
+    messages = on_several_ranks(body)
+    assert set(messages) == {messages[0]}
+    assert f"rank 1 has facts.{named} {other} (all ranks need the same: " in messages[0]
+    assert f"rank 0 has facts.{named} {alike[named]} " in messages[0]
 
 
 def test_smoke_ranks_that_agree_may_start(on_ranks: Ranks) -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from launcher import launch
 from table import plain
+from torch import nn
 
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator, connect
 from hpc_grawa.comm.meter import Meter
 from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.methods.base import _state_told
 from hpc_grawa.training.worker import Worker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
@@ -116,6 +118,18 @@ def test_ranks_that_share_a_gpu_are_refused_under_nccl(tmp_path: Path) -> None:
     done = launch(program=(str(program),), ranks=ranks)
     assert done.status != 0
     assert f"backend is nccl: ranks 0 and {ranks - 1} would share a GPU, which NCCL cannot" in done.said
+
+
+def test_momenta_are_told_alike_on_every_device() -> None:
+    """Ranks of a host have them on GPUs of different numbers, and are to find no difference in that."""
+    told = set()
+    for device in ("cpu", "cuda"):
+        p = nn.Parameter(torch.ones(3, device=device))
+        p.grad = torch.ones_like(p)
+        sgd = torch.optim.SGD([p], 0.1, momentum=0.9)
+        sgd.step()
+        told.add(_state_told(sgd))
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -16,13 +16,14 @@ from table import METHODS, having, is_, kinds, plain
 from torch import nn
 from worlds import NET, batch, nesterov, run_method, starts
 
-from hpc_grawa import LGRAWA, LocalSGD, ParameterVector, simulate
+from hpc_grawa import LGRAWA, LSGD, MGRAWA, LocalSGD, ParameterVector, Parle, Run, simulate
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import AveragingMethod
 from hpc_grawa.periods import QSR
+from hpc_grawa.schedules import RunFacts
 from hpc_grawa.training.loop import fit
 
 STEPS = 10
@@ -61,6 +62,59 @@ def test_a_rank_that_its_group_heals_at_the_first_round_of_all_takes_part_where_
     for trace in simulate(4, lambda comm: run_method(comm, method, **options)):
         assert [round_.healed for round_ in trace.rounds] == [(), ()]
         assert np.isfinite(trace.parameters[-1]).all()
+
+
+def test_a_loss_that_is_no_number_is_forgotten_by_all_ranks_where_a_group_has_healed_it() -> None:
+    """Each rank has one in a period of all ranks."""
+    broken = ((0, 0), (2, 0), (1, 2), (3, 2))
+
+    def spoilt(rank: int, step: int) -> tuple[Any, ...]:
+        inputs, targets = batch(rank, step)
+        return (inputs * math.nan if (rank, step) in broken else inputs), targets
+
+    method = LSGD(period=4, group_period=2, ranks_per_group=2)
+    for trace in simulate(4, lambda comm: run_method(comm, method, steps=8, batch=spoilt)):
+        first, second = trace.rounds
+        assert first.healed == second.healed == () and first.leader in (0, 2)
+        assert np.isfinite(trace.parameters[-1]).all()
+
+
+def after_eight_steps(comm: Communicator, method: AveragingMethod, broken: tuple[tuple[int, int], ...]) -> Run:
+    """Rounds of pairs every 2 steps, of all ranks every 4; a rank breaks in a step of its own."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    vector, optimizer = ParameterVector(model), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+    def loss() -> torch.Tensor:
+        return model(torch.ones(1, 2)).square().sum()
+
+    method = replace(method, period=4, group_period=2, ranks_per_group=2)
+    run = method.build(comm, vector, optimizer, loss, facts=RunFacts(steps_per_epoch=4))
+    closure = run.closure(loss)
+    for step in range(8):
+        value = optimizer.step(closure)
+        if (comm.rank, step) in broken:
+            vector.data.fill_(math.nan)
+        run.after_step(value)
+    assert vector.data.isfinite().all()
+    return run
+
+
+def test_a_rank_that_its_group_heals_begins_its_momentum_of_scores_anew_among_all() -> None:
+    def body(comm: Communicator) -> float:
+        run = after_eight_steps(comm, MGRAWA(), broken=((1, 4),))
+        return float(run.synchronizers[-1].score.state_dict()["momentum"]["count"])
+
+    assert simulate(4, body) == [2, 1, 2, 2]
+
+
+def test_rounds_of_a_group_that_has_diverged_as_a_whole_count_as_those_of_others() -> None:
+    """By them Parle lowers γ and ρ, which are one of all ranks."""
+
+    def body(comm: Communicator) -> list[int]:
+        return [s.completed for s in after_eight_steps(comm, Parle(), broken=((0, 0), (1, 1))).synchronizers]
+
+    assert simulate(4, body) == [[4, 2]] * 4
 
 
 @pytest.mark.parametrize("name", [name for name in plain("averages") if not is_(name, "outer")])

@@ -229,7 +229,7 @@ def test_parle_pulls_in_an_own_loop_however_it_steps(words: Any) -> None:
     for own in (False, True):
         model = twin(starts(1)[0])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        parle = Parle(period=100, gamma=0.5, scoping=1.0)
+        parle = Parle(period=100, gamma=0.5, gamma_floor=0.5, scoping=1.0)
         run = parle.build(SingleCommunicator(), ParameterVector(model), optimizer)
 
         def loss(model: nn.Module = model) -> torch.Tensor:
@@ -248,6 +248,19 @@ def test_parle_pulls_in_an_own_loop_however_it_steps(words: Any) -> None:
         with pytest.raises(RuntimeError, match=r"lacked Parle's pull to x: .* must be made by run.closure\(loss\)"):
             run.after_step()
     assert torch.equal(*found)
+
+
+def test_parle_draws_all_of_an_embedding_whose_gradient_is_sparse() -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(4, 2, sparse=sparse)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = Parle(period=2, scoping=1.0).build(SingleCommunicator(), ParameterVector(model), optimizer)
+        for word in (0, 1, 3, 1):
+            run.after_step(optimizer.step(run.closure(lambda m=model, w=word: m(torch.tensor([w])).square().sum())))
+        found.append(run.vector.data)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 def test_t4_no_pull_is_training_alone(on_ranks: Ranks) -> None:
@@ -528,6 +541,8 @@ def test_statistics_of_a_healed_rank_start_anew() -> None:
         (lambda: DiLoCo(outer_lr=math.nan), "method.outer_lr is nan"),
         (lambda: DPPF(pull=0.5, push=-1.0), "method.push is -1.0"),
         (lambda: Parle(gamma=0.0), "method.gamma is 0.0: must be a positive number"),
+        (lambda: Parle(gamma=0.5), "method.gamma is 0.5: must be at least method.gamma_floor, which is 1.0"),
+        (lambda: Parle(rho=0.0), "method.rho is 0.0: must be at least method.rho_floor, which is 0.1"),
         (lambda: Parle(scoping=0.0), "method.scoping is 0.0: must be null"),
         (lambda: Parle(decay=1.0), "method.decay is 1.0"),
     ],

@@ -97,6 +97,17 @@ def test_optimizers_follow_the_oracle(name: str, row: str, on_ranks: Ranks) -> N
     assert_follows(traces, replay(theirs, on_ranks.size, STEPS, optimizer=oracle(), batch=eight), 1e-12)
 
 
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_lamb_counts_its_steps_anew_where_its_moments_begin_anew(policy: Any, on_several_ranks: Ranks) -> None:
+    """It corrects them by that count, which lies elsewhere: on a rank that is healed, and at rounds that reset them."""
+    settings, oracle = PAIRS["LAMB"]
+    ours = LocalSGD(period=4, local_momentum=policy)
+    broken: dict[str, Any] = {"poison": lambda *at: at == (1, 3), "batch": eight}
+    traces = on_several_ranks(lambda comm: run_method(comm, ours, steps=STEPS, settings=settings, **broken))
+    options: dict[str, Any] = {"optimizer": oracle(), "local_momentum": policy, **broken}
+    assert_follows(traces, replay(ref.LocalSGD(), on_several_ranks.size, STEPS, **options), 1e-12)
+
+
 def test_entropy_sgd_follows_the_oracle(on_ranks: Ranks) -> None:
     """y, which is trained; x is z of every third step."""
     traces = on_ranks(lambda comm: run_method(comm, DataParallel(), steps=STEPS, settings=ENTROPY))
@@ -173,6 +184,22 @@ def test_in_their_limits_they_are_their_base_bit_for_bit(settings: LocalOptimize
     """With BatchNorm, whose statistics are those of one pass, and dropout."""
     for ours, theirs in zip(trained(settings), trained(limit), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [SAM, ASAM])
+def test_an_ascent_goes_by_sparse_gradients_as_by_dense_ones(kind: type[SAM | ASAM]) -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(4, 2, sparse=sparse)
+        vector = ParameterVector(model)
+        optimizer = kind(base=SGD(momentum=0.0, nesterov=False, weight_decay=0.0)).build(vector, RunFacts())
+        run = LocalSGD().build(SingleCommunicator(), vector, optimizer)
+        for word in (0, 1, 1):
+            closure: Any = run.closure(lambda m=model, w=word: m(torch.tensor([w, 3])).square().square().sum())
+            run.after_step(optimizer.step(closure))  # type: ignore[arg-type]
+        found.append(vector.data)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 def test_a_gradient_of_zero_makes_no_ascent() -> None:

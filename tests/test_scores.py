@@ -160,6 +160,30 @@ def test_a_layer_without_a_gradient_adds_nothing_to_the_others(reduction: Any) -
     assert score.take().tolist() == [math.inf] * len(expected)
 
 
+@pytest.mark.parametrize("reduction", ["vector", "sum", "layers"])
+def test_zeros_that_no_backward_pass_has_made_are_no_gradient(reduction: Any) -> None:
+    """As a rank has that makes a step after zero_grad(set_to_none=False) alone."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)])
+    vector = ParameterVector(model)
+    score = RunningGradientNorm(vector, vector.layers(), reduction)
+
+    def taken() -> list[float]:
+        score.observe(None)
+        return score.take().abs().tolist()
+
+    def zeros() -> None:
+        for p in model:
+            p.grad = torch.zeros_like(p)
+
+    zeros()
+    assert taken() == [math.inf] * score.size
+    model[1].grad.fill_(3.0)
+    assert taken() == pytest.approx([math.inf, 18**0.5][-score.size :])
+    zeros()
+    (0 * (model[0].sum() + model[1].sum())).backward()
+    assert taken() == [0.0] * score.size
+
+
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [

@@ -27,6 +27,7 @@ from hpc_grawa import (
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, LostView, RanksDisagree
+from hpc_grawa.methods.base import _state_told
 from hpc_grawa.periods import PostLocal
 
 PHASES: dict[str, Method] = {
@@ -268,6 +269,22 @@ def test_momenta_that_differ_are_told_before_gradients_are_shared(on_several_ran
 
     results = on_several_ranks(body)
     assert all(torch.equal(ours, results[0]) for ours in results)
+
+
+def test_momenta_are_compared_by_their_numbers_wherever_they_lie() -> None:
+    """A view of a larger tensor, as a loaded checkpoint may hold, is what its copy is."""
+    told = set()
+    for larger in (False, True):
+        model = linear()
+        plain = optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        gradient(model, 0, 0)
+        plain.step()
+        for state in plain.state.values():
+            momentum = state["momentum_buffer"]
+            room = momentum.new_full((2, *momentum.shape), torch.nan)
+            state["momentum_buffer"] = room[1].copy_(momentum) if larger else momentum
+        told.add(_state_told(plain))
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["unfrozen", "frozen"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_grawa import ParameterVector
-from hpc_grawa.errors import LostView
+from hpc_grawa.errors import ConfigError, LostView
 
 
 class Net(nn.Module):
@@ -61,6 +61,34 @@ def test_a_tied_weight_is_in_it_once_and_stays_tied() -> None:
     vector = ParameterVector(model)
     assert model.tied.weight is model.head.weight
     assert vector.names.count("head.weight") == 1 and "tied.weight" not in vector.names
+
+
+SHARED: dict[str, Callable[[Net], object]] = {
+    "the same": lambda model: setattr(model.tied, "weight", nn.Parameter(model.head.weight)),
+    "the same .data": lambda model: setattr(model.tied.weight, "data", model.head.weight.data),
+    "a part": lambda model: setattr(model.tied.weight, "data", model.head.weight.data[1:]),
+}
+
+
+@pytest.mark.parametrize("share", SHARED)
+def test_two_parameters_in_the_same_memory_are_named(share: str) -> None:
+    """As views of the vector they would be two, where in a script of one process they are one."""
+    model = net()
+    model.tied.weight = nn.Parameter(torch.zeros(3, 3))
+    SHARED[share](model)
+    with pytest.raises(ConfigError, match=r"'head\.weight' and 'tied\.weight' lie in the same memory .* tie them"):
+        ParameterVector(model)
+
+
+def test_parameters_beside_each_other_in_the_same_storage_are_allowed() -> None:
+    """As cuDNN lays those of an LSTM; without memory on the device "meta"; a number that stands for several; none."""
+    flat = torch.arange(12.0)
+    parts = flat[:6].view(2, 3).t(), flat[6:], flat[6:6], flat[5].clone().expand(2)
+    vector = ParameterVector(nn.ParameterList([nn.Parameter(part) for part in parts]))
+    assert torch.equal(vector.data, torch.cat([flat, flat[[5, 5]]]))
+    vector.check()
+    with torch.device("meta"):
+        assert len(ParameterVector(net())) == sum(SIZES)
 
 
 def test_frozen_parameters_and_buffers_stay_outside() -> None:

@@ -18,6 +18,8 @@ from .packed import ErrorFeedback, Group, Packed
 class LowRank(ErrorFeedback):
     """M̂ = P Q̄ᵀ of M = G + e: P = orthonormal(mean of MQ), then Q̄ = mean of MᵀP, one step of power iteration.
 
+    At full rank P is of M itself, so that all of it is sent whatever was before.
+
     Args:
         rank: r, of a matrix n × m at most min(n, m).
         min_compression: a matrix is compressed where this many times r(n + m) is less than nm.
@@ -78,7 +80,10 @@ class LowRank(ErrorFeedback):
         self._kept[bucket].add_gradients()
         self._exact[bucket].take_gradients()
         for _, m, p, q in self._groups(bucket):
-            torch.bmm(m, q, out=p)
+            if p.shape == m.shape:  # Q has the rank of the gradient before, which may have been less
+                p.copy_(m)
+            else:
+                torch.bmm(m, q, out=p)
         return bucket.comm.allreduce(self._first[bucket], "gradient", bucket.numbers[0])
 
     def follow(self, bucket: Bucket, work: Work) -> Work:

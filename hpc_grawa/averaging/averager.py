@@ -22,9 +22,9 @@ WeightRule = Callable[[Tensor], Tensor]
 def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
     """Weights inverse to the scores: β_m = |s_m|^{-q} / Σ_j |s_j|^{-q}, column by column.
 
-    Zero scores share the weight equally (the limit of s → 0); a score that is not finite gets weight 0. Equal scores
-    give the uniform mean. So does a column in which no rank has anything to say: all scores are +∞ (no gradient), or
-    all finite ones are negative (round-off).
+    Zero scores share the weight equally (the limit of s → 0, if q > 0); a score that is not finite gets weight 0.
+    Equal scores, and q = 0, give the uniform mean. So does a column in which no rank has anything to say: all scores
+    are +∞ (no gradient), or all finite ones are negative (round-off).
 
     Args:
         scores: ``[W, K]``, float64; a minus sign marks a norm that is round-off.
@@ -46,7 +46,7 @@ def inverse(scores: Tensor, power: float = 1.0) -> Tensor:
     finite = _finite(torch.where(absent, 0.0, scores))
     roundoff = (scores.signbit() | ~finite).all(0)
     norms = torch.where(roundoff | absent, 0.0, scores.abs())
-    zero = finite & (norms == 0)
+    zero = finite & (norms == 0) & (power > 0)
     # Dividing by the smallest norm first keeps s^-q inside the range of numbers.
     smallest = torch.where(finite, norms, torch.inf).amin(0)
     relative = torch.where(finite, norms / torch.where(smallest > 0, smallest, 1.0), torch.inf)
@@ -167,19 +167,18 @@ class Averager:
         if prox and self.center is not None:
             pull(self.vector.data, self.center, prox)
 
-    def agree(self, number: int, made: Sequence[int]) -> None:
+    def agree(self, number: int) -> None:
         """Decide before round ``number``, counted from 1, what rides in its message; all ranks must.
 
-        They look at rounds 1, 2, 4, 8, ..., which in the long run costs nothing. (Deadlock argument: number and names
-        of candidates are the same on all ranks, and so are the gathered checksums that they decide by.)
+        They look for what differs at rounds 1, 2, 4, 8, ..., which in the long run costs nothing. (Deadlock argument:
+        number and names of candidates are the same on all ranks, and so are the gathered checksums that they decide
+        by, and what each rider has gathered.)
 
         Args:
             number: of the round.
-            made: local steps of each rank in it.
         """
-        if not all(made):
-            for rider in self.riders:
-                rider.agree(self.comm)
+        for rider in self.riders:
+            rider.agree(self.comm)
         if self.comm.size == 1 or number & (number - 1):
             return
         own = {name: checksum(t) for rider in self.riders for name, t in rider.candidates().items()}

@@ -31,11 +31,8 @@ class Rider(ABC):
         """
         return alive.double() / alive.sum()
 
-    def after_step(self) -> None:  # noqa: B027
-        """See a local step."""
-
     def agree(self, comm: Communicator) -> None:  # noqa: B027
-        """Make sure that all ranks pack alike, where a rank has made no step yet; all ranks must."""
+        """Make sure, before a round, that all ranks pack alike; all ranks must."""
 
     def candidates(self) -> dict[str, Tensor]:
         """This rank's tensors that ride only once ranks differ in them; the same names on every rank."""
@@ -57,57 +54,62 @@ class LocalMomentum(Rider):
     """The optimizer's state tensors of a parameter's shape (SGD's momentum; Adam's two moments).
 
     Raises:
-        ConfigError: by ``after_step`` or ``pack``, where the state holds what is no number to average (8-bit codes), or
-            is sparse.
+        ConfigError: by ``agree``, on all ranks, where the state of one holds what is no number to average (8-bit
+            codes), or is sparse; by ``pack`` where it has come to.
     """
 
     def __init__(self, vector: ParameterVector, optimizer: optim.Optimizer) -> None:
         self._vector, self._optimizer = vector, optimizer
+        #: The same on all ranks; empty until one of them has a state.
         self._keys: list[tuple[nn.Parameter, str]] = []
-        #: Parameters that had a state when it was last looked through.
-        self._stepped = 0
-        self._packed = False
-
-    def after_step(self) -> None:
-        stepped = len(self._optimizer.state)
-        if stepped != self._stepped and not self._packed:  # before rounds of groups, in which a healed rank forgets
-            self._stepped, self._keys = stepped, self._found()
 
     def agree(self, comm: Communicator) -> None:
-        if self._packed:
+        if self._keys:
             return
-        numbers = {id(p): i for i, p in enumerate(self._vector.parameters)}
-        own = json.dumps([(numbers[id(p)], key) for p, key in self._keys]) if self._keys else ""
-        said = next(filter(None, comm.gather_bytes(own.encode(), "center")), b"[]")
-        self._keys = [(self._vector.parameters[i], key) for i, key in json.loads(said)]
+        try:
+            own, problem = self._found(), ""
+        except ConfigError as error:
+            own, problem = [], str(error)
+        said = [json.loads(message) for message in comm.gather_bytes(json.dumps([own, problem]).encode(), "center")]
+        for _, refused in said:
+            if refused:
+                raise ConfigError(refused)
+        held: dict[int, dict[str, None]] = {}
+        for found, _ in said:
+            for i, keys in found:
+                held.setdefault(i, {}).update(dict.fromkeys(keys))
+        if held:
+            self._keys = self._joined(held)
+
+    def _found(self) -> list[tuple[int, list[str]]]:
+        """The numbers of the parameters that have a state here, each with the names of what rides of it."""
+        numbered = enumerate(self._vector.parameters)
+        states = [(i, p.shape, state) for i, p in numbered if (state := self._optimizer.state.get(p))]
+        kept = [(key, t, shape) for _, shape, state in states for key, t in state.items() if isinstance(t, Tensor)]
+        for key, t, _ in kept:
+            _refuse(key, t)
+        others = {"step", *(key for key, t, shape in kept if t.shape != shape)}
+        return [(i, [k for k, t in state.items() if isinstance(t, Tensor) and k not in others]) for i, _, state in states]
+
+    def _joined(self, held: dict[int, dict[str, None]]) -> list[tuple[nn.Parameter, str]]:
+        """Each parameter with each name that a rank has there; one that none has stepped with those of its group."""
+        numbers, joined = {id(p): i for i, p in enumerate(self._vector.parameters)}, []
+        for group in self._optimizer.param_groups:
+            params = [(numbers[id(p)], p) for p in group["params"] if p.requires_grad]
+            names = dict.fromkeys(key for i, _ in params for key in held.get(i, ())) or held[min(held)]
+            joined += [(p, key) for key in names for i, p in params if key in held.get(i, names)]
+        return joined
 
     def _state(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        self._keys = self._keys or self._found()
         state = self._optimizer.state
-        return [(p, state.get(p, {}).get(key)) for p, key in self._keys]
-
-    def _found(self) -> list[tuple[nn.Parameter, str]]:
-        """Each parameter with each of its tensors' names, which those of a group share (Muon's and AdamW's differ)."""
-        state, keys = self._optimizer.state, []
-        stepped = [p for p in self._vector.parameters if state.get(p)]
-        for group in self._optimizer.param_groups:
-            params = [p for p in group["params"] if p.requires_grad]
-            # A rank may have made no gradient of what others have.
-            like = next((p for p in params if state.get(p)), stepped[0] if stepped else None)
-            for key, value in ({} if like is None else state[like]).items():
-                _refuse_codes(key, value)
-                if like is not None and key != "step" and isinstance(value, Tensor) and value.shape == like.shape:
-                    keys += [(p, key) for p in params]
-        return keys
+        held = ((p, state.get(p, {}).get(key)) for p, key in self._keys)
+        return [(p, t if isinstance(t, Tensor) and t.shape == p.shape else None) for p, t in held]
 
     def pack(self) -> list[Tensor]:
-        self._packed = True
         state = self._state()
-        if any(own is not None and own.is_sparse for _, own in state):
-            raise ConfigError(
-                "method.local_momentum is average: the optimizer's state of a sparse gradient is sparse, and has not "
-                "the same entries on all ranks; must be keep or reset, or the embedding one with sparse=False"
-            )
+        for (_, key), (_, own) in zip(self._keys, state, strict=True):
+            if own is not None:
+                _refuse(key, own)
         return [torch.zeros_like(p) if own is None else own for p, own in state]
 
     def unpack(self, averages: list[Tensor]) -> None:
@@ -116,9 +118,15 @@ class LocalMomentum(Rider):
             torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
 
-def _refuse_codes(key: str, value: object) -> None:
-    if not isinstance(value, Tensor) or value.numel() <= 1:
+def _refuse(key: str, value: Tensor) -> None:
+    """Raise ``ConfigError`` for what is no number to average, or not there on all ranks alike."""
+    if value.numel() <= 1:
         return
+    if value.is_sparse:
+        raise ConfigError(
+            "method.local_momentum is average: the optimizer's state of a sparse gradient is sparse, and has not the "
+            "same entries on all ranks; must be keep or reset, or the embedding one with sparse=False"
+        )
     kind = type(value).__name__ if type(value) not in (Tensor, nn.Parameter) else str(value.dtype)
     if kind != str(value.dtype) or not value.is_floating_point():
         raise ConfigError(

@@ -62,6 +62,9 @@ class TrainingLoss(Score):
     """The mean training loss of the local steps since the last round; without any, that of the round before."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
         self._last = torch.full((1,), torch.nan, dtype=torch.float64)
@@ -309,7 +312,7 @@ class RunningGradientNorm(_GradientScore):
 
     The norms are taken where a backward pass ends, before clipping and weight decay; of several backward passes for one
     step those of the last, which completes the gradient. They stay on the device until a round. Without a step since
-    the last round the score is that of the round before.
+    the last round the score is that of the round before. Zeros that no backward pass has made are no gradient.
 
     Args:
         vector: the parameters.
@@ -335,9 +338,9 @@ class RunningGradientNorm(_GradientScore):
         self._latest = self._norms([p.grad for p in self._parameters], self._passes.reached or None)
 
     def observe(self, loss: Tensor | None) -> None:
-        if self._latest is None:  # gradients that came without a backward pass
-            self._measure()
-        assert self._latest is not None
+        if self._latest is None:  # gradients that came without a backward pass, or zeros in their place
+            norms = self._norms([p.grad for p in self._parameters], self._passes.reached or None)
+            self._latest = norms.masked_fill(norms == 0, torch.inf)
         self._momentum.update(self._latest)
         self._latest = None
         self._passes.reached.clear()

@@ -138,6 +138,8 @@ class Synchronizer:
         #: Rounds, and ranks that were healed in them.
         self.completed = 0
         self.healed = 0
+        #: All of the run, this one among them: a rank that one of them heals begins anew for every one.
+        self.levels = [self]
         self.on_round: Callable[[Round], None] = lambda _: None
         control.columns = max(control.columns, score.size)
         self._ticket = False
@@ -167,8 +169,6 @@ class Synchronizer:
             self._begin()
         self.score.observe(loss)
         self.position += 1
-        for rider in self.averager.riders:
-            rider.after_step()
         self.averager.after_step(self.prox / self.period)
 
     def round_if_due(self) -> None:
@@ -210,11 +210,12 @@ class Synchronizer:
         except NonFinite:
             if control.decides:
                 raise
+            self.completed += 1  # as of the parts beside it
             self._end(staying)  # a part that has diverged as a whole is healed by the next round of all ranks
             return
         if any(word.finite < 0 for word in table.words):
             averager.mend(int(alive.int().argmax()))
-        averager.agree(self.completed + 1, table.made)
+        averager.agree(self.completed + 1)
         averager.start(averager.source, weights, alive)
         self._opened = _Opened(table, weights, staying)
 
@@ -231,7 +232,7 @@ class Synchronizer:
             self._forget()  # before the averages arrive, which it takes over like every rank
         averager.finish(averager.source, healed=not here)
         if self._reset_momentum:
-            self.optimizer.state.clear()
+            self._reset_optimizer()
         self.completed += 1
         self.healed += len(healed)
         self.on_round(
@@ -312,6 +313,12 @@ class Synchronizer:
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""
-        self.optimizer.state.clear()
-        self.score.reset()
+        self._reset_optimizer()
+        for level in self.levels:
+            level.score.reset()
         reset_statistics(self._vector.model)
+
+    def _reset_optimizer(self) -> None:
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group.pop("step", None)  # by which timm's LAMB corrects moments that are zero again

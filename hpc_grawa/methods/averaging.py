@@ -187,6 +187,7 @@ class AveragingMethod(Method):
         synchronizer = Synchronizer(averager, score, rule, period, control, run.optimizer, prox, reset_momentum, pool)
         synchronizer.on_round = lambda event: run.on_round(event)
         run.synchronizers.append(synchronizer)
+        synchronizer.levels = run.synchronizers
 
 
 def is_schedule_free(optimizer: optim.Optimizer) -> bool:

@@ -65,7 +65,7 @@ class Method(ABC):
             ConfigError: the optimizer does not step the model's trainable parameters, or steps others, or is of a kind
                 that the method cannot train with; the probe is no function; or a parameter or buffer is of a kind that
                 ranks cannot share.
-            RanksDisagree: model, method or package version differ among ranks.
+            RanksDisagree: model, method, facts or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
         if probe is not None and not callable(probe):
@@ -74,12 +74,13 @@ class Method(ABC):
                 f"(probe=loss, not probe=loss())"
             )
         self._check(optimizer, vector, probe)
-        agree(comm, [*self._description(vector), *([_state_told(optimizer)] if self.steps_alike else [])])
+        facts = facts or RunFacts()
+        state = [_state_told(optimizer)] if self.steps_alike else []
+        agree(comm, [*self._description(vector, facts), *state])
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
             comm.broadcast(data, 0, "setup").wait()
             _take_over(comm, [tensor for _, tensor in vector.outside])
-        facts = facts or RunFacts()
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
         run.common_start = start == "common"
@@ -115,7 +116,7 @@ class Method(ABC):
     def _assemble(self, run: Run, probe: Probe | None) -> None:
         """Give the run its aggregator and synchronizers."""
 
-    def _description(self, vector: ParameterVector) -> list[str]:
+    def _description(self, vector: ParameterVector, facts: RunFacts) -> list[str]:
         try:
             package = version("hpc-grawa")
         except PackageNotFoundError:
@@ -125,7 +126,13 @@ class Method(ABC):
             for name, p in zip(vector.names, vector.parameters, strict=True)
         ]
         others = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in vector.outside]
-        return [f"hpc_grawa {package}", f"method {self}", *parameters, *others]
+        return [f"hpc_grawa {package}", f"method {self}", *_told(facts), *parameters, *others]
+
+
+def _told(facts: RunFacts) -> list[str]:
+    """What ranks compare of facts that do not change, by which periods and methods decide what is sent."""
+    names = ("peak_lr", "warmup_steps", "total_steps", "steps_per_epoch")
+    return [f"facts.{name} {getattr(facts, name)} (all ranks need the same: give each rank 0's)" for name in names]
 
 
 def _state_told(optimizer: optim.Optimizer) -> str:
@@ -135,7 +142,8 @@ def _state_told(optimizer: optim.Optimizer) -> str:
     if not held:
         return "a new optimizer"
     file = io.BytesIO()
-    torch.save([(i, key, v.detach().clone() if isinstance(v, Tensor) else v) for i, key, v in held], file)
+    # The file says of each tensor where it lies, which differs between the GPUs of a host.
+    torch.save([(i, key, v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v) for i, key, v in held], file)
     state = hashlib.sha256(file.getvalue()).hexdigest()[:8]
     return (
         f"an optimizer that has made steps (state {state}; where gradients are shared all ranks need the same: begin "

@@ -25,8 +25,9 @@ class DeepGradientCompression(SharingMethod):
     matrix the ⌈ratio · entries⌉ largest are sent with their index, in one allgather a bucket: 8 bytes each, W - 1
     times. Vectors are shared exactly, with their momentum.
 
-    Limits: at ratio 1 matrices are trained by SGD without momentum, or, without ``masking``, with it, as by
-    ``DataParallel``. Without ``momentum_correction`` what was sent and what is left in v add up to all gradients.
+    Limits: at ratio 1 matrices are trained by SGD without momentum (at 1 + μ times its lr, where it is Nesterov's), or,
+    without ``masking``, with it, as by ``DataParallel``. Without ``momentum_correction`` what was sent and what is left
+    in v add up to all gradients.
 
     Not for: gradients that are shared more than once a step, and not where ratio · W comes near 1.
 

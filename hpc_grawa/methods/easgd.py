@@ -39,7 +39,8 @@ class EASGD(AveragingMethod):
 
     The center is state, replicated on all ranks, and moves slowly.
 
-    Limits: pull 0 is training alone, at the start's center; where ranks and center agree it rests.
+    Limits: pull 0 is training alone, at the start's center, but for buffers that belong to the weights (see
+    ``buffers``); where ranks and center agree it rests.
 
     Not for: many ranks and few rounds: each moves by β/W only, so that they drift apart.
 

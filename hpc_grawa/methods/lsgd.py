@@ -27,7 +27,8 @@ class LSGD(AveragingMethod):
     (``group_period``), each group has a leader of its own, and more often; where both are due, ranks are pulled to
     their group's leader first.
 
-    Limits: pull 0 and prox 0 are training alone; without pulls of groups two levels are one.
+    Limits: pull 0 and prox 0 are training alone, but for buffers that belong to the weights (see ``buffers``); without
+    pulls of groups two levels are one.
 
     Not for: shards that differ (sorted by class, say): losses of different data say nothing of models.
 

@@ -62,6 +62,9 @@ class _Replica(Aggregator):
         y = self._vector.data
         self._begin()
         torch.sub(y, self.x, out=self._apart)
+        for p in self._vector.parameters:
+            if p.grad is not None and p.grad.is_sparse:  # all of y is drawn
+                p.grad = p.grad.to_dense()
         pairs = zip(self._vector.parameters, self._views, strict=True)
         given = [(p.grad, view) for p, view in pairs if p.grad is not None]
         if given:
@@ -120,10 +123,10 @@ class Parle(AveragingMethod):
 
     Attributes:
         period: local steps between rounds, L; 25 in the paper.
-        gamma: γ at the start, positive; smaller holds y closer to x; 100 in the paper.
-        rho: ρ at the start, 0 or more; smaller holds ranks closer to each other; 1 in the paper.
-        gamma_floor: the smallest γ; 1 in the paper.
-        rho_floor: the smallest ρ; .1 in the paper.
+        gamma: γ at the start, ``gamma_floor`` or more; smaller holds y closer to x; 100 in the paper.
+        rho: ρ at the start, ``rho_floor`` or more; smaller holds ranks closer to each other; 1 in the paper.
+        gamma_floor: the smallest γ, positive; 1 in the paper.
+        rho_floor: the smallest ρ, 0 or more; .1 in the paper.
         scoping: factor of both at each round, in (0, 1]; null: 1 - 1/(2B), B the steps of an epoch, as in the paper.
         decay: d of z, in [0, 1); .75 in the paper.
         reference: what x is drawn to: the ``mean`` of all z, the fixed point of the paper's; or, as printed there, the
@@ -145,6 +148,9 @@ class Parle(AveragingMethod):
         for name in ("gamma", "gamma_floor"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"method.{name}", value, "a positive number")
+        for name in ("gamma", "rho"):
+            value, floor = getattr(self, name), getattr(self, f"{name}_floor")
+            require(value >= floor, f"method.{name}", value, f"at least method.{name}_floor, which is {floor}")
         allowed = self.scoping is None or 0 < self.scoping <= 1
         require(allowed, "method.scoping", self.scoping, "null (by the steps of an epoch), or in (0, 1]")
         below_one("method", self, "decay")

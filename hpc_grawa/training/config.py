@@ -127,7 +127,8 @@ class Identity:
         name: of the run's folder; null: method and time, or, to be resumed, method and SLURM job.
         dir: the folder of runs.
         seed: of all random draws.
-        start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own.
+        start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own, by methods that
+            average from the first step on.
         control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
         resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
     """
@@ -237,6 +238,8 @@ class Config:
             of = "data.batch_size" if parts == 1 else f"data.batch_size / {self.name('accumulate')}"
             raise wrong("optimizer.parts", self.optimizer.parts, f"must divide {of}, which is {batch // parts}")
         size, data, method = self.data.train_size(), self.data, self.method
+        alike = "common where gradients are shared: ranks that begin apart would stay apart, as all make the same steps"
+        require(self.run.start == "common" or not method.steps_alike, "run.start", self.run.start, alike)
         if self.budget.seconds is not None and isinstance(method, AveragingMethod) and method.rounds == "pooled":
             number = "a number under pooled rounds and a budget in seconds, as ranks hear of the clock at rounds"
             require(isinstance(method.period, int), "method.period", method.period, number)
