@@ -396,6 +396,20 @@ def test_without_matplotlib_a_comparison_has_no_figure_and_one_that_is_asked_for
     assert not Path("t.csv").exists()
 
 
+@pytest.mark.slow
+def test_runs_train_where_no_extra_is_installed(tmp_path: Path) -> None:
+    """And what needs one says so in a line, before any work."""
+    extras = "scipy", "sklearn", "matplotlib", "torchvision", "tqdm", "tensorboard", "timm", "schedulefree"
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); from hpc_grawa import cli; cli.main()"
+    words = ("--methods=EASGD", *LINE, "--budget.steps=4", f"--run.dir={tmp_path}")
+    status, output, errors = launch("compare", *words, program=("-c", code))
+    assert (status, errors) == (0, "") and "\nfigure  none: figures need Matplotlib" in output
+    needs = "needs SciPy: pip install 'hpc-grawa[demo]'\n"
+    for refused in (("flatness", str(tmp_path / "comparison/EASGD-0")), ("compare", "--paper", *words)):
+        status, _, errors = launch(*refused, program=("-c", code))
+        assert status == 2 and errors.endswith(needs) and errors.count("\n") == 1, errors
+
+
 def test_variants_of_a_method_are_told_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the table of a comparison, and in the folder of a run without a name."""
     (tmp_path / "variants.yaml").write_text(

@@ -39,7 +39,7 @@ KEEP_EVERY = 60.0
 
 def flatness(words: list[str], slot: Slot) -> None:
     """Say how flat the loss is around a run's models: spectrum of its Hessian, sharpness, width of the valley."""
-    program, default = "hpc-grawa flatness", Settings()
+    program, default = "hpc-grawa flatness", Settings(measures=("loss",))
     parser = Parser(prog=program, description=flatness.__doc__, allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, or folders of these")
     parser.add_argument(

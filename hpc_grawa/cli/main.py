@@ -35,6 +35,7 @@ from .settings import PAPERS, papers
 from .together import backend_line, set_threads, together
 
 if TYPE_CHECKING:
+    from ..flatness.measure import Settings
     from .compare import Comparison
 
 #: Exit status of a run that was told to end before its time, and can go on (EX_TEMPFAIL of sysexits.h).
@@ -215,6 +216,7 @@ def compare(words: list[str], slot: Slot) -> None:
     check_target(options.target)
     if options.paper is not None:
         words = [f"--config={PAPERS / options.paper}.yaml", *words]
+        _measured_in_a_paper()  # refuses, before any run, what is missing
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
@@ -264,9 +266,14 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool)
     _leave_early(ended)
 
 
+def _measured_in_a_paper() -> Settings:
+    from ..flatness.measure import Settings
+
+    return Settings(measures=("loss", "trace", "spectrum"))
+
+
 def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
     """Measure how flat the chosen runs of a finished comparison are, and print the paper's table."""
-    from ..flatness.measure import Settings
     from ..report.paper import chosen_runs, paper_table
     from .flatness import How, measure_runs
 
@@ -281,7 +288,7 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
         return
     measure_runs(
         {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},
-        Settings(measures=("loss", "trace", "spectrum")),
+        _measured_in_a_paper(),
         How(),
         comm,
         slot,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from ..comm import Communicator
@@ -104,6 +103,8 @@ class Lanczos:
 
     def ritz(self) -> Ritz:
         """Ritz values, ascending, and their weights ``[k]``, which sum to 1."""
+        from scipy.linalg import eigh_tridiagonal
+
         values, vectors = eigh_tridiagonal(np.array(self._alpha), np.array(self._beta[:-1]))
         return values, vectors[0] ** 2
 

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NonFinite, require, wrong
+from ..errors import ConfigError, NonFinite, require, wrong
 from .estimators import trace_and_square
 from .lanczos import Lanczos, Ritz
 from .objective import Objective
@@ -55,6 +56,8 @@ class Settings:
         for name in self.measures:
             if name not in MEASURES:
                 raise wrong("measures", name, f"must be among {', '.join(MEASURES)}")
+            if name in ("keskar", "spectrum") and find_spec("scipy") is None:
+                raise ConfigError(f"measures hold {name}, which needs SciPy: pip install 'hpc-grawa[demo]'")
         for name in ("steps", "starts", "samples", "lpf_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("rho", "epsilon", "sigma"):

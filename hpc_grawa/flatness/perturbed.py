@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from .estimators import Estimate
@@ -45,6 +44,8 @@ def keskar_sharpness(objective: Objective, epsilon: float = 5e-4, iterations: in
     bounds = (epsilon * (start.double().abs() + 1)).cpu().numpy()
 
     def search(gradient_at: Callable[[Tensor], tuple[float, Tensor]]) -> float:
+        from scipy.optimize import minimize
+
         worst = value
 
         def lower(delta: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, object]:
