@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -493,6 +494,37 @@ def test_another_world_goes_on_counting(
             own_rounds = [number for m, number in probes if m == rank]
             assert own_rounds == list(range(before, before + len(own_rounds))) and len(numbers) - 1 in own_rounds
         assert min(drawn) == before
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_in_another_world_epochs_go_on(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget, the learning rate and evaluations in epochs; so many steps are theirs as are left there."""
+    often = ("--eval.unit=epochs", "--eval.every=0.5", "--log.every=1", "--log.tensorboard=false")
+    made = config("LGRAWA", "--budget.steps=null", "--budget.epochs=2", *often)
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(made, tmp_path)
+    resumed = int((tmp_path / "checkpoints/latest").read_text())
+    before, now = (made.data.sampler(0, size, 0).steps_per_epoch for size in (WORLD, world))
+    last = resumed + math.ceil((2 - Fraction(resumed, before)) * now)
+
+    def epochs(step: int) -> float:
+        return float(Fraction(min(step, resumed), before) + Fraction(max(step - resumed, 0), now))
+
+    summary = simulate(
+        world, lambda comm: fit(made, comm, new_folder=None if comm.rank else lambda: tmp_path, any_world=True)
+    )[0]
+    assert (summary["state"], summary["steps"], summary["epochs"]) == ("finished", last, epochs(last))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seen = [record["step"] for record in records if record["event"] == "evaluate"]
+    assert seen == [0, *(next(n for n in range(last) if epochs(n) >= half / 2) for half in (1, 2, 3)), last]
+    trained = [record for record in records if record["event"] == "train"]
+    assert [record["step"] for record in trained] == list(range(1, last + 1))
+    for record in trained:
+        assert record["epoch"] == epochs(record["step"])
+        falls = 0.05 * (1 + math.cos(math.pi * epochs(record["step"] - 1) / 2))
+        assert record["lr"] == pytest.approx(falls, abs=0.1 / now)  # the last step may end behind the second epoch
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -315,7 +315,7 @@ def _summary(worker: Worker, found: dict[str, Any], folder: Path | None, trainin
         "steps": facts.step,
         "rounds": sum(s.completed for s in run.synchronizers),
         "healed": sum(s.healed for s in run.synchronizers),
-        "epochs": facts.step / worker.sampler.steps_per_epoch,
+        "epochs": facts.elapsed("epochs"),
         "training_seconds": training_seconds,
         "compute_seconds": training_seconds - loading - communication - waiting,
         "loading_seconds": loading,

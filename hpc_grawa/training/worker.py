@@ -117,6 +117,7 @@ class Worker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken: the same model, method, data and ranks."""
+        self._take_facts(state["run"]["facts"])
         self.vector.data.copy_(state["parameters"])
         self._take_outside(state)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -135,6 +136,7 @@ class Worker:
         Returns:
             What all ranks have started from, in words.
         """
+        self._take_facts(state["run"]["facts"])
         synchronizers = state["run"]["synchronizers"]
         center = synchronizers[-1]["averager"]["center"] if synchronizers else state["parameters"]
         self.vector.data.copy_(state["parameters"] if center is None else center)
@@ -163,6 +165,13 @@ class Worker:
 
     def _frozen(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if not p.requires_grad]
+
+    def _take_facts(self, saved: dict[str, Any]) -> None:
+        """Go on with a run's facts, and see how many steps are left; before its periods, which ask for both."""
+        facts, budget = self.facts, self.config.budget
+        facts.load_state_dict(saved)
+        self.total_steps = facts.total_steps = budget.total_steps(self.sampler.steps_per_epoch, facts.base)
+        facts.base_share = budget.share_at(facts.base)
 
     def _take_outside(self, state: dict[str, Any]) -> None:
         for p, saved in zip(self._frozen(), state["frozen"], strict=True):
