@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import own
 import pytest
 import torch
+from launcher import called
 from torch import Tensor, nn
 
 from hpc_grawa import simulate
@@ -45,6 +47,46 @@ class Narrow(own.Line):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[1] == 3, "three columns, please"
         return super().forward(x)
+
+
+class Auxiliary(own.Line):
+    """Has an output beside in training mode, as GoogLeNet has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return (y, x) if self.training else y  # type: ignore[return-value]
+
+
+class Normed(own.Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(super().forward(x))
+        return y
+
+
+class Beside(own.Line):
+    """Has another parameter, of some kind; a line that is frozen, where it is to have none to train."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "none":
+            self.requires_grad_(False)
+        else:
+            self.other = nn.Parameter(torch.zeros(1, dtype=getattr(torch, kind)))
+            self.linear.requires_grad_(kind != "complex64")
+
+
+class Untold(own.R2):
+    def value(self, sums: Tensor) -> float:
+        return sums.sum()  # type: ignore[return-value]
+
+
+class Nameless(own.R2):
+    def values(self, sums: Tensor) -> dict[str, float]:
+        return {"other": 1.0}
 
 
 class Unfinished(own.R2):
@@ -98,6 +140,34 @@ class Unsplit(own.Numbers):
         ({"--loss.reduction": "none"}, r"loss is MSELoss: must make one number .*; ValueError: it made \[8, 1\] .*"),
         ({"--loss": "test_preflight.Undivided"}, r"loss is Undivided: .*; ValueError: its sums are \[\] .*, not \[2\]"),
         ({"--metric": "Accuracy"}, r"metric is Accuracy: must take outputs of Line .*; give another metric"),
+        ({"--metric": "test_preflight.Untold"}, r"metric is .*; TypeError: its 'r2' is \[\] \(float64\): must be .*"),
+        ({"--metric": "test_preflight.Nameless"}, r"metric is .*; ValueError: its values lack 'r2', which is its name"),
+        (
+            {"--model": "test_preflight.Auxiliary"},
+            r"loss is MSELoss: must make one number of outputs of Auxiliary \(\[8, 1\] .*\) and targets of Numbers "
+            r"\[8, 1\] \(float32\) in training mode; AttributeError: .*",
+        ),
+        (
+            {"--model": "test_preflight.Normed", "--data.batch_size": "1"},
+            r"model is Normed: must take inputs \[1, 1\] \(float32\) in training mode; ValueError: Expected more .*",
+        ),
+        (
+            {"--model": "test_preflight.Normed", "--accumulate": "8"},
+            r"model is Normed: must take inputs \[1, 1\] \(float32\) in training mode; ValueError: Expected more .*",
+        ),
+        (
+            {"--model": "test_preflight.Beside", "--model.kind": "float64"},
+            "model is Beside: all trainable parameters must have one dtype and device, found 'other' torch.float64 on "
+            "cpu, 'linear.weight' torch.float32 on cpu",
+        ),
+        (
+            {"--model": "test_preflight.Beside", "--model.kind": "complex64"},
+            "model is Beside: trainable parameters must be floating point, 'other' is torch.complex64",
+        ),
+        (
+            {"--model": "test_preflight.Beside", "--model.kind": "none"},
+            "model is Beside: the model has no trainable parameter",
+        ),
         (
             {"--metric": "test_preflight.Unfinished"},
             r"metric is Unfinished: .*; NotImplementedError \(test_preflight.py, line \d+\)",
@@ -122,16 +192,20 @@ def test_what_does_not_fit_is_named_with_the_shapes_and_the_place(changes: dict[
 
 
 class Shaky(nn.Module):
-    """Draws from every stream and keeps count in a buffer, in whatever mode it is."""
+    """Draws from every stream and keeps count in a buffer, in whatever mode it is; in training, of its teacher, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
         self.layers[1].eval()
         self.register_buffer("seen", torch.zeros(()))
+        self.teacher, self.taught = nn.Parameter(torch.zeros(()), requires_grad=False), 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += len(x)
+        if self.training:
+            self.teacher += 1
+            self.taught += 1
         noise: Tensor = torch.randn(10) + random.random() + np.random.rand()
         return self.layers(x) + noise
 
@@ -152,5 +226,15 @@ def test_nothing_of_it_remains() -> None:
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    model(torch.zeros(2, 1, 8, 8))  # which the streams and the buffer show
-    assert model.seen == 2 and streams() != states
+    model(torch.zeros(2, 1, 8, 8))  # which the streams, the buffer and the teacher show
+    assert (model.seen, model.teacher, model.taught) == (2, 1, 1) and streams() != states
+
+
+def test_it_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.plain_process(monkeypatch)
+    words = {**WORDS, "--model": "test_preflight.Beside", "--model.kind": "float64", "--run.dir": str(tmp_path / "a")}
+    status, _, errors = called(capsys, "train", "--backend=single", *(f"{key}={value}" for key, value in words.items()))
+    assert status == 2 and errors.startswith("hpc-grawa train: error: model is Beside: all trainable parameters must")
+    assert errors.count("\n") == 1 and not list(tmp_path.glob("a/*"))

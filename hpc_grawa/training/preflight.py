@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..buffers import check_kinds
+from ..buffers import check_kinds, values_kept
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
 from ..errors import ConfigError, in_a_line, wrong
-from ..forward import autocast, eval_mode
+from ..forward import autocast, eval_mode, training_mode, undisturbed
 from ..lazy import completing, unfinished
 from ..nests import kind, moved, parts, same_shape
 from .config import Config
 
 EXAMPLES = 32
+_TRAINING = " in training mode"
 
 
 def new_model(config: Config, splits: Splits, comm: Communicator, device: torch.device) -> nn.Module:
@@ -60,6 +61,8 @@ def fail_together(comm: Communicator, problem: str) -> None:
 def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.device = CPU) -> None:
     """Pass a few training examples through model, loss and metric; nothing of it remains but a lazy model's shapes.
 
+    First in eval mode; then up to the loss as a step does it, in training mode, and of no more than its examples.
+
     Args:
         config: says the loss and the metric.
         model: in training mode or not; its parameters, buffers and modes, and all random streams stay as they are.
@@ -79,12 +82,10 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             f"{data.validation} for validation; found {found[0]} and {found[1]}",
         )
     check_kinds(model)
-    few = min(EXAMPLES, data.batch_size, count)
+    few, cuts = min(EXAMPLES, data.batch_size, count), config.accumulate * config.optimizer.parts
     with eval_mode(model), completing(model), torch.no_grad(), autocast(config.precision, device):
-        # Evenly spaced, as the examples of a class may lie side by side.
-        inputs, targets = _batch(config, splits, torch.arange(few) * count // few, device)
-        with _named(f"model is {config.model_name}: must take inputs {kind(inputs)}"):
-            output = model(inputs)
+        inputs, targets = _spread(config, splits, few, device)
+        output = _output(config, model, inputs)
         if (name := unfinished(model)) is not None:
             raise wrong(
                 "model",
@@ -92,18 +93,48 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
                 f"'{name}' must get its shape in the first forward pass, and has none "
                 f"after one (a lazy module that is not used in eval mode?)",
             )
-        what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(data)} {kind(targets)}"
+        what = _try_loss(config, output, targets)
         with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
-            loss = config.loss(output, targets)
-            if loss.numel() != 1:
-                raise ValueError(f"it made {kind(loss)}")
             pair = losses.sums(config.loss, output, targets, few, few)
             if pair.shape != (2,):
                 raise ValueError(f"its sums are {kind(pair)}, not [2]")
         with _named(f"metric is {_name(config.metric)}: must take {what}"):
-            config.metric.values(config.metric.sums(output, targets).double().cpu())
-        if config.accumulate * config.optimizer.parts > 1:
+            _check_values(config, config.metric.values(config.metric.sums(output, targets).double().cpu()))
+        if cuts > 1:
             _try_to_cut(config, splits)
+    with undisturbed(model), values_kept(model.parameters()), undisturbed(config.loss):
+        part = max(1, min(few, data.batch_size // cuts))
+        batch = (inputs, targets) if part == few else _spread(config, splits, part, device)
+        with training_mode(model), autocast(config.precision, device):
+            _try_loss(config, _output(config, model, batch[0], _TRAINING), batch[1], _TRAINING)
+
+
+def _output(config: Config, model: nn.Module, inputs: Nest, mode: str = "") -> Nest:
+    with _named(f"model is {config.model_name}: must take inputs {kind(inputs)}{mode}"):
+        return model(inputs)
+
+
+def _try_loss(config: Config, output: Nest, targets: Nest, mode: str = "") -> str:
+    """Whether it is a number; what it is made of, in words."""
+    what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(config.data)} {kind(targets)}{mode}"
+    with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
+        loss = config.loss(output, targets)
+        if loss.numel() != 1:
+            raise ValueError(f"it made {kind(loss)}")
+    return what
+
+
+def _check_values(config: Config, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"its '{name}' is {kind(value)}: must be a number, float(...)")
+    if config.metric.name not in values:
+        raise ValueError(f"its values lack '{config.metric.name}', which is its name")
+
+
+def _spread(config: Config, splits: Splits, count: int, device: torch.device) -> tuple[Nest, Nest]:
+    """So many training examples, evenly spaced, as those of a class may lie side by side."""
+    return _batch(config, splits, torch.arange(count) * len(splits.train) // count, device)
 
 
 def _batch(config: Config, splits: Splits, index: Tensor, device: torch.device = CPU) -> tuple[Nest, Nest]:

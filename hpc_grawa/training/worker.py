@@ -49,7 +49,7 @@ class Worker:
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
         self.model = first_model(config, self.splits, comm, self.device)
         _seed_all(_own_seed(seed, comm.rank))
-        self.vector = ParameterVector(self.model)
+        self.vector = _vector_of(config, self.model, comm)
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
         self.facts = RunFacts(
             warmup_steps=config.schedule.warmup,
@@ -239,6 +239,18 @@ def first_model(config: Config, splits: Splits, comm: Communicator, device: torc
     # One stream for the common start, then one per rank (dropout, and starts that are to differ).
     _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
     return new_model(config, splits, comm, device)
+
+
+def _vector_of(config: Config, model: nn.Module, comm: Communicator) -> ParameterVector:
+    """The model's parameters; ``ConfigError`` on all ranks where they cannot be one vector on one."""
+    vector, problem = None, ""
+    try:
+        vector = ParameterVector(model)
+    except ValueError as error:
+        problem = f"model is {config.model_name}: {error}"
+    fail_together(comm, problem)
+    assert vector is not None
+    return vector
 
 
 class Probe:
