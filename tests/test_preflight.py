@@ -111,6 +111,41 @@ class Undivided(nn.MSELoss):
         return (output - target).square().sum()
 
 
+class Uncertain(nn.MSELoss):
+    """Would learn its scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Running(nn.MSELoss):
+    """Divides by its running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = super().forward(output, target)
+        self.mean = self.mean.lerp(loss.detach(), 0.1)
+        return loss / self.mean
+
+
+class Frozen(nn.MSELoss):
+    """Compares what frozen weights make of both, and has a table that it makes anew for another number of examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 4).requires_grad_(False)
+        self.register_buffer("table", None)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.table is None or len(self.table) != len(output):
+            self.table = torch.eye(len(output), device=output.device)
+        return super().forward(self.table @ self.net(output), self.net(target))
+
+
 @dataclass(kw_only=True)
 class Unsplit(own.Numbers):
     """Holds no examples out."""
@@ -139,6 +174,15 @@ class Unsplit(own.Numbers):
         ),
         ({"--loss.reduction": "none"}, r"loss is MSELoss: must make one number .*; ValueError: it made \[8, 1\] .*"),
         ({"--loss": "test_preflight.Undivided"}, r"loss is Undivided: .*; ValueError: its sums are \[\] .*, not \[2\]"),
+        (
+            {"--loss": "test_preflight.Uncertain"},
+            "loss is Uncertain: its parameter 'scale', which nothing would train, must be one of the model, or frozen",
+        ),
+        (
+            {"--loss": "test_preflight.Running"},
+            "loss is Running: its buffer 'mean', which changes from batch to batch, must be one of the model, or in eval "
+            "mode",
+        ),
         ({"--metric": "Accuracy"}, r"metric is Accuracy: must take outputs of Line .*; give another metric"),
         ({"--metric": "test_preflight.Untold"}, r"metric is .*; TypeError: its 'r2' is \[\] \(float64\): must be .*"),
         ({"--metric": "test_preflight.Nameless"}, r"metric is .*; ValueError: its values lack 'r2', which is its name"),
@@ -238,3 +282,16 @@ def test_it_is_one_line_and_leaves_no_folder(
     status, _, errors = called(capsys, "train", "--backend=single", *(f"{key}={value}" for key, value in words.items()))
     assert status == 2 and errors.startswith("hpc-grawa train: error: model is Beside: all trainable parameters must")
     assert errors.count("\n") == 1 and not list(tmp_path.glob("a/*"))
+
+
+def test_frozen_weights_that_a_loss_draws_are_those_of_the_seed() -> None:
+    def drawn(seed: int) -> Tensor:
+        torch.rand(1)
+        words = {**WORDS, "--loss": "test_preflight.Frozen", "--run.seed": seed}
+        config = parse([f"{key}={value}" for key, value in words.items()])
+        config.check(2)
+        simulate(2, lambda comm: Worker(config, comm).step())
+        return config.loss.net.weight  # type: ignore[no-any-return, union-attr]
+
+    one, again, other = drawn(1), drawn(1), drawn(2)
+    assert torch.equal(one, again) and not torch.equal(one, other)

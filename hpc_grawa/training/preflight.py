@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..buffers import check_kinds, values_kept
+from ..buffers import check_kinds, checksum, state, values_kept
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
@@ -82,6 +82,10 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             f"{data.validation} for validation; found {found[0]} and {found[1]}",
         )
     check_kinds(model)
+    trained = next((name for name, p in config.loss.named_parameters() if p.requires_grad), None)
+    if trained is not None:
+        fix = f"its parameter '{trained}', which nothing would train, must be one of the model, or frozen"
+        raise wrong("loss", _name(config.loss), fix)
     few, cuts = min(EXAMPLES, data.batch_size, count), config.accumulate * config.optimizer.parts
     with eval_mode(model), completing(model), torch.no_grad(), autocast(config.precision, device):
         inputs, targets = _spread(config, splits, few, device)
@@ -106,7 +110,9 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
         part = max(1, min(few, data.batch_size // cuts))
         batch = (inputs, targets) if part == few else _spread(config, splits, part, device)
         with training_mode(model), autocast(config.precision, device):
-            _try_loss(config, _output(config, model, batch[0], _TRAINING), batch[1], _TRAINING)
+            output = _output(config, model, batch[0], _TRAINING)
+            _try_loss(config, output, batch[1], _TRAINING)
+            _check_keeps_nothing(config, output, batch[1])
 
 
 def _output(config: Config, model: nn.Module, inputs: Nest, mode: str = "") -> Nest:
@@ -122,6 +128,22 @@ def _try_loss(config: Config, output: Nest, targets: Nest, mode: str = "") -> st
         if loss.numel() != 1:
             raise ValueError(f"it made {kind(loss)}")
     return what
+
+
+def _check_keeps_nothing(config: Config, output: Nest, targets: Nest) -> None:
+    """Raise ``ConfigError`` where a loss that was called once changes its buffers when it is called again."""
+
+    def held() -> dict[str, object]:
+        plain = {k: t for k, t in state(config.loss).items() if t is not None and t.layout == torch.strided}
+        return {name: (t.shape, checksum(t)) for name, t in plain.items()}
+
+    before = held()
+    if before:
+        config.loss(output, targets)
+    changed = next((name for name, now in held().items() if before.get(name) != now), None)
+    if changed is not None:
+        fix = f"its buffer '{changed}', which changes from batch to batch, must be one of the model, or in eval mode"
+        raise wrong("loss", _name(config.loss), fix)
 
 
 def _check_values(config: Config, values: dict[str, float]) -> None:
