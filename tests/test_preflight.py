@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,18 @@ class Untold(own.R2):
 class Nameless(own.R2):
     def values(self, sums: Tensor) -> dict[str, float]:
         return {"other": 1.0}
+
+
+class Halfway(own.Line):
+    """Says its extra state, but takes none."""
+
+    def get_extra_state(self) -> object:
+        return threading.Lock()
+
+
+class Locked(Halfway):
+    def set_extra_state(self, state: object) -> None:
+        pass
 
 
 class Unfinished(own.R2):
@@ -211,6 +224,14 @@ class Unsplit(own.Numbers):
         (
             {"--model": "test_preflight.Beside", "--model.kind": "none"},
             "model is Beside: the model has no trainable parameter",
+        ),
+        (
+            {"--model": "test_preflight.Halfway"},
+            "model is Halfway: Halfway must have set_extra_state beside get_extra_state, or neither",
+        ),
+        (
+            {"--model": "test_preflight.Locked"},
+            "model is Locked: _extra_state is of type _thread.lock, which a checkpoint could not give back: must be .*",
         ),
         (
             {"--metric": "test_preflight.Unfinished"},

@@ -47,6 +47,7 @@ METHODS = {
     "LocalSGD, NAdam in groups, averaged": "LocalSGD --optimizer=torch.optim.NAdam --method.local_momentum=average "
     '--optimizer.groups=[{"match":"ndim<2","lr_factor":2}]',
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
+    "LGRAWA, a model with extra state": "LGRAWA --model=own.Counting",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
 }
 #: What lies apart from the method.
@@ -105,7 +106,8 @@ def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The center, the records and the summary, without what a clock says."""
-    state = {k: t.tolist() for k, t in torch.load(folder / "center.pt", weights_only=True).items()}
+    state = torch.load(folder / "center.pt", weights_only=True)
+    state = {k: t.tolist() if isinstance(t, torch.Tensor) else t for k, t in state.items()}
     clocked = ("seconds", "examples_per_second", "slowest", "started", "gpu_memory")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in record.items() if k not in clocked} for record in records]

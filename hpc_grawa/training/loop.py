@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import Communicator, Meter, slowed
 from ..comm.trace import Trace
 from ..launch import signals_heeded
-from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world
+from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world, model_state
 from ..runs.heartbeat import Watch
 from ..runs.log import Log, commit, open_run, say, versions, write_atomically
 from .budget import Cadence
@@ -274,7 +274,7 @@ class Training:
         if self.checkpoints is None or not worker.config.save.ranks or not worker.run.synchronizers:
             return
         with worker.meant(), worker.vector.swapped(worker.run.local):
-            state = {key: t.detach().to("cpu", copy=True) for key, t in worker.model.state_dict().items()}
+            state = model_state(worker.model)
         for wrong in self.checkpoints.keep_model(state):
             self.log.say(wrong)
 

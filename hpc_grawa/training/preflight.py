@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..attributes import with_extra_state
 from ..buffers import check_kinds, checksum, state, values_kept
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
@@ -20,6 +21,7 @@ from ..errors import ConfigError, in_a_line, wrong
 from ..forward import autocast, eval_mode, training_mode, undisturbed
 from ..lazy import completing, unfinished
 from ..nests import kind, moved, parts, same_shape
+from ..runs.checkpoint import copied
 from .config import Config
 
 EXAMPLES = 32
@@ -113,6 +115,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             output = _output(config, model, batch[0], _TRAINING)
             _try_loss(config, output, batch[1], _TRAINING)
             _check_keeps_nothing(config, output, batch[1])
+        _check_extra_state(config, model)
 
 
 def _output(config: Config, model: nn.Module, inputs: Nest, mode: str = "") -> Nest:
@@ -144,6 +147,15 @@ def _check_keeps_nothing(config: Config, output: Nest, targets: Nest) -> None:
     if changed is not None:
         fix = f"its buffer '{changed}', which changes from batch to batch, must be one of the model, or in eval mode"
         raise wrong("loss", _name(config.loss), fix)
+
+
+def _check_extra_state(config: Config, model: nn.Module) -> None:
+    for name, module in with_extra_state(model).items():
+        if type(module).set_extra_state is nn.Module.set_extra_state:
+            fix = f"{_name(module)} must have set_extra_state beside get_extra_state, or neither"
+            raise wrong("model", config.model_name, fix)
+        where = f"{name}._extra_state".removeprefix(".")
+        copied(module.get_extra_state(), f"model is {config.model_name}: {where}", tensors=False)
 
 
 def _check_values(config: Config, values: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import buffers, nests, optim, random_streams
+from ..attributes import with_extra_state
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..errors import in_a_line
@@ -107,6 +108,7 @@ class Worker:
             "parameters": self.vector.data,
             "frozen": [p.detach() for p in self._frozen()],
             "buffers": buffers.state(self.model),
+            "extra": {name: module.get_extra_state() for name, module in with_extra_state(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "run": self.run.state_dict(),
             "local_steps": self.local_steps,
@@ -177,6 +179,9 @@ class Worker:
         for p, saved in zip(self._frozen(), state["frozen"], strict=True):
             buffers.put(p, saved)
         buffers.load_state(self.model, state["buffers"])
+        modules = with_extra_state(self.model)
+        for name, extra in state.get("extra", {}).items():  # older states have none
+            modules[name].set_extra_state(extra)
 
     def _in_order(self) -> Iterator[tuple[Nest, Nest]]:
         """This rank's batches from that of the present step on; begins when the first is asked for."""
