@@ -529,6 +529,57 @@ def test_in_another_world_epochs_go_on(world: int, tmp_path: Path, monkeypatch: 
         assert record["lr"] == pytest.approx(falls, abs=0.1 / now)  # the last step may end behind the second epoch
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "change", "expected"),
+    [
+        (("SGD",), ("weight_decay=0.5", "momentum=0.5"), {"weight_decay": 0.5, "momentum": 0.5, "nesterov": True}),
+        (("AdamW",), ("beta2=0.5", "weight_decay=0"), {"betas": (0.9, 0.5), "weight_decay": 0.0, "eps": 1e-8}),
+        (("Muon",), ("weight_decay=0.5",), {"weight_decay": 0.5}),
+        (("SAM", "base=torch.optim.RAdam", "base.lr=.01"), ("base.weight_decay=0.5",), {"weight_decay": 0.5}),
+    ],
+)
+def test_a_changed_setting_of_the_optimizer_is_that_of_the_steps_that_follow(
+    optimizer: tuple[str, ...],
+    change: tuple[str, ...],
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its state is that of the checkpoint."""
+    name, *settings = optimizer
+    words = ["--log.tensorboard=false", f"--optimizer={name}", *(f"--optimizer.{word}" for word in settings)]
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(config("LocalSGD", *words), tmp_path)
+    take, seen = Worker.step, []
+
+    def noted(worker: Worker) -> Any:
+        assert worker.optimizer.state
+        seen.extend({key: group[key] for key in expected} for group in worker.optimizer.param_groups)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", noted)
+    run(config("LocalSGD", *words, *(f"--optimizer.{word}" for word in change)), tmp_path)
+    assert seen and all(found == expected for found in seen)
+
+
+def test_other_groups_of_the_optimizer_are_refused_before_anything_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(config("LGRAWA", "--log.tensorboard=false"), tmp_path)
+    before = own.contents(tmp_path)
+    groups = '--optimizer.groups=[{"match":"ndim<2","weight_decay":0}]'
+    with pytest.raises(
+        ConfigError, match=r"^optimizer.groups is \[.*\]: must make groups of \[11\] .*, and makes groups of \[4, 7\]$"
+    ):
+        run(config("LGRAWA", "--log.tensorboard=false", groups), tmp_path)
+    assert own.contents(tmp_path) == before
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The program.
 # ---------------------------------------------------------------------------------------------------------

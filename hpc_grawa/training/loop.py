@@ -192,6 +192,8 @@ class Training:
         restored = None if checkpoints is None else checkpoints.load()
         if restored is not None and not any_world:
             check_world(worker.comm.size, restored.world_size, self.folder or self.place)
+        if restored is not None and restored.world_size == worker.comm.size:
+            worker.check_groups(restored.state["worker"])
         if checkpoints is not None and worker.config.save.every < math.inf:
             state = self._state()
             checkpoints.check(state)
