@@ -124,6 +124,13 @@ class Undivided(nn.MSELoss):
         return (output - target).square().sum()
 
 
+class Summed(nn.Module):
+    """A sum that does not say so."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).abs().sum()
+
+
 class Uncertain(nn.MSELoss):
     """Would learn its scale."""
 
@@ -316,3 +323,22 @@ def test_frozen_weights_that_a_loss_draws_are_those_of_the_seed() -> None:
 
     one, again, other = drawn(1), drawn(1), drawn(2)
     assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--loss.reduction=sum", "--accumulate=2"], "accumulate is 2"),
+        (["--loss=test_preflight.Summed", "--optimizer.accumulate=4"], "optimizer.accumulate is 4"),
+        (["--loss=test_preflight.Summed", "--optimizer=LPFSGD"], "optimizer.parts is 8"),
+    ],
+)
+def test_a_loss_that_is_a_sum_is_not_cut(words: list[str], key: str) -> None:
+    """The gradient of a batch is the mean of its parts', which of a sum is a part of its own."""
+    start = [f"{name}={value}" for name, value in WORDS.items() if name != "--optimizer.lr"]
+    name = "MSELoss" if "--loss.reduction=sum" in words else "Summed"
+    with pytest.raises(ConfigError) as error:
+        simulate(2, lambda comm: Worker(parse([*start, *words]), comm))
+    assert str(error.value) == f"{key}: must be 1, or {name} a mean: it adds up over a batch's examples"
+    for others in (words[:1], words[1:]):  # whole, and a mean
+        simulate(2, lambda comm, others=others: Worker(parse([*start, *others]), comm))  # type: ignore[misc]

@@ -99,7 +99,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
                 f"'{name}' must get its shape in the first forward pass, and has none "
                 f"after one (a lazy module that is not used in eval mode?)",
             )
-        what = _try_loss(config, output, targets)
+        what, _ = _try_loss(config, output, targets)
         with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
             pair = losses.sums(config.loss, output, targets, few, few)
             if pair.shape != (2,):
@@ -109,6 +109,9 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
         if cuts > 1:
             _try_to_cut(config, splits)
     with undisturbed(model), values_kept(model.parameters()), undisturbed(config.loss):
+        if cuts > 1 and few > 1:
+            with eval_mode(model), torch.no_grad(), autocast(config.precision, device):
+                _refuse_a_sum(config, model, splits, few // 2, device)
         part = max(1, min(few, data.batch_size // cuts))
         batch = (inputs, targets) if part == few else _spread(config, splits, part, device)
         with training_mode(model), autocast(config.precision, device):
@@ -123,14 +126,14 @@ def _output(config: Config, model: nn.Module, inputs: Nest, mode: str = "") -> N
         return model(inputs)
 
 
-def _try_loss(config: Config, output: Nest, targets: Nest, mode: str = "") -> str:
-    """Whether it is a number; what it is made of, in words."""
+def _try_loss(config: Config, output: Nest, targets: Nest, mode: str = "") -> tuple[str, Tensor]:
+    """What the loss is made of, in words, and the loss, which must be one number."""
     what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(config.data)} {kind(targets)}{mode}"
     with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
         loss = config.loss(output, targets)
         if loss.numel() != 1:
             raise ValueError(f"it made {kind(loss)}")
-    return what
+    return what, loss
 
 
 def _check_keeps_nothing(config: Config, output: Nest, targets: Nest) -> None:
@@ -183,13 +186,33 @@ def _batch(config: Config, splits: Splits, index: Tensor, device: torch.device =
 def _try_to_cut(config: Config, splits: Splits) -> None:
     """Whether the first of a batch's parts is what a batch of its examples alone would be."""
     length, count = config.data.batch_size, config.accumulate * config.optimizer.parts
-    key = config.name("accumulate") if config.optimizer.parts == 1 else "optimizer.parts"
-    number = config.accumulate if config.optimizer.parts == 1 else config.optimizer.parts
+    key, number = _cutting(config)
     whole, alone = (_batch(config, splits, torch.arange(n)) for n in (length, length // count))
     with _named(f"{key} is {number}: must be 1, as batches {kind(whole)} cannot be cut by examples"):
         part = parts(whole, length, count)[0]
         if not same_shape(part, alone, whole):
             raise ValueError(f"of {length // count} examples alone it is {kind(alone)}, cut it is {kind(part)}")
+
+
+def _refuse_a_sum(config: Config, model: nn.Module, splits: Splits, half: int, device: torch.device) -> None:
+    """Raise ``ConfigError`` for a loss that adds up over examples: of its parts a batch's gradient is the mean."""
+    index = torch.arange(2 * half) * len(splits.train) // (2 * half)
+    values: list[float] = []
+    for own in (index, *index.split(half)):
+        inputs, targets = _batch(config, splits, own, device)
+        values.append(float(_try_loss(config, _output(config, model, inputs), targets)[1]))
+    whole, *halves = values
+    # A mean of both, however they weigh, is less than their sum by what the smaller one has.
+    if abs(sum(halves) - whole) < 0.02 * abs(whole) and min(map(abs, halves)) > 0.1 * abs(whole):
+        key, number = _cutting(config)
+        raise wrong(key, number, f"must be 1, or {_name(config.loss)} a mean: it adds up over a batch's examples")
+
+
+def _cutting(config: Config) -> tuple[str, int]:
+    """The setting by which batches are cut into parts."""
+    if config.optimizer.parts > 1:
+        return "optimizer.parts", config.optimizer.parts
+    return config.name("accumulate"), config.accumulate
 
 
 @contextmanager
