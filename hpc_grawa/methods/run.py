@@ -283,6 +283,9 @@ class Run:
         self.aggregator.close()
         for synchronizer in self.synchronizers:
             synchronizer.score.close()
+        # Those of the next run have other numbers, so these would stay.
+        for comm in (self.comm, *(s.averager.comm for s in self.synchronizers)):
+            comm.drop_buffers()
         for stop in self.on_close:
             stop()
 
