@@ -137,11 +137,13 @@ class Clock:
     def restart(self, seconds: float = 0.0) -> None:
         """Begin again from so many seconds."""
         self._began = time.perf_counter() - seconds
-        self._paused = 0.0
+        #: What it shows while it is paused.
+        self._stands: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._began - self._paused
+        stands = self._stands  # another thread may ask
+        return time.perf_counter() - self._began if stands is None else stands
 
     @property
     def settled(self) -> float:
@@ -152,9 +154,9 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block no training time passes."""
-        start = time.perf_counter() + self.settled - self.seconds
+        """Within the block no training time passes, and the clock shows when it began."""
+        self._stands = before = self.settled
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - start
+            self.restart(before)
