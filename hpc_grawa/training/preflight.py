@@ -18,7 +18,7 @@ from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
 from ..errors import ConfigError, in_a_line, wrong
-from ..forward import autocast, eval_mode, training_mode, undisturbed
+from ..forward import autocast, eagerly, eval_mode, training_mode, undisturbed
 from ..lazy import completing, unfinished
 from ..nests import kind, moved, parts, same_shape
 from ..runs.checkpoint import copied
@@ -108,7 +108,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             _check_values(config, config.metric.values(config.metric.sums(output, targets).double().cpu()))
         if cuts > 1:
             _try_to_cut(config, splits)
-    with undisturbed(model), values_kept(model.parameters()), undisturbed(config.loss):
+    with undisturbed(model), values_kept(model.parameters()), undisturbed(config.loss), eagerly():
         if cuts > 1 and few > 1:
             with eval_mode(model), torch.no_grad(), autocast(config.precision, device):
                 _refuse_a_sum(config, model, splits, few // 2, device)
