@@ -271,7 +271,8 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 def _vector_of(config: Config, model: nn.Module, comm: Communicator) -> ParameterVector:
     """The model's parameters; ``ConfigError`` on all ranks where they cannot be one vector on one."""
-    vector, problem = None, ""
+    vector: ParameterVector | None = None
+    problem = ""
     try:
         vector = ParameterVector(model)
     except ValueError as error:
