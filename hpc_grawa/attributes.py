@@ -84,3 +84,9 @@ def _undo(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
 def _refill(container: Any, content: Any) -> None:
     container.clear()
     (container.extend if isinstance(container, list | deque) else container.update)(content)
+
+
+def with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    """By name the modules that say themselves what else ``state_dict`` holds of them (``get_extra_state``)."""
+    own = nn.Module.get_extra_state
+    return {name: module for name, module in model.named_modules() if type(module).get_extra_state is not own}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import require
 
@@ -26,6 +27,9 @@ class RunFacts:
         total_steps: of the run, or None where a clock decides.
         steps_per_epoch: or None where there are no epochs.
         progress: share of the budget used, in [0, 1]; 0 where there is no budget.
+        base: where an epoch came to have another number of steps, as the run went on with other ranks or batches: the
+            step, and the epochs that were over.
+        base_share: the share of the budget in steps or epochs that was used there; None where there is no such place.
     """
 
     step: int = 0
@@ -36,11 +40,38 @@ class RunFacts:
     total_steps: int | None = None
     steps_per_epoch: int | None = None
     progress: float = 0.0
+    base: tuple[int, Fraction] = (0, Fraction(0))
+    base_share: float | None = None
 
     @property
     def steps_left(self) -> int | None:
         """To the end of the run, or None where a clock decides."""
         return None if self.total_steps is None else self.total_steps - self.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on from."""
+        step, epochs = self.base
+        own = {name: getattr(self, name) for name in ("step", "seconds", "lr", "progress", "steps_per_epoch")}
+        return own | {"base": [step, epochs.numerator, epochs.denominator]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken: after as many epochs, of whatever number of steps they are here."""
+        for name in ("step", "seconds", "lr", "progress"):
+            setattr(self, name, state[name])
+        step, *epochs = state.get("base", (0, 0, 1))  # older states have neither
+        self.base = step, Fraction(*epochs)
+        then = state.get("steps_per_epoch")
+        if self.step and then and self.steps_per_epoch and then != self.steps_per_epoch:
+            self.base = self.step, self.base[1] + (self.step - step) / Fraction(then)
+
+    def share(self, step: int, total_steps: int) -> float:
+        """Of ``total_steps``, what is over at a step; from ``base`` on the share grows from what it was there."""
+        if self.base_share is None or step >= total_steps:
+            return step / total_steps
+        begun = self.base[0]
+        if step < begun:
+            return self.base_share * step / begun
+        return self.base_share + (1 - self.base_share) * (step - begun) / (total_steps - begun)
 
     def elapsed(self, unit: Unit) -> float:
         """Steps, epochs or seconds since the start."""
@@ -52,7 +83,10 @@ class RunFacts:
             raise ValueError(
                 "schedules and periods in epochs need to know the steps per epoch: RunFacts(steps_per_epoch=...)"
             )
-        return self.step / self.steps_per_epoch
+        step, epochs = self.base
+        if not step:
+            return self.step / self.steps_per_epoch
+        return float(epochs + (self.step - step) / Fraction(self.steps_per_epoch))
 
 
 @dataclass
@@ -95,7 +129,7 @@ class Schedule(ABC):
 
     def after_warmup(self, facts: RunFacts) -> float:
         """The share that is used of what the budget leaves after the warm-up; of one in seconds, of all of it."""
-        share = min(1.0, self.warmup / facts.total_steps) if facts.total_steps else 0.0
+        share = min(1.0, facts.share(self.warmup, facts.total_steps)) if facts.total_steps else 0.0
         return max(0.0, facts.progress - share) / (1 - share) if share < 1 else 0.0
 
 

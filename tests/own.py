@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,25 @@ class Remembering(nn.Module):
             self.last = x.detach().mean()
         y: Tensor = self.head(self.layers(x - self.mean.view_as(x[0]).float())) + 1e-3 * self.table.mean()
         return y
+
+
+class Counting(nn.Module):
+    """A classifier of small images that keeps its steps as extra state, and has them in its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.steps = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        y: Tensor = self.layers(x) * (1 + 0.01 * self.steps)
+        return y
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "as tensors": [torch.tensor(self.steps)]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
 
 
 class Telling(Line):

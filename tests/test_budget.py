@@ -7,6 +7,7 @@ import time
 from fractions import Fraction
 
 import pytest
+import torch
 
 from hpc_grawa.schedules import RunFacts
 from hpc_grawa.training.budget import Budget, Cadence, Clock
@@ -88,3 +89,21 @@ def test_the_clock_pauses() -> None:
     assert 0.05 <= clock.seconds <= time.perf_counter() - began - 0.4
     clock.restart()
     assert clock.seconds < 0.05
+
+
+def test_the_clock_stands_still_while_it_is_paused() -> None:
+    clock = Clock()
+    with clock.paused():
+        before = clock.seconds
+        time.sleep(0.2)
+        assert clock.seconds == clock.settled == before
+    assert before <= clock.seconds < before + 0.2
+
+
+def test_what_is_under_way_when_the_clock_is_paused_is_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose work the host waits for then."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: time.sleep(0.1))
+    clock = Clock(torch.device("cuda"))
+    with clock.paused():
+        assert clock.seconds >= 0.1
+    assert clock.seconds >= 0.1

@@ -12,13 +12,15 @@ import reference as ref
 import torch
 from conftest import DEVICES, Ranks
 from launcher import launch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpc_grawa.comm import Communicator, simulate
 from hpc_grawa.comm.meter import Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.errors import Unmatched
 from hpc_grawa.launch import local_device
+from hpc_grawa.methods import DataParallel, LocalSGD
+from hpc_grawa.vector import ParameterVector
 
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
 SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0))
@@ -268,6 +270,26 @@ def test_tensors_that_a_backend_cannot_read_travel_by_way_of_the_host(
         for turn, result in enumerate(results):
             x = [1.0 + m + turn for m in range(world)]
             assert result == [sum(x), x[-1], *x, *x]
+
+
+def test_what_messages_of_a_run_went_through_is_freed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run after run over one communicator, each with messages of its own numbers; of groups, too."""
+
+    def body(comm: Communicator) -> None:
+        monkeypatch.setattr(type(comm), "carries", lambda comm, x, verb: False)
+        for method in (LocalSGD(period=2), LocalSGD(period=4, group_period=2, ranks_per_group=2), DataParallel()):
+            model = nn.Linear(4, 1)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            run = method.build(comm, ParameterVector(model), optimizer)
+            closure = run.closure(lambda model=model: model(torch.ones(2, 4)).mean())
+            for _ in range(4):
+                run.after_step(optimizer.step(closure))
+            comms = [comm, *(s.averager.comm for s in run.synchronizers)]
+            assert all(comm._buffers for comm in comms)
+            run.finish()
+            assert not any(comm._buffers for comm in comms)
+
+    simulate(4, body)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -629,6 +631,27 @@ def test_staging_goes_on_where_it_stopped_and_copies_nothing_twice(
     assert not reads and "already holds" in lines[0] and "0.00 GB to copy" in lines[1]
     everything = torch.arange(60)
     torch.testing.assert_close(train.batch(everything), data(folder).load().train.batch(everything), rtol=0, atol=0)
+
+
+def test_what_another_job_on_this_host_is_writing_is_left_to_it(folder: Path, tmp_path: Path) -> None:
+    """Two jobs that stage the same data at once; what one left that was killed is removed."""
+    near(folder, tmp_path, 1)
+    first, *_ = sorted(tmp_path.rglob("*.images"))
+    content = first.read_bytes()
+    first.unlink()
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    writers = {"at work": f"0123abcd.{os.getppid()}", "killed": f"0123abcd.{killed.pid}", "older": "0123abcd"}
+    halves = {who: first.with_name(f"{first.name}.{by}.{platform.node()}.part") for who, by in writers.items()}
+    for half in halves.values():
+        half.write_bytes(b"half")
+    near(folder, tmp_path, 1)
+    assert list(tmp_path.rglob("*.part")) == [halves["at work"]]
+    halves["at work"].write_bytes(content)
+    halves["at work"].rename(first)
+    lines: list[str] = []
+    near(folder, tmp_path, 1, lines)
+    assert "0.00 GB to copy" in lines[1]
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "reversed"])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ METHODS = {
     "LocalSGD, NAdam in groups, averaged": "LocalSGD --optimizer=torch.optim.NAdam --method.local_momentum=average "
     '--optimizer.groups=[{"match":"ndim<2","lr_factor":2}]',
     "LGRAWA, a model that draws": "LGRAWA --model=own.Random",
+    "LGRAWA, a model with extra state": "LGRAWA --model=own.Counting",
     "LocalLGRAWA, a model of many buffers": "LocalLGRAWA --model=own.Remembering --method.buffers=average",
 }
 #: What lies apart from the method.
@@ -104,7 +106,8 @@ def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The center, the records and the summary, without what a clock says."""
-    state = {k: t.tolist() for k, t in torch.load(folder / "center.pt", weights_only=True).items()}
+    state = torch.load(folder / "center.pt", weights_only=True)
+    state = {k: t.tolist() if isinstance(t, torch.Tensor) else t for k, t in state.items()}
     clocked = ("seconds", "examples_per_second", "slowest", "started", "gpu_memory")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in record.items() if k not in clocked} for record in records]
@@ -494,6 +497,88 @@ def test_another_world_goes_on_counting(
             own_rounds = [number for m, number in probes if m == rank]
             assert own_rounds == list(range(before, before + len(own_rounds))) and len(numbers) - 1 in own_rounds
         assert min(drawn) == before
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_in_another_world_epochs_go_on(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget, the learning rate and evaluations in epochs; so many steps are theirs as are left there."""
+    often = ("--eval.unit=epochs", "--eval.every=0.5", "--log.every=1", "--log.tensorboard=false")
+    made = config("LGRAWA", "--budget.steps=null", "--budget.epochs=2", *often)
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(made, tmp_path)
+    resumed = int((tmp_path / "checkpoints/latest").read_text())
+    before, now = (made.data.sampler(0, size, 0).steps_per_epoch for size in (WORLD, world))
+    last = resumed + math.ceil((2 - Fraction(resumed, before)) * now)
+
+    def epochs(step: int) -> float:
+        return float(Fraction(min(step, resumed), before) + Fraction(max(step - resumed, 0), now))
+
+    summary = simulate(
+        world, lambda comm: fit(made, comm, new_folder=None if comm.rank else lambda: tmp_path, any_world=True)
+    )[0]
+    assert (summary["state"], summary["steps"], summary["epochs"]) == ("finished", last, epochs(last))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seen = [record["step"] for record in records if record["event"] == "evaluate"]
+    assert seen == [0, *(next(n for n in range(last) if epochs(n) >= half / 2) for half in (1, 2, 3)), last]
+    trained = [record for record in records if record["event"] == "train"]
+    assert [record["step"] for record in trained] == list(range(1, last + 1))
+    for record in trained:
+        assert record["epoch"] == epochs(record["step"])
+        falls = 0.05 * (1 + math.cos(math.pi * epochs(record["step"] - 1) / 2))
+        assert record["lr"] == pytest.approx(falls, abs=0.1 / now)  # the last step may end behind the second epoch
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "change", "expected"),
+    [
+        (("SGD",), ("weight_decay=0.5", "momentum=0.5"), {"weight_decay": 0.5, "momentum": 0.5, "nesterov": True}),
+        (("AdamW",), ("beta2=0.5", "weight_decay=0"), {"betas": (0.9, 0.5), "weight_decay": 0.0, "eps": 1e-8}),
+        (("Muon",), ("weight_decay=0.5",), {"weight_decay": 0.5}),
+        (("SAM", "base=torch.optim.RAdam", "base.lr=.01"), ("base.weight_decay=0.5",), {"weight_decay": 0.5}),
+    ],
+)
+def test_a_changed_setting_of_the_optimizer_is_that_of_the_steps_that_follow(
+    optimizer: tuple[str, ...],
+    change: tuple[str, ...],
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its state is that of the checkpoint."""
+    name, *settings = optimizer
+    words = ["--log.tensorboard=false", f"--optimizer={name}", *(f"--optimizer.{word}" for word in settings)]
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(config("LocalSGD", *words), tmp_path)
+    take, seen = Worker.step, []
+
+    def noted(worker: Worker) -> Any:
+        assert worker.optimizer.state
+        seen.extend({key: group[key] for key in expected} for group in worker.optimizer.param_groups)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", noted)
+    run(config("LocalSGD", *words, *(f"--optimizer.{word}" for word in change)), tmp_path)
+    assert seen and all(found == expected for found in seen)
+
+
+def test_other_groups_of_the_optimizer_are_refused_before_anything_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        cut_at(13, patched)
+        with pytest.raises(Cut):
+            run(config("LGRAWA", "--log.tensorboard=false"), tmp_path)
+    before = own.contents(tmp_path)
+    groups = '--optimizer.groups=[{"match":"ndim<2","weight_decay":0}]'
+    with pytest.raises(
+        ConfigError, match=r"^optimizer.groups is \[.*\]: must make groups of \[11\] .*, and makes groups of \[4, 7\]$"
+    ):
+        run(config("LGRAWA", "--log.tensorboard=false", groups), tmp_path)
+    assert own.contents(tmp_path) == before
 
 
 # ---------------------------------------------------------------------------------------------------------

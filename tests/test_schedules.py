@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.schedules import Constant, Cosine, Linear, RunFacts, Schedule, Step
+from hpc_grawa.training.budget import Budget
 
 TOTAL = 40
 SHARES = [step / TOTAL for step in range(TOTAL)]
@@ -108,3 +111,37 @@ def test_epochs_need_their_length() -> None:
 def test_impossible_values_are_named(make: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_epochs_go_on_where_they_have_other_steps() -> None:
+    """As many examples as before, whatever steps they take; to the end of the budget exactly."""
+    budget, facts = Budget(epochs=10), RunFacts(step=600, steps_per_epoch=98)
+    for per_epoch, total in ((49, 790), (98, 880), (98, 880)):
+        state, over = facts.state_dict(), facts.elapsed("epochs")
+        facts = RunFacts(steps_per_epoch=per_epoch)
+        facts.load_state_dict(state)
+        assert (facts.step, facts.elapsed("epochs")) == (state["step"], over)
+        assert budget.total_steps(per_epoch, facts.base) == total
+        assert replace(facts, step=total).elapsed("epochs") == 10 > replace(facts, step=total - 1).elapsed("epochs")
+        facts.step += 100
+    again = RunFacts(steps_per_epoch=49)
+    again.load_state_dict({"step": 600, "seconds": 0.0, "lr": 0.1, "progress": 0.5})  # of a run that did not say
+    assert again.elapsed("epochs") == 600 / 49
+    assert Budget(epochs=1).total_steps(98, (600, Fraction(600, 49))) == 600  # more than there were to be: over
+
+
+@pytest.mark.parametrize("budget", [Budget(epochs=10), Budget(steps=1000), Budget(epochs=90, steps=1000)])
+def test_the_share_used_goes_on_where_epochs_have_other_steps(budget: Budget) -> None:
+    """Evenly from there to the end, and so does what falls after the warm-up."""
+    before = RunFacts(step=600, steps_per_epoch=98, total_steps=budget.total_steps(98))
+    used = budget.used(before, before.total_steps)
+    facts = RunFacts(steps_per_epoch=49)
+    facts.load_state_dict(before.state_dict())
+    facts.total_steps = total = budget.total_steps(49, facts.base)
+    facts.base_share = budget.share_at(facts.base)
+    assert total is not None
+    shares = {step: budget.used(replace(facts, step=step), total) for step in (600, (600 + total) // 2, total)}
+    assert list(shares.values()) == pytest.approx([used, (1 + used) / 2, 1.0]) and shares[total] == 1
+    warm = Linear(warmup=100)
+    before.progress = facts.progress = used
+    assert warm(facts) == pytest.approx(warm(before))

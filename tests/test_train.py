@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -253,6 +254,20 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(method: str) -> None:
             strict=True,
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_extra_state_of_a_model_is_in_its_center_and_its_ranks_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What evaluations, probes and the first try have counted is not in it."""
+    run(digits("--model=own.Counting", steps=6), tmp_path, world=2)
+    for file in ("center.pt", "models/rank-0001.pt"):
+        state = torch.load(tmp_path / file, weights_only=True)
+        assert state["_extra_state"] == {"steps": 6, "as tensors": [torch.tensor(6)]}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    cli.main(["evaluate", str(tmp_path), "--backend=single"])
+    loss = float(re.search(r"test loss (\S+),", capsys.readouterr().out)[1])  # type: ignore[index]
+    assert loss == pytest.approx(summary["center_test_loss"], abs=1e-4)
 
 
 class Perceptron(nn.Module):

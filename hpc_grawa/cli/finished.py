@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,8 @@ class FinishedRun:
     def _load(self, file: Path) -> None:
         state = _read(file)
         own = self.model.state_dict()
-        state = {k: t.to(own[k].dtype) if k in own and t.is_floating_point() else t for k, t in state.items()}
+        floating = (k for k, t in state.items() if isinstance(t, Tensor) and t.is_floating_point())
+        state |= {k: state[k].to(own[k].dtype) for k in floating if isinstance(own.get(k), Tensor)}
         try:
             # Before load_state_dict, which refuses those that have changed their shape in training.
             buffers.load_state(self.model, {key: state[key] for key in buffers.state(self.model) if key in state})
@@ -156,9 +158,9 @@ class FinishedRun:
         return model_file(self.run, int(number))
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Tensor] = torch.load(file, weights_only=True)
+        state: dict[str, Any] = torch.load(file, weights_only=True)
     except Exception as error:
         raise _damaged(file, error) from None
     return state

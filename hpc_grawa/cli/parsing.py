@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from ..errors import ConfigError, in_a_line, wrong
 from ..optim.imported import Imported
+from ..random_streams import seeded
 from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
@@ -70,10 +71,12 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         _check_made(key, parsed[section].get("init_args", {}).get(name))
     # Nested classes are built by jsonargparse; the model only later, once its random stream is seeded.
     model, metric = parsed.model, parsed.metric
-    rest = {key: value for key, value in vars(parsed).items() if key not in ("model", "metric")}
+    rest = {key: value for key, value in vars(parsed).items() if key not in ("model", "metric", "loss")}
     if torchs := issubclass(classes["optimizer"], torch.optim.Optimizer):
         own = rest.pop("optimizer").init_args.as_dict()
     built = instantiate(Namespace(**rest))  # type: ignore[no-untyped-call]
+    with seeded(built.run.seed):  # weights that it draws are the same on all ranks
+        built.loss = instantiate(Namespace(loss=parsed.loss)).loss  # type: ignore[no-untyped-call]
     if torchs:
         built.optimizer = Imported(kind=classes["optimizer"], groups=own.pop("groups", None), arguments=own)
     settled = [

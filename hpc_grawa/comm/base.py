@@ -262,6 +262,10 @@ class Communicator(ABC):
 
         return Work(wait)
 
+    def drop_buffers(self) -> None:
+        """Forget the host memory that messages of a run went through; what is under way keeps its own."""
+        self._buffers.clear()
+
     def carries(self, x: Tensor, verb: Verb) -> bool:
         """Whether the backend reads and writes ``x`` where it lies."""
         return not x.is_cuda

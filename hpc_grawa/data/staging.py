@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..errors import ConfigError, in_a_line
+from ..runs.heartbeat import lives
 
 _SPARE = 64 * 2**20  # bytes that are to stay free
 _THREADS = 8
@@ -118,6 +119,8 @@ class _Copies:
         content = hashlib.sha256(json.dumps([str(path.resolve()) for path in paths]).encode())
         content.update(self._chosen.tobytes())
         self.folder = stage / f"hpc-grawa-{content.hexdigest()[:16]}"
+        #: How files end that a process of this host is writing, behind its number.
+        self._part = f".{platform.node()}.part"
         self._used, first = np.unique(self._chosen["shard"], return_index=True)
         self._bounds = [*first.tolist(), len(self._chosen)]
         self.paths = [self.folder / f"{paths[number].stem}.images" for number in self._used]
@@ -153,8 +156,10 @@ class _Copies:
     def make(self, size: int, say: Callable[[str], None]) -> None:
         """Copy what ``check`` found absent, ``size`` bytes; OSError or ValueError where that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for half in self.folder.glob(f"*.{platform.node()}.part"):
-            half.unlink()
+        for half in self.folder.glob(f"*{self._part}"):
+            writer = half.name.removesuffix(self._part).rpartition(".")[2]
+            if writer == str(os.getpid()) or not (writer.isdecimal() and lives(int(writer))):
+                half.unlink(missing_ok=True)  # not what another job on this host is writing
         free = shutil.disk_usage(self.folder).free
         if size and size + _SPARE > free:
             raise ValueError(f"must have {(size + _SPARE) / 1e9:.2f} GB free, has {free / 1e9:.2f}")
@@ -173,7 +178,7 @@ class _Copies:
     def _copy(self, i: int) -> int:
         """Write file number ``i``; its bytes."""
         original = self._originals[self._used[i]]
-        half = self.paths[i].with_name(f"{self.paths[i].name}.{secrets.token_hex(4)}.{platform.node()}.part")
+        half = self.paths[i].with_name(f"{self.paths[i].name}.{secrets.token_hex(4)}.{os.getpid()}{self._part}")
         descriptor = os.open(original, os.O_RDONLY)
         try:
             with half.open("wb") as file:

@@ -60,7 +60,7 @@ class DeepGradientCompression(SharingMethod):
         if not self.warmup_epochs:
             return self.ratio
         if facts.steps_per_epoch is not None:
-            epoch = facts.step // facts.steps_per_epoch
+            epoch = int(facts.elapsed("epochs"))
         else:
             epoch = 100 * facts.step // max(1, facts.total_steps or 0)
         return math.pow(self.ratio, min(1.0, (epoch + 1) / self.warmup_epochs))

@@ -283,6 +283,9 @@ class Run:
         self.aggregator.close()
         for synchronizer in self.synchronizers:
             synchronizer.score.close()
+        # Those of the next run have other numbers, so these would stay.
+        for comm in (self.comm, *(s.averager.comm for s in self.synchronizers)):
+            comm.drop_buffers()
         for stop in self.on_close:
             stop()
 
@@ -295,15 +298,14 @@ class Run:
         self.aggregator.settle()
         self.control.settle()
         return {
-            "facts": {name: getattr(self.facts, name) for name in ("step", "seconds", "lr", "progress")},
+            "facts": self.facts.state_dict(),
             "aggregator": self.aggregator.state_dict(),
             "synchronizers": [s.state_dict() for s in self.synchronizers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave, right after ``build``."""
-        for name, value in state["facts"].items():
-            setattr(self.facts, name, value)
+        self.facts.load_state_dict(state["facts"])
         if state["synchronizers"]:
             self.begin_averaging()
             self._alike = False
@@ -318,10 +320,9 @@ class Run:
         """Go on where another world's ``state_dict`` was taken, right after ``build``: with its facts and its counts.
 
         The parameters stay as they are, the same on all ranks; centers start there. What ranks there had still to share
-        of their gradients was of each its own, and is dropped.
+        of their gradients was of each its own, and is dropped. Epochs go on from those that were over there.
         """
-        for name, value in state["facts"].items():
-            setattr(self.facts, name, value)
+        self.facts.load_state_dict(state["facts"])
         self._begin_averaging_if_due()
         # The last averages over all ranks, before and now; a level below it may be new.
         saved = [(s["rounds"], s["healed"]) for s in reversed(state["synchronizers"])]

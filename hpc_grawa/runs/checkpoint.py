@@ -394,6 +394,14 @@ def copied(state: Any, path: str = "", tensors: bool = True) -> Any:
     )
 
 
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """What ``model.state_dict()`` gives, on the host."""
+    return {
+        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copied(value, key)
+        for key, value in model.state_dict().items()
+    }
+
+
 def bytes_of(state: Any) -> int:
     """Of all tensors in nested lists, tuples, sets and dictionaries."""
     if isinstance(state, Tensor):

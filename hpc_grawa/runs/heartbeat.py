@@ -273,7 +273,7 @@ class Watch:
     def news(self) -> str:
         """Of whom it is known that they are gone, in words."""
         late = self._late(range(self.size))
-        gone = [beat for beat in late.there if beat.host == platform.node() and not _lives(beat.process)]
+        gone = [beat for beat in late.there if beat.host == platform.node() and not lives(beat.process)]
         return "; ".join(filter(None, (_named(_LEFT, late.left), _named("gone", gone), _named("silent", late.silent))))
 
     def _write(self, activity: str, seconds: float) -> None:
@@ -370,7 +370,8 @@ def _named(what: str, beats: Sequence[Heartbeat]) -> str:
     return f"{what}: {whom}" if whom else ""
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether there is such a process on this host."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -47,18 +47,32 @@ class Budget:
         for name, limit in {**limits, "train_loss": self.train_loss}.items():
             require(limit is None or 0 < limit < math.inf, f"budget.{name}", limit, "positive and finite")
 
-    def total_steps(self, steps_per_epoch: int) -> int | None:
-        """Local steps until the limit in steps or epochs, or None where only the clock decides."""
+    def total_steps(self, steps_per_epoch: int, base: tuple[int, Fraction] = (0, Fraction(0))) -> int | None:
+        """Local steps until the limit in steps or epochs, or None where only the clock decides.
+
+        Args:
+            steps_per_epoch: from ``base`` on.
+            base: as of ``RunFacts``.
+        """
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
-            limits.append(math.ceil(as_written(self.epochs) * steps_per_epoch))
+            step, over = base
+            limits.append(step + max(0, math.ceil((as_written(self.epochs) - over) * steps_per_epoch)))
         return min(limits, default=None)
+
+    def share_at(self, base: tuple[int, Fraction]) -> float | None:
+        """The share of the limits in steps and epochs that is used at ``base``; None where there is no such place."""
+        step, over = base
+        shares = [] if self.steps is None else [step / self.steps]
+        if self.epochs is not None:
+            shares.append(float(over / as_written(self.epochs)))
+        return max(shares, default=None) if step else None
 
     def used(self, facts: RunFacts, total_steps: int | None) -> float:
         """The share used, 1 or more when the run is over; the same on all ranks."""
         shares = [0.0]
         if total_steps is not None:
-            shares.append(facts.step / total_steps)
+            shares.append(facts.share(facts.step, total_steps))
         if self.seconds is not None:
             shares.append(facts.seconds / self.seconds)
         return max(shares)
@@ -123,11 +137,13 @@ class Clock:
     def restart(self, seconds: float = 0.0) -> None:
         """Begin again from so many seconds."""
         self._began = time.perf_counter() - seconds
-        self._paused = 0.0
+        #: What it shows while it is paused.
+        self._stands: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._began - self._paused
+        stands = self._stands  # another thread may ask
+        return time.perf_counter() - self._began if stands is None else stands
 
     @property
     def settled(self) -> float:
@@ -138,9 +154,9 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block no training time passes."""
-        start = time.perf_counter() + self.settled - self.seconds
+        """Within the block no training time passes, and the clock shows when it began."""
+        self._stands = before = self.settled
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - start
+            self.restart(before)

@@ -15,6 +15,7 @@ from ..data import Examples, in_advance
 from ..flatness.measure import CHEAP, Models, Settings, Subject, measure
 from ..flatness.objective import Objective
 from ..forward import undisturbed
+from ..runs.checkpoint import model_state
 from .evaluate import Evaluator, uniform_mean
 from .worker import Worker
 
@@ -100,8 +101,7 @@ class Examiner:
                 test = self.evaluate(splits.test)
                 train = self.evaluate(splits.train, self._config.eval.train_examples)
                 if title == "center":
-                    state = self._model.state_dict()
-                    found["center_state"] = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
+                    found["center_state"] = model_state(self._model)
             for key in test:
                 found |= {f"{title}_test_{key}": test[key], f"{title}_train_{key}": train[key]}
         with self._worker.vector.swapped(self._worker.run.local):

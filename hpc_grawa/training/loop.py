@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import Communicator, Meter, slowed
 from ..comm.trace import Trace
 from ..launch import signals_heeded
-from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world
+from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world, model_state
 from ..runs.heartbeat import Watch
 from ..runs.log import Log, commit, open_run, say, versions, write_atomically
 from .budget import Cadence
@@ -195,6 +195,8 @@ class Training:
         restored = None if checkpoints is None else checkpoints.load()
         if restored is not None and not any_world:
             check_world(worker.comm.size, restored.world_size, self.folder or self.place)
+        if restored is not None and restored.world_size == worker.comm.size:
+            worker.check_groups(restored.state["worker"])
         if checkpoints is not None and worker.config.save.every < math.inf:
             state = self._state()
             checkpoints.check(state)
@@ -280,7 +282,7 @@ class Training:
         if self.checkpoints is None or not worker.config.save.ranks or not worker.run.synchronizers:
             return
         with worker.meant(), worker.vector.swapped(worker.run.local):
-            state = {key: t.detach().to("cpu", copy=True) for key, t in worker.model.state_dict().items()}
+            state = model_state(worker.model)
         for wrong in self.checkpoints.keep_model(state):
             self.log.say(wrong)
 
@@ -321,7 +323,7 @@ def _summary(worker: Worker, found: dict[str, Any], folder: Path | None, trainin
         "steps": facts.step,
         "rounds": sum(s.completed for s in run.synchronizers),
         "healed": sum(s.healed for s in run.synchronizers),
-        "epochs": facts.step / worker.sampler.steps_per_epoch,
+        "epochs": facts.elapsed("epochs"),
         "training_seconds": training_seconds,
         "compute_seconds": training_seconds - loading - communication - waiting,
         "loading_seconds": loading,

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..buffers import check_kinds
+from ..attributes import with_extra_state
+from ..buffers import check_kinds, checksum, state, values_kept
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
 from ..errors import ConfigError, in_a_line, wrong
-from ..forward import autocast, eval_mode
+from ..forward import autocast, eagerly, eval_mode, training_mode, undisturbed
 from ..lazy import completing, unfinished
 from ..nests import kind, moved, parts, same_shape
+from ..runs.checkpoint import copied
 from .config import Config
 
 EXAMPLES = 32
+_TRAINING = " in training mode"
 
 
 def new_model(config: Config, splits: Splits, comm: Communicator, device: torch.device) -> nn.Module:
@@ -60,6 +63,8 @@ def fail_together(comm: Communicator, problem: str) -> None:
 def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.device = CPU) -> None:
     """Pass a few training examples through model, loss and metric; nothing of it remains but a lazy model's shapes.
 
+    First in eval mode; then up to the loss as a step does it, in training mode, and of no more than its examples.
+
     Args:
         config: says the loss and the metric.
         model: in training mode or not; its parameters, buffers and modes, and all random streams stay as they are.
@@ -79,12 +84,14 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
             f"{data.validation} for validation; found {found[0]} and {found[1]}",
         )
     check_kinds(model)
-    few = min(EXAMPLES, data.batch_size, count)
+    trained = next((name for name, p in config.loss.named_parameters() if p.requires_grad), None)
+    if trained is not None:
+        fix = f"its parameter '{trained}', which nothing would train, must be one of the model, or frozen"
+        raise wrong("loss", _name(config.loss), fix)
+    few, cuts = min(EXAMPLES, data.batch_size, count), config.accumulate * config.optimizer.parts
     with eval_mode(model), completing(model), torch.no_grad(), autocast(config.precision, device):
-        # Evenly spaced, as the examples of a class may lie side by side.
-        inputs, targets = _batch(config, splits, torch.arange(few) * count // few, device)
-        with _named(f"model is {config.model_name}: must take inputs {kind(inputs)}"):
-            output = model(inputs)
+        inputs, targets = _spread(config, splits, few, device)
+        output = _output(config, model, inputs)
         if (name := unfinished(model)) is not None:
             raise wrong(
                 "model",
@@ -92,18 +99,79 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
                 f"'{name}' must get its shape in the first forward pass, and has none "
                 f"after one (a lazy module that is not used in eval mode?)",
             )
-        what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(data)} {kind(targets)}"
+        what, _ = _try_loss(config, output, targets)
         with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
-            loss = config.loss(output, targets)
-            if loss.numel() != 1:
-                raise ValueError(f"it made {kind(loss)}")
             pair = losses.sums(config.loss, output, targets, few, few)
             if pair.shape != (2,):
                 raise ValueError(f"its sums are {kind(pair)}, not [2]")
         with _named(f"metric is {_name(config.metric)}: must take {what}"):
-            config.metric.values(config.metric.sums(output, targets).double().cpu())
-        if config.accumulate * config.optimizer.parts > 1:
+            _check_values(config, config.metric.values(config.metric.sums(output, targets).double().cpu()))
+        if cuts > 1:
             _try_to_cut(config, splits)
+    with undisturbed(model), values_kept(model.parameters()), undisturbed(config.loss), eagerly():
+        if cuts > 1 and few > 1:
+            with eval_mode(model), torch.no_grad(), autocast(config.precision, device):
+                _refuse_a_sum(config, model, splits, few // 2, device)
+        part = max(1, min(few, data.batch_size // cuts))
+        batch = (inputs, targets) if part == few else _spread(config, splits, part, device)
+        with training_mode(model), autocast(config.precision, device):
+            output = _output(config, model, batch[0], _TRAINING)
+            _try_loss(config, output, batch[1], _TRAINING)
+            _check_keeps_nothing(config, output, batch[1])
+        _check_extra_state(config, model)
+
+
+def _output(config: Config, model: nn.Module, inputs: Nest, mode: str = "") -> Nest:
+    with _named(f"model is {config.model_name}: must take inputs {kind(inputs)}{mode}"):
+        return model(inputs)
+
+
+def _try_loss(config: Config, output: Nest, targets: Nest, mode: str = "") -> tuple[str, Tensor]:
+    """What the loss is made of, in words, and the loss, which must be one number."""
+    what = f"outputs of {config.model_name} {kind(output)} and targets of {_name(config.data)} {kind(targets)}{mode}"
+    with _named(f"loss is {_name(config.loss)}: must make one number of {what}"):
+        loss = config.loss(output, targets)
+        if loss.numel() != 1:
+            raise ValueError(f"it made {kind(loss)}")
+    return what, loss
+
+
+def _check_keeps_nothing(config: Config, output: Nest, targets: Nest) -> None:
+    """Raise ``ConfigError`` where a loss that was called once changes its buffers when it is called again."""
+
+    def held() -> dict[str, object]:
+        plain = {k: t for k, t in state(config.loss).items() if t is not None and t.layout == torch.strided}
+        return {name: (t.shape, checksum(t)) for name, t in plain.items()}
+
+    before = held()
+    if before:
+        config.loss(output, targets)
+    changed = next((name for name, now in held().items() if before.get(name) != now), None)
+    if changed is not None:
+        fix = f"its buffer '{changed}', which changes from batch to batch, must be one of the model, or in eval mode"
+        raise wrong("loss", _name(config.loss), fix)
+
+
+def _check_extra_state(config: Config, model: nn.Module) -> None:
+    for name, module in with_extra_state(model).items():
+        if type(module).set_extra_state is nn.Module.set_extra_state:
+            fix = f"{_name(module)} must have set_extra_state beside get_extra_state, or neither"
+            raise wrong("model", config.model_name, fix)
+        where = f"{name}._extra_state".removeprefix(".")
+        copied(module.get_extra_state(), f"model is {config.model_name}: {where}", tensors=False)
+
+
+def _check_values(config: Config, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"its '{name}' is {kind(value)}: must be a number, float(...)")
+    if config.metric.name not in values:
+        raise ValueError(f"its values lack '{config.metric.name}', which is its name")
+
+
+def _spread(config: Config, splits: Splits, count: int, device: torch.device) -> tuple[Nest, Nest]:
+    """So many training examples, evenly spaced, as those of a class may lie side by side."""
+    return _batch(config, splits, torch.arange(count) * len(splits.train) // count, device)
 
 
 def _batch(config: Config, splits: Splits, index: Tensor, device: torch.device = CPU) -> tuple[Nest, Nest]:
@@ -118,13 +186,33 @@ def _batch(config: Config, splits: Splits, index: Tensor, device: torch.device =
 def _try_to_cut(config: Config, splits: Splits) -> None:
     """Whether the first of a batch's parts is what a batch of its examples alone would be."""
     length, count = config.data.batch_size, config.accumulate * config.optimizer.parts
-    key = config.name("accumulate") if config.optimizer.parts == 1 else "optimizer.parts"
-    number = config.accumulate if config.optimizer.parts == 1 else config.optimizer.parts
+    key, number = _cutting(config)
     whole, alone = (_batch(config, splits, torch.arange(n)) for n in (length, length // count))
     with _named(f"{key} is {number}: must be 1, as batches {kind(whole)} cannot be cut by examples"):
         part = parts(whole, length, count)[0]
         if not same_shape(part, alone, whole):
             raise ValueError(f"of {length // count} examples alone it is {kind(alone)}, cut it is {kind(part)}")
+
+
+def _refuse_a_sum(config: Config, model: nn.Module, splits: Splits, half: int, device: torch.device) -> None:
+    """Raise ``ConfigError`` for a loss that adds up over examples: of its parts a batch's gradient is the mean."""
+    index = torch.arange(2 * half) * len(splits.train) // (2 * half)
+    values: list[float] = []
+    for own in (index, *index.split(half)):
+        inputs, targets = _batch(config, splits, own, device)
+        values.append(float(_try_loss(config, _output(config, model, inputs), targets)[1]))
+    whole, *halves = values
+    # A mean of both, however they weigh, is less than their sum by what the smaller one has.
+    if abs(sum(halves) - whole) < 0.02 * abs(whole) and min(map(abs, halves)) > 0.1 * abs(whole):
+        key, number = _cutting(config)
+        raise wrong(key, number, f"must be 1, or {_name(config.loss)} a mean: it adds up over a batch's examples")
+
+
+def _cutting(config: Config) -> tuple[str, int]:
+    """The setting by which batches are cut into parts."""
+    if config.optimizer.parts > 1:
+        return "optimizer.parts", config.optimizer.parts
+    return config.name("accumulate"), config.accumulate
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Progress:
         if step > since_step:  # pooled steps are counted at rounds
             self._rate = (step - since_step) * self._examples / max(seconds - since, 1e-9)
         rate = self._rate
-        epoch = step / (self._facts.steps_per_epoch or 1)
+        epoch = self._facts.elapsed("epochs")
         if self._log.due:
             meter = self._comm.meter
             # This rank's own clock, for the screen only: the agreed one stands still between control words.
@@ -101,7 +101,7 @@ class Progress:
     def on_evaluation(self, part: str, scores: dict[str, float], consensus_distance: float | None) -> None:
         """Write an evaluation of the center, and how far ranks are from their mean."""
         facts, seconds = self._facts, self._clock.seconds
-        epoch = facts.step / (facts.steps_per_epoch or 1)
+        epoch = facts.elapsed("epochs")
         apart = {} if consensus_distance is None else {"consensus_distance": consensus_distance}
         where = {"step": facts.step, "epoch": epoch, "seconds": seconds, "part": part, "model": "center"}
         self._log.record("evaluate", **where, **scores, **apart)

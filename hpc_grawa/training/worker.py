@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import buffers, nests, optim, random_streams
+from ..attributes import with_extra_state
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
-from ..errors import in_a_line
+from ..errors import in_a_line, wrong
 from ..forward import autocast, undisturbed
 from ..launch import local_device
 from ..methods.averaging import is_schedule_free
@@ -49,7 +50,7 @@ class Worker:
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
         self.model = first_model(config, self.splits, comm, self.device)
         _seed_all(_own_seed(seed, comm.rank))
-        self.vector = ParameterVector(self.model)
+        self.vector = _vector_of(config, self.model, comm)
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
         self.facts = RunFacts(
             warmup_steps=config.schedule.warmup,
@@ -57,6 +58,8 @@ class Worker:
             steps_per_epoch=self.sampler.steps_per_epoch,
         )
         self.optimizer = optim.build(config.optimizer, self.vector, self.facts)
+        #: What the configuration says of its groups, before any step writes there.
+        self._options = [_options(group) for group in self.optimizer.param_groups]
         if is_schedule_free(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
         scale = config.schedule.scale(comm.size)
@@ -107,7 +110,9 @@ class Worker:
             "parameters": self.vector.data,
             "frozen": [p.detach() for p in self._frozen()],
             "buffers": buffers.state(self.model),
+            "extra": {name: module.get_extra_state() for name, module in with_extra_state(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
+            "options": self._options,
             "run": self.run.state_dict(),
             "local_steps": self.local_steps,
             "seconds": self.clock.settled,
@@ -117,9 +122,10 @@ class Worker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken: the same model, method, data and ranks."""
+        self._take_facts(state["run"]["facts"])
         self.vector.data.copy_(state["parameters"])
         self._take_outside(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state)
         self.local_steps = state["local_steps"]
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
@@ -135,17 +141,33 @@ class Worker:
         Returns:
             What all ranks have started from, in words.
         """
+        self._take_facts(state["run"]["facts"])
         synchronizers = state["run"]["synchronizers"]
         center = synchronizers[-1]["averager"]["center"] if synchronizers else state["parameters"]
         self.vector.data.copy_(state["parameters"] if center is None else center)
         self._take_outside(state)
         if is_schedule_free(self.optimizer):  # what it means is in its state
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state)
         self.local_steps = state["run"]["facts"]["step"]
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.start_from(state["run"])
         return "the center" if center is not None else "rank 0's parameters, as there was no round yet"
+
+    def check_groups(self, state: dict[str, Any]) -> None:
+        """Raise ``ConfigError`` unless the optimizer has groups of the parameters as where ``state`` was taken."""
+        groups = state["optimizer"]["param_groups"], self.optimizer.param_groups
+        then, now = ([len(group["params"]) for group in own] for own in groups)
+        if then != now:
+            fix = f"must make groups of {then} parameters, as when the run was saved, and makes groups of {now}"
+            raise wrong("optimizer.groups", self.config.optimizer.groups, fix)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        # torch takes all options of groups from the state: those that are configured otherwise now, are so again.
+        then = state.get("options", self._options)  # older states have none
+        for group, now, before in zip(self.optimizer.param_groups, self._options, then, strict=True):
+            group.update({key: value for key, value in now.items() if key not in before or before[key] != value})
 
     @contextmanager
     def meant(self) -> Iterator[None]:
@@ -164,10 +186,20 @@ class Worker:
     def _frozen(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if not p.requires_grad]
 
+    def _take_facts(self, saved: dict[str, Any]) -> None:
+        """Go on with a run's facts, and see how many steps are left; before its periods, which ask for both."""
+        facts, budget = self.facts, self.config.budget
+        facts.load_state_dict(saved)
+        self.total_steps = facts.total_steps = budget.total_steps(self.sampler.steps_per_epoch, facts.base)
+        facts.base_share = budget.share_at(facts.base)
+
     def _take_outside(self, state: dict[str, Any]) -> None:
         for p, saved in zip(self._frozen(), state["frozen"], strict=True):
             buffers.put(p, saved)
         buffers.load_state(self.model, state["buffers"])
+        modules = with_extra_state(self.model)
+        for name, extra in state.get("extra", {}).items():  # older states have none
+            modules[name].set_extra_state(extra)
 
     def _in_order(self) -> Iterator[tuple[Nest, Nest]]:
         """This rank's batches from that of the present step on; begins when the first is asked for."""
@@ -230,6 +262,24 @@ def first_model(config: Config, splits: Splits, comm: Communicator, device: torc
     # One stream for the common start, then one per rank (dropout, and starts that are to differ).
     _seed_all(seed if config.run.start == "common" else _own_seed(seed, comm.rank))
     return new_model(config, splits, comm, device)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group of an optimizer says of itself in numbers, words and tuples, which no step changes in place."""
+    return {key: value for key, value in group.items() if type(value) in (bool, int, float, str, tuple, type(None))}
+
+
+def _vector_of(config: Config, model: nn.Module, comm: Communicator) -> ParameterVector:
+    """The model's parameters; ``ConfigError`` on all ranks where they cannot be one vector on one."""
+    vector: ParameterVector | None = None
+    problem = ""
+    try:
+        vector = ParameterVector(model)
+    except ValueError as error:
+        problem = f"model is {config.model_name}: {error}"
+    fail_together(comm, problem)
+    assert vector is not None
+    return vector
 
 
 class Probe:
