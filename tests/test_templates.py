@@ -81,11 +81,9 @@ def test_a_template_finds_the_data_of_any_recipe_of_the_package_and_leaves_other
         file = str(tmp_path / recipe) if recipe == "my.yaml" else recipe
         kind = read_settings([file])["data"]["class_path"].rpartition(".")[2]
         cifar = "cifar100" if recipe.startswith("cifar100") else "cifar10"
-        place = {"CIFAR": ["data", cifar], "ImageNet": ["data", "imagenet"], "Text": ["data", "text"], "Digits": []}[
-            kind
-        ]
+        place = {"CIFAR": cifar, "ImageNet": "imagenet", "Text": "text", "Digits": None}[kind]
         paths = [words[at + 1] for at, word in enumerate(words) if word == "--data.path"]
-        assert paths == ["/".join(place)] * bool(place), recipe
+        assert paths == ([] if place is None else [f"data/{place}"]), recipe
     for other in ("--config=my.yaml", "--data=own.Numbers", "--data.class_path=own.Numbers"):
         [words] = started(tmp_path, "imagenet", other, "--dry-run", STAGE="/disk")
         assert not {"--data.path", "--data.stage"} & set(words)
