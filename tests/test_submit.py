@@ -81,7 +81,8 @@ def test_finished_runs_may_have_been_made_elsewhere_or_over_another_backend(
 ) -> None:
     """As ``site.sh`` says for the tasks, of which the comparison's own line knows nothing."""
     words = (*COMPARE, "--methods=LGRAWA")
-    ended = called(capsys, *words, "--backend=single", "--comm_timeout=50", "--run.control_every=30")
+    task = ("train", *COMPARE[1:], "--run.dir=runs/study", "--run.name=LGRAWA-0", "--run.resume=auto")
+    ended = called(capsys, *task, "--backend=single", "--comm_timeout=50", "--run.control_every=30")
     assert ended.status == 0, ended.said
     file = Path("runs/study/LGRAWA-0/config.yaml")
     text = file.read_text()

@@ -274,7 +274,7 @@ class Comparison:
     def submit(self, arguments: Sequence[str]) -> str:
         """Submit one job array over the runs that are not there yet, with the options of all in a file ``plan-*.txt``.
 
-        Tasks read their line when they start, days later perhaps: each plan has a file, named by its content.
+        Tasks read their line when they start, days later perhaps: each plan has a file of its own, named by content.
 
         Args:
             arguments: of ``sbatch``: its options, then the script, which is given the plan; the task's line in it
