@@ -77,8 +77,8 @@ def test_power_sgd_at_full_rank_is_data_parallel_whatever_the_gradients_before(
         p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         vector, sgd, found = ParameterVector(nn.ParameterList([p])), optim.SGD([p], 0.1), []
         run = method.build(comm, vector, sgd)
-        for step, rank in enumerate((3, 0, 3, 1, 3)):
-            drawn = torch.Generator().manual_seed(10 * comm.rank + step)
+        for number, rank in enumerate((3, 0, 3, 1, 3)):
+            drawn = torch.Generator().manual_seed(10 * comm.rank + number)
             left, right = (torch.randn(n, rank, generator=drawn, dtype=torch.float64) for n in shape)
             run.after_step(sgd.step(run.closure(lambda g=left @ right.T: (g * p).sum())))
             found.append(vector.data.clone())
