@@ -433,7 +433,7 @@ def test_all_ranks_hear_of_a_state_that_one_cannot_average() -> None:
         run = own_run(comm, LocalSGD(period=2, local_momentum="average"))
         if comm.rank == 1:
             run.optimizer.state[run.vector.parameters[0]]["codes"] = torch.zeros(3, dtype=torch.uint8)
-        with pytest.raises(ConfigError, match="average: the optimizer's state 'codes' is of torch.uint8"):
+        with pytest.raises(ConfigError, match=r"average: the optimizer's state 'codes' is of torch\.uint8"):
             steps(run, 2)
 
     simulate(3, body)

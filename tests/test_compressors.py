@@ -71,14 +71,14 @@ def test_power_sgd_at_full_rank_is_data_parallel(on_ranks: Ranks) -> None:
 def test_power_sgd_at_full_rank_is_data_parallel_whatever_the_gradients_before(
     on_ranks: Ranks, shape: tuple[int, int]
 ) -> None:
-    """Also after one of zero, and one of rank 1, by which its Q has lost rank."""
+    """Also after a first one of zero, by which Q became zero."""
 
     def train(comm: Communicator, method: SharingMethod) -> list[Tensor]:
         p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         vector, sgd, found = ParameterVector(nn.ParameterList([p])), optim.SGD([p], 0.1), []
         run = method.build(comm, vector, sgd)
-        for step, rank in enumerate((3, 0, 3, 1, 3)):
-            drawn = torch.Generator().manual_seed(10 * comm.rank + step)
+        for number, rank in enumerate((0, 3, 0, 1, 3)):
+            drawn = torch.Generator().manual_seed(10 * comm.rank + number)
             left, right = (torch.randn(n, rank, generator=drawn, dtype=torch.float64) for n in shape)
             run.after_step(sgd.step(run.closure(lambda g=left @ right.T: (g * p).sum())))
             found.append(vector.data.clone())

@@ -186,22 +186,6 @@ def test_in_their_limits_they_are_their_base_bit_for_bit(settings: LocalOptimize
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", [SAM, ASAM])
-def test_an_ascent_goes_by_sparse_gradients_as_by_dense_ones(kind: type[SAM | ASAM]) -> None:
-    found = []
-    for sparse in (False, True):
-        torch.manual_seed(0)
-        model = nn.Embedding(4, 2, sparse=sparse)
-        vector = ParameterVector(model)
-        optimizer = kind(base=SGD(momentum=0.0, nesterov=False, weight_decay=0.0)).build(vector, RunFacts())
-        run = LocalSGD().build(SingleCommunicator(), vector, optimizer)
-        for word in (0, 1, 1):
-            closure: Any = run.closure(lambda m=model, w=word: m(torch.tensor([w, 3])).square().square().sum())
-            run.after_step(optimizer.step(closure))  # type: ignore[arg-type]
-        found.append(vector.data)
-    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
-
-
 def test_a_gradient_of_zero_makes_no_ascent() -> None:
     p = nn.Parameter(torch.ones(3, 2))
     vector = ParameterVector(nn.ParameterList([p]))

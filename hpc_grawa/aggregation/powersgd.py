@@ -80,7 +80,7 @@ class LowRank(ErrorFeedback):
         self._kept[bucket].add_gradients()
         self._exact[bucket].take_gradients()
         for _, m, p, q in self._groups(bucket):
-            if p.shape == m.shape:  # Q has the rank of the gradient before, which may have been less
+            if p.shape == m.shape:  # Q is that of the gradient before, which may have been zero
                 p.copy_(m)
             else:
                 torch.bmm(m, q, out=p)

@@ -89,7 +89,9 @@ class LocalMomentum(Rider):
         for key, t, _ in kept:
             _refuse(key, t)
         others = {"step", *(key for key, t, shape in kept if t.shape != shape)}
-        return [(i, [k for k, t in state.items() if isinstance(t, Tensor) and k not in others]) for i, _, state in states]
+        return [
+            (i, [k for k, t in state.items() if isinstance(t, Tensor) and k not in others]) for i, _, state in states
+        ]
 
     def _joined(self, held: dict[int, dict[str, None]]) -> list[tuple[nn.Parameter, str]]:
         """Each parameter with each name that a rank has there; one that none has stepped with those of its group."""

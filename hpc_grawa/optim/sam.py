@@ -103,7 +103,7 @@ class Ascending(Around):
         return loss
 
     def _ascend(self, parameters: list[Tensor]) -> None:
-        once = [p.grad.to_dense() for p in parameters if p.grad is not None]
+        once = [p.grad for p in parameters if p.grad is not None]
         twice = once
         if self._eta is not None:
             weights = [p for p in parameters if p.dim() >= 2]
