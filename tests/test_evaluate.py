@@ -148,7 +148,7 @@ def state(worker: Worker) -> list[Any]:
         [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
         [(s["position"], s["completed"], None if s["center"] is None else s["center"].clone()) for s in synchronizers],
         [{k: v.clone() for k, v in s["score"].items() if isinstance(v, Tensor)} for s in synchronizers],
-        [vars(worker.facts) | {"seconds": 0.0}],
+        [worker.facts.state_dict() | {"seconds": 0.0}],
     ]
     return kept
 

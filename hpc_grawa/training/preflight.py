@@ -198,7 +198,7 @@ def _refuse_a_sum(config: Config, model: nn.Module, splits: Splits, half: int, d
     """Raise ``ConfigError`` for a loss that adds up over examples: of its parts a batch's gradient is the mean."""
     index = torch.arange(2 * half) * len(splits.train) // (2 * half)
     values: list[float] = []
-    for own in (index, *index.split(half)):
+    for own in (index, *torch.split(index, half)):
         inputs, targets = _batch(config, splits, own, device)
         values.append(float(_try_loss(config, _output(config, model, inputs), targets)[1]))
     whole, *halves = values
