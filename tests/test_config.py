@@ -182,7 +182,6 @@ IMPOSSIBLE = {
     "--config /proc/self/mem": ("config is /proc/self/mem: cannot be read",),
     "--init_args 3": ("init_args is no setting", "method, optimizer"),
     "--optimizer.groups+ [{match:x": ("optimizer.groups+ is [{match:x: must be YAML",),
-    "--method.period+ 3": ("method.period is [", "whole number"),
     "--world_size 2": ("world_size is 2", "--dry_run"),
 }
 
@@ -246,12 +245,12 @@ IMPOSSIBLE_FILES = {
     "accumulate: null\nlog: {every: 1}": ("accumulate is null", "must have a value, or be left out"),
     "comm_timeout: null\nlog: {every: 1}": ("comm_timeout is null", "must have a value"),
     "init_args.init_args: 3": ("init_args.init_args is no setting",),
-    "methods: {LGRAWA: {method.period: {init_args: 3}}}": ("method.period is {'init_args': 3}",),
+    "method.period: 4\nmethod.period+: 3": ("method.period is [4, 3]", "whole number"),
     "methods: {LGRAWA: {method.period: QSR, method.period.init_args: 3}}": (
         "method.period.init_args is 3: must hold settings",
     ),
-    f"model: {{class_path: {__name__}.Holding, init_args: {{act: {{class_path: torch.nn.ReLU, init_args: [1]}}}}}}": (
-        "model.act.init_args is [1]: must hold settings",
+    f"model: {{class_path: {__name__}.Holding, init_args: {{act: {{class_path: torch.nn.ReLU, init_args: 3}}}}}}": (
+        "model.act.init_args is 3: must hold settings",
     ),
 }
 
@@ -377,7 +376,7 @@ def test_keys_of_a_file_may_be_dotted(write: Callable[[str], str]) -> None:
 
 def test_groups_of_an_optimizer_may_be_added_to_those_before(write: Callable[[str], str]) -> None:
     file = write("optimizer.groups+: [{match: a, lr_factor: 1}]")
-    given = '--optimizer.groups=[{match: c, lr_factor: 3}]'
+    given = "--optimizer.groups=[{match: c, lr_factor: 3}]"
     for words, matches in (
         ([f"--config={file}", "--optimizer.groups+", "{match: b, lr_factor: 2}"], ["a", "b"]),
         ([given, "--optimizer.groups+", "[{match: b, lr_factor: 2}]"], ["c", "b"]),

@@ -126,6 +126,7 @@ def test_lines_that_a_full_disk_refuses_are_written_in_their_order_once_there_is
     assert capsys.readouterr().out == f"log        {file} lacks its last {len(lines[5])} bytes: they are lost\n"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_tensorboard_s_events_not_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     log = Log(tmp_path, speaks=True, tensorboard=True)

@@ -909,7 +909,8 @@ def test_a_comparison_that_is_told_to_end_says_so_and_goes_on_where_it_was(
 
     monkeypatch.setattr(Worker, "step", told)
     again = (*words, f"--run.dir={tmp_path}/cut")
-    for tells, rows in (("LocalSGD", 0), ("LGRAWA", 1)):
+    for method, rows in (("LocalSGD", 0), ("LGRAWA", 1)):
+        tells = method
         found = called(capsys, *again)
         assert (found.status, found.errors) == (status, "")
         assert found.output.count("\n| LocalSGD ") == rows and "; the same command goes on\n" in found.output

@@ -29,7 +29,7 @@ class RunRecord:
     Attributes:
         path: of the folder.
         summary: ``summary.json``, or None while the run is unfinished.
-        events: those of ``metrics.jsonl`` by kind (``start``, ``train``, ``round``, ``evaluate``, ``changed``).
+        events: of ``metrics.jsonl``, by kind (``start``, ``train``, ``round``, ``evaluate``, ``changed``), in order.
         config: ``config.yaml``, flat: ``{"method": "hpc_grawa.methods.LGRAWA", "method.period": 32, ...}``; of what
             ``--allow-change`` has changed all that it was: ``"90, then 200"``.
         flatness: what ``hpc-grawa flatness`` has measured, as of ``read_flatness``.
