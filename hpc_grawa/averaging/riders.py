@@ -70,7 +70,7 @@ class LocalMomentum(Rider):
             own, problem = self._found(), ""
         except ConfigError as error:
             own, problem = [], str(error)
-        said = [json.loads(message) for message in comm.gather_bytes(json.dumps([own, problem]).encode(), "center")]
+        said = [json.loads(message) for message in comm.gather_bytes(json.dumps([own, problem]).encode())]
         for _, refused in said:
             if refused:
                 raise ConfigError(refused)
