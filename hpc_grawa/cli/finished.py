@@ -43,8 +43,8 @@ def finished_config(run: Path, program: str, backend: str, data_path: str | None
         Damaged: its ``config.yaml`` is not whole.
     """
     if not is_finished(run):
-        missing = next(name for name in _NEEDED if not (run / name).is_file())
-        raise ConfigError(f"{run} is not the folder of a finished run: it has no {missing}")
+        lacks = next(name for name in _NEEDED if not (run / name).is_file())
+        raise ConfigError(f"{run} is not the folder of a finished run: it has no {lacks}")
     file = run / "config.yaml"
     settings = parse_settings(read_text(file) or "", str(file))
     if missing := CLASS_SECTIONS.keys() - settings:
@@ -119,9 +119,9 @@ class FinishedRun:
                 parameters[name].copy_(total / self.ranks)
         train, size = self.splits.train, self.config.data.batch_size
         seen = min(len(train), self.config.eval.bn_batches * size * self.ranks)
-        parts = (torch.arange(seen) * len(train) // seen).split(size)[self._comm.rank :: self._comm.size]
-        dtype = next(self.model.parameters()).dtype
-        batches = (nests.mapped(partial(in_dtype, dtype), train.batch(part, None)[0]) for part in parts)
+        parts = torch.tensor_split(torch.arange(seen) * len(train) // seen, -(-seen // size))
+        own, dtype = parts[self._comm.rank :: self._comm.size], next(self.model.parameters()).dtype
+        batches = (nests.mapped(partial(in_dtype, dtype), train.batch(part, None)[0]) for part in own)
         recalibrate(self.model, batches, self._comm)
 
     def put_center_of(self, run: Path) -> None:
