@@ -184,7 +184,13 @@ def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> Non
     for words in commands:
         name, path = (words.index(option) + 1 for option in ("--config", "--data.path"))
         words[path] = str(paths[words[name]])
-        assert Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan
+        own: dict[str, str] = {}  # of the comparison, not of its runs
+        for option in ("--methods", "--seeds"):
+            if option in words:
+                at = words.index(option)
+                own[option] = words[at + 1]
+                del words[at : at + 2]
+        assert Comparison.read(own.get("--methods"), own.get("--seeds"), None, None, words, "hpc-grawa compare").plan
 
 
 @pytest.fixture(scope="module")
