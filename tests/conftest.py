@@ -35,6 +35,10 @@ import torch
 
 from hpc_grawa.comm import Communicator, Meter, connect, simulate
 
+# PyTorch asks the name server for the name of every address a rank connects to, 127.0.0.1 too: where it loses a
+# question, the rank waits for a second, not for five.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
+
 T = TypeVar("T")
 WORLD_SIZES = (1, 2, 3, 4)
 BACKENDS = ("simulated", "mpi", "horovod", "gloo", "nccl", "single")

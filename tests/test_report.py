@@ -251,6 +251,14 @@ def test_settings_make_experiments_seeds_do_not(tmp_path: Path) -> None:
     assert labels == {"LGRAWA period=8": 2, "LGRAWA period=16": 2}
 
 
+def test_where_and_how_fast_a_run_was_made_makes_no_experiment(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, seed=seed) for seed in (1, 2)]
+    for run in runs:
+        with (run / "config.yaml").open("a") as file:
+            file.write(f"comm_timeout: {len(run.name)}{run.name[-1]}\n")
+    assert list(group([read_run(run) for run in runs])) == ["LGRAWA"]
+
+
 def test_time_to_target_is_that_of_the_first_evaluation_that_meets_it(tmp_path: Path) -> None:
     quick = make_run(tmp_path, "LGRAWA", curve=((0, 0.1), (2, 0.93), (4, 0.89), (10, 0.96)))
     slow = make_run(tmp_path, "EASGD", curve=((0, 0.1), (2, 0.5), (9, 0.90), (10, 0.92)))

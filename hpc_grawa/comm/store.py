@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -102,12 +104,22 @@ def shared_store(comm: Communicator) -> TCPStore:
     return store
 
 
+#: Each communicator's store, and numbers for the counters in it.
+_stores: WeakKeyDictionary[Communicator, tuple[TCPStore, Iterator[int]]] = WeakKeyDictionary()
+
+
 class StoreCounter:
-    """A counter of all ranks of ``comm``, which must make it together."""
+    """A counter of all ranks of ``comm``, which must make it together; all counters of one ``comm`` share a store.
+
+    A new store may take seconds: PyTorch asks the name server for the name of each address, which may lose a question.
+    """
 
     def __init__(self, comm: Communicator) -> None:
-        self._store = shared_store(comm)
+        if comm not in _stores:
+            _stores[comm] = shared_store(comm), itertools.count()
+        self._store, numbers = _stores[comm]
+        self._key = f"sum {next(numbers)}"
 
     def add(self, amount: int) -> int:
-        total: int = self._store.add("sum", amount)
+        total: int = self._store.add(self._key, amount)
         return total
