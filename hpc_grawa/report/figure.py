@@ -157,7 +157,7 @@ def logarithmic(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e6 else f"{value:.4g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

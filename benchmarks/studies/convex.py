@@ -1,6 +1,6 @@
 """Rates on a strongly convex problem: E‖x - x*‖² over steps, and how often the center is lower than every rank.
 
-    python benchmarks/convex.py --figure convex.png
+    python benchmarks/studies/convex.py --figure convex.png
 
 Logistic regression on the digits with (.01/2)‖x‖², 4 simulated ranks, batches of 32 from disjoint shards, plain SGD
 with η_t = 1 / (μ(t + t₀)), μ = .01, t₀ = L/μ: η_0 = 1/L. x* is Newton's, to a gradient of 1e-12. Theorem 2 of the
