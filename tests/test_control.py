@@ -269,6 +269,31 @@ def test_the_clock_is_rank_0s_on_all_ranks(on_ranks: Ranks, method: Method, expe
     assert on_ranks(lambda comm: watch(comm, method, 12, lambda run, step: None).seconds) == [expected] * on_ranks.size
 
 
+@pytest.mark.parametrize(
+    ("method", "read"),
+    [
+        (DataParallel(), 20),  # sent at 10
+        (LocalSGD(period=PostLocal(switch=1000, steps=200), sharing=DataParallel()), 20),
+        (LocalSGD(period=200), 200),
+        (LocalSGD(period=1000), 200),  # sent at 100
+    ],
+    ids=str,
+)
+def test_without_a_word_of_how_often_words_travel_often_where_gradients_are_shared(
+    on_several_ranks: Ranks, method: Method, read: int
+) -> None:
+    """So that a signal or a limit in seconds ends a run of slow steps within the time that SLURM leaves it."""
+
+    def body(comm: Communicator) -> int:
+        run = build(comm, nn.Linear(2, 3), method, facts=RunFacts(total_steps=2000))
+        run.control.wants_stop = comm.rank == 1
+        while not run.control.stop:
+            step_of(run)
+        return run.facts.step
+
+    assert on_several_ranks(body) == [read] * on_several_ranks.size
+
+
 LOOP = """
 import torch, hpc_grawa
 from hpc_grawa.comm import connect

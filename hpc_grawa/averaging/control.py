@@ -14,8 +14,10 @@ from ..comm import Communicator, Work
 from ..errors import RanksDisagree
 from ..schedules import RunFacts
 
-#: Where rounds are rarer than this many steps (or absent), the control word travels by itself.
+#: Where rounds are rarer than this many steps, the control word travels by itself.
 CONTROL_EVERY = 100
+#: The same where ranks share gradients: a word is little beside them, and read one word later, which ends the run.
+CONTROL_EVERY_SHARED = 10
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, optim
 
 from ..averaging.agreement import agree
-from ..averaging.control import CONTROL_EVERY, Control
+from ..averaging.control import CONTROL_EVERY, CONTROL_EVERY_SHARED, Control
 from ..averaging.probe import Probe as Probe
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
@@ -46,7 +46,7 @@ class Method(ABC):
         *,
         facts: RunFacts | None = None,
         clock: Callable[[], float] | None = None,
-        control_every: int = CONTROL_EVERY,
+        control_every: int | None = None,
         start: Literal["common", "independent"] = "common",
     ) -> Run:
         """Make the method ready to train; all ranks must call it.
@@ -58,7 +58,8 @@ class Method(ABC):
             probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
             facts: shared with the caller's schedule.
             clock: training seconds; rank 0's count. None: seconds since this call.
-            control_every: steps between control words where rounds are rarer.
+            control_every: steps between control words where rounds are rarer; None: 100, or 10 where the run begins by
+                sharing gradients.
             start: ``common``: all ranks begin with rank 0's parameters and buffers; ``independent``: with their own.
 
         Raises:
@@ -82,7 +83,8 @@ class Method(ABC):
             comm.broadcast(data, 0, "setup").wait()
             _take_over(comm, [tensor for _, tensor in vector.outside])
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
-        run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
+        every = control_every or (CONTROL_EVERY_SHARED if self.steps_alike else CONTROL_EVERY)
+        run = Run(comm, vector, optimizer, Control(comm, facts, clock, every))
         run.common_start = start == "common"
         comm.meter.said = partial(_said, facts)
         self._assemble(run, probe)

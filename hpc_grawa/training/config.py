@@ -24,7 +24,6 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
-from ..averaging.control import CONTROL_EVERY
 from ..comm import Backend, Network
 from ..data import Data, shard_size
 from ..errors import require, wrong
@@ -129,7 +128,8 @@ class Identity:
         seed: of all random draws.
         start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own, by methods that
             average from the first step on.
-        control_every: steps between control words where rounds are rarer; decides how late a limit in seconds is seen.
+        control_every: steps between control words where rounds are rarer; a limit in seconds or a signal is seen with
+            the next but one; null: 100, or 10 where the run begins by sharing gradients.
         resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
     """
 
@@ -137,7 +137,7 @@ class Identity:
     dir: str = "runs"
     seed: int = 0
     start: Literal["common", "independent"] = "common"
-    control_every: int = CONTROL_EVERY
+    control_every: int | None = None
     resume: Literal["never", "auto"] = "never"
 
     def check(self) -> None:
@@ -145,7 +145,8 @@ class Identity:
         folder = self.name is None or (self.name == Path(self.name).name and self.name not in ("", ".", ".."))
         require(folder, "run.name", self.name, "the name of a folder, without a path (see run.dir)")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "0 or more")
-        require(self.control_every >= 1, "run.control_every", self.control_every, "at least 1 step")
+        every = self.control_every
+        require(every is None or every >= 1, "run.control_every", every, "at least 1 step")
 
 
 #: Settings of a step, which were the optimizer's: ``optimizer.clip_norm`` goes on being understood.
