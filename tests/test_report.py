@@ -259,6 +259,17 @@ def test_where_and_how_fast_a_run_was_made_makes_no_experiment(tmp_path: Path) -
     assert list(group([read_run(run) for run in runs])) == ["LGRAWA"]
 
 
+@pytest.mark.parametrize(("late", "said"), [(10.9, False), (11.1, True)])
+def test_unequal_training_time_is_said(tmp_path: Path, late: float, said: bool) -> None:
+    """Of a budget in seconds: a tenth more than the shortest."""
+    runs = [make_run(tmp_path, "LGRAWA"), make_run(tmp_path, "DataParallel", training_seconds=late)]
+    text = markdown(rows([read_run(run) for run in runs]))
+    told = (
+        "not at equal training time, as a run ends some steps, or a round, after its limit: LGRAWA 10.0 s, DataParallel"
+    )
+    assert (told in " ".join(text.split())) == said
+
+
 def test_time_to_target_is_that_of_the_first_evaluation_that_meets_it(tmp_path: Path) -> None:
     quick = make_run(tmp_path, "LGRAWA", curve=((0, 0.1), (2, 0.93), (4, 0.89), (10, 0.96)))
     slow = make_run(tmp_path, "EASGD", curve=((0, 0.1), (2, 0.5), (9, 0.90), (10, 0.92)))
