@@ -325,7 +325,8 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """A grid of 2 x 2: each run is measured once; the table, the CSV and the figure say how well measures rank."""
     for width in (2, 4):
         for lr in (0.02, 0.1):
-            words = [f"--model.width={width}", f"--optimizer.lr={lr}", "--method=LocalSGD", "--data.augment=true"]
+            given = [f"--model.width={width}", f"--optimizer.lr={lr}", "--data.augment=true"]
+            words = [*given, "--method=LocalSGD"]
             trained(tmp_path / "runs" / f"{width}-{lr}", *words, "--budget.steps=60", world=1)
     csv, figure = tmp_path / "m.csv", tmp_path / "m.png"
     words = [str(tmp_path / "runs"), "--examples=200", "--bound=.3", f"--csv={csv}", f"--figure={figure}"]
@@ -344,6 +345,10 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert few.status == 2 and "runs are 1 of 1" in few.said
     axes = called(capsys, "measures", *words, "--axes=data.seed")
     assert axes.status == 2 and "axes is data.seed: must be among the settings in which runs differ" in axes.said
+    # Settings that only one of two methods has are no axes by themselves.
+    trained(tmp_path / "runs/LGRAWA", *given, "--method=LGRAWA", "--budget.steps=60", world=1)
+    methods = called(capsys, "measures", *words)
+    assert "5 of 5 runs; axes method, method.period, optimizer.lr, model.width" in methods.said, methods.said
 
 
 def test_a_budget_ends_at_a_training_loss(tmp_path: Path) -> None:

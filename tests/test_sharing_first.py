@@ -107,10 +107,12 @@ def test_while_gradients_are_shared_ranks_are_alike_and_the_center_is_what_they_
                     assert same_on_all(comm, run.center)
         run.finish()
         assert same_on_all(comm, run.center)
-        return [made[:3], made[3][:2], [entry[:2] for entry in seen[:2]]]
+        # Of a pool a rank may make no step.
+        assert {entry[:2] for entry in made[3:]} <= {(False, rounds == "pooled")}
+        return [made[:3], [entry[:2] for entry in seen[:2]]]
 
     first = [(True, False, step) for step in range(3)]
-    assert on_ranks(body) == [[first, (False, rounds == "pooled"), [(1, 5), (2, 7)]]] * on_ranks.size
+    assert on_ranks(body) == [[first, [(1, 5), (2, 7)]]] * on_ranks.size
 
 
 def loss_of(model: nn.Module, batch: tuple[Any, ...]) -> torch.Tensor:

@@ -35,7 +35,9 @@ def measures(words: list[str], slot: Slot) -> None:
     program = "hpc-grawa measures"
     parser = Parser(prog=program, description=measures.__doc__, allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, or folders of these")
-    parser.add_argument("--axes", help="settings that span the grid, separated by commas (those in which runs differ)")
+    parser.add_argument(
+        "--axes", help="settings that span the grid, separated by commas (those of all runs in which they differ)"
+    )
     parser.add_argument("--examples", type=int, default=2000, help="training examples, evenly spaced; 0: all (2000)")
     parser.add_argument("--batch_size", type=int, default=500, help="examples per pass and rank (500)")
     parser.add_argument("--bound", type=float, default=0.1, help="training error under disturbances, at most (.1)")
@@ -105,7 +107,9 @@ def _axes(given: str | None, records: Sequence[RunRecord]) -> dict[str, list[str
     settings = [settings_of(record) for record in records]
     keys = dict.fromkeys(key for one in settings for key in one)
     differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    names = differing if given is None else given.split(",")
+    # What some runs do not have is a setting of their method, which is an axis by itself.
+    common = [key for key in differing if all(key in one for one in settings)]
+    names = common if given is None else given.split(",")
     if missing := [name for name in names if name not in differing]:
         raise wrong("axes", missing[0], f"must be among the settings in which runs differ: {', '.join(differing)}")
     return {name: [str(one.get(name)) for one in settings] for name in names}

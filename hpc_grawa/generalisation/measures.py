@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,7 +234,9 @@ def _fisher_rao(ones: Objective) -> float:
             output = functional_call(model, moved, (inputs,))
             return nn.functional.cross_entropy(output, targets, reduction="none")
 
-        slopes: Tensor = jvp(each, (given,), (given,))[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what torch itself loads for its first jvp
+            slopes: Tensor = jvp(each, (given,), (given,))[1]
         sums += torch.stack(
             (slopes.double().square().sum(), torch.tensor(float(len(slopes)), dtype=torch.float64))
         ).cpu()

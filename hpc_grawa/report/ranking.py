@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from ..generalisation.ranking import Ranking
 from .figure import COLOURS, FAINT, INK, drawable, saved_figure
 
-_WIDTH, _ROW, _EDGES = 9.0, 0.26, 1.3  # inches
+_WIDTH, _ROW, _EDGES = 9.0, 0.26, 1.7  # inches
+#: Characters of a line of the caption.
+_LINE = 110
 
 
 def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
@@ -42,6 +45,8 @@ def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.set_xlabel("agreement with the generalisation gap")
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        place = (0.99, 1 - 0.13 / height)
+        figure.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=place, ncols=3, columnspacing=1.2)
         figure.text(0.02, 1 - 0.3 / height, "What foretells the gap", size=13, weight="bold", color=INK, va="center")
-        figure.text(0.98, 1 - 0.3 / height, drawable(setting), size=10, color=FAINT, va="center", ha="right")
+        told = fill(drawable(setting), _LINE, max_lines=2, placeholder=" ...")
+        figure.text(0.02, 1 - 0.5 / height, told, size=10, color=FAINT, va="top", linespacing=1.4)
