@@ -274,6 +274,7 @@ def test_the_clock_is_rank_0s_on_all_ranks(on_ranks: Ranks, method: Method, expe
     [
         (DataParallel(), 20),  # sent at 10
         (LocalSGD(period=PostLocal(switch=1000, steps=200), sharing=DataParallel()), 20),
+        (LocalSGD(period=PostLocal(switch=5, steps=1000), sharing=DataParallel()), 200),
         (LocalSGD(period=200), 200),
         (LocalSGD(period=1000), 200),  # sent at 100
     ],

@@ -153,8 +153,8 @@ def state(worker: Worker) -> list[Any]:
     return kept
 
 
-@pytest.mark.parametrize("name", kinds())
-def test_training_notices_nothing_of_an_evaluation(name: str) -> None:
+@pytest.mark.parametrize(("name", "world"), [*((name, 3) for name in kinds()), ("LGRAWA", 1)])
+def test_training_notices_nothing_of_an_evaluation(name: str, world: int) -> None:
     config = configuration(*as_words(name))
 
     def body(comm: Communicator, evaluating: bool) -> list[Any]:
@@ -171,7 +171,7 @@ def test_training_notices_nothing_of_an_evaluation(name: str) -> None:
         return state(worker)
 
     for with_it, without in zip(
-        simulate(3, lambda comm: body(comm, True)), simulate(3, lambda comm: body(comm, False)), strict=True
+        simulate(world, lambda comm: body(comm, True)), simulate(world, lambda comm: body(comm, False)), strict=True
     ):
         torch.testing.assert_close(with_it, without, rtol=0, atol=0, equal_nan=True)
 

@@ -349,6 +349,7 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     trained(tmp_path / "runs/LGRAWA", *given, "--method=LGRAWA", "--budget.steps=60", world=1)
     methods = called(capsys, "measures", *words)
     assert "5 of 5 runs; axes method, method.period, optimizer.lr, model.width" in methods.said, methods.said
+    assert "- no axes, as not all runs have them: method.pull, " in methods.said
 
 
 def test_a_budget_ends_at_a_training_loss(tmp_path: Path) -> None:

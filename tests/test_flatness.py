@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -415,15 +414,12 @@ def test_a_plane_holds_its_three_models(on_ranks: Ranks) -> None:
     on_ranks(body)
 
 
-def operators() -> Callable[..., Any]:
-    return pytest.importorskip("curvlinops").HessianLinearOperator  # type: ignore[no-any-return]
-
-
 def test_products_are_those_of_a_library() -> None:
-    operator = operators()
+    from curvlinops import HessianLinearOperator
+
     objective = network(None, count=12)
     model, data = objective.model.eval(), objective._data
     parts = [data.batch(index) for index in torch.arange(12).split(4)]
-    hessian = operator(model, nn.CrossEntropyLoss(), [p for p in model.parameters()], parts)
+    hessian = HessianLinearOperator(model, nn.CrossEntropyLoss(), [p for p in model.parameters()], parts)
     v = drawn(len(objective.vector))
     torch.testing.assert_close(objective.product(v), hessian @ v, rtol=1e-8, atol=1e-10)

@@ -82,18 +82,18 @@ def test_finished_runs_may_have_been_made_elsewhere_or_over_another_backend(
     """As ``site.sh`` says for the tasks, of which the comparison's own line knows nothing."""
     words = (*COMPARE, "--methods=LGRAWA")
     task = ("--backend=mpi", "--comm_timeout=50", "--run.resume=auto", "--run.dir=runs/study", "--run.name=LGRAWA-0")
-    text = parse([*COMPARE[1:], *task, "--run.control_every=30"]).text
+    text = parse([*COMPARE[1:], *task, "--log.every=30"]).text
     assert "    channels_last: true\n" in text
     text = text.replace("    channels_last: true\n", "    channels_last: true\n    stage: /there\n")
     run = Path("runs/study/LGRAWA-0")
     run.mkdir(parents=True)
     for name, content in {"config.yaml": text, "summary.json": '{"state": "finished"}'}.items():
         (run / name).write_text(content)
-    ended = called(capsys, *words, "--run.control_every=30", "--submit=slurm/compare.sh")
+    ended = called(capsys, *words, "--log.every=30", "--run.control_every=7", "--submit=slurm/compare.sh")
     assert ended.said == "nothing to submit: all 1 runs are in runs/study\n"
     ended = called(capsys, *words, "--submit=slurm/compare.sh")
     assert (ended.status, sbatch.exists()) == (2, False)
-    assert "runs/study/LGRAWA-0 was made with 'control_every: 30', now it is 'control_every: 20'" in ended.errors
+    assert "runs/study/LGRAWA-0 was made with 'every: 30', now it is 'every: 50'" in ended.errors
 
 
 def test_tasks_that_wait_keep_their_runs_when_others_are_submitted(

@@ -76,7 +76,7 @@ def descend(
 ) -> tuple[list[float], int, int]:
     """‖x - x*‖² of the ranks' mean at ``marks``; rounds, and how many of them had a center lower than every rank."""
     x, y = data
-    shards = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).chunk(WORLD)
+    shards = shards_of(len(y), seed)
     at = set(marks(steps))
 
     def body(comm: Communicator) -> tuple[list[float], int, int]:
@@ -118,6 +118,10 @@ def descend(
         return found, rounds, lower
 
     return simulate(WORLD, body)[0]
+
+
+def shards_of(examples: int, seed: int) -> tuple[Tensor, ...]:
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(seed)).chunk(WORLD)
 
 
 def whole_loss(model: Regression, vector: hpc_grawa.ParameterVector, parameters: Tensor, x: Tensor, y: Tensor) -> float:
@@ -164,6 +168,12 @@ def main() -> None:
         grid.append([name, f"{found:.2f}", f"{low:.2f} to {high:.2f}", f"{curves[name][:, -1].mean():.3g}", share])
         print(grid[-1], flush=True)
     print("\n".join(aligned(grid)))
+    off = [
+        float((minimum(x[own], y[own])[0] - best).square().sum())
+        for seed in range(words.seeds)
+        for own in shards_of(len(y), seed)
+    ]
+    print(f"\nminima of the shards' own losses: |x - x*|² {min(off):.2f} to {max(off):.2f}")
     draw(curves, at, words.figure)
 
 

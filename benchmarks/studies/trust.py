@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--figure", type=Path, default=Path("trust.png"))
     words = parser.parse_args()
-    data = CIFAR(path=words.data, examples=16384)
+    data = CIFAR(path=words.data, augment=False, examples=18432, validation=2048)
     found = {}
     for name, settings, ratio in (("LARS", LARS(lr=4.0), ratio_of_lars), ("LAMB", LAMB(lr=4e-3), ratio_of_lamb)):
         found[name], at = train(settings, ratio, data, words.steps, words.batch_size)

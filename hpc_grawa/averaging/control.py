@@ -14,9 +14,9 @@ from ..comm import Communicator, Work
 from ..errors import RanksDisagree
 from ..schedules import RunFacts
 
-#: Where rounds are rarer than this many steps, the control word travels by itself.
+#: Where rounds are rarer than this many steps, the control word travels by itself, and is read where the next leaves.
 CONTROL_EVERY = 100
-#: The same where ranks share gradients: a word is little beside them, and read one word later, which ends the run.
+#: The same while ranks share gradients, beside which a word is little: slow steps must not keep a run from its end.
 CONTROL_EVERY_SHARED = 10
 
 
@@ -97,14 +97,14 @@ _MUST_AGREE = {"step": "local step", "lr": "learning rate", "period": "period"}
 class Control:
     """Takes every decision from data that all ranks hold alike.
 
-    Deadlock argument: ``exchange`` is called by all ranks at the same steps, because rounds, ``every`` and the
+    Deadlock argument: ``exchange`` is called by all ranks at the same steps, because rounds, words and the
     period are the same on all of them, which each word asserts; a decision takes effect where the word is read, which
     is again the same step everywhere.
 
     Args:
         comm: the ranks.
         clock: this rank's training seconds.
-        every: steps between control words where rounds are rarer.
+        every: steps between control words where rounds are rarer; None: ``CONTROL_EVERY``, or ``CONTROL_EVERY_SHARED``.
         decides: whether these are all ranks of the run; among a part of them, words only assert that they agree.
     """
 
@@ -113,11 +113,12 @@ class Control:
         comm: Communicator,
         facts: RunFacts,
         clock: Callable[[], float] | None = None,
-        every: int = CONTROL_EVERY,
+        every: int | None = None,
         decides: bool = True,
     ) -> None:
         began = time.perf_counter()
-        self.comm, self.facts, self.every, self.decides = comm, facts, every, decides
+        self.comm, self.facts, self.decides = comm, facts, decides
+        self._every = every
         self.clock = clock or (lambda: time.perf_counter() - began)
         #: Scores that a round sends. A word that travels alone is as long: whatever steps two ranks are at, their words
         #: can meet, and the difference is an error instead of a standstill.
@@ -157,12 +158,18 @@ class Control:
         meter = self.comm.meter
         return self.clock() - meter.waiting_seconds - meter.communication_seconds
 
-    def after_step(self, period: float) -> None:
-        """Keep the control word travelling where rounds are rare: started here, read at the next multiple."""
-        if self.facts.step % self.every:
+    def after_step(self, period: float, shares: bool) -> None:
+        """Keep the control word travelling where rounds are rare: started here, read at the next multiple.
+
+        Args:
+            period: local steps of this round.
+            shares: whether the step's gradient was shared; the same on all ranks, as is all that decides here.
+        """
+        every = self._every or (CONTROL_EVERY_SHARED if shares else CONTROL_EVERY)
+        if self.facts.step % every:
             return
         self._read_pending()
-        if period > self.every:
+        if period > every:
             self._pending = self._send(period, True, _NO_SCORES)
 
     def settle(self) -> None:

@@ -23,10 +23,10 @@ from ..errors import ConfigError, Damaged, wrong
 from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object
-from ..runs.record import FREE, flatten, read_run
+from ..runs.record import flatten, read_run
 from ..screen import columns
 from ..training.config import Config, renamed
-from ..training.resume import RunPlace
+from ..training.resume import FREE, RunPlace
 from .classes import find_class, short
 from .parsing import parse
 from .settings import class_section, read_settings, split_config

@@ -62,7 +62,7 @@ def measures(words: list[str], slot: Slot) -> None:
     kept = [record for record in records if _is_trained(record, options.trained_to)]
     if len(kept) < 2:
         raise ConfigError(f"runs are {len(kept)} of {len(records)} that are finished and trained: must be 2 or more")
-    axes = _axes(options.axes, kept)
+    axes, left_out = _axes(options.axes, kept)
     configs = [finished_config(record.path, program, options.backend, options.data_path) for record in kept]
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
     first_line = backend_line(configs[0], slot)
@@ -84,6 +84,8 @@ def measures(words: list[str], slot: Slot) -> None:
 
             rankings = ranked([one["values"] for one in found], gaps, axes, options.seed)
             print(_table(rankings, len(records), len(kept), axes, found))
+            if left_out:
+                print(wrapped(f"- no axes, as not all runs have them: {', '.join(left_out)}", 120, "", "  "))
             if options.csv is not None:
                 _write_csv(options.csv, kept, found, gaps, axes)
                 print(f"\ntable   {options.csv}")
@@ -102,17 +104,18 @@ def _is_trained(record: RunRecord, most: float) -> bool:
     return math.isfinite(gap) and loss <= most
 
 
-def _axes(given: str | None, records: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """The value of each axis, of each run."""
+def _axes(given: str | None, records: Sequence[RunRecord]) -> tuple[dict[str, list[str]], list[str]]:
+    """The value of each axis, of each run; and the settings that could be axes if all runs had them."""
     settings = [settings_of(record) for record in records]
     keys = dict.fromkeys(key for one in settings for key in one)
     differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    # What some runs do not have is a setting of their method, which is an axis by itself.
+    # What not all runs have is a setting of their methods, which are an axis by themselves.
     common = [key for key in differing if all(key in one for one in settings)]
     names = common if given is None else given.split(",")
     if missing := [name for name in names if name not in differing]:
         raise wrong("axes", missing[0], f"must be among the settings in which runs differ: {', '.join(differing)}")
-    return {name: [str(one.get(name)) for one in settings] for name in names}
+    left_out = [key for key in differing if key not in common] if given is None else []
+    return {name: [str(one.get(name)) for one in settings] for name in names}, left_out
 
 
 def _measured(run: FinishedRun, options: Any, comm: Communicator) -> dict[str, Any]:

@@ -209,6 +209,7 @@ class Communicator(ABC):
 
     def counter(self) -> SharedCounter:
         """A new counter of all ranks, at 0; all must call it."""
+        self._check_process()
         return MeteredCounter(self._counter(), self)
 
     @abstractmethod

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, optim
 
 from ..averaging.agreement import agree
-from ..averaging.control import CONTROL_EVERY, CONTROL_EVERY_SHARED, Control
+from ..averaging.control import Control
 from ..averaging.probe import Probe as Probe
 from ..buffers import as_bytes, check_kinds, from_bytes, put
 from ..comm import Communicator
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .run import Run
@@ -58,8 +58,7 @@ class Method(ABC):
             probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
             facts: shared with the caller's schedule.
             clock: training seconds; rank 0's count. None: seconds since this call.
-            control_every: steps between control words where rounds are rarer; None: 100, or 10 where the run begins by
-                sharing gradients.
+            control_every: steps between control words where rounds are rarer; None: 100, 10 while gradients are shared.
             start: ``common``: all ranks begin with rank 0's parameters and buffers; ``independent``: with their own.
 
         Raises:
@@ -74,6 +73,7 @@ class Method(ABC):
                 f"probe is a {type(probe).__name__}: must be a function that returns the loss of a fresh batch "
                 f"(probe=loss, not probe=loss())"
             )
+        require(control_every is None or control_every >= 1, "control_every", control_every, "at least 1 step")
         self._check(optimizer, vector, probe)
         facts = facts or RunFacts()
         state = [_state_told(optimizer)] if self.steps_alike else []
@@ -83,8 +83,7 @@ class Method(ABC):
             comm.broadcast(data, 0, "setup").wait()
             _take_over(comm, [tensor for _, tensor in vector.outside])
         facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
-        every = control_every or (CONTROL_EVERY_SHARED if self.steps_alike else CONTROL_EVERY)
-        run = Run(comm, vector, optimizer, Control(comm, facts, clock, every))
+        run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
         run.common_start = start == "common"
         comm.meter.said = partial(_said, facts)
         self._assemble(run, probe)

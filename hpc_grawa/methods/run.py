@@ -245,7 +245,8 @@ class Run:
         for synchronizer in self.synchronizers:
             synchronizer.round_if_due()
         if not self.pooled:
-            self.control.after_step(self.synchronizers[-1].period if self.synchronizers else math.inf)
+            period = self.synchronizers[-1].period if self.synchronizers else math.inf
+            self.control.after_step(period, self.aggregator.shares)
         self._begin_averaging_if_due()
 
     def _count_held(self) -> int:

@@ -382,12 +382,13 @@ def _notes(table: Table, width: int) -> list[str]:
             f"to {amount(table.target)}: training seconds until an evaluation of the center on {table.part} data first "
             f"finds that or better{why}"
         )
-    trained = {row.label: row.mean["training_seconds"] for row in table if "training_seconds" in row.mean}
+    finished = [row for row in table if row.state == "finished" and "training_seconds" in row.mean]
+    trained = {row.label: row.mean["training_seconds"] for row in finished}
     if "of training time" in table.setting and max(trained.values(), default=0) > 1.1 * min(
         trained.values(), default=0
     ):
         told = ", ".join(f"{label} {_seconds(seconds)}" for label, seconds in trained.items())
-        entries.append(f"not at equal training time, as a run ends some steps, or a round, after its limit: {told}")
+        entries.append(f"not at equal training time: {told}")
     if flatness := flatness_note(list(table)):
         entries.append(flatness)
     return [fill(f"- {entry}.", width, subsequent_indent="  ") for entry in entries]

@@ -18,10 +18,8 @@ from .reading import parse_object, parse_settings, read_object, read_text
 FLATNESS = "flatness.json"
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
-#: May differ when a run goes on: what says where and how fast, but not what.
-FREE = ("run.resume", "run.dir", "network", "comm_timeout", "data.stage", "data.workers", "data.start_method")
-#: Settings that tell repetitions of one experiment from each other, and where they are kept.
-_IDENTITY = {"run.name", "run.dir", "run.seed"}
+#: Settings that tell repetitions of one experiment from each other, where they are kept, and what trains nothing else.
+_IDENTITY = {"run.name", "run.dir", "run.seed", "run.resume", "run.control_every", "comm_timeout", "data.stage"}
 
 
 @dataclass(frozen=True)
@@ -337,7 +335,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
 
 def settings_of(record: RunRecord) -> dict[str, Any]:
     """All that makes a run another experiment, not another seed."""
-    settings = {key: value for key, value in record.config.items() if key not in (*_IDENTITY, *FREE)}
+    settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
     return {**settings, "network": record.network, "ranks": record.status.get("world_size")}
 
 

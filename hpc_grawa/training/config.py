@@ -128,8 +128,8 @@ class Identity:
         seed: of all random draws.
         start: ``common``: all ranks begin with rank 0's parameters; ``independent``: each with its own, by methods that
             average from the first step on.
-        control_every: steps between control words where rounds are rarer; a limit in seconds or a signal is seen with
-            the next but one; null: 100, or 10 where the run begins by sharing gradients.
+        control_every: steps between control words where rounds are rarer; null: 100, or 10 while gradients are shared.
+            A limit in seconds or a signal is seen within two of them, or by the next round.
         resume: ``auto``: where the folder is there already, go on from its last checkpoint; a finished run is done.
     """
 

@@ -44,7 +44,7 @@ class Ending:
         self._told = False
 
     def heed(self, cause: str) -> None:
-        """Have all ranks save and end with the next control word."""
+        """Have all ranks save and end once a control word has said so."""
         if self.cause is None:
             # SLURM sends TERM for the limit too, where nothing came ahead of it.
             self._state = "timed out" if cause == "SIGTERM" and limit_near() else _STATES[cause]
@@ -61,7 +61,7 @@ class Ending:
         if self.cause is not None and not self._told:
             self._told = True
             again = ", Ctrl-C again: now" if self.cause == "SIGINT" else ""
-            self._log.say(f"ending     {self.cause}: all ranks save at the next control word, then end{again}")
+            self._log.say(f"ending     {self.cause}: all ranks save within two control words, then end{again}")
 
     def summary(self, worker: Worker, saved: int | None) -> dict[str, Any]:
         """What there is to say of a run that is to go on later, written to ``summary.json``; all ranks must call it.
