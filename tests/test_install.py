@@ -7,6 +7,7 @@ error that names it.
 from __future__ import annotations
 
 import configparser
+import http.client
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from launcher import HOROVOD
 
 from hpc_grawa.install import horovod
 
@@ -149,3 +151,27 @@ def test_horovod_without_a_compiler_says_so(
     assert horovod.main([]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("Horovod 0.28.1: not installed. no C++ compiler") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not HOROVOD, reason="Horovod is not built here")
+def test_horovods_rendezvous_forgets_every_address_once_all_have_found_each_other() -> None:
+    """Of a scope of both ranks, though a scope of one is done in between; else the next start finds old ones."""
+    from horovod.runner.common.util.hosts import SlotInfo
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server = RendezvousServer()
+    port = server.start()
+    server.init([SlotInfo("here", rank, rank, 0, 2, 2, 1) for rank in range(2)])
+
+    def ask(method: str, key: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request(method, f"/{key}", body=b"address" if method == "PUT" else None)
+        return connection.getresponse().status
+
+    for key in ("local_here/0", "local_here/1", "cross_0/0"):
+        assert ask("PUT", key) == 200 == ask("GET", key)
+    for key in ("local_here/0", "cross_0/0", "local_here/1"):
+        assert ask("DELETE", key) == 200
+    found = [ask("GET", key) for key in ("local_here/0", "local_here/1", "cross_0/0")]
+    server.stop()
+    assert found == [404, 404, 404]

@@ -89,6 +89,13 @@ def edits(target: Target) -> list[Edit]:
             "(torch.version.cuda is not None) and (CUDA_HOME is not None)",
             "(torch.version.cuda is not None) and bool(__import__('os').environ.get('HOROVOD_GPU_OPERATIONS'))",
         ),
+        # Under horovodrun --gloo the first ranks to have found each other make the server forget which others have. It
+        # then keeps addresses of a Horovod that was shut down, and the next start (with process sets) may die of one.
+        Edit(
+            "horovod/runner/http/http_server.py",
+            "self.server.finished_list.clear()",
+            "self.server.finished_list[scope].clear()",
+        ),
     ]
 
 
