@@ -45,15 +45,18 @@ def main() -> None:
     print("\n".join(aligned(grid)))
     scale = 100 if metric.endswith("accuracy") else 1
     with saved_figure(words.figure, (12.0, 4.8)) as figure:
-        left, right = figure.add_axes((0.06, 0.14, 0.4, 0.73)), figure.add_axes((0.56, 0.14, 0.36, 0.73))
+        left, right = figure.add_axes((0.05, 0.14, 0.36, 0.73)), figure.add_axes((0.48, 0.14, 0.36, 0.73))
         for number, (name, members) in enumerate(rows.items()):
             colour, dashes = pen(number)
             rounds = [(e["step"], e["period"]) for e in members[0].events.get("round", []) if e.get("period")]
             if rounds:
                 left.step(*zip(*rounds, strict=True), color=colour, linestyle=dashes, linewidth=1.5, where="pre")
             volume, value, spread = places[name]
-            right.errorbar(volume, scale * value, scale * spread, fmt="o", color=colour, markersize=6, capsize=3)
-            right.annotate(name, (volume, scale * value), (7, 4), textcoords="offset points", size=9, color=colour)
+            right.errorbar(volume, scale * value, scale * spread, fmt="none", ecolor=colour, capsize=3)
+            # Dashed lines have open points.
+            inside = colour if dashes == pen(0)[1] else "white"
+            right.plot(volume, scale * value, "o", color=colour, markerfacecolor=inside, markersize=7, zorder=3)
+            left.plot([], [], "o", color=colour, markerfacecolor=inside, linestyle=dashes, label=name)
         reached = f"{in_words(metric).capitalize()}, test" + (", %" if scale == 100 else "")
         for axes, title, below in (
             (left, "Local steps of a round, H", "step"),
@@ -63,8 +66,10 @@ def main() -> None:
             axes.set_xlabel(below)
             axes.spines[["top", "right"]].set_visible(False)
         left.set_yscale("log", base=2)
+        left.yaxis.set_major_formatter("{x:,.0f}")
         right.set_xscale("log")
         logarithmic(right.xaxis, (1, 2, 5))
+        figure.legend(frameon=False, loc="center left", bbox_to_anchor=(0.85, 0.5), handlelength=3)
     print(f"\nfigure  {words.figure}")
 
 
