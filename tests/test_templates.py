@@ -25,6 +25,7 @@ SETTINGS = {
 FOREIGN = (
     *("JobState=", "ExitCode=", "scontrol show", "sbatch: ", "srun: error", "srun: launch", "(Partition", "***"),
     *(".../bin/activate", "The application appears", "mpi_pmix.c", "Gloo connect", "Requested operation"),
+    *("gloo::IoException", "Process 0 exit"),
 )
 #: What stands for values in the README's messages.
 VALUES = r"\.\.\./lock\.json|\bjob \.\.\.|\bstopped$|\.\.\.|'[^']*'|\b\d+\b|\bsrun\b|\bmpi\b|\bhorovodrun --gloo\b"
