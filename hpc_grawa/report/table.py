@@ -384,9 +384,7 @@ def _notes(table: Table, width: int) -> list[str]:
         )
     finished = [row for row in table if row.state == "finished" and "training_seconds" in row.mean]
     trained = {row.label: row.mean["training_seconds"] for row in finished}
-    if "of training time" in table.setting and max(trained.values(), default=0) > 1.1 * min(
-        trained.values(), default=0
-    ):
+    if "of training time" in table.setting and trained and max(trained.values()) > 1.1 * min(trained.values()):
         told = ", ".join(f"{label} {_seconds(seconds)}" for label, seconds in trained.items())
         entries.append(f"not at equal training time: {told}")
     if flatness := flatness_note(list(table)):
