@@ -30,24 +30,35 @@ wire=(
     tests/test_distributed_optimizer.py::test_smoke_a_script_follows_the_oracle
     --deselect tests/test_data_parallel.py::test_every_step_is_that_of_the_mean_gradient # what is summed, not how
 )
-# Another launcher of the same backend may break only how ranks find each other: that every verb then works shows it.
+# Another launcher of the same backend may break only how ranks find each other: that every verb then works shows it. Such
+# a launch mostly waits for its start, so that it runs beside the others.
 verbs=(-k smoke tests/test_comm.py)
+said=$(mktemp -d)
+trap 'rm -rf "$said"' EXIT
+beside() { launch "$@" >"$said/${#jobs[@]}" 2>&1 & jobs+=($!); }
+jobs=()
 # Sizes: 3, which halves do not fit and where a part of one rank stands beside one of two; 1; 4 for two groups of two. With
 # 2 every rank is first or last: the battery above has started many jobs of two.
 mapfile -t all < <(grep -lE 'on_(several_)?ranks' tests/test_*.py) # every rank would import the others for nothing
 
 launch mpirun -np 3 "${ranks[@]}" --backend mpi "${all[@]}"
-launch mpirun -np 1 "${ranks[@]}" --backend mpi "${wire[@]}" # no rank to send to
 gpus=$(python -c 'import torch; print(min(4, torch.cuda.device_count()))')
 if [ "$gpus" -gt 0 ]; then
     launch mpirun -np "$gpus" "${ranks[@]}" --backend nccl -k cuda
 fi
 launch mpirun -np 4 "${ranks[@]}" --backend gloo "${wire[@]}"
-launch torchrun --standalone --nproc-per-node 2 --no-python "${ranks[@]}" --backend gloo "${verbs[@]}"
 if command -v horovodrun >/dev/null; then
     launch horovodrun --mpi -np 3 "${ranks[@]}" --backend horovod "${wire[@]}"
-    launch horovodrun --gloo -np 2 -H localhost:2 "${ranks[@]}" --backend horovod "${verbs[@]}"
+    beside horovodrun --gloo -np 2 -H localhost:2 "${ranks[@]}" --backend horovod "${verbs[@]}"
 else
     printf '\n== Horovod is not built here: its launches are left out\n'
 fi
+beside mpirun -np 1 "${ranks[@]}" --backend mpi "${wire[@]}" # no rank to send to
+beside torchrun --standalone --nproc-per-node 2 --no-python "${ranks[@]}" --backend gloo "${verbs[@]}"
+failed=0
+for number in "${!jobs[@]}"; do
+    wait "${jobs[number]}" || failed=$?
+    cat "$said/$number"
+done
+[ "$failed" -eq 0 ] || exit "$failed"
 printf '\n== all launches passed\n'
