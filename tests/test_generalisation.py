@@ -289,21 +289,19 @@ def test_noise_on_a_linear_model_in_closed_form() -> None:
         middle = (low + high) / 2
         low, high = (middle, high) if error(middle) <= 0.1 else (low, middle)
     from hpc_grawa.flatness import Objective
-    from hpc_grawa.generalisation.measures import Errors
-    from hpc_grawa.generalisation.noise import gaussian, worst
+    from hpc_grawa.generalisation.noise import Errors, gaussian, worst
 
     errors = Objective(model, Errors(), Pairs(x, y))
     assert gaussian(errors, 0.1, aware=False, draws=400).size == pytest.approx(low, rel=0.15)
     losses = Objective(errors.vector, nn.CrossEntropyLoss(), Pairs(x, y))
     # In a box each margin falls by α ‖x‖₁·2 at most; the ascent cannot do that to all examples at once.
     reach = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (2 * x.abs().sum(1))
-    assert worst(losses, errors, 0.1, aware=False).size >= float(reach.sort().values[20]) * 0.9
+    assert worst(losses, 0.1, aware=False).size >= float(reach.sort().values[20]) * 0.9
 
 
 def test_the_worst_neighbour_of_one_example() -> None:
     """Of a linear model the margin falls by 2α‖x‖₁ at most: α = margin / (2‖x‖₁)."""
     from hpc_grawa.flatness import Objective
-    from hpc_grawa.generalisation.measures import Errors
     from hpc_grawa.generalisation.noise import worst
 
     torch.manual_seed(0)
@@ -311,9 +309,8 @@ def test_the_worst_neighbour_of_one_example() -> None:
     logits = x @ model.weight.detach().T
     y = logits.argmax(1)
     exact = float((logits[0, y[0]] - logits[0, 1 - y[0]]) / (2 * x.abs().sum()))
-    errors = Objective(model, Errors(), Pairs(x, y))
-    losses = Objective(errors.vector, nn.CrossEntropyLoss(), Pairs(x, y))
-    assert worst(losses, errors, 0.1, aware=False).size == pytest.approx(exact, rel=0.02)
+    losses = Objective(model, nn.CrossEntropyLoss(), Pairs(x, y))
+    assert worst(losses, 0.1, aware=False).size == pytest.approx(exact, rel=0.02)
 
 
 def test_measures_are_those_of_one_process_on_several_ranks() -> None:

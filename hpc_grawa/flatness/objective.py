@@ -88,15 +88,26 @@ class Objective:
         self._add_up(pair)
         return float(pair[0] / pair[1])
 
-    def gradient(self, at: Tensor | None = None) -> tuple[float, Tensor]:
-        """The loss f, and ∇f ``[P]``."""
-        total = self._zeros(len(self.vector) + 2)
+    def gradient(
+        self, at: Tensor | None = None, valued: Callable[[Any, Any], Tensor] | None = None
+    ) -> tuple[float, Tensor]:
+        """The loss f, and ∇f ``[P]``.
+
+        Args:
+            at: other parameters ``[P]`` than the model's.
+            valued: another loss of the same outputs, whose mean is returned in the place of f.
+        """
+        total = self._zeros(len(self.vector) + 3)
         with self._measuring(at):
-            for numerator, denominator in self._losses():
-                self._add(total, torch.autograd.grad(numerator, self.vector.parameters, allow_unused=True))
-                total[-2:] += torch.stack((numerator.detach(), denominator.detach()))
+            for part, (inputs, targets) in self._batches():
+                output = self.model(inputs)
+                pair = losses.sums(self._loss, output, targets, len(part), self.examples)
+                self._add(total, torch.autograd.grad(pair[0], self.vector.parameters, allow_unused=True))
+                with torch.no_grad():
+                    told = pair if valued is None else losses.sums(valued, output, targets, len(part), self.examples)
+                    total[-3:] += torch.stack((pair[1], *told))
         self._add_up(total)
-        return float(total[-2] / total[-1]), (total[:-2] / total[-1]).to(self.vector.exact_dtype)
+        return float(total[-2] / total[-1]), (total[:-3] / total[-3]).to(self.vector.exact_dtype)
 
     def product(self, direction: Tensor) -> Tensor:
         """H·v ``[P]``, H = ∇²f at the model's parameters: exact double backward.

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..data import Examples
 from ..errors import ConfigError
 from ..flatness.objective import Objective
 from .folding import fold
-from .noise import DELTA, Largest, aware_bound, bounds, gaussian, worst
+from .noise import DELTA, Errors, Largest, aware_bound, bounds, gaussian, worst
 from .norms import Layer, kernel_norm, layers, of_products, operator_norm, parameters, path_norm, square, vc_dimension
 
 #: What the measures are called, and their numbers in the paper as public code of its followers has them.
@@ -73,17 +74,6 @@ class Measured:
     values: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-class Errors(nn.Module):
-    """The share of examples that are told wrongly."""
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output.argmax(1) != target).to(output.dtype).mean()
-
-    def sums(self, output: Tensor, target: Tensor) -> Tensor:
-        wrong = (output.argmax(1) != target).double()
-        return torch.stack((wrong.sum(), torch.tensor(float(len(wrong)), dtype=torch.float64, device=wrong.device)))
 
 
 def measures(
@@ -256,15 +246,15 @@ def _of_noise(
     rises = errors.value() + bound
     logs = math.log(2 * len(w))
     found: dict[str, float] = {}
-    kinds: dict[str, tuple[Callable[[float, bool], Largest], float, float]] = {
-        "pac_bayes": (lambda most, aware: gaussian(errors, most, aware, seed=seed), 4.0, 1.0),
-        "sharpness": (lambda most, aware: worst(ones, errors, most, aware), 4.0 / logs, 4 * (logs - math.log(DELTA))),
+    kinds: dict[str, tuple[Callable[..., Largest], float, float]] = {
+        "pac_bayes": (partial(gaussian, errors, seed=seed), 4.0, 1.0),
+        "sharpness": (partial(worst, ones), 4.0 / logs, 4 * (logs - math.log(DELTA))),
     }
     for name, (search, scale, added) in kinds.items():
-        plain, aware = search(bound, False), search(bound, True)
+        plain, aware = search(bound, aware=False), search(bound, aware=True)
         found |= {f"{name}_size": plain.size, f"{name}_tolerance": plain.tolerance}
         found |= {f"{name}_mag_size": aware.size, f"{name}_mag_tolerance": aware.tolerance}
-        found[f"{name}_size_where_it_rises"] = search(rises, False).size
+        found[f"{name}_size_where_it_rises"] = search(rises, aware=False, near=plain.size).size
         found[f"{name}_flatness"] = _inverse(plain.size)
         found[f"{name}_mag_flatness"] = _inverse(aware.size)
         for kind, norm in norms.items():

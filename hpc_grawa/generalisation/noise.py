@@ -7,12 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flatness.objective import Objective
 
 #: ε of the magnitude-aware measures, and the δ that the bound of those of the box holds with.
 EPSILON, DELTA = 1e-3, 0.1
+
+
+class Errors(nn.Module):
+    """The share of examples that are told wrongly."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output.argmax(1) != target).to(output.dtype).mean()
+
+    def sums(self, output: Tensor, target: Tensor) -> Tensor:
+        wrong = (output.argmax(1) != target).double()
+        return torch.stack((wrong.sum(), torch.tensor(float(len(wrong)), dtype=torch.float64, device=wrong.device)))
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,14 @@ class Largest:
     tolerance: float
 
 
-def largest(error: Callable[[float], float], bound: float, tolerance: float = 0.01, begin: float = 0.01) -> Largest:
+def largest(error: Callable[[float], float], bound: float, near: float = math.nan, tolerance: float = 0.01) -> Largest:
     """The largest size with error(size) ≤ bound, by doubling or halving and bisection.
+
+    Args:
+        error: of a size; where it is above the bound, it may be any number above it.
+        bound: of the error.
+        near: a size that is expected to be not far away.
+        tolerance: how far from it the found one may be, as a share.
 
     Example:
         >>> found = largest(lambda size: size**2, bound=0.25, tolerance=1e-3)
@@ -38,14 +55,15 @@ def largest(error: Callable[[float], float], bound: float, tolerance: float = 0.
     """
     if error(0.0) > bound:
         return Largest(0.0, 0.0)
+    begin, factor = (near, 1.1) if 0 < near < math.inf else (0.01, 2.0)
     low = high = begin
     if error(begin) <= bound:
-        while error(high := 2 * low) <= bound:
+        while error(high := factor * low) <= bound:
             low = high
             if low > 1e6:
                 return Largest(math.inf, 0.0)
     else:
-        while error(low := high / 2) > bound:
+        while error(low := high / factor) > bound:
             high = low
             if high < 1e-12:
                 return Largest(0.0, 0.0)
@@ -55,7 +73,9 @@ def largest(error: Callable[[float], float], bound: float, tolerance: float = 0.
     return Largest(low, (high - low) / high)
 
 
-def gaussian(errors: Objective, bound: float, aware: bool, draws: int = 10, seed: int = 0) -> Largest:
+def gaussian(
+    errors: Objective, bound: float, aware: bool, near: float = math.nan, draws: int = 10, seed: int = 0
+) -> Largest:
     """σ: the largest at which the mean error under N(0, σ²I) is ``bound`` at most.
 
     Magnitude-aware: under N(0, σ'²w² + ε²). The same draws for every σ.
@@ -64,6 +84,7 @@ def gaussian(errors: Objective, bound: float, aware: bool, draws: int = 10, seed
         errors: the share of examples that are told wrongly, as a function of the weights.
         bound: of the mean error.
         aware: whether noise is in proportion to each weight.
+        near: where σ is expected.
         draws: of noise.
         seed: the same on all ranks.
     """
@@ -74,44 +95,44 @@ def gaussian(errors: Objective, bound: float, aware: bool, draws: int = 10, seed
             return errors.value()
         generator = torch.Generator().manual_seed(seed)
         scale = (size**2 * at.square() + EPSILON**2).sqrt() if aware else torch.full_like(at, size)
-        found = [
-            errors.value(at + scale * torch.randn(len(at), generator=generator, dtype=torch.float64).to(at))
-            for _ in range(draws)
-        ]
-        return sum(found) / draws
+        total = 0.0
+        for _ in range(draws):
+            noise = torch.randn(len(at), generator=generator, dtype=torch.float64).to(at)
+            total += errors.value(at + scale * noise)
+            if total > draws * bound:
+                break
+        return total / draws
 
-    return largest(error, bound)
+    return largest(error, bound, near)
 
 
-def worst(losses: Objective, errors: Objective, bound: float, aware: bool, steps: int = 20) -> Largest:
+def worst(losses: Objective, bound: float, aware: bool, near: float = math.nan, steps: int = 20) -> Largest:
     """α: the largest at which the error of the worst neighbour with |u_j| ≤ α is ``bound`` at most.
 
     Magnitude-aware: with |u_j| ≤ α'|w_j| + ε. The worst is looked for by ascent along the sign of the gradient.
 
     Args:
         losses: what is ascended.
-        errors: the share of examples that are told wrongly; of the same weights.
-        bound: of the error.
+        bound: of the share of examples that are told wrongly.
         aware: whether the box is in proportion to each weight.
+        near: where α is expected.
         steps: of the ascent, each of a fifth of the box.
     """
-    at = errors.vector.data.clone()
+    at = losses.vector.data.clone()
+    wrong = Errors()
 
     def error(size: float) -> float:
         box = size * at.abs() + EPSILON if aware else torch.full_like(at, size)
-        if not size and not aware:
-            return errors.value()
-        u = torch.zeros_like(at)
-        most = errors.value()
-        for _ in range(steps):
-            _, gradient = losses.gradient(at + u)
-            u = torch.clamp(u + 0.2 * box * gradient.sign().to(u), -box, box)
-            most = max(most, errors.value(at + u))
-            if most > bound:
+        u, most = torch.zeros_like(at), 0.0
+        for _ in range(steps + 1):
+            one, gradient = losses.gradient(at + u, wrong)
+            most = max(most, one)
+            if most > bound or (not size and not aware):
                 break
+            u = torch.clamp(u + 0.2 * box * gradient.sign().to(u), -box, box)
         return most
 
-    return largest(error, bound)
+    return largest(error, bound, near)
 
 
 def bounds(size: float, distance: float, examples: int, scale: float) -> float:
