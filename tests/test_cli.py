@@ -508,7 +508,7 @@ def test_a_comparison_by_a_launcher_goes_on_where_it_was_cut(tmp_path: Path) -> 
         (["--methods=LGRAWA", "--method.class_path", "EASGD"], ("--method.class_path", "--methods")),
         (["--methods=LGRAWA", "--run.seed", "3"], ("--run.seed", "--seeds")),
         (["--methods=LGRAWA", "--run.resume", "auto"], ("--run.resume=auto", "left out", "goes on by itself")),
-        (["--methods=EASGD,LGRAWA", "--method.power=2"], ("method.power is no setting", "pull")),
+        (["--methods=EASGD,LGRAWA", "--method.power=2"], ("method.power is no setting of EASGD", "pull")),
         (["--methods=EASGD", "--data.batch_size=2000"], ("data.batch_size is 2000", "at most 1437")),
         (["--methods=EASGD", "--run.dir=/dev/null"], ("run.dir is /dev/null", "Not a directory")),
     ],

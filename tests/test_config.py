@@ -335,7 +335,7 @@ class Holding(own.Line):
         ("--model.act=torch.nn.Linear", "model.act.in_features, model.act.out_features are missing: Linear needs them"),
         (
             "--model.act=torch.nn.ReLU --model.act.inplce=true",
-            "model.act.inplce is no setting: did you mean model.act.in",
+            "model.act.inplce is no setting of ReLU: did you mean model.act.in",
         ),
         ("--model.act=torch.nn.ReLU --model.act.inplace=3", "model.act.inplace is 3: must be true or false\n"),
         ("--model.act=torch.nn.ReLU --model.shade=RED", "model.shade is RED: must be one of LIGHT, DARK\n"),

@@ -451,7 +451,7 @@ def test_a_base_may_be_an_optimizer_of_torchs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ("SAM --optimizer.lr=1", "optimizer.lr is no setting: did you mean optimizer.base.lr"),
+        ("SAM --optimizer.lr=1", "optimizer.lr is no setting of SAM: did you mean optimizer.base.lr"),
         ("SAM --optimizer.base.lr=-1", "optimizer.base.lr is -1.0: must be a number of 0 or more"),
         ("SAM --optimizer.base=Adam", "optimizer.base is Adam: must be ASAM, AdamW, EntropySGD"),
         (

@@ -88,8 +88,9 @@ def _class_words(key: str, name: str, derived: str, value: Any) -> str:
     return derived
 
 
-def no_setting(key: str, keys: Sequence[str]) -> str:
-    """A key that does not exist: the one that was meant, and its neighbours."""
+def no_setting(key: str, keys: Sequence[str], owner: str = "") -> str:
+    """A key that does not exist, in a class ``owner`` if any: the one that was meant, and its neighbours."""
+    missing = f"{key} is no setting of {owner}" if owner else f"{key} is no setting"
     section = (key.rpartition(".")[0] or key) + "."
     neighbours = [k.removeprefix(section) for k in keys if k.startswith(section)]
     inner = [k for k in keys if k != key and k.startswith(section) and k.endswith("." + key.removeprefix(section))]
@@ -97,6 +98,6 @@ def no_setting(key: str, keys: Sequence[str]) -> str:
     near += difflib.get_close_matches(key, [k for k in keys if not k.startswith(section)], 1)
     allowed = neighbours or list(dict.fromkeys(k.partition(".")[0] for k in keys))
     if not allowed:
-        return f"{key} is no setting: there are none here"
+        return f"{missing}: there are none here"
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{key} is no setting: {hint}must be one of {', '.join(allowed)}"
+    return f"{missing}: {hint}must be one of {', '.join(allowed)}"

@@ -152,7 +152,7 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
         if name not in known:
             keys = [f"{section}.{key}" for key in known]
             keys += [f"{key}.{name}" for key in keys if key in HELD and takes(key, HELD[key][1], name)]
-            raise ConfigError(no_setting(f"{section}.{name}", keys))
+            raise ConfigError(no_setting(f"{section}.{name}", keys, "" if owner == section else owner))
     missing = [f"{section}.{name}" for name, action in known.items() if action.required and name not in given]
     if missing and whole:
         are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
