@@ -426,7 +426,10 @@ def test_a_period_is_a_number_or_a_class(words: list[str], period: Any, tmp_path
         (["--method.period=Constant", "--method.period.steps=null"], ("method.period.steps is null: must be a whole",)),
         (["--method.period.class_path=NoSuch"], ("method.period is NoSuch: must be Constant, PostLocal, QSR",)),
         (["--method.period={class_path: QSR, init_args: 3}"], ("method.period.init_args is 3: must hold settings",)),
-        (["--method=DataParallel", "--method.period=QSR"], ("method.period is no setting of DataParallel: must be one of bucket_mb",)),
+        (
+            ["--method=DataParallel", "--method.period=QSR"],
+            ("method.period is no setting of DataParallel: must be one of bucket_mb",),
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(

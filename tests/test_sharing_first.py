@@ -338,7 +338,10 @@ SHARING_METHODS = ", ".join(sorted(plain("shares")))
         ("--method.sharing=LGRAWA", f"method.sharing is LGRAWA: must be {SHARING_METHODS} or the import path"),
         ("--method.sharing.bucket_mb=-1", "method.sharing.bucket_mb is -1.0: must be a positive number of MiB"),
         ("--method.sharing.bucket_mb=x", "method.sharing.bucket_mb is x: must be a number"),
-        ("--method.sharing.bucket=1", "method.sharing.bucket is no setting of DataParallel: did you mean method.sharing.bucket_mb?"),
+        (
+            "--method.sharing.bucket=1",
+            "method.sharing.bucket is no setting of DataParallel: did you mean method.sharing.bucket_mb?",
+        ),
         (
             "--method.period=8",
             "method.sharing is DataParallel(bucket_mb=25.0, on_nonfinite='error', wire='exact'): must be null with",

@@ -156,6 +156,22 @@ def test_what_the_end_of_a_descent_is() -> None:
         assert end.curvature == pytest.approx(50 / low**2 if kind == "minimum" else math.nan, nan_ok=True)
 
 
+@pytest.mark.parametrize(("sides", "stays"), [((-0.4, -0.1, 0.05, 0.5), True), ((-0.3, -0.2, -0.1, 0.3), False)])
+def test_a_top_holds_ranks_of_which_half_are_on_either_side(sides: tuple[float, ...], stays: bool) -> None:
+    """Near a top scores |∂f| are |h||δ_m|, so weights are as 1/|δ_m|, and the center is at Σ sign δ_m / Σ 1/|δ_m|.
+
+    Half of the ranks on either side: that is the top. One more on one: half the harmonic mean of |δ_m| beside it.
+    """
+    top, bottom = (math.exp((sign * math.pi / 2 + 6 * math.pi) / 10) for sign in (-1, 1))
+    starts = [(top + side, bottom) for side in sides]
+    pulled = first_round(METHODS["LGRAWA"], starts=starts)
+    off = pulled.before[:, 0] - top
+    assert float(pulled.center[0]) - top == pytest.approx(float(off.sign().sum() / (1 / off.abs()).sum()), abs=0.01)
+    descent = descend(METHODS["LGRAWA"], steps=300, starts=starts)
+    off = (descent.center[:, 0] - top).abs()
+    assert float(off[300]) < 1e-4 if stays else float(off[300]) > float(off[100]) > 1e-2
+
+
 @pytest.mark.slow
 def test_ends_from_random_starts(capsys: pytest.CaptureFixture[str]) -> None:
     """Those of a descent from each start, whichever process makes it."""
