@@ -41,11 +41,12 @@ PLAIN: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-def add_others(parser: ArgumentParser) -> None:
-    """Add the settings outside of classes."""
-    for name, group in GROUPS.items():
-        parser.add_class_arguments(group, name)
-    for name, (kind, default, text) in PLAIN.items():
+def add_other(parser: ArgumentParser, name: str) -> None:
+    """Add a group of settings, or one outside of groups and classes."""
+    if name in GROUPS:
+        parser.add_class_arguments(GROUPS[name], name)
+    else:
+        kind, default, text = PLAIN[name]
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
 

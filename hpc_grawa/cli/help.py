@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ..errors import ConfigError
 from ..training.config import CLASS_SECTIONS, GROUPS
-from .arguments import add_class, add_others
+from .arguments import PLAIN, add_class, add_other
 from .classes import HELD, find_class, imported, known_classes
 from .messages import no_setting
 from .settings import read_settings, recipes, split_config
@@ -69,7 +69,8 @@ def _whole(program: str, chosen: dict[str, str]) -> str:
         parser.add_argument(f"--{name}", default=SUPPRESS, help=text)
         if name in chosen:
             add_class(parser, find_class(name, chosen[name]), f"{name}.init_args")
-    add_others(parser)
+    for name in (*GROUPS, *PLAIN):
+        add_other(parser, name)
     return parser.format_help().replace(".init_args", "")
 
 

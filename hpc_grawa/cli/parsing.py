@@ -17,7 +17,7 @@ from ..random_streams import seeded
 from ..runs.reading import load_yaml
 from ..screen import as_shown
 from ..training.config import CLASS_SECTIONS, GROUPS, Config, instantiate
-from .arguments import PLAIN, actions, add_class, add_others
+from .arguments import PLAIN, actions, add_class, add_other
 from .classes import HELD, find_class, imported, is_class, short
 from .gate import named_errors
 from .help import help_text
@@ -25,6 +25,9 @@ from .messages import alternatives, must_be, no_setting
 from .settings import read_sections, set_options, split_config, takes
 
 _FP16 = " (fp16 needs loss scaling: each rank's scale would be another and enter the weights)"
+
+#: Types and values that fit: rows of a comparison have most of them in common.
+_FITTING: set[tuple[Any, str]] = set()
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))  # here, not for all who import the package
 
@@ -57,13 +60,17 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
     settings, others = read_sections(files, options)
     variant = settings["method"].pop("variant", None)
     classes = {name: find_class(name, settings[name]["class_path"]) for name in CLASS_SECTIONS}
-    parser = _whole(tuple(classes.items()), tuple(name for name in classes if "dict_kwargs" in settings[name]))
-    _check(parser, settings, whole=False)  # what is wrong in a file is so where an option wins, too
+    # One for each section, as jsonargparse looks for each setting among all of a parser's.
+    parsers = {name: _section(name, found, "dict_kwargs" in settings[name]) for name, found in classes.items()}
+    parsers |= {name: _other(name) for name in (*GROUPS, *PLAIN)}
+    _check(parsers, settings, whole=False)  # what is wrong in a file is so where an option wins, too
     called = set_options(settings, others)
-    _check(parser, settings, whole=True)
+    _check(parsers, settings, whole=True)
     torchs_held = _import_held(settings)
+    parsed = Namespace()  # type: ignore[no-untyped-call]
     try:
-        parsed = parser.parse_object(settings)
+        for name, parser in parsers.items():
+            parsed[name] = parser.parse_object({name: settings[name]} if name in settings else {})[name]
     except ArgumentError as error:
         raise ConfigError(in_a_line(error)) from None
     for key in HELD:
@@ -91,7 +98,8 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
         own = Namespace(**made.arguments, groups=made.groups)  # type: ignore[no-untyped-call]
         parsed[section].init_args[name] = Namespace(class_path=path, init_args=own)  # type: ignore[no-untyped-call]
     # Without what the data settle, so that it fits other data too.
-    text = parser.dump(parsed, skip_unset=False, skip_validation=True)
+    parts = ((parser, Namespace(**{name: parsed[name]})) for name, parser in parsers.items())  # type: ignore[no-untyped-call]
+    text = "".join(parser.dump(part, skip_unset=False, skip_validation=True) for parser, part in parts)
     for arguments, key, value in settled:
         arguments[key] = value
     built.metric = instantiate(Namespace(metric=metric)).metric  # type: ignore[no-untyped-call]
@@ -107,15 +115,21 @@ def _config(files: Sequence[str], options: Sequence[tuple[str, str]]) -> Config:
 
 
 @cache
-def _whole(classes: tuple[tuple[str, type], ...], free: tuple[str, ...]) -> ArgumentParser:
-    """A parser of all settings, for the class of each section; ``free`` sections have ``dict_kwargs``."""
+def _section(name: str, found: type, free: bool) -> ArgumentParser:
+    """A parser of a section that holds a class; a ``free`` one has ``dict_kwargs``."""
     parser = ArgumentParser(exit_on_error=False)
-    for name, found in classes:
-        parser.add_argument(f"--{name}.class_path", type=str, required=True)
-        if name in free:
-            parser.add_argument(f"--{name}.dict_kwargs", type=dict)
-        add_class(parser, found, f"{name}.init_args")
-    add_others(parser)
+    parser.add_argument(f"--{name}.class_path", type=str, required=True)
+    if free:
+        parser.add_argument(f"--{name}.dict_kwargs", type=dict)
+    add_class(parser, found, f"{name}.init_args")
+    return parser
+
+
+@cache
+def _other(name: str) -> ArgumentParser:
+    """A parser of a group of settings, or of one outside of groups and classes."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_other(parser, name)
     return parser
 
 
@@ -128,16 +142,16 @@ def _settled(
     return [(arguments, key, value) for key, value in found.items() if key in arguments and key not in given]
 
 
-def _check(parser: ArgumentParser, settings: dict[str, Any], whole: bool) -> None:
+def _check(parsers: dict[str, ArgumentParser], settings: dict[str, Any], whole: bool) -> None:
     """Raise ``ConfigError`` for a setting that is unknown, null or of another type, or, of the whole, missing."""
     for name, value in settings.items():
         if name in CLASS_SECTIONS:
             arguments = value.get("init_args") or {}
-            _check_all(actions(parser, f"{name}.init_args"), arguments, name, short(value["class_path"]), whole)
+            _check_all(actions(parsers[name], f"{name}.init_args"), arguments, name, short(value["class_path"]), whole)
         elif name in GROUPS:
-            _check_all(actions(parser, name), value, name, name, whole)
+            _check_all(actions(parsers[name], name), value, name, name, whole)
         elif name not in PLAIN:
-            outside = [f"{group}.{key}" for group in GROUPS for key in actions(parser, group)]
+            outside = [f"{group}.{key}" for group in GROUPS for key in actions(parsers[group], group)]
             full = ".".join([name, *list(value)[:1]]) if isinstance(value, dict) else name
             raise ConfigError(no_setting(full, [*CLASS_SECTIONS, *outside, *PLAIN]))
         elif value is None and PLAIN[name][1] is not None:
@@ -226,8 +240,11 @@ def _check_made(name: str, given: object) -> None:
 
 def _check_type(key: str, kind: Any, value: Any) -> None:
     """Raise ``ConfigError`` for a value that jsonargparse does not take for one of that type."""
+    if (kind, repr(value)) in _FITTING:
+        return
     try:
         _alone(kind).parse_object({"it": value})
+        _FITTING.add((kind, repr(value)))
     except ArgumentError:
         found = imported(value)[0] if isinstance(value, str) and "." in value else None
         if any(one is Callable or (isinstance(one, type) and is_class(found, one)) for _, one in alternatives(kind)):
