@@ -36,6 +36,7 @@ def test_tau_is_scipys_where_there_are_no_ties() -> None:
         assert tau(measure, gap).value == pytest.approx(kendalltau(measure, gap).statistic)
     assert (tau([1, 1, 2], [1, 2, 3]).ties, tau([1, 1, 2], [1, 2, 3]).value) == (1, 2 / 3)
     assert math.isnan(tau([1], [1]).value)
+    assert (tau([math.inf, math.inf, 1], [2, 3, 1]).ties, tau([math.inf, math.inf, 1], [2, 3, 1]).value) == (1, 2 / 3)
 
 
 def test_psi_by_hand() -> None:
@@ -63,6 +64,20 @@ def test_psi_by_hand() -> None:
     assert granulated([1, 2], [1, 2], {"lr": [1, 1]})["lr"] is math.nan
 
 
+def test_what_is_no_axis_is_fixed_too_but_not_where_it_is_a_part_of_the_axis() -> None:
+    """Of 2 x 2 runs with μ = 10 depth + lr and gap = 10 depth - lr, τ is -1 along lr, whether or not depth is an axis."""
+    lr, depth = [1, 2, 1, 2], [1, 1, 2, 2]
+    measure = [10 * d + x for x, d in zip(lr, depth, strict=True)]
+    gap = [10 * d - x for x, d in zip(lr, depth, strict=True)]
+    assert granulated(measure, gap, {"lr": lr, "depth": depth})["lr"] == -1
+    assert granulated(measure, gap, {"lr": lr}, {"depth": depth}) == {"lr": -1}
+    periods = [8, 16, None, None]  # which the second of two methods does not have
+    methods = ["a", "a", "b", "b"]
+    assert granulated(measure, gap, {"method": methods}, {"method.period": periods}) == {"method": 1}
+    # Along lr runs of one period are compared, and those of none.
+    assert granulated(measure, gap, {"lr": lr}, {"method.period": periods}) == {"lr": -1}
+
+
 def test_conditional_information_by_definition() -> None:
     """min over S of I(V_μ; V_gap | U_S) / H(V_gap | U_S), from counts over ordered pairs of 8 runs."""
     axes = {"a": [0, 0, 0, 0, 1, 1, 1, 1], "b": [0, 1, 0, 1, 0, 1, 0, 1]}
@@ -84,11 +99,25 @@ def test_conditional_information_by_definition() -> None:
         information = entropy(0, 1) + entropy(0, 2) - entropy(0) - entropy(0, 1, 2)
         return information / (entropy(0, 2) - entropy(0))
 
-    expected = min(told(), told("a"), told("b"), told("a", "b"))
-    assert conditional_information(measure, gap, axes) == pytest.approx(expected)
+    expected = min(told(), told("a"), told("b"))
+    assert conditional_information(measure, gap, {**axes, "c": [0, 0, 1, 1, 0, 0, 1, 1]}) == pytest.approx(
+        min(expected, told("a", "b"))
+    )
     assert conditional_information(measure, measure, axes) == 1.0
     assert conditional_information(measure, [-m for m in measure], axes) == 1.0  # it tells as much
-    assert conditional_information([1] * 8, gap, axes) == 0.0
+
+
+def test_what_a_measure_does_not_tell() -> None:
+    """It says nothing where it ties, and nothing is asked of it in pairs that differ in no axis, as those of seeds."""
+    axes = {"width": [1, 1, 2, 2], "lr": [1, 2, 1, 2]}
+    assert conditional_information([1, 1, 1, 1], [1, 2, 3, 4], axes) == 0.0
+    assert conditional_information([1, 1, 2, 2], [1, 2, 3, 4], axes) == 0.0  # given the width
+    assert conditional_information([1, 1, 2, 2], [1, 2, 3, 4], axes, most=0) == pytest.approx(4 / 6)
+    seeds = {axis: [*values, *values] for axis, values in axes.items()}
+    measure = [1, 2, 3, 4, 1.2, 2.2, 3.2, 4.2]
+    gap = [10, 20, 30, 40, 9, 19, 29, 39]  # a second seed turns both round
+    assert conditional_information(measure, gap, seeds) == 1.0
+    assert math.isnan(conditional_information([1, 2], [1, 2], {"lr": [1, 1]}))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -185,7 +214,7 @@ def test_norms_of_two_layers() -> None:
     assert found["ratios"] == 5
     assert found["mean"] == pytest.approx(2 * 6)
     assert found["mean_over_margin"] == pytest.approx(2 * 6 / 0.5)
-    assert math.isnan(of_products([4.0], [4.0], margin=-1)["product_over_margin"])
+    assert of_products([4.0], [4.0], margin=-1)["product_over_margin"] == math.inf
     assert all(map(math.isnan, of_products([4.0, 0.0], [4.0, 1.0], margin=1).values()))  # a layer that died
 
 
@@ -213,7 +242,9 @@ def test_bounds_are_their_formulas() -> None:
         for a, b in zip(w, start, strict=True)
     ]
     assert aware_bound(size, w, start, norm, 50, added) == pytest.approx(sum(each) + math.log(50 / size) + 10)
-    assert math.isnan(bounds(math.inf, 1.0, 1, 1.0))
+    for size, limit in ((0.0, math.inf), (math.inf, -math.inf), (math.nan, math.nan)):
+        for found in (bounds(size, 1.0, 1, 1.0), aware_bound(size, w, start, norm, 50, added)):
+            assert found == pytest.approx(limit, nan_ok=True)
 
 
 def test_every_measure_of_a_linear_network_in_closed_form() -> None:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..comm import Communicator
 from ..errors import ConfigError, require, wrong
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Beside a run.
 FILE = "measures.json"
+#: How settings begin that say where a run was made and what was kept and seen of it.
+_ASIDE = ("backend", "compile", "data.path", "device", "eval.", "log.", "save.")
 
 
 def measures(words: list[str], slot: Slot) -> None:
@@ -62,7 +64,11 @@ def measures(words: list[str], slot: Slot) -> None:
     kept = [record for record in records if _is_trained(record, options.trained_to)]
     if len(kept) < 2:
         raise ConfigError(f"runs are {len(kept)} of {len(records)} that are finished and trained: must be 2 or more")
-    axes, left_out = _axes(options.axes, kept)
+    if len(metrics := {record.metric for record in kept}) > 1:
+        raise ConfigError(
+            f"runs are judged by {' and '.join(sorted(metrics))}: must be one metric, whose gap is ranked"
+        )
+    grid = _grid(options.axes, kept)
     configs = [finished_config(record.path, program, options.backend, options.data_path) for record in kept]
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
     first_line = backend_line(configs[0], slot)
@@ -82,17 +88,15 @@ def measures(words: list[str], slot: Slot) -> None:
             gaps = [float(record.status["gap"]) for record in kept]
             from ..generalisation.ranking import ranked
 
-            rankings = ranked([one["values"] for one in found], gaps, axes, options.seed)
-            print(_table(rankings, len(records), len(kept), axes, found))
-            if left_out:
-                print(wrapped(f"- no axes, as not all runs have them: {', '.join(left_out)}", 120, "", "  "))
+            rankings = ranked([one["values"] for one in found], gaps, grid.axes, grid.others, options.seed)
+            print(_table(rankings, len(records), grid, found))
             if options.csv is not None:
-                _write_csv(options.csv, kept, found, gaps, axes)
+                _write_csv(options.csv, kept, found, gaps, {**grid.axes, **grid.others})
                 print(f"\ntable   {options.csv}")
             if options.figure is not None:
                 from ..report.ranking import draw
 
-                draw(rankings, options.figure, f"{len(kept)} runs; axes {', '.join(axes)}")
+                draw(rankings, options.figure, f"{len(kept)} runs; axes {', '.join(grid.axes)}")
                 print(f"figure  {options.figure}")
 
 
@@ -104,31 +108,61 @@ def _is_trained(record: RunRecord, most: float) -> bool:
     return math.isfinite(gap) and loss <= most
 
 
-def _axes(given: str | None, records: Sequence[RunRecord]) -> tuple[dict[str, list[str]], list[str]]:
-    """The value of each axis, of each run; and the settings that could be axes if all runs had them."""
-    settings = [settings_of(record) for record in records]
+class _Grid(NamedTuple):
+    """What runs differ in.
+
+    Attributes:
+        axes: the value of each axis, of each run.
+        others: likewise of all other settings in which runs differ; None where a run does not have it.
+        notes: of what is no axis.
+    """
+
+    axes: dict[str, list[str | None]]
+    others: dict[str, list[str | None]]
+    notes: list[str]
+
+
+def _grid(given: str | None, records: Sequence[RunRecord]) -> _Grid:
+    """The axes that were given, or all settings in which runs differ and that all of them have."""
+    settings = [{k: v for k, v in settings_of(one).items() if not k.startswith(_ASIDE)} for one in records]
     keys = dict.fromkeys(key for one in settings for key in one)
-    differing = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
-    # What not all runs have is a setting of their methods, which are an axis by themselves.
-    common = [key for key in differing if all(key in one for one in settings)]
-    names = common if given is None else given.split(",")
-    if missing := [name for name in names if name not in differing]:
+    values = {key: [str(one[key]) if key in one else None for one in settings] for key in keys}
+    differing = {key: column for key, column in values.items() if len(set(column)) > 1}
+    if missing := [name for name in (given or "").split(",") if given is not None and name not in differing]:
         raise wrong("axes", missing[0], f"must be among the settings in which runs differ: {', '.join(differing)}")
-    left_out = [key for key in differing if key not in common] if given is None else []
-    return {name: [str(one.get(name)) for one in settings] for name in names}, left_out
+    names = list(differing) if given is None else given.split(",")
+    axes: dict[str, list[str | None]] = {}
+    others: dict[str, list[str | None]] = {}
+    notes: list[str] = []
+    alike: dict[tuple[int, ...], str] = {}
+    for key in sorted(differing, key=lambda key: key not in names):  # those that may be axes first
+        column = differing[key]
+        first = alike.setdefault(tuple(map(column.index, column)), key)
+        if first != key:
+            notes.append(f"{key} goes with {first}: one axis")
+        elif key not in names:
+            others[key] = column
+        elif None in column and given is None:
+            # What not all runs have is a setting of their methods, which are an axis by themselves.
+            others[key] = column
+            notes.append(f"{key} is no axis, as not all runs have it")
+        else:
+            axes[key] = column
+    return _Grid(axes, others, notes)
 
 
 def _measured(run: FinishedRun, options: Any, comm: Communicator) -> dict[str, Any]:
     """A run's measures, written beside it."""
     from ..generalisation import measures as measure
 
-    how = {key: getattr(options, key) for key in ("examples", "bound", "seed")}
+    of = len(run.splits.train)
+    how = {key: getattr(options, key) for key in ("examples", "bound", "seed")} | {"of": of}
     place = run.run / FILE
     there = (read_object(place) or {}) if comm.rank == 0 else {}
     told = json.dumps(there if there.get("how") == how else {})
     known: dict[str, Any] = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
     if known:
-        return known
+        return {**known, "values": {name: float(value) for name, value in known["values"].items()}}
     run.put(CENTER)
     found = measure(
         run.model,
@@ -141,43 +175,70 @@ def _measured(run: FinishedRun, options: Any, comm: Communicator) -> dict[str, A
         options.seed,
     )
     known = {"how": how, **dataclasses.asdict(found)}
+    # JSON has no infinity, and what is not a number is one of its words elsewhere only.
+    values = {name: value if math.isfinite(value) else str(value) for name, value in found.values.items()}
     if comm.rank == 0:
-        write_atomically(place, json.dumps(known, indent=1) + "\n")
+        write_atomically(place, json.dumps({**known, "values": values}, indent=1) + "\n")
     return known
 
 
-def _table(
-    rankings: Sequence[Ranking],
-    runs: int,
-    kept: int,
-    axes: Mapping[str, Sequence[str]],
-    found: Sequence[dict[str, Any]],
-) -> str:
+def _table(rankings: Sequence[Ranking], runs: int, grid: _Grid, found: Sequence[dict[str, Any]]) -> str:
     from ..generalisation import NUMBERS
-    from ..generalisation.ranking import LECTURE, ORACLE_NOISE
+    from ..generalisation.ranking import LECTURE, ORACLE_DRAWS, ORACLE_NOISE
     from ..report.table import aligned
 
-    head = ["measure", "number", "tau", "pairs", "ties", "Psi", "worst axis", "information", "lecture: tau", "Psi"]
-    grid = [head]
+    axes = grid.axes
+    head = [
+        "measure",
+        "number",
+        "runs",
+        "tau",
+        "pairs",
+        "ties",
+        "Psi",
+        "worst axis",
+        "information",
+        "lecture: tau",
+        "Psi",
+    ]
+    rows = [head]
     for one in rankings:
         known = {axis: value for axis, value in one.along.items() if not math.isnan(value)}
         worst = min(known, key=lambda axis: known[axis], default=None)
         lecture = LECTURE.get(one.name)
-        grid.append(
+        rows.append(
             [
                 one.name.replace("_", " "),
                 NUMBERS.get(one.name, "-"),
+                f"{len(found) - one.left_out}",
                 _signed(one.tau),
                 f"{one.pairs:,}",
                 f"{one.ties:,}",
                 _signed(one.psi),
                 "-" if worst is None else f"{worst} {_signed(known[worst])}",
-                f"{one.information:.3f}",
+                "-" if math.isnan(one.information) else f"{one.information:.3f}",
                 *(("-", "-") if lecture is None else map(_signed, lecture)),
             ]
         )
-    notes = [f"{kept} of {runs} runs; axes {', '.join(axes)}", f"oracle: the gap with noise of {ORACLE_NOISE:g}"]
+    how = found[0]["how"]
+    of = sorted({min(one["how"]["examples"] or one["how"]["of"], one["how"]["of"]) for one in found})
+    losses = [one["values"]["cross_entropy"] for one in found]
+    notes = [
+        f"{len(found)} of {runs} runs; axes {', '.join(axes)}",
+        f"on {' and '.join(f'{n:,}' for n in of)} training examples, to a cross-entropy of {min(losses):.3g} to "
+        f"{max(losses):.3g} there; under noise an error of {how['bound']:g} at most",
+        f"oracle: the gap with noise of {ORACLE_NOISE:g}, mean of {ORACLE_DRAWS} draws",
+        *grid.notes,
+    ]
+    if empty := [axis for axis in axes if all(math.isnan(one.along[axis]) for one in rankings)]:
+        notes.append(f"no two runs differ in one of these alone: {', '.join(empty)}")
     notes += [f"{one.name.replace('_', ' ')}: not defined for {one.left_out} runs" for one in rankings if one.left_out]
+    notes += [
+        f"{name.replace('_', ' ')}: {text} ({count} runs)"
+        for name in dict.fromkeys(name for one in found for name in one["values"] if name.endswith("_size"))
+        for limit, text in ((0.0, "0, as the error is larger under the least noise"), (math.inf, "without end"))
+        if (count := sum(one["values"].get(name) == limit for one in found))
+    ]
     for kind in ("notes", "left_out"):
         texts = dict.fromkeys(text for run in found for text in _texts(run[kind]))
         notes += [f"{text} ({sum(text in _texts(run[kind]) for run in found)} runs)" for text in texts]
@@ -186,7 +247,7 @@ def _table(
         [one.name.replace("_", " "), *(_signed(one.along.get(axis, math.nan)) for axis in axes)] for one in rankings
     ]
     told = (wrapped(f"- {note}", 120, "", "  ") for note in notes)
-    return "\n".join(["", *aligned(grid), "", *aligned(along), "", *told])
+    return "\n".join(["", *aligned(rows), "", *aligned(along), "", *told])
 
 
 def _texts(told: Any) -> list[str]:
@@ -202,15 +263,15 @@ def _write_csv(
     records: Sequence[RunRecord],
     found: Sequence[dict[str, Any]],
     gaps: Sequence[float],
-    axes: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Sequence[str | None]],
 ) -> None:
     names = list(dict.fromkeys(name for one in found for name in one["values"]))
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["run", *axes, "gap", *names])
+            writer.writerow(["run", *settings, "gap", *names])
             for number, (record, one) in enumerate(zip(records, found, strict=True)):
-                places = [places[number] for places in axes.values()]
+                places = [column[number] for column in settings.values()]
                 writer.writerow([record.path, *places, gaps[number], *(one["values"].get(name, "") for name in names)])
     except OSError as error:
         raise ConfigError(f"the table {path} cannot be written: {error.strerror}") from error

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
-#: Of each run the value of each axis.
+#: Of each run the value of each axis; None where it has none.
 Axes = Mapping[str, Sequence[object]]
 
 
@@ -37,15 +34,24 @@ def tau(measure: Sequence[float], gap: Sequence[float]) -> Tau:
         >>> tau([1, 2, 3], [1, 3, 2])
         Tau(value=0.3333333333333333, pairs=3, ties=0)
     """
-    products = [product for _, _, product in _products(measure, gap)]
+    products = [x * y for _, _, x, y in _pairs(measure, gap)]
     value = sum(products) / len(products) if products else math.nan
     return Tau(value, len(products), products.count(0))
 
 
-def granulated(measure: Sequence[float], gap: Sequence[float], axes: Axes) -> dict[str, float]:
-    """τ along each axis: the mean over the cells in which all other axes are fixed; NaN for an axis without pairs.
+def granulated(
+    measure: Sequence[float], gap: Sequence[float], axes: Axes, others: Axes | None = None
+) -> dict[str, float]:
+    """τ along each axis: the mean over the cells in which all else is fixed; NaN for an axis without pairs.
 
     Pairs of runs that do not differ in the axis (of two seeds, say) do not count. The mean of all is Ψ.
+
+    Args:
+        measure: of each run.
+        gap: likewise.
+        axes: along which to compare.
+        others: that are fixed too. One that not all runs have (None) is not fixed along the axis that it is part of: a
+            method's period, where methods are compared.
 
     Source: Jiang et al., equation 5 and 6.
 
@@ -56,13 +62,17 @@ def granulated(measure: Sequence[float], gap: Sequence[float], axes: Axes) -> di
     """
     found = {}
     for axis in axes:
+        fixed = [values for other, values in axes.items() if other != axis]
+        for other, values in (others or {}).items():
+            if None not in values or not other.startswith(f"{axis}."):
+                fixed.append(values)
         cells: dict[tuple[object, ...], list[int]] = {}
         for run in range(len(measure)):
-            cells.setdefault(tuple(axes[other][run] for other in axes if other != axis), []).append(run)
+            cells.setdefault(tuple(values[run] for values in fixed), []).append(run)
         taus = []
         for runs in cells.values():
-            pairs = _products([measure[r] for r in runs], [gap[r] for r in runs])
-            along = [product for a, b, product in pairs if axes[axis][runs[a]] != axes[axis][runs[b]]]
+            pairs = _pairs([measure[r] for r in runs], [gap[r] for r in runs])
+            along = [x * y for a, b, x, y in pairs if axes[axis][runs[a]] != axes[axis][runs[b]]]
             if along:
                 taus.append(sum(along) / len(along))
         found[axis] = sum(taus) / len(taus) if taus else math.nan
@@ -78,33 +88,35 @@ def psi(along: Mapping[str, float]) -> float:
 def conditional_information(measure: Sequence[float], gap: Sequence[float], axes: Axes, most: int = 2) -> float:
     """The least over sets S of at most ``most`` axes of I(V_μ; V_gap | U_S) / H(V_gap | U_S).
 
-    V are the signs of the differences in pairs of runs that agree in the axes S, U_S their values there; ties are
-    dropped, each pair counts in both orders, and entropies are those of the frequencies. 0 where nothing is known.
+    V are the signs of the differences in pairs of runs that differ in some axis and agree in the axes S, U_S their
+    values there. Pairs with one gap are dropped, each pair counts in both orders, and entropies are those of the
+    frequencies: where the measure ties it says nothing. NaN without a pair.
 
-    Source: Jiang et al., section 2.2.3.
+    Source: Jiang et al., section 2.2.3. (The competition of the same authors on predicting generalisation scores
+    otherwise: it keeps pairs that differ in S.)
 
     Example:
         >>> axes = {"lr": [1, 2, 1, 2], "depth": [1, 1, 2, 2]}
         >>> conditional_information([1, 2, 3, 4], [10, 20, 30, 40], axes)
         1.0
     """
-    signs = [(a, b, product) for a, b, product in _products(measure, gap) if product]
-    least = math.inf
+    places = list(zip(*axes.values(), strict=True)) or [()] * len(measure)
+    signs = [(a, b, x * y) for a, b, x, y in _pairs(measure, gap) if y and places[a] != places[b]]
+    least = math.nan
     for size in range(most + 1):
-        for chosen in combinations(axes, size):
-            counts: dict[tuple[object, ...], list[int]] = {}
+        for chosen in combinations(range(len(axes)), size):
+            counts: dict[tuple[object, ...], Counter[int]] = {}
             for a, b, product in signs:
-                values = tuple(axes[axis][a] for axis in chosen)
-                if values == tuple(axes[axis][b] for axis in chosen):
-                    counts.setdefault(values, [0, 0])[int(product > 0)] += 1
-            total = sum(map(sum, counts.values()))
-            if not total:
+                values = tuple(places[a][axis] for axis in chosen)
+                if values == tuple(places[b][axis] for axis in chosen):
+                    counts.setdefault(values, Counter())[product] += 1
+            if not (total := sum(pair.total() for pair in counts.values())):
                 continue
-            # In both orders V_gap is 1 as often as -1, so that H(V_gap | U_S) is one bit, and what V_μ says of it is
-            # one bit less the entropy of whether they agree.
-            told = sum(sum(pair) / total * (1 - _entropy(pair)) for pair in counts.values())
-            least = min(least, told)
-    return 0.0 if least == math.inf else least
+            # In both orders V_gap is 1 as often as -1, so that H(V_gap | U_S) is one bit. Of it V_μ says, where it is
+            # not 0, one bit less the entropy of whether they agree.
+            told = sum((pair[1] + pair[-1]) / total * (1 - _entropy((pair[1], pair[-1]))) for pair in counts.values())
+            least = told if math.isnan(least) else min(told, least)
+    return least
 
 
 def _entropy(counts: Sequence[int]) -> float:
@@ -113,8 +125,11 @@ def _entropy(counts: Sequence[int]) -> float:
     return -sum(share * math.log2(share) for share in shares)
 
 
-def _products(measure: Sequence[float], gap: Sequence[float]) -> Iterator[tuple[int, int, int]]:
-    """Of each pair of runs: which, and the product of the signs of their differences."""
+def _pairs(measure: Sequence[float], gap: Sequence[float]) -> Iterator[tuple[int, int, int, int]]:
+    """Of each pair of runs: which, and the signs of their differences in the measure and the gap (0 for ∞ and ∞)."""
+
+    def sign(x: float, y: float) -> int:
+        return int(x > y) - int(x < y)
+
     for a, b in combinations(range(len(measure)), 2):
-        signs = np.sign(measure[a] - measure[b]), np.sign(gap[a] - gap[b])
-        yield a, b, int(signs[0] * signs[1])
+        yield a, b, sign(measure[a], measure[b]), sign(gap[a], gap[b])

@@ -61,12 +61,29 @@ NUMBERS = {
 }
 
 
+#: Activations for which a network with its weights squared sums over no paths.
+_BENT = (
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Tanh,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Mish,
+    nn.ELU,
+    nn.Softplus,
+)
+
+
 @dataclass
 class Measured:
     """What was found.
 
     Attributes:
-        values: by name; NaN where a measure is not defined (a margin that is negative, say).
+        values: by name; where a margin is not positive, or a network errs too much without noise, what is over the
+            margin or the noise is infinite, and NaN where a measure is not defined (a layer that is zero).
         left_out: by name, why a measure cannot be computed.
         notes: what a row has to say beside, such as BatchNorm that stays.
     """
@@ -128,10 +145,13 @@ def measures(
     values |= _of_outputs(ones)
     values |= _of_weights(own, first, values["margin"], tuple(one.shape[1:]))
     values["path_norm"] = path_norm(folded.model, tuple(one.shape[1:]))
-    margin = values["margin"]
-    values["path_norm_over_margin"] = values["path_norm"] / margin**2 if margin > 0 else math.nan
+    values["path_norm_over_margin"] = values["path_norm"] * values["inverse_margin"]
     values["fisher_rao"] = (len(own) + 1) ** 2 * _fisher_rao(ones)
-    values |= _of_noise(ones, errors, own, first, bound, seed)
+    values |= _of_noise(ones, errors, own, first, bound, seed, len(examples))
+    if bent := [name for name, module in folded.model.named_modules() if isinstance(module, _BENT)]:
+        found.notes.append(
+            f"path_norm is no sum over paths, as activations are not linear on either side of 0: {', '.join(bent)}"
+        )
     if start is None:
         why = "the initial weights are not known"
         for name in NUMBERS:
@@ -154,8 +174,8 @@ def _of_outputs(ones: Objective) -> dict[str, float]:
             (
                 -logs.gather(1, target[:, None]).sum(),
                 (logits.argmax(1) != target).sum(),
-                -(logs.exp() * logs).sum(),
-                torch.tensor(float(count), dtype=torch.float64),
+                torch.special.entr(logs.exp()).sum(),
+                logits.new_tensor(count),
             )
         ).cpu()
     ones.comm.allreduce(sums, "evaluate").wait()
@@ -170,7 +190,7 @@ def _of_outputs(ones: Objective) -> dict[str, float]:
         "training_error": float(sums[1] / sums[3]),
         "entropy": float(sums[2] / sums[3]),
         "margin": margin,
-        "inverse_margin": 1 / margin**2 if margin > 0 else math.nan,
+        "inverse_margin": 1 / margin**2 if margin > 0 else math.inf,
     }
 
 
@@ -227,17 +247,21 @@ def _fisher_rao(ones: Objective) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what torch itself loads for its first jvp
             slopes: Tensor = jvp(each, (given,), (given,))[1]
-        sums += torch.stack(
-            (slopes.double().square().sum(), torch.tensor(float(len(slopes)), dtype=torch.float64))
-        ).cpu()
+        sums += torch.stack((slopes.double().square().sum(), slopes.new_tensor(len(slopes)).double())).cpu()
     ones.comm.allreduce(sums, "evaluate").wait()
     return float(sums[0] / sums[1])
 
 
 def _of_noise(
-    ones: Objective, errors: Objective, own: list[Layer], first: list[Layer] | None, bound: float, seed: int
+    ones: Objective,
+    errors: Objective,
+    own: list[Layer],
+    first: list[Layer] | None,
+    bound: float,
+    seed: int,
+    examples: int,
 ) -> dict[str, float]:
-    examples, w = ones.examples, ones.vector.data.double()
+    w = ones.vector.data.double()
     start = torch.cat([one.weight.double().flatten() for one in first]) if first is not None else torch.zeros_like(w)
     inside = torch.cat([one.weight.double().flatten() for one in own])
     norms = {"orig": float(inside.square().sum())}
@@ -264,4 +288,4 @@ def _of_noise(
 
 
 def _inverse(size: float) -> float:
-    return math.nan if size == 0 else 0.0 if size == math.inf else 1 / size**2
+    return 1 / size**2 if size else math.inf

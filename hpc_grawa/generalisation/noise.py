@@ -31,8 +31,8 @@ class Largest:
     """The largest size of a disturbance at which a network still errs no more than it may.
 
     Attributes:
-        size: σ or α; 0 where it errs more without any, infinite where it never does.
-        tolerance: within what share of it the true one lies.
+        size: σ or α; 0 where it errs more without any, infinite where it never does, NaN where that cannot be found.
+        tolerance: how far the search is from its end, as a share of the size; what draws of noise add is beside it.
     """
 
     size: float
@@ -120,16 +120,19 @@ def worst(losses: Objective, bound: float, aware: bool, near: float = math.nan, 
     """
     at = losses.vector.data.clone()
     wrong = Errors()
+    before, first = losses.gradient(at, wrong)
+    if not bool(first.any()):  # of so sure a network that the loss is 0 in its precision
+        return Largest(math.nan, math.nan)
 
     def error(size: float) -> float:
         box = size * at.abs() + EPSILON if aware else torch.full_like(at, size)
-        u, most = torch.zeros_like(at), 0.0
-        for _ in range(steps + 1):
+        u, most, gradient = torch.zeros_like(at), before, first
+        for _ in range(steps if size or aware else 0):
+            u = torch.clamp(u + 0.2 * box * gradient.sign().to(u), -box, box)
             one, gradient = losses.gradient(at + u, wrong)
             most = max(most, one)
-            if most > bound or (not size and not aware):
+            if most > bound:
                 break
-            u = torch.clamp(u + 0.2 * box * gradient.sign().to(u), -box, box)
         return most
 
     return largest(error, bound, near)
@@ -138,8 +141,13 @@ def worst(losses: Objective, bound: float, aware: bool, near: float = math.nan, 
 def bounds(size: float, distance: float, examples: int, scale: float) -> float:
     """‖·‖²/(scale·size²) + ln(m/size) + 10: measures 48, 49 (scale 4) and 51, 52 (4/ln 2ω) of Jiang et al."""
     if not 0 < size < math.inf:
-        return math.nan
+        return _limit(size)
     return distance / (scale * size**2) + math.log(examples / size) + 10
+
+
+def _limit(size: float) -> float:
+    """Of a bound where the size is 0, ∞ or NaN."""
+    return math.nan if math.isnan(size) else -math.inf if size else math.inf
 
 
 def aware_bound(size: float, w: Tensor, start: Tensor, norm: float, examples: int, added: float) -> float:
@@ -152,11 +160,11 @@ def aware_bound(size: float, w: Tensor, start: Tensor, norm: float, examples: in
         w: all weights ``[ω]``.
         start: w⁰ ``[ω]``.
         norm: ‖w - w⁰‖², or ‖w‖² (orig).
-        examples: m.
+        examples: m, of the training set.
         added: beside size².
     """
     if not 0 < size < math.inf:
-        return math.nan
+        return _limit(size)
     above = EPSILON**2 + (size**2 + added) * norm / len(w)
     below = EPSILON**2 + size**2 * (w - start).double().square()
     return float(0.25 * (math.log(above) - below.log()).sum()) + math.log(examples / size) + 10

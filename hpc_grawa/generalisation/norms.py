@@ -6,10 +6,8 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -85,13 +83,11 @@ def operator_norm(layer: Layer, tolerance: float = 1e-6, most: int = 500, weight
         return float(torch.linalg.matrix_norm(weight, 2))
     module = layer.module
     assert isinstance(module, _CONVOLUTIONS)
-    convolve = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[type(module)]
-    options: Any = (None, module.stride, module.padding, module.dilation, module.groups)
     x = torch.randn(1, *layer.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(weight.device)
     norm = 0.0
     for _ in range(most):
         x = (x / x.norm()).requires_grad_()
-        y: Tensor = convolve(x, weight, *options)
+        y: Tensor = module._conv_forward(x, weight, None)  # as it pads
         before, norm = norm, float(y.detach().norm())
         (back,) = torch.autograd.grad(y, x, y.detach())  # KᵀK x
         x = back
@@ -135,7 +131,7 @@ def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: fl
         margin: γ.
 
     Returns:
-        NaN for what is not defined: over a margin that is not positive, or where a layer is zero.
+        Infinite over a margin that is not positive; NaN where a layer is zero.
     """
     if min(squares) <= 0:
         return dict.fromkeys(
@@ -143,7 +139,7 @@ def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: fl
         )
     log_product = sum(map(math.log, squares))
     ratios = sum(f / s for f, s in zip(frobenius, squares, strict=True))
-    over_margin = log_product - 2 * math.log(margin) if margin > 0 else math.nan
+    over_margin = log_product - 2 * math.log(margin) if margin > 0 else math.inf
     d = len(squares)
     return {
         "product": log_product,

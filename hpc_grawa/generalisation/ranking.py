@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .correlation import conditional_information, granulated, psi, tau
+from .correlation import Axes, conditional_information, granulated, psi, tau
 from .measures import NUMBERS
 
-#: Standard deviation of the noise on the gap that the oracle sees.
-ORACLE_NOISE = 0.02
+#: Standard deviation of the noise on the gap that the oracle sees, and of how many draws of it the mean is shown.
+ORACLE_NOISE, ORACLE_DRAWS = 0.02, 10
 #: τ over all and Ψ of the lecture's table.
 LECTURE = {
     "vc_dimension": (-0.251, -0.154),
@@ -43,7 +43,7 @@ class Ranking(NamedTuple):
         ties: of them those that are equal in it or in the gap.
         along: τ along each axis.
         psi: the mean of these.
-        information: the conditional mutual information.
+        information: the conditional mutual information; NaN without a pair.
         left_out: runs without the measure.
     """
 
@@ -58,21 +58,36 @@ class Ranking(NamedTuple):
 
 
 def ranked(
-    found: Sequence[Mapping[str, float]], gaps: Sequence[float], axes: Mapping[str, Sequence[str]], seed: int
+    found: Sequence[Mapping[str, float]], gaps: Sequence[float], axes: Axes, others: Axes | None = None, seed: int = 0
 ) -> list[Ranking]:
-    """How well each measure ranks the runs by their gap, and at the end an oracle that sees the gap with noise."""
-    noisy = np.array(gaps) + ORACLE_NOISE * np.random.default_rng(seed).normal(size=len(gaps))
+    """How well each measure ranks the runs by their gap, and at the end an oracle that sees the gap with noise.
+
+    Args:
+        found: of each run its measures by name; one that it has not, or that is NaN, leaves it out.
+        gaps: of each run.
+        axes: that span the grid.
+        others: settings in which runs differ beside.
+        seed: of the oracle's noise.
+    """
     names = [name for name in NUMBERS if any(name in one for one in found)]
     columns = {name: [one.get(name, math.nan) for one in found] for name in names}
-    rankings = []
-    for name, column in {**columns, "oracle": noisy.tolist()}.items():
-        runs = [run for run, value in enumerate(column) if not math.isnan(value)]
-        values, own = [column[run] for run in runs], [gaps[run] for run in runs]
-        inside = {axis: [places[run] for run in runs] for axis, places in axes.items()}
-        over_all, along = tau(values, own), granulated(values, own, inside)
-        information = conditional_information(values, own, inside)
-        left_out = len(column) - len(runs)
-        rankings.append(
-            Ranking(name, over_all.value, over_all.pairs, over_all.ties, along, psi(along), information, left_out)
-        )
-    return rankings
+    rankings = [_ranking(name, column, gaps, axes, others or {}) for name, column in columns.items()]
+    noise = ORACLE_NOISE * np.random.default_rng(seed).normal(size=(ORACLE_DRAWS, len(gaps)))
+    draws = [_ranking("oracle", (np.array(gaps) + one).tolist(), gaps, axes, others or {}) for one in noise]
+
+    def mean(of: Callable[[Ranking], float]) -> float:
+        return float(np.mean([of(one) for one in draws]))
+
+    along = {axis: mean(lambda one, axis=axis: one.along[axis]) for axis in axes}  # type: ignore[misc]
+    tau, psi, information = mean(lambda one: one.tau), mean(lambda one: one.psi), mean(lambda one: one.information)
+    return [*rankings, draws[0]._replace(tau=tau, along=along, psi=psi, information=information)]
+
+
+def _ranking(name: str, column: Sequence[float], gaps: Sequence[float], axes: Axes, others: Axes) -> Ranking:
+    runs = [run for run, value in enumerate(column) if not math.isnan(value)]
+    values, own = [column[run] for run in runs], [gaps[run] for run in runs]
+    inside, beside = ({key: [places[run] for run in runs] for key, places in some.items()} for some in (axes, others))
+    over_all, along = tau(values, own), granulated(values, own, inside, beside)
+    information = conditional_information(values, own, inside)
+    left_out = len(column) - len(runs)
+    return Ranking(name, over_all.value, over_all.pairs, over_all.ties, along, psi(along), information, left_out)

@@ -16,7 +16,7 @@ _LINE = 110
 
 
 def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
-    """Draw τ, Ψ and the τ along each axis of every measure, the best above.
+    """Draw τ, Ψ and the τ along each axis of every measure that has one, the best above.
 
     Args:
         rankings: of the measures.
@@ -26,7 +26,8 @@ def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    shown = sorted(rankings, key=lambda one: one.psi if not math.isnan(one.psi) else one.tau)
+    known = [one for one in rankings if not math.isnan(one.tau)]
+    shown = sorted(known, key=lambda one: one.psi if not math.isnan(one.psi) else one.tau)
     height = _ROW * len(shown) + _EDGES
     with saved_figure(path, (_WIDTH, height)) as figure:
         axes = figure.add_axes((0.27, 0.62 / height, 0.7, 1 - _EDGES / height))
@@ -38,7 +39,7 @@ def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
         axes.plot([one.psi for one in shown], rows, "D", color=COLOURS[0], markersize=5, label="Ψ, mean over axes")
         axes.plot([], [], "|", color=FAINT, markersize=8, label="τ along one axis")
         axes.axvline(0, color=FAINT, linewidth=0.8)
-        axes.set_yticks(rows, [drawable(one.name.replace("_", " ")) for one in shown])
+        axes.set_yticks(rows, [drawable(_label(one)) for one in shown])
         axes.set(xlim=(-1.05, 1.05), ylim=(-0.7, len(shown) - 0.3))
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
@@ -50,3 +51,8 @@ def draw(rankings: Sequence[Ranking], path: Path, setting: str) -> None:
         figure.text(0.02, 1 - 0.3 / height, "What foretells the gap", size=13, weight="bold", color=INK, va="center")
         told = fill(drawable(setting), _LINE, max_lines=2, placeholder=" ...")
         figure.text(0.02, 1 - 0.5 / height, told, size=10, color=FAINT, va="top", linespacing=1.4)
+
+
+def _label(one: Ranking) -> str:
+    name = one.name.replace("_", " ")
+    return f"{name} (not of {one.left_out} runs)" if one.left_out else name
