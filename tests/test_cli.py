@@ -410,6 +410,22 @@ def test_runs_train_where_no_extra_is_installed(tmp_path: Path) -> None:
         assert status == 2 and errors.endswith(needs) and errors.count("\n") == 1, errors
 
 
+def test_a_run_of_a_comparison_that_diverges_is_told_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those after it are made, the status says so, and the same command does not try it again."""
+    words = ["compare", "--methods=LGRAWA", "--grid=optimizer.lr=1e30,.1", *LINE, "--budget.steps=8"]
+    status, output, errors = called(capsys, *words)
+    assert status == 1 and errors.startswith("LGRAWA-lr1e30-0 has diverged: no rank has a finite score for layer")
+    lines = [line for line in output.splitlines() if line.startswith("| LGRAWA")]
+    assert len(lines) == 2 and sum("(diverged)" in line for line in lines) == 1
+    before = Path("runs/comparison/LGRAWA-lr1e30-0/summary.json").read_text()
+    assert json.loads(before)["state"] == "diverged"
+    status, output, errors = called(capsys, *words)
+    assert (status, errors) == (0, "") and output.count("already") == 2
+    assert Path("runs/comparison/LGRAWA-lr1e30-0/summary.json").read_text() == before
+
+
 def test_variants_of_a_method_are_told_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the table of a comparison, and in the folder of a run without a name."""
     (tmp_path / "variants.yaml").write_text(

@@ -65,7 +65,7 @@ def test_psi_by_hand() -> None:
 
 
 def test_what_is_no_axis_is_fixed_too_but_not_where_it_is_a_part_of_the_axis() -> None:
-    """Of 2 x 2 runs with μ = 10 depth + lr and gap = 10 depth - lr, τ is -1 along lr, whether or not depth is an axis."""
+    """Of 2 x 2 runs with μ = 10 depth + lr and gap = 10 depth - lr, τ along lr is -1, be depth an axis or not."""
     lr, depth = [1, 2, 1, 2], [1, 1, 2, 2]
     measure = [10 * d + x for x, d in zip(lr, depth, strict=True)]
     gap = [10 * d - x for x, d in zip(lr, depth, strict=True)]

@@ -24,11 +24,13 @@ from hpc_grawa import (
     ParameterVector,
     simulate,
 )
+from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
-from hpc_grawa.errors import ConfigError, LostView, RanksDisagree
+from hpc_grawa.errors import ConfigError, LostView, NonFinite, RanksDisagree
 from hpc_grawa.methods.base import _state_told
 from hpc_grawa.periods import PostLocal
+from hpc_grawa.training.loop import fit
 
 PHASES: dict[str, Method] = {
     **{name: paced(name, 3) for name in kinds()},
@@ -426,3 +428,25 @@ def test_a_loop_resumed_by_model_optimizer_and_run_is_bit_equal(on_ranks: Ranks,
 
     for ours, theirs in zip(on_ranks(lambda c: body(c, True)), on_ranks(lambda c: body(c, False)), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("method", ["DataParallel", "LGRAWA --method.period=2"])
+def test_ranks_whose_run_has_diverged_make_another(on_ranks: Ranks, method: str) -> None:
+    """With nothing left under way: a control word is, where a gradient that is not finite ends the run."""
+    words = [
+        "--config=digits",
+        "--budget.seconds=null",
+        "--budget.steps=4",
+        "--data.batch_size=8",
+        "--run.control_every=1",
+    ]
+    words += ["--eval.bn_batches=1", *f"--method={method}".split()]
+
+    def body(comm: Communicator) -> tuple[int, float]:
+        with pytest.raises(NonFinite):
+            fit(parse([*words, "--optimizer.lr=1e20"]), comm, speaks=False)
+        under_way = [work for work in comm._works if work._result is None]
+        summary = fit(parse(words), comm, speaks=False)
+        return len(under_way), summary["steps"]
+
+    assert set(on_ranks(body)) == {(0, 4)}

@@ -469,7 +469,7 @@ def test_training_that_diverges_everywhere_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match="lower the learning rate"):
         run(digits("--optimizer.lr=1e20", method="DataParallel"), tmp_path / "a", world=2)
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["state"] == "failed" and summary["cause"].startswith("NonFinite: the mean gradient of all ranks")
+    assert summary["state"] == "diverged" and summary["cause"].startswith("NonFinite: the mean gradient of all ranks")
 
 
 def test_a_world_of_one_trains_with_every_method(tmp_path: Path) -> None:

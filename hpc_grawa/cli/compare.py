@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..comm import Communicator
-from ..errors import ConfigError, Damaged, wrong
+from ..errors import ConfigError, Damaged, NonFinite, wrong
 from ..runs.checkpoint import saved_world
-from ..runs.log import is_finished, new_folder, write_atomically
+from ..runs.log import is_over, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object
 from ..runs.record import flatten, read_run
 from ..screen import columns
@@ -168,7 +168,7 @@ class Comparison:
         except OSError as error:
             raise wrong("run.dir", self.folder.parent, f"cannot be used ({error.strerror})") from None
         for _, config in self.plan:
-            run = self.finished_folder(config)
+            run = self.folder_of(config)
             if run is None:
                 begun = self.folder / str(config.run.name)
                 known = read_object(begun / "environment.json") if world_size is None else None
@@ -196,22 +196,30 @@ class Comparison:
         return wrong("run.name", self.folder.name, fix)
 
     def train(self, comm: Communicator) -> dict[str, Any]:
-        """Make every run that is not finished, until one is told to end; rank 0 decides which.
+        """Make every run that is not over, until one is told to end; rank 0 decides which.
 
         Returns:
-            The summary of the last one: its state is ``finished``, or says how it was told to end, on all ranks.
+            The summary of the one that was told to end, on all ranks; else the state ``finished``, or ``diverged`` if a
+            run has.
         """
-        done = [self.finished_folder(config) for _, config in self.plan] if comm.rank == 0 else []
+        done = [self.folder_of(config) for _, config in self.plan] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
-        ended: dict[str, Any] = {"state": "finished"}
+        state = "finished"
         for number, (_, config) in enumerate(self.plan):
             if comm.rank == 0:
                 self._announce(number, done[number])
-            if not there[number]:
+            if there[number]:
+                continue
+            try:
                 ended = self._fit(_resumed(config, str(config.run.name)), comm)
-                if ended["state"] != "finished":
-                    break
-        return ended
+            except NonFinite as error:
+                if comm.rank == 0:
+                    print(f"{config.run.name} has diverged: {error}", file=sys.stderr, flush=True)
+                state = "diverged"
+                continue
+            if ended["state"] != "finished":
+                return ended
+        return {"state": state}
 
     def _fit(self, config: Config, comm: Communicator) -> dict[str, Any]:
         from ..training.loop import fit
@@ -258,7 +266,7 @@ class Comparison:
             raise wrong("launcher", " ".join(launcher), "must begin with a program, which cannot be found")
         failed = 0
         for number, (words, config) in enumerate(self.plan):
-            done = self.finished_folder(config)
+            done = self.folder_of(config)
             self._announce(number, done)
             if done is not None:
                 continue
@@ -288,7 +296,7 @@ class Comparison:
                 is not there or has refused.
         """
         text = "".join(f"{_line(_recipe_first(words))}\n" for words, _ in self.plan)
-        left = [number for number, (_, config) in enumerate(self.plan) if self.finished_folder(config) is None]
+        left = [number for number, (_, config) in enumerate(self.plan) if self.folder_of(config) is None]
         if not left:
             return f"nothing to submit: all {len(self.plan)} runs are in {self.folder}"
         if not arguments:
@@ -312,12 +320,17 @@ class Comparison:
         return f"{done.stdout.strip()}: {len(left)} of {len(self.plan)} runs; hpc-grawa table {self.folder} shows them"
 
     @property
-    def finished(self) -> list[Path]:
-        """The folders of the runs that are."""
-        return [path for _, config in self.plan if (path := self.finished_folder(config))]
+    def over(self) -> list[Path]:
+        """The folders of the runs that are: finished, or diverged."""
+        return [path for _, config in self.plan if (path := self.folder_of(config))]
+
+    @property
+    def missing(self) -> int:
+        """Runs that are not."""
+        return len(self.plan) - len(self.over)
 
     def report(self) -> None:
-        """Print one table of the finished runs; beside them write ``table.csv`` and, if it can, ``figure.png``."""
+        """Print one table of the runs that are over; beside them write ``table.csv`` and, if it can, ``figure.png``."""
         from ..report.figure import check_drawable
 
         figure, missing = self.folder / "figure.png", ""
@@ -325,7 +338,7 @@ class Comparison:
             check_drawable(figure)
         except ConfigError as error:
             missing = str(error)
-        report(self.finished, self.target, self.folder / "table.csv", None if missing else figure)
+        report(self.over, self.target, self.folder / "table.csv", None if missing else figure)
         if missing:
             print(f"figure  none: {missing}")
 
@@ -335,9 +348,9 @@ class Comparison:
         title = f"{config.run.name} ({number + 1} of {len(self.plan)}){link}"
         print(f"\n{title}" + (f" is in {done} already" if done is not None else ""), flush=True)
 
-    def finished_folder(self, config: Config) -> Path | None:
-        """The folder of a run, if it is finished: of its first attempt that is."""
-        return next((path for path in self._attempts(config) if is_finished(path)), None)
+    def folder_of(self, config: Config) -> Path | None:
+        """The folder of a run, if it is over: of its first attempt that is."""
+        return next((path for path in self._attempts(config) if is_over(path)), None)
 
     def _attempts(self, config: Config) -> list[Path]:
         name = str(config.run.name)

@@ -236,14 +236,16 @@ def compare(words: list[str], slot: Slot) -> None:
         print(comparison.submit(told))
         return
     status = comparison.launch(told)
-    if options.paper is not None and status == 0:
+    if options.paper is not None and comparison.missing:
+        print(f"\nno table of the paper: {comparison.missing} of {len(comparison.plan)} runs are not there yet")
+    elif options.paper is not None:
         alone, config = (
             dataclasses.replace(slot, tasks=1),
             dataclasses.replace(comparison.plan[0].config, backend="auto"),
         )
         with together(program, config, alone, backend_line(config, alone)) as comm:
             _as_in_a_paper(comparison, comm, alone)
-    if comparison.finished:
+    if comparison.over:
         comparison.report()
     raise SystemExit(status)
 
@@ -256,13 +258,15 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool)
     set_threads(slot)
     with together(program, first, slot, first_line) as comm:
         ended = comparison.train(comm)
-        finished = ended["state"] == "finished"
-        if paper and finished:
+        made = ended["state"] in ("finished", "diverged")
+        if paper and made:
             _as_in_a_paper(comparison, comm, slot)
-        if slot.rank == 0 and comparison.finished:
+        if slot.rank == 0 and comparison.over:
             comparison.report()
-        if not finished:
+        if ended["state"] != "finished":
             comm.barrier()
+    if made and ended["state"] == "diverged":
+        raise SystemExit(1)
     _leave_early(ended)
 
 
@@ -273,28 +277,26 @@ def _measured_in_a_paper() -> Settings:
 
 
 def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
-    """Measure how flat the chosen runs of a finished comparison are, and print the paper's table."""
+    """Measure how flat the chosen runs of a comparison are, and print the paper's table."""
     from ..report.paper import chosen_runs, paper_table
     from .flatness import How, measure_runs
 
     told = ""
     if comm.rank == 0:  # as it sees the folders: others may see what was written later
-        chosen = {record.path for record in chosen_runs([read_run(path) for path in comparison.finished])}
-        places = {n: comparison.finished_folder(config) for n, (_, config) in enumerate(comparison.plan)}
-        all_there = None not in places.values()
-        told = json.dumps({str(path): n for n, path in places.items() if all_there and path in chosen})
+        chosen = {record.path for record in chosen_runs([read_run(path) for path in comparison.over])}
+        places = {n: comparison.folder_of(config) for n, (_, config) in enumerate(comparison.plan)}
+        told = json.dumps({str(path): n for n, path in places.items() if path in chosen})
     chosen_here = json.loads(comm.gather_bytes(told.encode())[0])
-    if not chosen_here:
-        return
     measure_runs(
         {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},
         _measured_in_a_paper(),
-        How(),
+        # Products with the Hessian take several times the memory of a step; what they give is the same.
+        How(batch_size=min(500, max(1, comparison.plan[0].config.data.batch_size // 4))),
         comm,
         slot,
     )
     if comm.rank == 0:
-        print("\n" + paper_table([read_run(path) for path in comparison.finished]))
+        print("\n" + paper_table([read_run(path) for path in comparison.over]))
 
 
 #: Of all methods.

@@ -70,11 +70,20 @@ def open_run(folder: Path, configuration: str, world_size: int, backend: str, ne
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` has come to its end."""
+    return _state(folder) == "finished"
+
+
+def is_over(folder: Path) -> bool:
+    """Whether it has, or has diverged, which it would do again."""
+    return _state(folder) in ("finished", "diverged")
+
+
+def _state(folder: Path) -> object:
     try:
         summary = read_object(folder / "summary.json")
     except Damaged:
-        return False  # what was saved before it is still there
-    return summary is not None and summary.get("state") == "finished"
+        return None  # what was saved before it is still there
+    return None if summary is None else summary.get("state")
 
 
 def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..comm import Communicator, Meter, slowed
 from ..comm.trace import Trace
+from ..errors import NonFinite
 from ..launch import signals_heeded
 from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world, model_state
 from ..runs.heartbeat import Watch
@@ -94,6 +95,9 @@ def fit(
             found = training.run(restored, trace)
     except BaseException as error:
         watch.end(f"failed: {type(error).__name__}: {error}")
+        if isinstance(error, NonFinite):  # on all ranks at one step, which may go on with another run
+            worker.run.close()
+            comm.drain()
         raise
     else:
         watch.end(found["state"])
