@@ -188,6 +188,39 @@ def test_what_is_not_the_only_consumer_stays_and_what_cannot_be_followed_is_name
         fold(Hidden())
 
 
+class Called(nn.Sequential):
+    """With its input by name, and, if asked, its first weight once more."""
+
+    def __init__(self, *modules: nn.Module, again: bool = False) -> None:
+        super().__init__(*modules)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self[1](input=self[0](input=x))
+        return y + F.linear(x, self[0].weight) if self.again else y
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "folded"),
+    [
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), (4, 3), True),
+        (Called(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), True),
+        (Called(nn.Linear(3, 3), nn.BatchNorm1d(3), again=True), (4, 3), False),
+        (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), (4, 3, 5), False),  # normalises the second dimension
+        (nn.Sequential(nn.Conv1d(5, 3, 2), nn.BatchNorm1d(3)), (4, 5, 4), True),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)), (4, 3), False),
+    ],
+)
+def test_folding_stays_away_from_what_it_would_change(model: nn.Module, shape: tuple[int, ...], folded: bool) -> None:
+    model = model.double()
+    model(drawn(*shape))  # for statistics
+    model.eval()
+    x = drawn(*shape, seed=1)
+    found = fold(model, x)
+    torch.testing.assert_close(found.model(x), model(x), rtol=1e-9, atol=1e-9)
+    assert bool(found.folded) == folded
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Norms and bounds.
 # ---------------------------------------------------------------------------------------------------------
@@ -281,6 +314,7 @@ def test_every_measure_of_a_linear_network_in_closed_form() -> None:
     assert values["spectral_orig"] == pytest.approx(
         math.log(two[0] * two[1] / margin**2 * (square(a) / two[0] + square(b) / two[1]))
     )
+    assert values["spectral_product_over_margin"] == pytest.approx(math.log(two[0] * two[1] / margin**2))
     assert values["spectral_mean"] == pytest.approx(2 * math.sqrt(two[0] * two[1]))
     assert values["spectral_mean_over_margin"] == pytest.approx(values["spectral_mean"] / margin)
     assert values["frobenius_over_spectral"] == pytest.approx(square(a) / two[0] + square(b) / two[1])
@@ -301,29 +335,43 @@ def test_every_measure_of_a_linear_network_in_closed_form() -> None:
         assert values[f"sharpness_{kind}"] == pytest.approx(
             distance * math.log(2 * 20) / (4 * alpha**2) + math.log(40 / alpha) + 10
         )
+    for name, added in (("pac_bayes", 1.0), ("sharpness", 4 * math.log(2 * 20 / 0.1))):
+        size = values[f"{name}_mag_size"]
+        assert values[f"{name}_mag_flatness"] == pytest.approx(size**-2)
+        for kind, distance in (("orig", norm), ("init", moved_by)):
+            below = 1e-6 + size**2 * (weights - begun).square()
+            told = 0.25 * float(((1e-6 + (size**2 + added) * distance / 20) / below).log().sum())
+            assert values[f"{name}_mag_{kind}"] == pytest.approx(told + math.log(40 / size) + 10)
     assert set(measures(model, None, Pairs(x, y)).left_out) >= {"spectral_init", "frobenius_distance", "pac_bayes_init"}
 
 
 def test_noise_on_a_linear_model_in_closed_form() -> None:
-    """With one layer of two outputs the error under N(0, σ²I) is the mean of Φ(-margin / (σ ‖x‖ √2))."""
+    """With one layer of two outputs the error under N(0, s²) is the mean of Φ(-margin / √(Σ x_j²(s_0j² + s_1j²))).
+
+    s is σ, or of noise that knows magnitudes √(σ'²w² + ε²).
+    """
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2, bias=False).double(), drawn(200, 3)
     logits = x @ model.weight.detach().T
     y = logits.argmax(1)
-    margins = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (x.norm(dim=1) * 2**0.5)
+    margins = logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]
+    w = model.weight.detach()
 
-    def error(sigma: float) -> float:
-        return float(torch.special.ndtr(-margins / sigma).mean())
+    def exact(aware: bool) -> float:
+        low, high = 1e-4, 10.0
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            variance = middle**2 * w.square() + 1e-6 if aware else torch.full_like(w, middle**2)
+            error = float(torch.special.ndtr(-margins / (x.square() @ variance.sum(0)).sqrt()).mean())
+            low, high = (middle, high) if error <= 0.1 else (low, middle)
+        return low
 
-    low, high = 1e-4, 10.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if error(middle) <= 0.1 else (low, middle)
     from hpc_grawa.flatness import Objective
     from hpc_grawa.generalisation.noise import Errors, gaussian, worst
 
     errors = Objective(model, Errors(), Pairs(x, y))
-    assert gaussian(errors, 0.1, aware=False, draws=400).size == pytest.approx(low, rel=0.15)
+    for aware in (False, True):
+        assert gaussian(errors, 0.1, aware, draws=400).size == pytest.approx(exact(aware), rel=0.15)
     losses = Objective(errors.vector, nn.CrossEntropyLoss(), Pairs(x, y))
     # In a box each margin falls by α ‖x‖₁·2 at most; the ascent cannot do that to all examples at once.
     reach = (logits[torch.arange(200), y] - logits[torch.arange(200), 1 - y]) / (2 * x.abs().sum(1))
@@ -331,7 +379,7 @@ def test_noise_on_a_linear_model_in_closed_form() -> None:
 
 
 def test_the_worst_neighbour_of_one_example() -> None:
-    """Of a linear model the margin falls by 2α‖x‖₁ at most: α = margin / (2‖x‖₁)."""
+    """Of a linear model the margin falls by Σ|x_j|(b_0j + b_1j) at most, b = α, or α'|w| + ε."""
     from hpc_grawa.flatness import Objective
     from hpc_grawa.generalisation.noise import worst
 
@@ -339,9 +387,16 @@ def test_the_worst_neighbour_of_one_example() -> None:
     model, x = nn.Linear(3, 2, bias=False).double(), drawn(1, 3)
     logits = x @ model.weight.detach().T
     y = logits.argmax(1)
-    exact = float((logits[0, y[0]] - logits[0, 1 - y[0]]) / (2 * x.abs().sum()))
+    margin, reach = float(logits[0, y[0]] - logits[0, 1 - y[0]]), x.abs()[0]
+    exact = margin / (2 * float(reach.sum()))
+    by_magnitude = float(reach @ model.weight.detach().abs().sum(0))
     losses = Objective(model, nn.CrossEntropyLoss(), Pairs(x, y))
     assert worst(losses, 0.1, aware=False).size == pytest.approx(exact, rel=0.02)
+    found = worst(losses, 0.1, aware=True)
+    assert found.size == pytest.approx((margin - 2e-3 * float(reach.sum())) / by_magnitude, rel=0.02)
+    with torch.no_grad():
+        model.weight *= 1e4  # so sure that the loss is 0 to the last digit
+    assert math.isnan(worst(losses, 0.1, aware=False).size)
 
 
 def test_measures_are_those_of_one_process_on_several_ranks() -> None:

@@ -50,6 +50,8 @@ def finished_config(run: Path, program: str, backend: str, data_path: str | None
     if missing := CLASS_SECTIONS.keys() - settings:
         raise Damaged(f"{file} is not whole: it has no {min(missing)}")
     again = [f"--config={file}", f"--backend={backend}", "--network=null", "--compile=false"]
+    if settings.get("device") == "cuda" and not torch.cuda.is_available():
+        again.append("--device=auto")  # what was trained on GPUs may be looked at elsewhere
     if data_path is not None:
         again.append(f"--data.path={data_path}")
     return parse(again, program)

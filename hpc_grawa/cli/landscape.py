@@ -55,7 +55,7 @@ def landscape(
         nonlocal done
         done += 1
         if log.due:
-            log.progress(min(1.0, done / (total * batches)), "the loss between models")
+            log.progress(min(1.0, done / (total * batches)), f"the loss between models, {done // batches} of {total}")
 
     objective.watch = watch
     begin = models[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
@@ -32,8 +33,13 @@ class Folded:
     kept: list[str] = field(default_factory=list)
 
 
-def fold(model: nn.Module) -> Folded:
+def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:
     """Fold BatchNorm into the layers before.
+
+    Args:
+        model: it is copied.
+        inputs: of a forward pass, which shows outputs of linear layers whose features are not what is normalised; None:
+            all are ``[B, features]``.
 
     Raises:
         ConfigError: it has BatchNorm, and what follows what cannot be seen.
@@ -58,9 +64,12 @@ def fold(model: nn.Module) -> Folded:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
     uses = Counter(id(module.weight) for module in modules.values() if isinstance(module, _LAYERS))
+    # A weight that the forward pass asks for is used beside its layer.
+    uses.update(id(operator.attrgetter(str(node.target))(found.model)) for node in graph.nodes if node.op == "get_attr")
+    sequences = set() if inputs is None else _linear_on_sequences(found.model, inputs)
     for name in norms:
         before = _layer_before(calls.get(name, []), calls, modules)
-        if before is None or uses[id(modules[before].weight)] > 1:  # a tied weight is another layer's too
+        if before is None or before in sequences or uses[id(modules[before].weight)] > 1:
             found.kept.append(name)
             continue
         _fold_into(modules[before], modules[name])
@@ -72,16 +81,38 @@ def fold(model: nn.Module) -> Folded:
 
 def _layer_before(nodes: list[fx.Node], calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module]) -> str | None:
     """The layer whose output only this BatchNorm sees, both called once; None if there is none."""
-    if len(nodes) != 1 or not isinstance(before := nodes[0].args[0], fx.Node):
+    if len(nodes) != 1 or len(nodes[0].all_input_nodes) != 1:
         return None
+    (before,) = nodes[0].all_input_nodes
     name = str(before.target)
-    alone = before.op == "call_module" and len(before.users) == 1 and len(calls[name]) == 1
-    return name if alone and isinstance(modules[name], _LAYERS) else None
+    if before.op != "call_module" or len(before.users) != 1 or len(calls[name]) != 1:
+        return None
+    # A weight that is computed (weight_norm, parametrisations) cannot be set.
+    return name if isinstance(modules[name], _LAYERS) and "weight" in modules[name]._parameters else None
+
+
+def _linear_on_sequences(model: nn.Module, inputs: Tensor) -> set[str]:
+    """Names of linear layers whose outputs are not ``[B, features]``: BatchNorm normalises their second dimension."""
+    found: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda _, given, out, name=name: found.add(name) if out.dim() != 2 else None)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
     assert isinstance(layer, _LAYERS) and norm.running_mean is not None and norm.running_var is not None
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    given = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+    shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    given = norm.running_mean, norm.running_var, norm.eps, scale, shift
     with torch.no_grad():
         layer.weight, layer.bias = fuse(layer.weight, layer.bias, *given)

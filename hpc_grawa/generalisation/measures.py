@@ -119,15 +119,15 @@ def measures(
         ConfigError: it is no classifier of one head, or has no layers with weights.
     """
     found = Measured()
-    folded = fold(model)
-    if folded.kept:
-        found.notes.append(f"BatchNorm stays, as scales of channels: {', '.join(folded.kept)}")
-    begun = None if start is None else fold(start).model
     inputs, targets = examples.batch(torch.arange(1))
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
         raise ConfigError("measures are those of classifiers: inputs must be one tensor, and targets classes")
     device = next(model.parameters()).device
     one = inputs.to(device, next(model.parameters()).dtype if inputs.is_floating_point() else inputs.dtype)
+    folded = fold(model, one)
+    if folded.kept:
+        found.notes.append(f"BatchNorm stays, as scales of channels: {', '.join(folded.kept)}")
+    begun = None if start is None else fold(start, one).model
     with torch.no_grad():
         output = folded.model(one)
     if not isinstance(output, Tensor) or output.dim() != 2:

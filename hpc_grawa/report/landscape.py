@@ -52,8 +52,9 @@ def _lines(axes: Axes, found: Mapping[str, Any]) -> None:
                       va="top", size=9, color=FAINT)  # fmt: skip
     axes.set_xlabel(drawable(f"part of the way from {found['from']}"))
     axes.set_title("Loss along lines", size=13, weight="bold", loc="left", pad=8)
-    axes.set_yscale("log")
-    logarithmic(axes.yaxis)
+    if all(loss > 0 for one in found["lines"].values() for loss in one["losses"]):
+        axes.set_yscale("log")
+        logarithmic(axes.yaxis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="best")
 
@@ -64,11 +65,13 @@ def _plane(axes: Axes, bar: Axes, plane: Mapping[str, Any]) -> None:
     if not len(finite):
         raise ConfigError("there is nothing to draw: no loss on the plane is finite")
     low, high = float(finite.min()), float(np.percentile(finite, 95))
-    from matplotlib.colors import LogNorm
+    high = max(high, low + 1e-3 * abs(low), low + 1e-12)
+    from matplotlib.colors import LogNorm, Normalize
 
-    shown = np.clip(np.nan_to_num(losses, nan=high, posinf=high), max(low, 1e-12), high)
-    levels = np.geomspace(max(low, 1e-12), max(high, 1.001 * low, 1e-11), _LEVELS)
-    drawn = axes.contourf(plane["across"], plane["up"], shown, levels, norm=LogNorm(), cmap="viridis", extend="both")
+    shown = np.clip(np.nan_to_num(losses, nan=high, posinf=high), low, high)
+    spaced, norm = (np.geomspace, LogNorm()) if low > 0 else (np.linspace, Normalize())
+    levels = spaced(low, high, _LEVELS)
+    drawn = axes.contourf(plane["across"], plane["up"], shown, levels, norm=norm, cmap="viridis", extend="both")
     axes.contour(plane["across"], plane["up"], shown, levels[::3], colors="white", linewidths=0.5, alpha=0.6)
     for name, (a, b) in plane["places"].items():
         inside = name in plane["through"]
