@@ -337,6 +337,24 @@ def test_the_width_of_a_valley(on_ranks: Ranks) -> None:
     on_ranks(body)
 
 
+class Barrier(nn.Module):
+    """1 + 64 x²(1 - x)², whatever the input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (1 + 64 * self.x.square() * (1 - self.x).square()).expand(len(inputs))
+
+
+def test_a_valley_ends_at_a_barrier_before_the_rank() -> None:
+    """f is 2 where x(1 - x) = 1/8, and 1 again at the rank, x = 1."""
+    objective = Objective(Barrier(), Plain(), Pairs(drawn(5, 1), drawn(5, 1)))
+    ((width, cut),) = valley_width(objective, torch.zeros(1).double(), [torch.ones(1).double()])
+    assert (width, cut) == (pytest.approx((1 - 0.5**0.5) / 2, rel=2e-3), False)
+
+
 def test_without_a_positive_loss_there_is_no_width() -> None:
     """κ·f(center) is no bound where f(center) is 0, negative, or not finite."""
     for value in (0.0, -1.0, math.nan, math.inf):

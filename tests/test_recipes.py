@@ -25,6 +25,7 @@ from hpc_grawa.data import Digits
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, DataParallel, LocalSGD
 from hpc_grawa.optim import SAM, SGD, AdamW
 from hpc_grawa.periods import QSR
+from hpc_grawa.schedules import RunFacts
 from hpc_grawa.training.config import Config
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
@@ -122,6 +123,28 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
     config = parse([f"--config={setting}", f"--method={method}", data])
     config.check(4)
     assert config.text == then
+
+
+@pytest.mark.parametrize("setting", ["imagenet_resnet152", "imagenet_vitb16"])
+@pytest.mark.parametrize("schedule", ["Cosine", "Linear", "Step"])
+def test_the_settings_of_qsr_have_its_three_schedules(setting: str, schedule: str, paths: dict[str, Path]) -> None:
+    """As their recipes say to ask for them; rounds grow from 4 steps to longer ones."""
+    told = (RECIPES / f"{setting}.yaml").read_text()
+    words = [f"--config={setting}", "--method=LocalSGD", f"--data.path={paths[setting]}"]
+    if schedule != "Cosine":
+        (line,) = re.findall(rf"`--schedule {schedule} [^`]*`", told)
+        words += line.strip("`").split()
+    config = parse(words)
+    config.check(16)
+    assert type(config.schedule).__name__ == schedule
+    total, peak = 312 * int(config.budget.epochs or 0), config.optimizer.lr
+    facts = RunFacts(total_steps=total, steps_per_epoch=312, peak_lr=peak, warmup_steps=config.schedule.warmup)
+    lengths = []
+    for share in (0, 0.95):
+        facts.step, facts.progress = round(share * total), share
+        facts.lr = peak * config.schedule(facts)
+        lengths.append(config.method.period(facts))
+    assert lengths[0] == 4 < lengths[1]
 
 
 def test_every_recipe_says_its_goal_and_is_valid(paths: dict[str, Path]) -> None:

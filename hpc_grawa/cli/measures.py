@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..comm import Communicator
@@ -78,11 +80,15 @@ def measures(words: list[str], slot: Slot) -> None:
         same = told == comm.gather_bytes(told, "evaluate")[0]
         fail_together(comm, "" if same else "it sees other finished runs than rank 0: start again once none is written")
         log = Log(None, speaks=comm.rank == 0)
-        found = []
-        for number, (record, config) in enumerate(zip(kept, configs, strict=True)):
+        found, times = [], []
+        for number, (record, config) in enumerate(zip(kept, configs, strict=True), 1):
+            began = time.monotonic()
             found.append(_measured(FinishedRun(record.path, config, comm, slot), options, comm))
+            times.append(time.monotonic() - began)
             if log.due:
-                log.progress((number + 1) / len(kept), f"run {number + 1} of {len(kept)}: {record.path.name}")
+                # Those that were measured before take no time.
+                left = (len(kept) - number) * median(times[-9:])
+                log.progress(number / len(kept), f"run {number} of {len(kept)}: {record.path.name}  ETA {left:.0f} s")
         log.close()
         if comm.rank == 0:
             gaps = [float(record.status["gap"]) for record in kept]

@@ -229,7 +229,7 @@ MEASURES: dict[str, Measure] = {
     "entropy": Measure(entropy, VALUE, lambda subject, s: 1),
     "keskar": Measure(keskar, GRADIENT, lambda subject, s: 15, ("epsilon",)),
     "lpf": Measure(filtered, VALUE, lambda subject, s: s.lpf_samples, ("sigma", "lpf_samples", "seed")),
-    "valley": Measure(valley, VALUE, lambda subject, s: 1 + 13 * len(subject.ranks), ("kappa",)),
+    "valley": Measure(valley, VALUE, lambda subject, s: 1 + 15 * len(subject.ranks), ("kappa",)),
     "trace": Measure(trace, PRODUCT, lambda subject, s: 3 * s.samples, ("samples", "seed")),
     "spectrum": Measure(spectrum, PRODUCT, lambda subject, s: s.starts * s.steps, ("steps", "starts", "seed")),
 }
@@ -252,29 +252,27 @@ def measure(
         subject: what is measured.
         settings: which, and how.
         known: what was found before; what the same settings have given is not measured again.
-        watch: told after each batch the share that is done, and a line with the time that is left.
+        watch: told after each batch the share that is done, and a line with the time that all will still take.
         on_found: told what is known after each measure.
 
     Returns:
         Numbers by name, None where a measure does not apply; ``measures``: the settings of each.
     """
     found = dict(known or {})
-    passes = {name: MEASURES[name].passes(subject, settings) for name in settings.measures}
-    costs = {name: MEASURES[name].one * passes[name] for name in settings.measures}
-    total, done = sum(costs.values()), 0.0
-    for name in settings.measures:
-        if is_known(name, settings, found):
-            done += costs[name]
-            continue
-        began, before, batches = time.monotonic(), done, 0
+    names = [name for name in settings.measures if not is_known(name, settings, found)]
+    passes = {name: MEASURES[name].passes(subject, settings) for name in names}
+    costs = {name: MEASURES[name].one * passes[name] for name in names}
+    began, done = time.monotonic(), 0.0
+    for name in names:
+        batches = 0
 
-        def tell(count: int, name: str = name, began: float = began, before: float = before) -> None:
+        def tell(count: int, name: str = name, before: float = done) -> None:
             nonlocal batches
             batches += 1
-            share = min(1.0, batches / (passes[name] * count))
-            took = time.monotonic() - began
-            left = took * (1 - share) / share if share else math.nan
-            watch((before + share * costs[name]) / total, f"{name}  {share:.0%}, {left:.0f} s left of it")
+            own = min(1.0, batches / (passes[name] * count))
+            share = (before + own * costs[name]) / sum(costs.values())
+            left = (time.monotonic() - began) * (1 - share) / share
+            watch(share, f"{name}  {own:.0%}  ETA {left:.0f} s")
 
         subject.objective.watch = tell
         found |= MEASURES[name].find(subject, settings)

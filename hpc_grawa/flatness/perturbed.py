@@ -87,8 +87,9 @@ def valley_width(
 ) -> list[tuple[float, bool]]:
     """How far from the center towards each rank the loss reaches κ·f(center), and whether the search ended before.
 
-    It ends at 10 times the rank's distance; a rank that is the center has width 0. NaN where the rank is not finite, or
-    f(center) is not positive and finite, so that κ·f(center) is no bound.
+    Looked at are an eighth of the way to the rank, a quarter, and so on, to 10 times the way, so that a barrier between
+    them is found where it is as wide as that; then the place by bisection. A rank that is the center has width 0. NaN
+    where the rank is not finite, or f(center) is not positive and finite, so that κ·f(center) is no bound.
 
     Args:
         objective: f.
@@ -103,7 +104,7 @@ def valley_width(
         if distance == 0 or not (0 < bound < math.inf and math.isfinite(distance)):
             found.append((0.0 if distance == 0 else math.nan, False))
             continue
-        below, above = 0.0, 1.0
+        below, above = 0.0, 0.125
         while (high := objective.value(torch.lerp(center, rank, above)) < bound) and above < 10:
             below, above = above, min(10.0, 2 * above)
         if high:
