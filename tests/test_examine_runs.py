@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from csv import reader
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpc_grawa.cli.flatness import How
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.generalisation import conditional_information, granulated, psi, tau
 from hpc_grawa.launch import own_slot
 from hpc_grawa.runs.checkpoint import model_file, saved_models
 from hpc_grawa.training.loop import fit
@@ -333,6 +335,18 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ended = called(capsys, "measures", *words)
     assert ended.status == 0, ended.said
     assert "4 of 4 runs; axes optimizer.lr, model.width" in ended.said and "path norm" in ended.said
+    assert "- on 200 training examples, to a cross-entropy of " in ended.said
+    path = [
+        cell.strip() for cell in next(line for line in ended.said.splitlines() if "| path norm " in line).split("|")
+    ]
+    with csv.open() as file:
+        columns = list(zip(*reader(file), strict=True))
+    gaps, norms = (next([float(v) for v in c[1:]] for c in columns if c[0] == name) for name in ("gap", "path_norm"))
+    found = tau(norms, gaps)
+    along = granulated(norms, gaps, {c[0]: c[1:] for c in columns if c[0] in ("optimizer.lr", "model.width")})
+    information = conditional_information(norms, gaps, {c[0]: c[1:] for c in columns[1:3]})
+    assert path[2:7] == ["44", "4", f"{found.value:+.3f}", "6", f"{found.ties}"]
+    assert (path[7], path[9]) == (f"{psi(along):+.3f}", f"{information:.3f}") and path[10:12] == ["+0.373", "+0.311"]
     assert re.search(r"^\| tau along +\| optimizer.lr \| model.width \|$", ended.said, re.M)
     assert figure.stat().st_size > 10_000
     rows = csv.read_text().splitlines()
@@ -348,8 +362,9 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     # Settings that only one of two methods has are no axes by themselves.
     trained(tmp_path / "runs/LGRAWA", *given, "--method=LGRAWA", "--budget.steps=60", world=1)
     methods = called(capsys, "measures", *words)
-    assert "5 of 5 runs; axes method, method.period, optimizer.lr, model.width" in methods.said, methods.said
-    assert "- no axes, as not all runs have them: method.pull, " in methods.said
+    assert "5 of 5 runs; axes method, optimizer.lr, model.width" in methods.said, methods.said
+    for note in ("method.period goes with method: one axis", "method.pull is no axis, as not all runs have it"):
+        assert f"- {note}" in methods.said or f"- {note.replace('method.pull', 'method.prox')}" in methods.said
 
 
 def test_a_budget_ends_at_a_training_loss(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from hpc_grawa.errors import ConfigError, Damaged
 from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
 from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks
+from hpc_grawa.report.paper import paper_table
 
 RANKS = 4
 LAYERS = ["conv.weight", "conv.bias", "head.weight"]
@@ -536,3 +537,18 @@ def test_names_are_moved_apart_no_more_than_needed() -> None:
 def test_ticks_include_both_ends(count: int, most: int) -> None:
     ticks = _ticks(count, most)
     assert ticks[0] == 0 and ticks[-1] == count - 1 and len(ticks) <= most + 1 and ticks == sorted(set(ticks))
+
+
+def test_the_table_of_a_paper(tmp_path: Path) -> None:
+    """Of each method the setting that was best at the last evaluation: its error, seconds, rounds and gap."""
+    for period, ends in ((16, (0.90, 0.92)), (32, (0.80, 0.99))):
+        for seed, end in zip((1, 2), ends, strict=True):
+            make_run(tmp_path, seed=seed, curve=((0, 0.1), (10, end)), settings={"period": period})
+    make_run(tmp_path, method="EASGD", seed=1, curve=((0, 0.1), (10, 0.5)))
+    make_run(tmp_path, method="EASGD", seed=2, curve=((0, 0.1), (10, 0.5)), finished=False)
+    lines = paper_table([read_run(path) for path in sorted(tmp_path.iterdir())]).splitlines()
+    grid = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert grid[0] == ["method", "seeds", "test error, %", "communication (rounds)", "gap, %"]
+    assert ["LGRAWA period=16", "2", "9 ± 1.4", "2 s (5)", "2 ± 0"] in grid
+    assert ["EASGD", "1", "50", "2 s (5)", "2"] in grid and len(grid) == 4
+    assert "on test data, so its test error is too good" in "\n".join(lines)

@@ -40,7 +40,13 @@ def paper_table(records: Sequence[RunRecord]) -> str:
         amount = 100 if error else scale
         return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {amount * std:.2g}"
 
-    head = ["method", f"{of}, %" if accuracy else of, "communication (rounds)", "gap, %" if accuracy else "gap"]
+    head = [
+        "method",
+        "seeds",
+        f"{of}, %" if accuracy else of,
+        "communication (rounds)",
+        "gap, %" if accuracy else "gap",
+    ]
     flat = {heading: key for heading, key in FLATNESS.items() if any(key in row.mean for row in shown)}
     grid = [[*head, *flat]]
     for row in shown:
@@ -48,6 +54,7 @@ def paper_table(records: Sequence[RunRecord]) -> str:
         grid.append(
             [
                 row.label,
+                f"{row.runs}",
                 spread(row, f"center_test_{metric}", error=accuracy),
                 f"{communication:,.0f} s ({row.mean.get('rounds', 0):,.0f})",
                 spread(row, "gap", 100.0 if accuracy else 1.0),
