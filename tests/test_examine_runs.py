@@ -18,12 +18,15 @@ from launcher import called
 from hpc_grawa import simulate
 from hpc_grawa.cli.finished import FinishedRun, finished_config
 from hpc_grawa.cli.flatness import How
+from hpc_grawa.cli.measures import _grid
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
+from hpc_grawa.errors import ConfigError
 from hpc_grawa.generalisation import conditional_information, granulated, psi, tau
 from hpc_grawa.launch import own_slot
 from hpc_grawa.runs.checkpoint import model_file, saved_models
+from hpc_grawa.runs.record import RunRecord
 from hpc_grawa.training.loop import fit
 
 
@@ -202,7 +205,6 @@ def test_flatness_of_a_folder_of_runs(run: Path, capsys: pytest.CaptureFixture[s
 def test_a_spectrum_goes_on_by_as_many_ranks(run: Path, tmp_path: Path) -> None:
     """Each has kept its part of the basis; others would lose it."""
     from hpc_grawa.cli.flatness import How, measure_runs
-    from hpc_grawa.errors import ConfigError
     from hpc_grawa.flatness.measure import Settings
     from hpc_grawa.runs.checkpoint import Checkpoints
 
@@ -336,9 +338,8 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert ended.status == 0, ended.said
     assert "4 of 4 runs; axes optimizer.lr, model.width" in ended.said and "path norm" in ended.said
     assert "- on 200 training examples, to a cross-entropy of " in ended.said
-    path = [
-        cell.strip() for cell in next(line for line in ended.said.splitlines() if "| path norm " in line).split("|")
-    ]
+    line = re.findall(r"^\| path norm +\|.*", ended.said, re.M)[0]
+    path = [cell.strip() for cell in line.split("|")]
     with csv.open() as file:
         columns = list(zip(*reader(file), strict=True))
     gaps, norms = (next([float(v) for v in c[1:]] for c in columns if c[0] == name) for name in ("gap", "path_norm"))
@@ -363,8 +364,39 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     trained(tmp_path / "runs/LGRAWA", *given, "--method=LGRAWA", "--budget.steps=60", world=1)
     methods = called(capsys, "measures", *words)
     assert "5 of 5 runs; axes method, optimizer.lr, model.width" in methods.said, methods.said
-    for note in ("method.period goes with method: one axis", "method.pull is no axis, as not all runs have it"):
-        assert f"- {note}" in methods.said or f"- {note.replace('method.pull', 'method.prox')}" in methods.said
+    assert "- one with method, as they go together: method.period, " in methods.said
+
+
+def test_what_spans_a_grid_of_runs() -> None:
+    """Settings in which runs differ, but where they were made and looked at; those that go together are one."""
+    pulls = {"method.pull": 0.3}, {"method.pull": 0.5}, {}, {}
+    records = [
+        RunRecord(Path(f"{number}"), {"state": "finished", "world_size": 1}, {}, {**settings, **pull})
+        for number, pull in enumerate(pulls)
+        for settings in [
+            {
+                "method": "LGRAWA" if pull else "DataParallel",
+                "method.wire": "exact" if pull else "bf16",
+                "optimizer.lr": (0.1, 0.2)[number % 2],
+                "data.path": f"/data/{number % 2}",
+                "eval.every": number,
+                "run.seed": number,
+            }
+        ]
+    ]
+    grid = _grid(None, records)
+    assert grid.axes == {"method": ["LGRAWA"] * 2 + ["DataParallel"] * 2, "optimizer.lr": ["0.1", "0.2"] * 2}
+    assert grid.others == {"method.pull": ["0.3", "0.5", None, None]}
+    assert grid.notes == [
+        "one with method, as they go together: method.wire",
+        "no axes, as not all runs have them: method.pull",
+    ]
+    one = _grid("optimizer.lr", records)
+    assert list(one.axes) == ["optimizer.lr"] and list(one.others) == ["method", "method.pull"]
+    with pytest.raises(
+        ConfigError, match=r"axes is data\.path: must be among the settings in which runs differ: method"
+    ):
+        _grid("data.path", records)
 
 
 def test_a_budget_ends_at_a_training_loss(tmp_path: Path) -> None:

@@ -139,21 +139,25 @@ def _grid(given: str | None, records: Sequence[RunRecord]) -> _Grid:
     names = list(differing) if given is None else given.split(",")
     axes: dict[str, list[str | None]] = {}
     others: dict[str, list[str | None]] = {}
-    notes: list[str] = []
+    merged: dict[str, list[str]] = {}
+    lacking = []
     alike: dict[tuple[int, ...], str] = {}
-    for key in sorted(differing, key=lambda key: key not in names):  # those that may be axes first
+    for key in sorted(differing, key=lambda key: (key not in names, None in differing[key])):
         column = differing[key]
         first = alike.setdefault(tuple(map(column.index, column)), key)
         if first != key:
-            notes.append(f"{key} goes with {first}: one axis")
+            merged.setdefault(first, []).append(key)
         elif key not in names:
             others[key] = column
         elif None in column and given is None:
             # What not all runs have is a setting of their methods, which are an axis by themselves.
             others[key] = column
-            notes.append(f"{key} is no axis, as not all runs have it")
+            lacking.append(key)
         else:
             axes[key] = column
+    notes = [f"one with {first}, as they go together: {', '.join(keys)}" for first, keys in merged.items()]
+    if lacking:
+        notes.append(f"no axes, as not all runs have them: {', '.join(lacking)}")
     return _Grid(axes, others, notes)
 
 
