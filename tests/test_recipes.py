@@ -200,11 +200,18 @@ def test_every_row_of_a_comparison_can_be_trained(name: str, paths: dict[str, Pa
 
 
 def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> None:
-    """Each plans a comparison; that its rows train is tested above."""
+    """Each plans a comparison, here of one seed and without its grid; that its rows train is tested beside."""
     root = Path(__file__).parents[1]
     text = (root / "benchmarks/RESULTS.md").read_text()
-    commands = [shlex.split(line) for line in re.findall(r"^ *mpirun -np \S+ hpc-grawa compare (.*)$", text, re.M)]
-    assert commands
+    for file in sorted((root / "benchmarks/studies").glob("*.yaml")):
+        head = re.sub(r"^# ?", "", file.read_text().partition("\nmodel:")[0], flags=re.M).replace("\\\n", " ")
+        for variable, value in (("$((8192 / b))", "64"), ("$((4 * b))", "512"), ("$b", "128"), ("$n", "4")):
+            head = head.replace(variable, value)
+        assert f"--config benchmarks/studies/{file.name}" in head
+        text += f"\n{head}"
+    given = re.findall(r"^ *(?:mpirun -np \S+ )?hpc-grawa compare (.*)$", text, re.M)
+    commands = [shlex.split(line) for line in given]
+    assert len(commands) > 10
     for words in commands:
         name, path = (words.index(option) + 1 for option in ("--config", "--data.path"))
         if (root / words[name]).exists():  # a study, whose data are named like those of a recipe
@@ -218,7 +225,8 @@ def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> Non
                 at = words.index(option)
                 own[option] = words[at + 1]
                 del words[at : at + 2]
-        assert Comparison.read(own.get("--methods"), own.get("--seeds"), None, None, words, "hpc-grawa compare").plan
+        assert "--grid" not in words
+        assert Comparison.read(own.get("--methods"), "1", None, "", words, "hpc-grawa compare").plan
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +298,7 @@ STUDIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_can_be_trained(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
-    """All its runs are different experiments, and are checked; one of each method is built."""
+    """All its runs are different experiments, and are checked; one of each method is built, two ranks make the first."""
     folder = Path(__file__).parents[1] / "benchmarks/studies"
     assert {file.stem for file in folder.glob("*.yaml")} == set(STUDIES)
     data = paths["gpt_text"] if name.endswith("_text") else cifar(tmp_path / "data", 10, train=5000)
@@ -301,6 +309,10 @@ def test_every_study_can_be_trained(name: str, paths: dict[str, Path], tmp_path:
         config.check(1)
     for config in {config.method_name: config for config in plan}.values():
         Worker(config, SingleCommunicator()).run.close()
+    words += ["--budget.epochs=null", "--budget.steps=2", "--eval.bn_batches=1", "--eval.train_examples=10"]
+    first = Comparison.read(None, None, None, None, words, "hpc-grawa compare").plan[0].config
+    (summary, _) = simulate(2, lambda comm: fit(first, comm, speaks=False))
+    assert (summary["state"], summary["steps"]) == ("finished", 2)
 
 
 SETTING = """
