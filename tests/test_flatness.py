@@ -432,6 +432,29 @@ def test_a_plane_holds_its_three_models(on_ranks: Ranks) -> None:
     on_ranks(body)
 
 
+def test_every_number_of_a_network_is_that_of_its_hessian_gradient_and_outputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), Pairs(drawn(12, 3), torch.arange(12) % 3), batch_size=5)
+    vector, size = objective.vector, len(objective.vector)
+    hessian = torch.stack([objective.product(e) for e in torch.eye(size, dtype=torch.float64)])
+    values = torch.linalg.eigvalsh(hessian)
+    settings = Settings(measures=("loss", "entropy", "spectrum", "trace"), steps=size, samples=size)
+    found = measure(Subject(objective), settings)
+    assert found["largest_eigenvalue"] == pytest.approx(float(values[-1]), rel=1e-8)
+    assert found["smallest_eigenvalue"] == pytest.approx(float(values[0]), rel=1e-8)
+    assert found["sum_of_ritz_values"] == pytest.approx(float(values.sum()), rel=1e-6)
+    assert found["root_of_squared_ritz_values"] == pytest.approx(float(hessian.norm()), rel=1e-6)
+    for name, exact in (("trace", float(values.sum())), ("frobenius_norm", float(hessian.norm()))):
+        assert abs(found[name] - exact) <= 4 * found[f"{name}_error"] + 1e-9
+    value, gradient = objective.gradient()
+    layers = [vector.views(gradient)[i].norm() for i in range(len(vector.parameters))]
+    assert (found["loss"], found["gradient_norm"]) == pytest.approx((value, float(gradient.norm())))
+    assert found["sum_of_layer_norms"] == pytest.approx(float(sum(layers)))
+    shares = torch.cat([output.softmax(1) for output, _, _ in objective.outputs()])
+    assert found["entropy"] == pytest.approx(float(-(shares * shares.log()).sum(1).mean()))
+
+
 def test_products_are_those_of_a_library() -> None:
     from curvlinops import HessianLinearOperator
 

@@ -298,7 +298,7 @@ STUDIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_can_be_trained(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
-    """All its runs are different experiments, and are checked; one of each method is built, two ranks make the first."""
+    """All its runs are different experiments, and are checked; one of each method is built; two ranks begin one."""
     folder = Path(__file__).parents[1] / "benchmarks/studies"
     assert {file.stem for file in folder.glob("*.yaml")} == set(STUDIES)
     data = paths["gpt_text"] if name.endswith("_text") else cifar(tmp_path / "data", 10, train=5000)
