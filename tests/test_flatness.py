@@ -227,6 +227,9 @@ def test_all_steps_give_all_distinct_eigenvalues_and_the_starts_share_of_each(
         start = lanczos._next.clone()
         while not lanczos.complete:
             lanczos.advance(lambda v: a @ v)
+            for value, residual in zip(lanczos.ritz()[0], lanczos.residuals(), strict=True):
+                assert min(abs(value - exact) for exact in values) <= residual + 1e-9
+        assert lanczos.residuals().max() < 1e-9
         found, weights = lanczos.ritz()
         distinct = sorted(set(values))
         np.testing.assert_allclose(found, distinct, atol=1e-9)

@@ -103,10 +103,21 @@ class Lanczos:
 
     def ritz(self) -> Ritz:
         """Ritz values, ascending, and their weights ``[k]``, which sum to 1."""
+        values, vectors = self._eigenpairs()
+        return values, vectors[0] ** 2
+
+    def residuals(self) -> np.ndarray[Any, Any]:
+        """‖Hy_i - θ_i y_i‖ = β_k|s_ki| of each Ritz value ``[k]``: an eigenvalue of H lies so near to it, or nearer."""
+        _, vectors = self._eigenpairs()
+        found: np.ndarray[Any, Any] = self._beta[-1] * np.abs(vectors[-1])
+        return found
+
+    def _eigenpairs(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """θ_i ``[k]`` and s_i ``[k, k]`` of T."""
         from scipy.linalg import eigh_tridiagonal
 
         values, vectors = eigh_tridiagonal(np.array(self._alpha), np.array(self._beta[:-1]))
-        return values, vectors[0] ** 2
+        return values, vectors
 
     def state_dict(self, basis: bool = True) -> dict[str, Any]:
         """All there is to go on with, of this rank; without the basis what ``ritz`` needs."""

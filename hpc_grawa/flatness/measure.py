@@ -118,10 +118,14 @@ def loss(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 
 def spectrum(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """Ritz values of k steps: λ_max, λ_min, the top ten, their sum (which is not the trace), √Σθ²; and the density."""
+    """Ritz values of k steps: λ_max, λ_min, the top ten, their sum (which is not the trace), √Σθ²; and the density.
+
+    Errors of λ_max and λ_min are residuals: an eigenvalue is so near.
+    """
     objective, vector = subject.objective, subject.objective.vector
     spectra: list[Ritz] = []
     done: list[dict[str, Any]] = []
+    residuals = np.zeros(1)
     for start in range(settings.starts):
         lanczos = Lanczos(len(vector), settings.seed + start, objective.comm, vector.exact_dtype, vector.data.device)
         if start < len(subject.spectra):
@@ -133,11 +137,14 @@ def spectrum(subject: Subject, settings: Settings) -> dict[str, Any]:
                 return dict.fromkeys(("largest_eigenvalue", "smallest_eigenvalue", "sum_of_ritz_values"))
             subject.keep(lambda lanczos=lanczos: [*done, lanczos.state_dict()])  # type: ignore[misc]
         spectra.append(lanczos.ritz())
+        residuals = lanczos.residuals() if start == 0 else residuals
         done.append(lanczos.state_dict(basis=False))
     values, _ = spectra[0]
     return {
         "largest_eigenvalue": float(values[-1]),
+        "largest_eigenvalue_error": float(residuals[-1]),
         "smallest_eigenvalue": float(values[0]),
+        "smallest_eigenvalue_error": float(residuals[0]),
         "top_eigenvalues": values[::-1][:10].tolist(),
         "ritz_values": len(values),
         "sum_of_ritz_values": float(values.sum()),
