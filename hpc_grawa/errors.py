@@ -65,7 +65,7 @@ class RanksDisagree(RuntimeError):
 
 
 class NonFinite(ArithmeticError):
-    """A number that every rank needs is NaN or infinite on all of them."""
+    """A number that every rank needs is NaN or infinite on all of them; raised on all ranks at one step."""
 
 
 class Damaged(RuntimeError):

@@ -422,8 +422,11 @@ def test_a_run_of_a_comparison_that_diverges_is_told_and_passed_over(
     before = Path("runs/comparison/LGRAWA-lr1e30-0/summary.json").read_text()
     assert json.loads(before)["state"] == "diverged"
     status, output, errors = called(capsys, *words)
-    assert (status, errors) == (0, "") and output.count("already") == 2
+    assert (status, errors) == (1, "") and output.count("already") == 2
     assert Path("runs/comparison/LGRAWA-lr1e30-0/summary.json").read_text() == before
+    alone = ["compare", "--methods=LGRAWA", "--grid=optimizer.lr=1e30", *LINE, "--budget.steps=8"]
+    status, output, errors = called(capsys, *alone, "--seeds=0", "--paper")
+    assert (status, errors) == (1, "") and "LGRAWA" in output
 
 
 def test_variants_of_a_method_are_told_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,8 +490,8 @@ def test_a_comparison_by_a_launcher_goes_on_where_it_was_cut(tmp_path: Path) -> 
     assert {name: (s["state"], s["world_size"]) for name, s in states.items()} == {
         "LGRAWA-lr0.05-1": ("finished", 2),
         "LocalSGD-lr0.05-1": ("finished", 2),
-        "LGRAWA-lr1e30-1": ("failed", 2),
-        "LocalSGD-lr1e30-1": ("failed", 2),
+        "LGRAWA-lr1e30-1": ("diverged", 2),
+        "LocalSGD-lr1e30-1": ("diverged", 2),
     }
     assert job.returncode == 1 and "LGRAWA-lr1e30-1 has ended with status 1" in errors
     assert "LocalSGD" in out and (study / "figure.png").is_file()

@@ -64,7 +64,7 @@ def test_psi_by_hand() -> None:
     assert granulated([1, 2], [1, 2], {"lr": [1, 1]})["lr"] is math.nan
 
 
-def test_what_is_no_axis_is_fixed_too_but_not_where_it_is_a_part_of_the_axis() -> None:
+def test_what_is_no_axis_is_fixed_too_in_runs_that_both_have_it() -> None:
     """Of 2 x 2 runs with μ = 10 depth + lr and gap = 10 depth - lr, τ along lr is -1, be depth an axis or not."""
     lr, depth = [1, 2, 1, 2], [1, 1, 2, 2]
     measure = [10 * d + x for x, d in zip(lr, depth, strict=True)]
@@ -74,8 +74,10 @@ def test_what_is_no_axis_is_fixed_too_but_not_where_it_is_a_part_of_the_axis() -
     periods = [8, 16, None, None]  # which the second of two methods does not have
     methods = ["a", "a", "b", "b"]
     assert granulated(measure, gap, {"method": methods}, {"method.period": periods}) == {"method": 1}
-    # Along lr runs of one period are compared, and those of none.
-    assert granulated(measure, gap, {"lr": lr}, {"method.period": periods}) == {"lr": -1}
+    # Along lr runs of two periods are not compared; each is with those of none, and these with each other.
+    pairs = [(0, 3), (2, 1), (2, 3)]
+    expected = sum(int(np.sign((measure[a] - measure[b]) * (gap[a] - gap[b]))) for a, b in pairs) / 3
+    assert granulated(measure, gap, {"lr": lr}, {"method.period": periods}) == {"lr": pytest.approx(expected)}
 
 
 def test_conditional_information_by_definition() -> None:
@@ -256,7 +258,9 @@ def test_the_path_norm_sums_over_paths() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     a, b = (model[i].weight.detach() for i in (0, 2))  # type: ignore[union-attr]
     expected = float((b.square() @ a.square()).sum())
-    assert path_norm(model, (3,)) == pytest.approx(expected, rel=1e-12)
+    assert path_norm(model, (3,)) == (pytest.approx(expected, rel=1e-12), True)
+    model[1] = nn.Tanh()
+    assert not path_norm(model, (3,))[1]
 
 
 def test_the_largest_disturbance() -> None:

@@ -282,7 +282,7 @@ def test_time_to_target_is_that_of_the_first_evaluation_that_meets_it(tmp_path: 
     assert [cell["to 95.0 %"] for cell in cells(markdown(rows(records, target=0.95)))] == ["10.0 s", "-"]
 
 
-@pytest.mark.parametrize("state", ["unfinished", "interrupted", "preempted", "failed"])
+@pytest.mark.parametrize("state", ["unfinished", "interrupted", "preempted", "failed", "diverged"])
 def test_the_target_is_taken_from_finished_runs_only(tmp_path: Path, state: str) -> None:
     """A run that was cut off ends low, and on other data: neither is a target for those that ended."""
     cut = make_run(tmp_path, "LSGD", curve=[(t, 0.1) for t in range(9)], finished=False, part="validation")
@@ -546,9 +546,14 @@ def test_the_table_of_a_paper(tmp_path: Path) -> None:
             make_run(tmp_path, seed=seed, curve=((0, 0.1), (10, end)), settings={"period": period})
     make_run(tmp_path, method="EASGD", seed=1, curve=((0, 0.1), (10, 0.5)))
     make_run(tmp_path, method="EASGD", seed=2, curve=((0, 0.1), (10, 0.5)), finished=False)
+    for seed in (1, 2):  # where seeds diverge, those that are left flatter a setting
+        make_run(tmp_path, seed=seed, curve=((0, 0.1), (10, 0.999)), settings={"period": 64}, finished=seed == 1)
+    left = max(tmp_path.glob("LGRAWA-2-*"), key=lambda path: path.stat().st_ctime_ns)
+    (left / "summary.json").write_text(json.dumps({"state": "diverged", "cause": "NonFinite", "steps": 3}))
     lines = paper_table([read_run(path) for path in sorted(tmp_path.iterdir())]).splitlines()
     grid = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert grid[0] == ["method", "seeds", "test error, %", "communication (rounds)", "gap, %"]
     assert ["LGRAWA period=16", "2", "9 ± 1.4", "2 s (5)", "2 ± 0"] in grid
     assert ["EASGD", "1", "50", "2 s (5)", "2"] in grid and len(grid) == 4
+    assert "- Diverged: LGRAWA period=64 (diverged), 1 seed." in lines
     assert "on test data, so its test error is too good" in "\n".join(lines)

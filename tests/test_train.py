@@ -30,6 +30,7 @@ from hpc_grawa.comm.trace import Kind, Trace
 from hpc_grawa.errors import NonFinite
 from hpc_grawa.runs.log import Log
 from hpc_grawa.training.config import Config
+from hpc_grawa.training.ending import Ending
 from hpc_grawa.training.evaluate import Evaluator
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
@@ -470,6 +471,24 @@ def test_training_that_diverges_everywhere_is_an_error(tmp_path: Path) -> None:
         run(digits("--optimizer.lr=1e20", method="DataParallel"), tmp_path / "a", world=2)
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["state"] == "diverged" and summary["cause"].startswith("NonFinite: the mean gradient of all ranks")
+
+
+def test_nothing_is_under_way_once_a_run_has_diverged(tmp_path: Path) -> None:
+    """A checkpoint is whole, or not there; the last event is in the file."""
+    words = ["--optimizer.lr=1e20", "--save.every=1", "--save.unit=steps", "--log.every=1"]
+    with pytest.raises(NonFinite):
+        run(digits(*words, method="LGRAWA"), tmp_path / "a", world=2)
+    names = [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()]
+    assert names and not [name for name in names if name.endswith(".partial")]
+
+
+def test_a_wish_to_end_is_heard_where_the_run_diverges_before_its_word_travels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ending, "poll", lambda self: self.heed("SIGUSR2"))
+    (one, other) = run(digits("--optimizer.lr=1e20", method="DataParallel"), tmp_path / "a", world=2)
+    assert one["state"] == other["state"] == "timed out"
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["state"] == "timed out"
 
 
 def test_a_world_of_one_trains_with_every_method(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ..comm import Communicator
 from ..errors import ConfigError, Damaged, NonFinite, wrong
 from ..runs.checkpoint import saved_world
-from ..runs.log import is_over, new_folder, write_atomically
+from ..runs.log import is_finished, is_over, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object
 from ..runs.record import flatten, read_run
 from ..screen import columns
@@ -199,12 +199,10 @@ class Comparison:
         """Make every run that is not over, until one is told to end; rank 0 decides which.
 
         Returns:
-            The summary of the one that was told to end, on all ranks; else the state ``finished``, or ``diverged`` if a
-            run has.
+            The summary of the one that was told to end, on all ranks; else the state ``finished``.
         """
         done = [self.folder_of(config) for _, config in self.plan] if comm.rank == 0 else []
         there = comm.gather_bytes(bytes(run is not None for run in done))[0]
-        state = "finished"
         for number, (_, config) in enumerate(self.plan):
             if comm.rank == 0:
                 self._announce(number, done[number])
@@ -215,11 +213,10 @@ class Comparison:
             except NonFinite as error:
                 if comm.rank == 0:
                     print(f"{config.run.name} has diverged: {error}", file=sys.stderr, flush=True)
-                state = "diverged"
                 continue
             if ended["state"] != "finished":
                 return ended
-        return {"state": state}
+        return {"state": "finished"}
 
     def _fit(self, config: Config, comm: Communicator) -> dict[str, Any]:
         from ..training.loop import fit
@@ -323,6 +320,11 @@ class Comparison:
     def over(self) -> list[Path]:
         """The folders of the runs that are: finished, or diverged."""
         return [path for _, config in self.plan if (path := self.folder_of(config))]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a run has."""
+        return any(not is_finished(path) for path in self.over)
 
     @property
     def missing(self) -> int:

@@ -247,7 +247,7 @@ def compare(words: list[str], slot: Slot) -> None:
             _as_in_a_paper(comparison, comm, alone)
     if comparison.over:
         comparison.report()
-    raise SystemExit(status)
+    raise SystemExit(status or int(comparison.diverged))
 
 
 def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
@@ -258,16 +258,17 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool)
     set_threads(slot)
     with together(program, first, slot, first_line) as comm:
         ended = comparison.train(comm)
-        made = ended["state"] in ("finished", "diverged")
-        if paper and made:
+        finished = ended["state"] == "finished"
+        if paper and finished:
             _as_in_a_paper(comparison, comm, slot)
         if slot.rank == 0 and comparison.over:
             comparison.report()
-        if ended["state"] != "finished":
+        diverged = comm.gather_bytes(b"1" if slot.rank == 0 and comparison.diverged else b"")[0] == b"1"
+        if diverged or not finished:
             comm.barrier()
-    if made and ended["state"] == "diverged":
-        raise SystemExit(1)
     _leave_early(ended)
+    if diverged:
+        raise SystemExit(1)
 
 
 def _measured_in_a_paper() -> Settings:
@@ -287,11 +288,13 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
         places = {n: comparison.folder_of(config) for n, (_, config) in enumerate(comparison.plan)}
         told = json.dumps({str(path): n for n, path in places.items() if path in chosen})
     chosen_here = json.loads(comm.gather_bytes(told.encode())[0])
+    if not chosen_here:  # all have diverged
+        return
     measure_runs(
         {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},
         _measured_in_a_paper(),
         # Products with the Hessian take several times the memory of a step; what they give is the same.
-        How(batch_size=min(500, max(1, comparison.plan[0].config.data.batch_size // 4))),
+        How(batch_size=min(How.batch_size, max(1, comparison.plan[0].config.data.batch_size // 4))),
         comm,
         slot,
     )

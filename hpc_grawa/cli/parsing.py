@@ -149,7 +149,7 @@ def _check(parsers: dict[str, ArgumentParser], settings: dict[str, Any], whole: 
             arguments = value.get("init_args") or {}
             _check_all(actions(parsers[name], f"{name}.init_args"), arguments, name, short(value["class_path"]), whole)
         elif name in GROUPS:
-            _check_all(actions(parsers[name], name), value, name, name, whole)
+            _check_all(actions(parsers[name], name), value, name, "", whole)
         elif name not in PLAIN:
             outside = [f"{group}.{key}" for group in GROUPS for key in actions(parsers[group], group)]
             full = ".".join([name, *list(value)[:1]]) if isinstance(value, dict) else name
@@ -166,11 +166,11 @@ def _check_all(known: dict[str, Action], given: dict[str, Any], section: str, ow
         if name not in known:
             keys = [f"{section}.{key}" for key in known]
             keys += [f"{key}.{name}" for key in keys if key in HELD and takes(key, HELD[key][1], name)]
-            raise ConfigError(no_setting(f"{section}.{name}", keys, "" if owner == section else owner))
+            raise ConfigError(no_setting(f"{section}.{name}", keys, owner))
     missing = [f"{section}.{name}" for name, action in known.items() if action.required and name not in given]
     if missing and whole:
         are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise ConfigError(f"{', '.join(missing)} {are} missing: {owner} needs {them}")
+        raise ConfigError(f"{', '.join(missing)} {are} missing: {owner or section} needs {them}")
     for name, value in given.items():
         action, key = known[name], f"{section}.{name}"
         kind = getattr(action, "_typehint", action.type)

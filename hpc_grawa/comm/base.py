@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -123,7 +122,6 @@ class Communicator(ABC):
         self._numbers: Counter[Purpose] = Counter()
         self._node: Communicator | None = None
         self._buffers: dict[object, Tensor] = {}
-        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
         #: Ends waits without end; None where ranks cannot be lost.
         self.watch: Watch | None = None
         self._process = os.getpid()
@@ -232,12 +230,7 @@ class Communicator(ABC):
             raise ValueError(f"{verb} needs a contiguous tensor, got strides {x.stride()} for shape {tuple(x.shape)}")
         self.meter.started(verb, purpose, x, self.size)
         launch = self._launch if self.carries(x, verb) else self._launch_staged
-        work = launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda, self.ranks)
-        whole = self
-        while whole._whole is not None:
-            whole = whole._whole
-        whole._works.add(work)
-        return work
+        return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda, self.ranks)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -269,11 +262,6 @@ class Communicator(ABC):
             return result.to(x.device)
 
         return Work(wait)
-
-    def drain(self) -> None:
-        """Wait for all that is under way, parts' too, in the order in which it began; all ranks must call it."""
-        for work in sorted(self._works, key=lambda work: work._began):
-            work.wait()
 
     def drop_buffers(self) -> None:
         """Forget the host memory that messages of a run went through; what is under way keeps its own."""

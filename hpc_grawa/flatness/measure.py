@@ -125,7 +125,7 @@ def spectrum(subject: Subject, settings: Settings) -> dict[str, Any]:
     objective, vector = subject.objective, subject.objective.vector
     spectra: list[Ritz] = []
     done: list[dict[str, Any]] = []
-    residuals = np.zeros(1)
+    residuals = []
     for start in range(settings.starts):
         lanczos = Lanczos(len(vector), settings.seed + start, objective.comm, vector.exact_dtype, vector.data.device)
         if start < len(subject.spectra):
@@ -134,17 +134,18 @@ def spectrum(subject: Subject, settings: Settings) -> dict[str, Any]:
             try:
                 lanczos.advance(objective.product)
             except NonFinite:
-                return dict.fromkeys(("largest_eigenvalue", "smallest_eigenvalue", "sum_of_ritz_values"))
+                ends = [f"{end}_eigenvalue{of}" for end in ("largest", "smallest") for of in ("", "_error")]
+                return dict.fromkeys((*ends, "sum_of_ritz_values"))
             subject.keep(lambda lanczos=lanczos: [*done, lanczos.state_dict()])  # type: ignore[misc]
         spectra.append(lanczos.ritz())
-        residuals = lanczos.residuals() if start == 0 else residuals
+        residuals.append(lanczos.residuals())
         done.append(lanczos.state_dict(basis=False))
     values, _ = spectra[0]
     return {
         "largest_eigenvalue": float(values[-1]),
-        "largest_eigenvalue_error": float(residuals[-1]),
+        "largest_eigenvalue_error": float(residuals[0][-1]),
         "smallest_eigenvalue": float(values[0]),
-        "smallest_eigenvalue_error": float(residuals[0]),
+        "smallest_eigenvalue_error": float(residuals[0][0]),
         "top_eigenvalues": values[::-1][:10].tolist(),
         "ritz_values": len(values),
         "sum_of_ritz_values": float(values.sum()),
@@ -193,8 +194,7 @@ def entropy(subject: Subject, settings: Settings) -> dict[str, Any]:
     for output, target, _ in objective.outputs():
         tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
         if tensors and not target.is_floating_point() and output.dim() == target.dim() + 1:
-            logs = output.double().log_softmax(1)
-            each = -(logs.exp() * logs).sum(1)
+            each = torch.special.entr(output.double().softmax(1)).sum(1)
             sums += sums.new_tensor([float(each.sum()), each.numel(), 0])
         else:
             sums[2] += 1

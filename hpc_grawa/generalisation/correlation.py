@@ -50,8 +50,8 @@ def granulated(
         measure: of each run.
         gap: likewise.
         axes: along which to compare.
-        others: that are fixed too. One that not all runs have (None) is not fixed along the axis that it is part of: a
-            method's period, where methods are compared.
+        others: that are fixed too, in pairs of runs that both have them (not None): a method's period say, where only
+            some of the methods have one.
 
     Source: Jiang et al., equation 5 and 6.
 
@@ -62,21 +62,28 @@ def granulated(
     """
     found = {}
     for axis in axes:
-        fixed = [values for other, values in axes.items() if other != axis]
-        for other, values in (others or {}).items():
-            if None not in values or not other.startswith(f"{axis}."):
-                fixed.append(values)
+        beside = [*(values for other, values in axes.items() if other != axis), *(others or {}).values()]
+        fixed, partial = ([v for v in beside if (None in v) == some] for some in (False, True))
         cells: dict[tuple[object, ...], list[int]] = {}
         for run in range(len(measure)):
             cells.setdefault(tuple(values[run] for values in fixed), []).append(run)
         taus = []
         for runs in cells.values():
             pairs = _pairs([measure[r] for r in runs], [gap[r] for r in runs])
-            along = [x * y for a, b, x, y in pairs if axes[axis][runs[a]] != axes[axis][runs[b]]]
+            along = [
+                x * y
+                for a, b, x, y in pairs
+                if axes[axis][runs[a]] != axes[axis][runs[b]] and _agree(partial, runs[a], runs[b])
+            ]
             if along:
                 taus.append(sum(along) / len(along))
         found[axis] = sum(taus) / len(taus) if taus else math.nan
     return found
+
+
+def _agree(partial: Sequence[Sequence[object]], a: int, b: int) -> bool:
+    """Whether two runs have the same of all that both have."""
+    return all(values[a] is None or values[b] is None or values[a] == values[b] for values in partial)
 
 
 def psi(along: Mapping[str, float]) -> float:

@@ -61,22 +61,6 @@ NUMBERS = {
 }
 
 
-#: Activations for which a network with its weights squared sums over no paths.
-_BENT = (
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Tanh,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Mish,
-    nn.ELU,
-    nn.Softplus,
-)
-
-
 @dataclass
 class Measured:
     """What was found.
@@ -144,14 +128,12 @@ def measures(
     values = found.values
     values |= _of_outputs(ones)
     values |= _of_weights(own, first, values["margin"], tuple(one.shape[1:]))
-    values["path_norm"] = path_norm(folded.model, tuple(one.shape[1:]))
+    values["path_norm"], linear = path_norm(folded.model, tuple(one.shape[1:]))
+    if not linear:
+        found.notes.append("path_norm is no sum over paths: the network is not linear along a ray, as with ReLU it is")
     values["path_norm_over_margin"] = values["path_norm"] * values["inverse_margin"]
     values["fisher_rao"] = (len(own) + 1) ** 2 * _fisher_rao(ones)
     values |= _of_noise(ones, errors, own, first, bound, seed, len(examples))
-    if bent := [name for name, module in folded.model.named_modules() if isinstance(module, _BENT)]:
-        found.notes.append(
-            f"path_norm is no sum over paths, as activations are not linear on either side of 0: {', '.join(bent)}"
-        )
     if start is None:
         why = "the initial weights are not known"
         for name in NUMBERS:

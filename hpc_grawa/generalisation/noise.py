@@ -59,12 +59,12 @@ def largest(error: Callable[[float], float], bound: float, near: float = math.na
     low = high = begin
     if error(begin) <= bound:
         while error(high := factor * low) <= bound:
-            low = high
+            low, factor = high, min(2.0, factor**2)
             if low > 1e6:
                 return Largest(math.inf, 0.0)
     else:
         while error(low := high / factor) > bound:
-            high = low
+            high, factor = low, min(2.0, factor**2)
             if high < 1e-12:
                 return Largest(0.0, 0.0)
     while high - low > tolerance * high:

@@ -154,7 +154,7 @@ def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: fl
     }
 
 
-def path_norm(model: nn.Module, shape: tuple[int, ...]) -> float:
+def path_norm(model: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool]:
     """Σ over outputs of f_{w²}(1): the network with its weights squared, no biases, at an input of ones; in float64.
 
     Source: Jiang et al., equation 44; Neyshabur, Salakhutdinov and Srebro, Path-SGD, 2015.
@@ -162,6 +162,9 @@ def path_norm(model: nn.Module, shape: tuple[int, ...]) -> float:
     Args:
         model: in eval mode.
         shape: of an input.
+
+    Returns:
+        The path norm; and whether twice the input gives twice the output there, without which it sums over no paths.
     """
     squared = copy.deepcopy(model).double().eval()
     with torch.no_grad():
@@ -176,4 +179,5 @@ def path_norm(model: nn.Module, shape: tuple[int, ...]) -> float:
                 assert module.running_var is not None
                 module.running_var.copy_((module.running_var + module.eps) ** 2 - module.eps)
         ones = torch.ones(1, *shape, dtype=torch.float64, device=next(squared.parameters()).device)
-        return float(squared(ones).sum())
+        once, twice = squared(ones), squared(2 * ones)
+        return float(once.sum()), bool(torch.allclose(twice, 2 * once, rtol=1e-6, atol=0))

@@ -217,7 +217,7 @@ def _mean_curve(runs: Sequence[RunRecord], part: str) -> _Curve | None:
     if not every:
         return None
     begin, ends = max(curve[0, 0] for curve in every), [curve[-1, 0] for curve in every]
-    end = max(ends) if runs[0].status["state"] == "finished" else min(ends)
+    end = max(ends) if runs[0].status["state"] == "finished" else max(begin, min(ends))
     seconds = np.unique(np.concatenate([curve[:, 0] for curve in every]))
     seconds = seconds[(seconds >= begin) & (seconds <= end)]
     values = np.stack([np.interp(seconds, curve[:, 0], curve[:, 1]) for curve in every])

@@ -52,7 +52,7 @@ def _lines(axes: Axes, found: Mapping[str, Any]) -> None:
                       va="top", size=9, color=FAINT)  # fmt: skip
     axes.set_xlabel(drawable(f"part of the way from {found['from']}"))
     axes.set_title("Loss along lines", size=13, weight="bold", loc="left", pad=8)
-    if all(loss > 0 for one in found["lines"].values() for loss in one["losses"]):
+    if not any(loss <= 0 for one in found["lines"].values() for loss in one["losses"]):
         axes.set_yscale("log")
         logarithmic(axes.yaxis)
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..averaging.control import Control
 from ..comm import Communicator
-from ..errors import LostContact, NonFinite
+from ..errors import LostContact
 from ..launch import limit_near
 from ..runs.log import Log, write_atomically
 from ..schedules import RunFacts
@@ -109,8 +109,7 @@ def failure_recorded(place: str, comm: Communicator, facts: RunFacts) -> Iterato
         raise
     except BaseException as error:
         if place:
-            states = {KeyboardInterrupt: "interrupted", NonFinite: "diverged"}
-            state = next((state for kind, state in states.items() if isinstance(error, kind)), "failed")
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             found = {
                 "state": state,
                 "cause": f"{type(error).__name__}: {error}",

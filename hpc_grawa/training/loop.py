@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,8 @@ def fit(
         with failure_recorded(place, comm, worker.facts):
             found = training.run(restored, trace)
     except BaseException as error:
-        watch.end(f"failed: {type(error).__name__}: {error}")
-        if isinstance(error, NonFinite):  # on all ranks at one step, which may go on with another run
-            worker.run.close()
-            comm.drain()
+        what = "diverged" if isinstance(error, NonFinite) else f"failed: {type(error).__name__}"
+        watch.end(f"{what}: {error}")
         raise
     else:
         watch.end(found["state"])
@@ -147,24 +146,14 @@ class Training:
         else:
             self._go_on(restored)
         ending = Ending(control, self.log, self.folder)
-        with signals_heeded(ending.heed):
-            while worker.used < 1 and not control.stop:
-                ending.poll()
-                loss = worker.step()
-                if loss is not None:
-                    self.progress.on_step(loss)
-                if worker.used < 1 and self.evaluations.due():
-                    self._evaluate()
-                if worker.used < 1 and self.saves.due():
-                    self._save()
-                if self.checkpoints is not None and self.checkpoints.step <= control.all_written:
-                    self._settle()
+        try:
+            self._train(ending)
+        except NonFinite as error:
+            return self._diverged(error, ending)
         if worker.used < 1:
             self._save()
             self._settle()
             return ending.summary(worker, None if self.checkpoints is None else self.checkpoints.saved)
-        self._settle()
-        worker.run.finish()
         training_seconds = worker.clock.settled
         spans, meter.trace = meter.trace, None
         if spans is not None:
@@ -179,6 +168,53 @@ class Training:
         self.log.close()
         self.log.say(farewell(summary, worker.config.metric.name, self.folder))
         return summary
+
+    def _train(self, ending: Ending) -> None:
+        """Make local steps until the budget is used, and the last round, or until told to end."""
+        worker, control = self.worker, self.worker.run.control
+        with signals_heeded(ending.heed):
+            while worker.used < 1 and not control.stop:
+                ending.poll()
+                loss = worker.step()
+                if loss is not None:
+                    self.progress.on_step(loss)
+                if worker.used < 1 and self.evaluations.due():
+                    self._evaluate()
+                if worker.used < 1 and self.saves.due():
+                    self._save()
+                if self.checkpoints is not None and self.checkpoints.step <= control.all_written:
+                    self._settle()
+        if worker.used >= 1:
+            self._settle()
+            worker.run.finish()
+
+    def _diverged(self, error: NonFinite, ending: Ending) -> dict[str, Any]:
+        """End what is under way and say so, on all ranks at one step: another run may begin on them.
+
+        Returns:
+            The summary of a run that was told to end: whoever goes on with it will see that it diverges.
+
+        Raises:
+            NonFinite: the one that it was given, if it was not told to end.
+        """
+        worker, control = self.worker, self.worker.run.control
+        control.settle()
+        told = worker.comm.gather_bytes(b"1" if control.wants_stop else b"", "evaluate")
+        self._settle()
+        worker.run.close()
+        if any(told):
+            return ending.summary(worker, None if self.checkpoints is None else self.checkpoints.saved)
+        found = {
+            "state": "diverged",
+            "cause": f"{type(error).__name__}: {error}",
+            "method": worker.config.method_name,
+            "world_size": worker.comm.size,
+            "steps": worker.facts.step,
+        }
+        with suppress(OSError):  # it is said on the screen too
+            self._write("summary.json", json.dumps(found, indent=1) + "\n")
+        self.log.close()
+        raise error
 
     def prepare(self, any_world: bool) -> Restored | None:
         """Read the last checkpoint, and find out what else would keep the run from going on; all ranks must call it.
