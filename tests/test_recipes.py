@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from ilsvrc import folders, jpeg, script
 from own import plain_process
 from table import plain
@@ -25,7 +26,7 @@ from hpc_grawa.data import Digits
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, DataParallel, LocalSGD
 from hpc_grawa.optim import SAM, SGD, AdamW
 from hpc_grawa.periods import QSR
-from hpc_grawa.schedules import RunFacts
+from hpc_grawa.schedules import Cosine, RunFacts, Step
 from hpc_grawa.training.config import Config
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.worker import Worker
@@ -123,6 +124,54 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
     config = parse([f"--config={setting}", f"--method={method}", data])
     config.check(4)
     assert config.text == then
+
+
+#: Of settings: milestones, factor and unit of the drops, batch of a rank, and the budget, as published.
+DROPS = {
+    "cifar10_vgg16": ([1200], 0.1, "seconds", 128, {"seconds": 1800}),
+    "cifar10_pyramidnet110": ([150, 225], 0.1, "epochs", 128, {"epochs": 300}),
+    "cifar100_pyramidnet110": ([150, 225], 0.1, "epochs", 128, {"epochs": 300}),
+    "cifar100_densenet121": ([200], 0.1, "epochs", 128, {"epochs": 300}),
+    "cifar100_wrn28x10": ([60, 120, 160], 0.2, "epochs", 128, {"epochs": 200}),
+    "imagenet_resnet50": ([30, 60], 0.1, "epochs", 32, {"epochs": 90}),
+}
+#: Of QSR's: the optimizer's peak rate and weight decay, warm-up, epochs, alpha, batch of a rank.
+OF_QSR = {
+    "imagenet_resnet152": ("SGD", 0.8, 5e-5, 5 * 312, 200, 0.2, 256),
+    "imagenet_vitb16": ("AdamW", 0.008, 0.1, 10_000, 300, 0.0175, 256),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_a_setting_has_its_published_values(name: str, paths: dict[str, Path]) -> None:
+    milestones, gamma, unit, batch, budget = DROPS[name]
+    config = parse([f"--config={name}", f"--data.path={paths[name]}"])
+    assert config.schedule == Step(milestones=milestones, gamma=gamma, unit=unit)  # type: ignore[arg-type]
+    assert (config.data.batch_size, config.optimizer.lr, config.optimizer.weight_decay) == (batch, 0.1, 1e-4)
+    assert {key: getattr(config.budget, key) for key in budget} == budget
+
+
+@pytest.mark.parametrize("name", OF_QSR)
+def test_a_setting_of_qsr_has_its_published_values(name: str, paths: dict[str, Path]) -> None:
+    config = parse([f"--config={name}", "--method=LocalSGD", f"--data.path={paths[name]}"])
+    optimizer, schedule = config.optimizer, config.schedule
+    found = (type(optimizer).__name__, optimizer.lr, optimizer.weight_decay, schedule.warmup, config.budget.epochs)
+    assert (*found, config.method.period.alpha, config.data.batch_size) == OF_QSR[name]
+    assert isinstance(schedule, Cosine) and config.method.period.base == 4
+
+
+def test_grids_of_the_papers_are_the_published_ones() -> None:
+    grids = yaml.safe_load((PAPERS / "grawa.yaml").read_text())["compare"]["grids"]
+    grawa = {"method.period": [16, 32], "method.pull": [0.3, 0.5, 0.7], "method.prox": [0.01, 0.05]}
+    of_gradients = {"data.batch_size": [32, 64, 128]}
+    assert grids == {
+        "EASGD": {"method.period": [4, 8, 16], "method.pull": [0.1, 0.3, 0.43]},
+        "LSGD": {"method.period": [4, 8, 16], "method.pull": [0.01, 0.1], "method.prox": [0.01, 0.1]},
+        "MGRAWA": grawa,
+        "LGRAWA": grawa,
+        "DataParallel": {"optimizer.lr": [0.01, 0.1], **of_gradients},
+        "SAM": {"optimizer": ["SAM"], "optimizer.base.lr": [0.01, 0.1], **of_gradients},
+    }
 
 
 @pytest.mark.parametrize("setting", ["imagenet_resnet152", "imagenet_vitb16"])
