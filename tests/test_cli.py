@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import gc
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import own
 import pytest
@@ -28,6 +30,7 @@ from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import throttled
 from hpc_grawa.runs import log
 from hpc_grawa.training.loop import fit
+from hpc_grawa.training.worker import Worker
 
 BACKENDS = [
     "mpi",
@@ -427,6 +430,27 @@ def test_a_run_of_a_comparison_that_diverges_is_told_and_passed_over(
     alone = ["compare", "--methods=LGRAWA", "--grid=optimizer.lr=1e30", *LINE, "--budget.steps=8"]
     status, output, errors = called(capsys, *alone, "--seeds=0", "--paper")
     assert (status, errors) == (1, "") and "LGRAWA" in output
+
+
+def test_a_run_of_a_comparison_leaves_its_memory_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that is left over would have no room beside that of the next run."""
+    honest, left = Worker.__init__, []
+
+    def init(self: Worker, *args: Any) -> None:
+        left.append(sum(isinstance(one, Worker) for one in gc.get_objects()) - 1)
+        honest(self, *args)
+
+    gc.collect()
+    monkeypatch.setattr(Worker, "__init__", init)
+    gc.disable()
+    try:
+        cli.main(["compare", "--methods=LGRAWA,DataParallel,EASGD", *LINE, "--budget.steps=2"])
+    finally:
+        gc.enable()
+    assert left == [0, 0, 0]
+    capsys.readouterr()
 
 
 def test_variants_of_a_method_are_told_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

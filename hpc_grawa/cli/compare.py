@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..comm import Communicator
+from ..comm import Communicator, Meter
 from ..errors import ConfigError, Damaged, NonFinite, wrong
 from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, is_over, new_folder, write_atomically
@@ -233,6 +234,9 @@ class Comparison:
         finally:
             if place is not None:
                 place.close()
+            # The meter knows the run, whose models, hooks and closures hold each other: their memory is the next one's.
+            comm.meter = Meter()
+            gc.collect()
 
     def _place(self, config: Config, ranks: int) -> RunPlace:
         """Where a run goes on that was cut off with a checkpoint, by these settings and ranks; else a new folder.
