@@ -182,7 +182,7 @@ def test_the_settings_of_qsr_have_its_three_schedules(setting: str, schedule: st
     words = [f"--config={setting}", "--method=LocalSGD", f"--data.path={paths[setting]}"]
     if schedule != "Cosine":
         (line,) = re.findall(rf"`--schedule {schedule} [^`]*`", told)
-        words += line.strip("`").split()
+        words += shlex.split(line.strip("`"))
     config = parse(words)
     config.check(16)
     assert type(config.schedule).__name__ == schedule
