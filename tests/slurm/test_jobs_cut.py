@@ -71,7 +71,7 @@ def test_of_an_array_only_the_task_that_was_cut_is_requeued(site: Site) -> None:
 
 
 def test_what_is_to_end_is_not_requeued(site: Site) -> None:
-    """By a file STOP, or cancelled by its user: saved all the same."""
+    """By a file STOP, after which another job goes on with it; or cancelled by its user: saved all the same."""
     words = ("slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=100000")
     job = site.submit(*words)
     run = site.folder / "runs" / f"cifar10-{job}"
@@ -81,9 +81,8 @@ def test_what_is_to_end_is_not_requeued(site: Site) -> None:
     assert (fact(job, "ExitCode"), fact(job, "Restarts")) == ("75:0", "0")
     assert f"ended by runs/cifar10-{job}/STOP: not requeued" in site.logs()
 
-    job = site.submit(*words)
-    run = site.folder / "runs" / f"cifar10-{job}"
-    until("it trains", lambda: (run / "metrics.jsonl").is_file() and '"round"' in (run / "metrics.jsonl").read_text())
+    job = site.submit(*words, f"--run.name=cifar10-{job}")
+    until("it goes on", lambda: "resumed    at step" in site.logs())
     command("scancel", job)
     site.wait(job, "CANCELLED")
     time.sleep(5)
