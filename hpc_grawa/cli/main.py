@@ -290,11 +290,12 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
     chosen_here = json.loads(comm.gather_bytes(told.encode())[0])
     if not chosen_here:  # all have diverged
         return
+    how = How()
     measure_runs(
         {Path(path): comparison.plan[n].config for path, n in chosen_here.items()},
         _measured_in_a_paper(),
         # Products with the Hessian take several times the memory of a step; what they give is the same.
-        How(batch_size=min(How.batch_size, max(1, comparison.plan[0].config.data.batch_size // 4))),
+        how._replace(batch_size=min(how.batch_size, max(1, comparison.plan[0].config.data.batch_size // 4))),
         comm,
         slot,
     )
