@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def _shown(correlation: Callable[[Any, Any], Any], table: Any) -> str:
         return "-"
     draw = np.random.default_rng(0)
     again = [table[draw.integers(len(table), size=len(table))] for _ in range(1000)]
-    error = np.nanstd([correlation(some[:, 0], some[:, 1]) for some in again])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)  # of few runs some samples are one run
+        error = np.nanstd([correlation(some[:, 0], some[:, 1]) for some in again])
     return f"{correlation(table[:, 0], table[:, 1]):+.3f} +- {error:.3f}"
 
 
