@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from ..errors import ConfigError, in_a_line
+from .norms import passes
 
 #: What a BatchNorm can be folded into.
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -66,7 +67,9 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:
     uses = Counter(id(module.weight) for module in modules.values() if isinstance(module, _LAYERS))
     # A weight that the forward pass asks for is used beside its layer.
     uses.update(id(operator.attrgetter(str(node.target))(found.model)) for node in graph.nodes if node.op == "get_attr")
-    sequences = set() if inputs is None else _linear_on_sequences(found.model, inputs)
+    # BatchNorm normalises the second dimension, which of a linear layer on sequences is not that of its features.
+    linear = [] if inputs is None else passes(found.model, inputs, (nn.Linear,))
+    sequences = {name for name, _, _, output in linear if output.dim() != 2}
     for name in norms:
         before = _layer_before(calls.get(name, []), calls, modules)
         if before is None or before in sequences or uses[id(modules[before].weight)] > 1:
@@ -89,23 +92,6 @@ def _layer_before(nodes: list[fx.Node], calls: dict[str, list[fx.Node]], modules
         return None
     # A weight that is computed (weight_norm, parametrisations) cannot be set.
     return name if isinstance(modules[name], _LAYERS) and "weight" in modules[name]._parameters else None
-
-
-def _linear_on_sequences(model: nn.Module, inputs: Tensor) -> set[str]:
-    """Names of linear layers whose outputs are not ``[B, features]``: BatchNorm normalises their second dimension."""
-    found: set[str] = set()
-    hooks = [
-        module.register_forward_hook(lambda _, given, out, name=name: found.add(name) if out.dim() != 2 else None)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def _fold_into(layer: nn.Module, norm: _BatchNorm) -> None:

@@ -41,6 +41,26 @@ class Layer:
 _BY_INPUT = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 
 
+def passes(
+    model: nn.Module, inputs: Tensor, kinds: tuple[type[nn.Module], ...]
+) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
+    """Each call of a module of these kinds, in order: its name, the module, what it was given and its output."""
+    found: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def see(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        found.append((names[module], module, next(iter((*given, *named.values()))), output))
+
+    hooks = [m.register_forward_hook(see, with_kwargs=True) for m in names if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def layers(model: nn.Module, inputs: Tensor) -> list[Layer]:
     """The layers with a matrix of weights, in the order in which ``inputs`` pass them.
 
@@ -48,20 +68,9 @@ def layers(model: nn.Module, inputs: Tensor) -> list[Layer]:
         ConfigError: there is none, one of them is used twice, there are weights elsewhere (of attention, recurrence,
             embeddings, parametrisations), or what it normalises by depends on its input.
     """
-    found: list[Layer] = []
     own = type(model).__name__
-    names = {module: name for name, module in model.named_modules()}
-
-    def see(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(Layer(names[module], module, tuple(given[0].shape[1:])))
-
-    hooks = [m.register_forward_hook(see) for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear))]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    passed = passes(model, inputs, (*_CONVOLUTIONS, nn.Linear))
+    found = [Layer(name, module, tuple(given.shape[1:])) for name, module, given, _ in passed]
     if not found:
         raise ConfigError(f"{own} has no convolution or linear layer, so no norms of layers")
     if len({id(layer.module.weight) for layer in found}) < len(found):
