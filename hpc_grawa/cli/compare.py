@@ -24,10 +24,10 @@ from ..errors import ConfigError, Damaged, NonFinite, wrong
 from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, is_over, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object
-from ..runs.record import flatten, read_run
+from ..runs.record import PLACE, flatten, read_run
 from ..screen import columns
 from ..training.config import Config, renamed
-from ..training.resume import FREE, RunPlace
+from ..training.resume import RunPlace
 from .classes import find_class, short
 from .parsing import parse
 from .settings import class_section, read_settings, split_config
@@ -183,7 +183,7 @@ class Comparison:
             now = renamed(flatten(parse_settings(config.text, "config")))
             now |= {"ranks": ranks if world_size is None else world_size}
             for key in dict.fromkeys([*now, *there]):
-                if key in ("backend", *FREE) and key != "network":
+                if key in ("backend", *PLACE):
                     continue
                 if there.get(key) != now.get(key):
                     short = key.rpartition(".")[2]

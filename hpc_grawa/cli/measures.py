@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 #: Beside a run.
 FILE = "measures.json"
-#: How settings begin that say where a run was made and what was kept and seen of it.
-_ASIDE = ("backend", "compile", "data.path", "data.workers", "data.start_method", "device", "eval.", "log.", "save.")
+#: How settings begin that say by what a run was made and what was kept and seen of it.
+_ASIDE = ("backend", "compile", "data.path", "device", "eval.", "log.", "save.")
 
 
 def measures(words: list[str], slot: Slot) -> None:

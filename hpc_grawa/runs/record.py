@@ -18,8 +18,13 @@ from .reading import parse_object, parse_settings, read_object, read_text
 FLATNESS = "flatness.json"
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
-#: Settings that tell repetitions of one experiment from each other, where they are kept, and what trains nothing else.
-_IDENTITY = {"run.name", "run.dir", "run.seed", "run.resume", "run.control_every", "comm_timeout", "data.stage"}
+#: Settings that say where a run is made and how fast, but not what it trains.
+PLACE = (
+    *("run.resume", "run.dir", "run.control_every", "comm_timeout"),
+    *("data.stage", "data.workers", "data.start_method"),
+)
+#: And those that tell repetitions of one experiment from each other.
+_IDENTITY = {"run.name", "run.seed", *PLACE}
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,11 @@ from ..runs.heartbeat import ending_of, read_heartbeats
 from ..runs.lock import Lock
 from ..runs.log import is_finished, new_folder, say
 from ..runs.reading import parse_settings, read_object, read_text
-from ..runs.record import flatten
+from ..runs.record import PLACE, flatten
 from .config import Config, renamed
 
-#: May differ when a run goes on: what says where and how fast, but not what.
-FREE = (
-    *("run.resume", "run.dir", "run.control_every", "network", "comm_timeout"),
-    *("data.stage", "data.workers", "data.start_method"),
-)
+#: May differ when a run goes on.
+FREE = (*PLACE, "network")
 #: In place of a setting that a run's configuration does not have.
 _LEFT_OUT = "left out"
 #: In a run's folder.
