@@ -47,7 +47,9 @@ def flatness(words: list[str], slot: Slot) -> None:
     )
     parser.add_argument("--measures", default=",".join(MEASURES), help=f"some of {','.join(MEASURES)} (all)")
     parser.add_argument("--examples", type=int, default=2000, help="training examples, evenly spaced; 0: all (2000)")
-    parser.add_argument("--batch_size", type=int, default=500, help="examples per pass and rank (500)")
+    parser.add_argument(
+        "--batch_size", type=int, default=500, help="examples per pass and rank (500; CPUs: 64 is faster)"
+    )
     parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument(
         "--statistics",

@@ -18,6 +18,8 @@ from .reading import parse_object, parse_settings, read_object, read_text
 FLATNESS = "flatness.json"
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
+#: Settings of measures of flatness.
+_LETTERS = {"rho": "ρ", "epsilon": "ε", "sigma": "σ", "kappa": "κ"}
 #: Settings that say where a run is made and how fast, but not what it trains.
 PLACE = (
     *("run.resume", "run.dir", "run.control_every", "comm_timeout"),
@@ -55,6 +57,10 @@ class RunRecord:
             return ""
         parts = [f"{how.get('examples')} of {how.get('of')} training examples", str(how.get("dtype"))]
         parts += [f"{center['ritz_values']} Ritz values"] if "ritz_values" in center else []
+        by = center.get("measures")
+        settings = [one for one in by.values() if isinstance(one, dict)] if isinstance(by, dict) else []
+        known = {key: x for one in settings for key, x in one.items()}
+        parts += [f"{letter} {_value(known[key])}" for key, letter in _LETTERS.items() if key in known]
         parts += ["BatchNorm's statistics of each batch"] if how.get("statistics") == "batch" else []
         return ", ".join(parts)
 
