@@ -329,6 +329,12 @@ def test_a_comparison_continues_where_it_stopped(
     finished = (study / "LocalSGD-36" / "summary.json").read_text()
     assert not (study / "LGRAWA-36" / "summary.json").exists()
     cut = {path.name: path.read_bytes() for path in (study / "LGRAWA-36").iterdir() if path.is_file()}
+    assert called(capsys, "compare", "--config=recipe.yaml", "--dry_run").said.splitlines() == [
+        "runs/study: 3 runs, 2 to go",
+        "  LocalSGD-36  finished",
+        "  LGRAWA-36  unfinished",
+        "  DataParallel-36  not begun",
+    ]
 
     recipe.write_text(COMPARED.format(steps=6))  # of the run that was cut off; it may change
     cli.main(["compare", "--config=recipe.yaml"])
@@ -373,8 +379,12 @@ def test_a_comparison_continues_where_it_stopped(
 
 def test_a_comparison_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*LINE, "--budget.steps=40", "--log.every=10", "--eval.unit=steps", "--eval.every=5"]
-    cli.main(["compare", "--methods=EASGD,DataParallel", "--seeds=36,720,1042", "--target=-0.5", *words])
+    words = ["compare", "--methods=EASGD,DataParallel", "--seeds=36,720,1042", "--target=-0.5", *words]
     names = [f"{method}-{seed}" for seed in (36, 720, 1042) for method in ("EASGD", "DataParallel")]
+    lines = ["runs/comparison: 6 runs, 6 to go, at most 120 s of training", *(f"  {name}  not begun" for name in names)]
+    assert called(capsys, *words, "--dry_run", "--budget.seconds=20").said.splitlines() == lines
+    assert not Path("runs").exists()
+    cli.main(words)
     printed = capsys.readouterr().out
     assert re.findall(r"^(\S+) \(\d of 6\)$", printed, re.M) == names
     summaries = {name: json.loads((Path("runs/comparison") / name / "summary.json").read_text()) for name in names}

@@ -25,7 +25,7 @@ from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, is_over, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object
 from ..runs.record import PLACE, flatten, read_run
-from ..screen import columns
+from ..screen import columns, counted
 from ..training.config import Config, renamed
 from ..training.resume import RunPlace
 from .classes import find_class, short
@@ -319,6 +319,20 @@ class Comparison:
             refused = " ".join(done.stderr.split())
             raise wrong("submit", shlex.join(arguments), f"must be what sbatch takes ({refused})")
         return f"{done.stdout.strip()}: {len(left)} of {len(self.plan)} runs; hpc-grawa table {self.folder} shows them"
+
+    def listed(self) -> str:
+        """All runs and how far each is, and how long the rest will train at most, where that is limited in seconds."""
+        lines, left = [], []
+        for _, config in self.plan:
+            path = self.folder_of(config)
+            begun = [path] if path else [path for path in self._attempts(config) if path.is_dir()]
+            lines.append(f"  {config.run.name}  " + (read_run(begun[-1]).status["state"] if begun else "not begun"))
+            left += [] if path else [config.budget.seconds]
+        limits = [seconds for seconds in left if seconds is not None]
+        total = sum(limits)
+        time = f"{total / 3600:.1f} hours" if total >= 3600 else f"{total:.0f} s"
+        most = f", at most {time} of training" if limits and len(limits) == len(left) else ""
+        return "\n".join([f"{self.folder}: {counted(len(self.plan), 'run')}, {len(left)} to go{most}", *lines])
 
     @property
     def over(self) -> list[Path]:

@@ -209,6 +209,7 @@ def compare(words: list[str], slot: Slot) -> None:
     ways = own.add_mutually_exclusive_group()
     ways.add_argument("--launcher", help="start each run by these words: 'srun --mpi=pmix', 'mpirun -np 4'")
     ways.add_argument("--submit", help="submit the runs as one job array: options of sbatch, and slurm/compare.sh")
+    ways.add_argument("--dry_run", action="store_true", help="only list the runs, and how far they are")
     if any(word in ("-h", "--help") for word in words):
         print(own.format_help() + "\nBeside these, the options of hpc-grawa train.")
         raise SystemExit(0)
@@ -220,6 +221,15 @@ def compare(words: list[str], slot: Slot) -> None:
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
+    if options.dry_run:
+        ranks = slot.size if slot.size > 1 else None
+        for _, config in comparison.plan:
+            config.check(ranks)
+        if slot.rank == 0:
+            if comparison.folder.is_dir():
+                comparison.check_folders(ranks)
+            print(comparison.listed())
+        return
     for _, config in comparison.plan:
         config.check(slot.size if elsewhere is None else None)
     if elsewhere is None:
