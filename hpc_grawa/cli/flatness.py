@@ -23,7 +23,7 @@ from ..launch import Slot
 from ..runs.checkpoint import Checkpoints
 from ..runs.log import Log, say, write_atomically
 from ..runs.record import FLATNESS, group, read_flatness, read_run
-from ..screen import wrapped
+from ..screen import counted, wrapped
 from ..training.config import Config
 from ..training.preflight import fail_together
 from .compare import runs_in
@@ -174,7 +174,7 @@ def measure_runs(
     log = Log(None, speaks=comm.rank == 0)
     found: list[tuple[str, dict[str, Any]]] = []
     titles = experiments(named(runs))
-    for run, config in runs.items():
+    for number, (run, config) in enumerate(runs.items()):
         writes = comm.rank > 0 or os.access(run, os.W_OK)
         fail_together(comm, "" if writes else f"{run} cannot be written, where results are to be kept")
         finished = FinishedRun(run, config, comm, slot, double=how.double)
@@ -183,7 +183,8 @@ def measure_runs(
         if not names:
             raise wrong("models", ",".join(models), f"must be center: {run} has kept no rank's own model")
         for name in names:
-            known = _measured(finished, name, settings, how, comm, log)
+            left = len(runs) - 1 - number
+            known = _measured(finished, name, settings, how, comm, log, left)
             found.append((f"{titles[run]} {name}" if len(names) > 1 else titles[run], known))
             log.say(f"\n{described(f'{name} of {run}', known)}")
     log.close()
@@ -195,9 +196,19 @@ def measure_runs(
 
 
 def _measured(
-    finished: FinishedRun, name: str, settings: Settings, how: How, comm: Communicator, log: Log
+    finished: FinishedRun, name: str, settings: Settings, how: How, comm: Communicator, log: Log, left: int
 ) -> dict[str, Any]:
-    """What is known of a model, all that was asked for; on rank 0 it is written beside the run."""
+    """What is known of a model, all that was asked for; on rank 0 it is written beside the run.
+
+    Args:
+        finished: whose model it is.
+        name: of the model.
+        settings: which measures.
+        how: on what.
+        comm: ranks that share the work.
+        log: where it is said how far this is.
+        left: runs that are still to be measured after this one.
+    """
     finished.put(name)
     objective = how.objective(finished, comm)
     exactly = how.said(objective, finished)
@@ -241,9 +252,13 @@ def _measured(
             file = {**read_flatness(finished.run), name: [*there()[:-1], now]}
             write_atomically(finished.run / FLATNESS, json.dumps(file, indent=1) + "\n")
 
+    began = time.monotonic()
+
     def watch(share: float, text: str) -> None:
         if log.due:
-            log.progress(share, f"{finished.run.name} {name}  {text}")
+            others = (time.monotonic() - began) / share * left  # as if none of them were known
+            more = f", then {counted(left, 'run')}: {others:.0f} s" if left else ""
+            log.progress(share, f"{finished.run.name} {name}  {text}{more}")
 
     def read(rank: int) -> Tensor:
         finished.put(f"rank {rank}")
