@@ -249,7 +249,7 @@ def test_every_row_of_a_comparison_can_be_trained(name: str, paths: dict[str, Pa
 
 
 def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> None:
-    """Each plans a comparison, here of one seed and without its grid; that its rows train is tested beside."""
+    """Each plans a comparison, here of one seed and without its file's grid; that its rows train is tested beside."""
     root = Path(__file__).parents[1]
     text = (root / "benchmarks/RESULTS.md").read_text()
     for file in sorted((root / "benchmarks/studies").glob("*.yaml")):
@@ -269,13 +269,14 @@ def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> Non
         else:
             words[path] = str(paths[words[name]])
         own: dict[str, str] = {}  # of the comparison, not of its runs
-        for option in ("--methods", "--seeds"):
+        for option in ("--methods", "--seeds", "--target", "--grid"):
             if option in words:
                 at = words.index(option)
                 own[option] = words[at + 1]
                 del words[at : at + 2]
-        assert "--grid" not in words
-        assert Comparison.read(own.get("--methods"), "1", None, "", words, "hpc-grawa compare").plan
+        target = float(own["--target"]) if "--target" in own else None
+        grid = own.get("--grid", "")
+        assert Comparison.read(own.get("--methods"), "1", target, grid, words, "hpc-grawa compare").plan
 
 
 @pytest.fixture(scope="module")
