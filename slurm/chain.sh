@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash slurm/chain.sh N [OPTIONS OF sbatch] SCRIPT [OPTIONS OF hpc-grawa train]
 # N jobs, each after the one before, on one run folder: for sites that forbid requeueing, and for runs longer than any
-# limit. A link whose run is finished ends at once; after two links without a new checkpoint the rest is cancelled.
+# limit. A link whose run is finished ends at once; after STOP, or two links without a new checkpoint, the rest is cancelled.
 # CHAIN=NAME bash slurm/chain.sh ... goes on with the run of that name.
 set -euo pipefail
 

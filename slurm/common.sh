@@ -174,6 +174,7 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
     fi
     if [ -z "$told" ] && summary_says cause STOP; then
         say "ended by $folder/STOP: not requeued"
+        if [ -n "${CHAIN:-}" ]; then cancel_links; fi
     elif [ -n "${CHAIN:-}" ] || [ "${REQUEUE:-yes}" = no ]; then
         say "not requeued, as CHAIN or REQUEUE=no want it"
     elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
@@ -196,9 +197,13 @@ check_chain() { # STEP: where the run stands at the start of each link
     printf '%s\n' "${1:-none}" >>"$history"
     if [ "$(tail -n 3 "$history" | wc -l)" = 3 ] && [ "$(tail -n 3 "$history" | sort -u | wc -l)" = 1 ]; then
         say "no progress in two links (at step ${1:-none}): the chain ends here"
-        scancel --user="$(id -un)" --name="$SLURM_JOB_NAME" --state=PENDING
+        cancel_links
         exit 1
     fi
+}
+
+cancel_links() { # those that wait for this one
+    scancel --user="$(id -un)" --name="$SLURM_JOB_NAME" --state=PENDING
 }
 
 id=$SLURM_JOB_ID # of an array: the task; its bare number would stand for all

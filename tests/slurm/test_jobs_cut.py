@@ -104,6 +104,17 @@ def test_a_chain_goes_on_with_one_run_and_its_last_link_has_nothing_to_do(site: 
     assert site.center("long") == uninterrupted
 
 
+def test_a_run_that_is_stopped_ends_its_chain(site: Site) -> None:
+    words = ("slurm/cifar10.sh", *SMALL, *BUDGET, "--budget.steps=100000")
+    jobs = re.findall(r"job (\d+)", command("bash", "slurm/chain.sh", "3", *LAB, *words, CHAIN="stopped"))
+    run = site.folder / "runs" / "stopped"
+    until("it trains", lambda: (run / "metrics.jsonl").is_file())
+    (run / "STOP").touch()
+    for job, state in zip(jobs, ("FAILED", "CANCELLED", "CANCELLED"), strict=True):
+        site.wait(job, state)
+    assert fact(jobs[0], "ExitCode") == "75:0" and "ended by runs/stopped/STOP: not requeued" in site.logs()
+
+
 def test_a_chain_ends_after_two_links_without_progress(site: Site) -> None:
     said = command("bash", "slurm/chain.sh", "5", *LAB, "slurm/cifar10.sh", *SMALL, "--optimizer.lr=-1")
     jobs = re.findall(r"job (\d+)", said)
