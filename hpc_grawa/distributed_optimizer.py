@@ -250,6 +250,7 @@ class _Steps:
             loss = closure()
             if not self.run.aggregator.shares:
                 self.run.aggregator.finish()
+                self.run.aggregator.complete()
             self._complete(loss)
             return loss
 

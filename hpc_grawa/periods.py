@@ -95,7 +95,7 @@ class QSR(Period):
             raise ValueError("QSR needs to know the peak of a warm-up: RunFacts(warmup_steps=..., peak_lr=...)")
         lr = facts.peak_lr if warming else facts.lr
         left = math.inf if facts.steps_left is None else facts.steps_left
-        return max(self.base, _floor(min(self._grown(lr), left)))
+        return max(self.base, min(_floor(self._grown(lr)), left))
 
     def _grown(self, lr: float) -> float:
         if self.alpha == 0:
@@ -120,7 +120,7 @@ class Sqrt(Period):
         require(0 <= self.c < math.inf, "method.period.c", self.c, "a number of 0 or more")
 
     def __call__(self, facts: RunFacts) -> float:
-        return max(1, math.floor(self.c * math.sqrt(facts.step)))
+        return max(1, _floor(self.c * math.sqrt(facts.step)))
 
 
 @dataclass
@@ -190,4 +190,5 @@ class SWAP(_Switching):
 
 
 def _floor(steps: float) -> float:
-    return steps if steps == math.inf else math.floor(steps)
+    """⌊steps⌋ of what was computed from decimal fractions: .3/.1 is 3, not the 2.9999999999999996 of binary ones."""
+    return steps if steps == math.inf else math.floor(steps * (1 + 1e-9))

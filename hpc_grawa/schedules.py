@@ -21,7 +21,7 @@ class RunFacts:
     Attributes:
         step: local steps made by each rank; under pooled rounds by all ranks together, divided by their number.
         seconds: rank 0's training seconds, as of the last control word.
-        lr: the learning rate of the coming step.
+        lr: the learning rate of the coming step; at a round that of the step before it.
         peak_lr: the learning rate that the schedule is a factor of.
         warmup_steps: steps of linear warm-up.
         total_steps: of the run, or None where a clock decides.

@@ -564,8 +564,8 @@ class Method:
     def after_step(self, world: World) -> None:
         """Called after every step, before a round that may be due."""
 
-    def force(self, world: World, rank: int, x: Array) -> Array | float:
-        """What is added to the rank's gradient at x."""
+    def force(self, world: World, rank: int) -> Array | float:
+        """What is added to the rank's gradient, wherever that was taken."""
         return 0.0
 
     def spans(self, world: World) -> list[Span]:
@@ -848,8 +848,8 @@ class Parle(Method):
     def scoped(self, world: World, value: float, floor: float) -> float:
         return max(value * self.scoping**world.round, floor)
 
-    def force(self, world: World, rank: int, x: Array) -> Array | float:
-        return (x - self.slow[rank]) / self.scoped(world, self.gamma, self.gamma_floor)
+    def force(self, world: World, rank: int) -> Array | float:
+        return (world.x[rank] - self.slow[rank]) / self.scoped(world, self.gamma, self.gamma_floor)
 
     def after_step(self, world: World) -> None:
         self.z = self.decay * self.z + (1.0 - self.decay) * world.x
@@ -1234,7 +1234,7 @@ def _local_steps(method: Method, world: World, batches: list[tuple[Any, ...]]) -
             world.gradients[m] = gradient / parts + (world.gradients[m] if i > 0 else 0)
             if not (share and method.shares):
                 own = world.gradients[m].copy()
-                return own + method.force(world, m, x) if share else own
+                return own + method.force(world, m) if share else own
             meeting.wait()
             [shared] = answer
             if shared is None:
@@ -1260,7 +1260,7 @@ def _round(method: Method, world: World, local_momentum: str) -> Round:
     """One round: scores, weights, center, pull, and the healing of ranks where what is averaged is not all finite.
 
     Such a rank has weight 0 in every column (the rule does not see it), takes over c, and starts anew: optimizer state
-    and score momentum are reset.
+    and score momentum are reset; where momenta are averaged, it takes over the mean of the finite ones.
     """
     before, averaged = world.x.copy(), method.averaged(world)
     broken = [m for m in range(world.size) if not np.all(np.isfinite(averaged[m]))]
@@ -1278,7 +1278,8 @@ def _round(method: Method, world: World, local_momentum: str) -> Round:
     _local_momentum(world, local_momentum, finite)
     for m in broken:
         averaged[m] = world.center
-        world.optimizers[m].state.clear()
+        if local_momentum != "average":
+            world.optimizers[m].state.clear()
         method.forget(m)
     return Round(
         step=world.step,
@@ -1301,7 +1302,7 @@ def _local_momentum(world: World, policy: str, finite: list[int]) -> None:
     elif policy == "average":
         for name in states[0]:
             mean = np.sum([state[name] for state in states], axis=0) / len(states)
-            for state in states:
-                state[name] = mean.copy()
+            for optimizer in world.optimizers:
+                optimizer.state[name] = mean.copy()
     elif policy != "keep":
         raise ValueError(f"local_momentum is keep, reset or average, not {policy!r}")

@@ -414,6 +414,29 @@ def test_momentum_and_weight_decay_are_given_back_when_sharing_ends() -> None:
     assert settings(sgd)[0] == (0, 0.125)
 
 
+@pytest.mark.parametrize("loaded", ["before it is built", "after"])
+def test_weight_decay_that_is_configured_otherwise_when_a_run_goes_on_is_so(loaded: str) -> None:
+    """Also as 0; of an optimizer that was loaded first nothing is known but what the checkpoint says."""
+
+    def built(decay: float) -> tuple[Any, optim.SGD]:
+        vector = ParameterVector(branches())
+        sgd = optim.SGD(vector.parameters, 0.1, momentum=0.9, weight_decay=decay)
+        if loaded == "before it is built" and saved:
+            sgd.load_state_dict(saved["optimizer"])
+        return DeepGradientCompression(warmup_epochs=0).build(SingleCommunicator(), vector, sgd), sgd
+
+    saved: dict[str, Any] = {}
+    run, sgd = built(0.125)
+    step(run, sgd, 0, "abcd")
+    saved |= {"run": run.state_dict(), "optimizer": sgd.state_dict()}
+    for decay in (0.125, 0.25, 0.0):
+        run, sgd = built(decay)
+        run.load_state_dict(saved["run"])
+        step(run, sgd, 1, "abcd")
+        run.finish()
+        assert settings(sgd) == [(0.9, 0.125 if loaded == "before it is built" else decay)]
+
+
 def test_a_schedule_of_momentum_is_followed(on_ranks: Ranks) -> None:
     """What a scheduler sets in the optimizer is taken as well."""
 

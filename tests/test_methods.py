@@ -201,6 +201,12 @@ def test_dppf_settles_where_pull_and_push_are_even() -> None:
     np.testing.assert_allclose((first + second) / 2, starts(2).mean(0), rtol=1e-12, atol=1e-12)
 
 
+def test_dppf_leaves_ranks_that_are_alike_where_they_are() -> None:
+    """Their mean is rounded, which is no direction to be pushed in."""
+    for trace in simulate(3, lambda comm: run_method(comm, DPPF(period=1, pull=0.5, push=0.3), steps=3, lr=0.0)):
+        np.testing.assert_allclose(trace.parameters[-1], starts(1)[0], rtol=1e-14)
+
+
 def test_parle_of_one_step_without_a_slow_mean_pulls_to_the_mean_by_a_fixed_share(on_ranks: Ranks) -> None:
     """L = 1 and d = 0: x_m is what uniform averaging with pull t = γ/(ρ + γ) makes of the first step."""
     t = 0.75

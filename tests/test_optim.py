@@ -80,6 +80,7 @@ PAIRS: dict[str, tuple[LocalOptimizer, Callable[[], Callable[[], ref.Optimizer]]
     "LARS": (LARS(trust=0.3, weight_decay=0.1), lambda: lambda: ref.LARS(WEIGHTS, trust=0.3, weight_decay=0.1)),
     "LAMB": (LAMB(weight_decay=0.3), lambda: lambda: ref.LAMB(WEIGHTS, weight_decay=0.3)),
     "Lion": (Lion(), lambda: ref.Lion),
+    "AdamW": (AdamW(weight_decay=0.0), lambda: lambda: ref.LAMB((), eps=1e-8)),
 }
 ENTROPY = EntropySGD(period=3, scope=0.4, growth=0.2, thermal=0.0, weight_decay=1e-2)
 
@@ -97,10 +98,11 @@ def test_optimizers_follow_the_oracle(name: str, row: str, on_ranks: Ranks) -> N
     assert_follows(traces, replay(theirs, on_ranks.size, STEPS, optimizer=oracle(), batch=eight), 1e-12)
 
 
-@pytest.mark.parametrize("policy", ["keep", "reset"])
-def test_lamb_counts_its_steps_anew_where_its_moments_begin_anew(policy: Any, on_several_ranks: Ranks) -> None:
-    """It corrects them by that count, which lies elsewhere: on a rank that is healed, and at rounds that reset them."""
-    settings, oracle = PAIRS["LAMB"]
+@pytest.mark.parametrize("policy", ["keep", "reset", "average"])
+@pytest.mark.parametrize("name", ["LAMB", "AdamW"])
+def test_moments_are_corrected_by_a_count_of_their_own_steps(name: str, policy: Any, on_several_ranks: Ranks) -> None:
+    """Anew on a rank that is healed, or that of all where it takes over their mean; and at rounds that reset them."""
+    settings, oracle = PAIRS[name]
     ours = LocalSGD(period=4, local_momentum=policy)
     broken: dict[str, Any] = {"poison": lambda *at: at == (1, 3), "batch": eight}
     traces = on_several_ranks(lambda comm: run_method(comm, ours, steps=STEPS, settings=settings, **broken))
@@ -124,14 +126,53 @@ def test_entropy_sgd_follows_the_oracle(on_ranks: Ranks) -> None:
         torch.testing.assert_close(flat, torch.from_numpy(theirs[0].state[key]), rtol=1e-12, atol=1e-12)
 
 
-def test_parle_of_one_rank_is_entropy_sgd_without_noise() -> None:
-    comm = SingleCommunicator()
-    parle = Parle(period=3, gamma=4.0, gamma_floor=4.0, scoping=1.0, rho=0.0, rho_floor=0.0)
-    theirs = run_method(comm, parle, steps=STEPS, settings=SGD(momentum=0.9, weight_decay=1e-2))
-    settings = EntropySGD(period=3, scope=1 / 4, growth=0.0, thermal=0.0, weight_decay=1e-2)
-    ours = run_method(comm, DataParallel(), steps=STEPS, settings=settings)
-    for a, b in zip(ours.parameters, theirs.parameters, strict=True):
-        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-12, atol=1e-12)
+#: Parle of one rank, and what it then is.
+AS_ENTROPY = Parle(period=3, gamma=4.0, gamma_floor=4.0, scoping=1.0, rho=0.0, rho_floor=0.0)
+AS_PARLE = EntropySGD(lr=0.1, weight_decay=1e-2, period=3, scope=1 / 4, growth=0.0, thermal=0.0)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_parle_of_one_rank_is_entropy_sgd_without_noise(clip_norm: float | None) -> None:
+    """Also where heads take turns, one without a gradient in each round's step; and clipped is not the pull to x."""
+    found = []
+    for settings, method in ((SGD(lr=0.1, weight_decay=1e-2), AS_ENTROPY), (AS_PARLE, DataParallel())):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(4, 3).double() for name in ("trunk", "a", "b")})
+        x = torch.randn(8, 4).double()
+        vector, facts, step = ParameterVector(model), RunFacts(), 0
+        optimizer = build(settings, vector, facts)
+        run: Run = method.build(SingleCommunicator(), vector, optimizer, facts=facts)
+
+        def loss(model: nn.ModuleDict = model, x: Tensor = x) -> Tensor:
+            head = model["b" if step % 3 == 2 else "a"]  # noqa: B023 - rounds are in the steps of b
+            return (model["trunk"](x) - head(x).tanh()).square().mean()
+
+        closure: Any = run.closure(loss, clip_norm)
+        for step in range(7):  # noqa: B007
+            run.after_step(optimizer.step(closure))
+        own = vector.data.clone()
+        if settings is AS_PARLE:
+            optimizer.eval()  # type: ignore[attr-defined]
+        found.append(torch.stack((own, run.local)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+@pytest.mark.parametrize("around", [SAM(rho=0.5, base=SGD(lr=0.1)), LPFSGD(parts=1, sigma=0.5, base=SGD(lr=0.1))])
+def test_parle_pulls_from_where_the_model_is_not_from_where_its_gradient_is_taken(around: LocalOptimizer) -> None:
+    """Of a linear loss, whose gradient is the same everywhere."""
+    found = []
+    for settings in (SGD(lr=0.1), around):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+        vector, facts = ParameterVector(model), RunFacts()
+        optimizer = build(settings, vector, facts)
+        run = AS_ENTROPY.build(SingleCommunicator(), vector, optimizer, facts=facts)
+        closure: Any = run.closure(lambda model=model: model(torch.arange(3.0).double()).sum(), clip_norm=1.0)
+        for _ in range(5):
+            run.after_step(optimizer.step(closure))
+        found.append(torch.stack((vector.data, run.local)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def network() -> nn.Module:

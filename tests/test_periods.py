@@ -20,8 +20,10 @@ from torch import nn
 from worlds import assert_follows, batch, nesterov, replay, run_method, starts, twin
 
 from hpc_grawa import LGRAWA, DistributedOptimizer, LocalSGD, ParameterVector, Run, simulate
+from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, RanksDisagree
 from hpc_grawa.methods import AveragingMethod
 from hpc_grawa.periods import QSR, SWAP, Constant, Period, PostLocal, Sqrt
@@ -75,7 +77,10 @@ def test_qsr_by_hand(lr: float, step: int, left: int | None, expected: float) ->
 
 
 def test_other_powers_of_qsr() -> None:
-    assert [QSR(1, 0.3, power)(RunFacts(lr=0.1)) for power in (1.0, 2.0, 3.0)] == [2, 8, 26]  # 0.3 / 0.1 < 3 in binary
+    assert [QSR(1, 0.3, power)(RunFacts(lr=0.1)) for power in (1.0, 2.0, 3.0)] == [3, 9, 27]  # 0.3 / 0.1 < 3 in binary
+    assert [QSR(1, alpha)(RunFacts(lr=0.1 * 0.1)) for alpha in (0.05, 0.2)] == [25, 400]  # 0.1 * 0.1 > 0.01
+    assert QSR(1, 0.0499)(RunFacts(lr=0.01)) == 24
+    assert [Sqrt(0.29)(RunFacts(step=t)) for t in (9_999, 10_000)] == [28, 29]
 
 
 @pytest.mark.parametrize(("epoch", "published"), [(183, 30), (273, 8142)])
@@ -85,6 +90,18 @@ def test_qsr_on_the_cosine_of_its_paper(epoch: int, published: int) -> None:
     facts = RunFacts(step=step, peak_lr=0.008, warmup_steps=10_000, total_steps=total, progress=step / total)
     facts.lr = facts.peak_lr * Cosine(warmup=10_000)(facts)
     assert QSR(4, 0.0175)(facts) == pytest.approx(published, rel=0.07)
+
+
+def test_the_learning_rate_of_a_run_is_that_of_its_first_group_that_is_trained() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[1].parameters(), "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups)
+    run = LocalSGD(period=QSR(base=2, alpha=0.2)).build(SingleCommunicator(), ParameterVector(model), optimizer)
+    rounds: list[Round] = []
+    run.synchronizers[0].on_round = rounds.append
+    for _ in range(4):
+        run.after_step(optimizer.step(run.closure(lambda: model(torch.ones(2)).sum())))  # type: ignore[arg-type]
+    assert [(one.lr, one.period) for one in rounds] == [(0.1, 4)]
 
 
 def test_sqrt_and_constant() -> None:

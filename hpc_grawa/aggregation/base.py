@@ -11,7 +11,7 @@ class Aggregator:
     """Each rank steps with its own gradient.
 
     A step is ``zero_grad``, a backward pass for each part of the batch, before the last of them ``start``, and at the
-    end ``finish``: only the last pass shares.
+    end ``finish``: only the last pass shares. The gradient may be clipped then, and ``complete`` is what comes after.
 
     Attributes:
         shares: whether ranks step with a gradient that they have in common.
@@ -32,7 +32,10 @@ class Aggregator:
         """The coming backward completes the gradient: it may be shared while it is computed."""
 
     def finish(self) -> None:
-        """Return when every ``.grad`` is the gradient to step with."""
+        """Return when every ``.grad`` is the gradient of the loss to step with."""
+
+    def complete(self) -> None:
+        """Add what is no gradient of the loss, and so is not clipped with it."""
 
     def close(self) -> None:
         """Share no more: take hooks off the parameters; sends nothing."""

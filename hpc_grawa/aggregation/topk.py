@@ -45,6 +45,8 @@ class TakenOver:
         numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
         self._group_of = [numbers[id(p)] for p in parameters]
         self.values: list[dict[str, float]] = []
+        #: Those that the optimizer was made with.
+        self.configured = [{key: float(group[key]) for key in self._KEYS} for group in groups]
 
     def take(self) -> None:
         """Set them to 0 in the optimizer, whose groups a loaded checkpoint has made anew."""
@@ -54,6 +56,14 @@ class TakenOver:
             for key in self._KEYS:
                 if group[key]:
                     values[key], group[key] = group[key], 0.0
+
+    def go_on(self, values: list[dict[str, float]], configured: list[dict[str, float]]) -> None:
+        """Go on with the values of a checkpoint, but for those that were configured otherwise there."""
+        loaded = not any(value for now in self.configured for value in now.values())  # before, with these zeros
+        self.values = [
+            {key: value if loaded or then[key] == now[key] else now[key] for key, value in kept.items()}
+            for kept, then, now in zip(values, configured, self.configured, strict=True)
+        ]
 
     def give_back(self) -> None:
         if self.values:
@@ -177,8 +187,10 @@ class TopK(Codec):
             self._u.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        taken = {} if self._taken is None else {"u": self._u, "taken": self._taken.values}
-        return {"v": self._v, **taken}
+        taken = self._taken
+        if taken is None:
+            return {"v": self._v}
+        return {"v": self._v, "u": self._u, "taken": taken.values, "configured": taken.configured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not state:  # of a run that has kept nothing yet
@@ -187,7 +199,7 @@ class TopK(Codec):
         if self._u is not None and self._taken is not None and "u" in state:
             self._u.copy_(state["u"])
             if state["taken"]:  # else it was saved when they had been given back
-                self._taken.values = [dict(values) for values in state["taken"]]
+                self._taken.go_on(state["taken"], state.get("configured", self._taken.configured))
 
     def close(self) -> None:
         if self._taken is not None:

@@ -114,6 +114,17 @@ class LocalMomentum(Rider):
                 _refuse(key, own)
         return [torch.zeros_like(p) if own is None else own for p, own in state]
 
+    def heal(self) -> bool:
+        """Keep, of a rank that is not finite, the states of which all but counts is about to be taken over, if any."""
+        riding: dict[Tensor, list[str]] = {}
+        for p, key in self._keys:
+            riding.setdefault(p, []).append(key)
+        for held, state in list(self._optimizer.state.items()):
+            rest = [t for key, t in state.items() if isinstance(t, Tensor) and key not in riding.get(held, ())]
+            if held not in riding or any(t.numel() > 1 or not bool(t.isfinite()) for t in rest):
+                del self._optimizer.state[held]
+        return bool(riding)
+
     def unpack(self, averages: list[Tensor]) -> None:
         pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]
         if pairs:

@@ -16,6 +16,7 @@ from ..errors import NonFinite
 from ..periods import Period, length
 from .averager import Averager, WeightRule
 from .control import Control, Table
+from .riders import LocalMomentum
 from .scores import Score
 
 
@@ -313,7 +314,8 @@ class Synchronizer:
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""
-        self._reset_optimizer()
+        if not any(rider.heal() for rider in self.averager.riders if isinstance(rider, LocalMomentum)):
+            self._reset_optimizer()
         for level in self.levels:
             level.score.reset()
         reset_statistics(self._vector.model)

@@ -61,10 +61,11 @@ class AveragingMethod(Method):
     Attributes:
         period: local steps between rounds, τ: a number, or a class of ``hpc_grawa.periods`` (``Constant``, ``QSR``,
             ``Sqrt``, ``PostLocal``, ``SWAP``) or of one's own, that is asked at each round's first step.
-        local_momentum: the optimizer's state at a round: ``keep``, ``reset`` or ``average`` (it rides in the message).
+        local_momentum: the optimizer's state at a round of all ranks: ``keep``, ``reset`` or ``average`` (it rides in
+            the message).
         buffers: BatchNorm statistics of evaluated models: ``recalibrate`` on training batches, ``average`` (they ride
             in the message), or as they are on one rank (``local``). Other buffers of ``state_dict`` belong to the
-            weights (spectral norm's vectors, codebooks, moving averages): at a round all ranks take over those of the
+            weights (spectral norm's vectors, codebooks, moving averages): at a round of all they take over those of the
             rank that weighs most, since a mean of such sets need not be one; constants, which need not travel, are
             registered with ``persistent=False``. So do frozen parameters that the model changes itself (momentum
             encoders, mean teachers): once ranks are found to differ in one, looked at in rounds 1, 2, 4, 8, ..., it
@@ -73,7 +74,8 @@ class AveragingMethod(Method):
             so that a round waits for at most one step of the slowest rank. Steps are counted at rounds: learning
             rate, evaluations, checkpoints and a word to end wait for one, so that long periods are for lockstep.
         sharing: a method that shares gradients (``DataParallel``), for periods with a switch (``PostLocal``, ``SWAP``):
-            before it the run is that method's, and what averages begins where it ends. Null for other periods.
+            before it the run is that method's, and what averages begins where it ends, but for what compression has
+            kept back: gradients still to be sent, and DeepGradientCompression's momentum. Null for other periods.
         group_period: local steps between rounds within each group of ranks, which average more often than all do, in
             the same way; they divide a ``period`` that is a number. Null: all average, and no groups.
         ranks_per_group: consecutive ranks that are a group (the last may be smaller); null for the ranks of a host.

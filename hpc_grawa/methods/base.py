@@ -22,7 +22,7 @@ from ..comm import Communicator
 from ..errors import ConfigError, require
 from ..schedules import RunFacts
 from ..vector import ParameterVector
-from .run import Run
+from .run import Run, learning_rate
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class Method(ABC):
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
             comm.broadcast(data, 0, "setup").wait()
             _take_over(comm, [tensor for _, tensor in vector.outside])
-        facts.lr = facts.lr or float(optimizer.param_groups[0]["lr"])
+        facts.lr = facts.lr or learning_rate(optimizer)
         run = Run(comm, vector, optimizer, Control(comm, facts, clock, control_every))
         run.common_start = start == "common"
         comm.meter.said = partial(_said, facts)

@@ -26,7 +26,8 @@ class DeepGradientCompression(SharingMethod):
     times. Vectors are shared exactly, with their momentum.
 
     Limits: at ratio 1 matrices are trained by SGD without momentum (at 1 + μ times its lr, where it is Nesterov's), or,
-    without ``masking``, with it, as by ``DataParallel``. Without ``momentum_correction`` what was sent and what is left
+    without ``masking``, with it, as by ``DataParallel`` (but for weight decay of a parameter that some ranks have no
+    gradient of, which is added by the others). Without ``momentum_correction`` what was sent and what is left
     in v add up to all gradients.
 
     Not for: gradients that are shared more than once a step, and not where ratio · W comes near 1.

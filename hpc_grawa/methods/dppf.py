@@ -22,7 +22,7 @@ from .run import Run
 
 
 class PushingAverager(Averager):
-    """x_m ← x_m + (x̄ - x_m)(α - λ/‖x_m - x̄‖); no push where the norm is 0."""
+    """x_m ← x_m + (x̄ - x_m)(α - λ/‖x_m - x̄‖); no push where the norm is 0 but for round-off."""
 
     def __init__(self, run: Run, comm: Communicator, pull: float, push: float) -> None:
         super().__init__(comm, run.vector, pull)
@@ -32,8 +32,9 @@ class PushingAverager(Averager):
         self.center = average
         apart = x.sub_(average) if x.dtype == average.dtype else x.to(average.dtype).sub_(average)
         norm = torch.linalg.vector_norm(apart)
+        alike = 4 * torch.finfo(average.dtype).eps * torch.linalg.vector_norm(average)  # a mean of equals is rounded
         # On the device: 1 - α + λ/norm.
-        apart.mul_(torch.where(norm > 0, self._push / norm, 0.0).add_(1 - self.pull)).add_(average)
+        apart.mul_(torch.where(norm > alike, self._push / norm, 0.0).add_(1 - self.pull)).add_(average)
         if apart is not x:
             x.copy_(apart)
 

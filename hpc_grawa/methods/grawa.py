@@ -72,7 +72,7 @@ class GRAWA(_GradientWeighted):
 
     A round costs a forward and backward pass of a fresh batch, the probe, beside its messages.
 
-    Limits: equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD; one rank, training alone.
+    Limits: equal norms (or power 0) with pull 1 and prox 0 make it LocalSGD; one rank with prox 0, training alone.
 
     Not for: losses that cannot be asked for a fresh batch between steps (take LocalMGRAWA or LocalLGRAWA); rounds so
     frequent that the probe counts.

@@ -19,6 +19,7 @@ from ..averaging.averager import Averager, inverse
 from ..averaging.scores import Equal
 from ..comm import Communicator
 from ..errors import below_one, not_negative, require
+from ..optim.parts import Around
 from ..periods import Period
 from .averaging import AveragingMethod, Level
 from .base import Probe
@@ -42,14 +43,18 @@ class _Replica(Aggregator):
         self.x, self.z, self._apart = start.clone(), start.clone(), torch.empty_like(start)
         self._views = run.vector.views(self._apart)
         self._begun = self._complete = False
-        self._handle = run.optimizer.register_step_pre_hook(self._before)
+        self._handles = [run.optimizer.register_step_pre_hook(self._before)]
+        #: Whether the optimizer asks for gradients elsewhere than at y, to which it then has another one step.
+        self._around = isinstance(run.optimizer, Around)
+        if isinstance(run.optimizer, Around):
+            self._handles.append(run.optimizer.base.register_step_pre_hook(lambda *_: self._draw()))
 
     def _before(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin before the optimizer asks for gradients elsewhere; complete one made without ``Run.closure``."""
         self._begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer itself
         if not self._complete and closure is None:
-            self.finish()
+            self.complete()
 
     def _begin(self) -> None:
         if not self._begun:
@@ -58,13 +63,19 @@ class _Replica(Aggregator):
             self.z.copy_(self._vector.data)
 
     def finish(self) -> None:
-        """∇f(y) + (y - x)/γ; a parameter without a gradient, which is not stepped, is not drawn either."""
-        y = self._vector.data
-        self._begin()
-        torch.sub(y, self.x, out=self._apart)
         for p in self._vector.parameters:
             if p.grad is not None and p.grad.is_sparse:  # all of y is drawn
                 p.grad = p.grad.to_dense()
+
+    def complete(self) -> None:
+        if not self._around:
+            self._draw()
+
+    def _draw(self) -> None:
+        """∇f(y) + (y - x)/γ; a parameter without a gradient, which is not stepped, is not drawn either."""
+        self._begin()
+        self.finish()
+        torch.sub(self._vector.data, self.x, out=self._apart)
         pairs = zip(self._vector.parameters, self._views, strict=True)
         given = [(p.grad, view) for p, view in pairs if p.grad is not None]
         if given:
@@ -84,7 +95,8 @@ class _Replica(Aggregator):
         self._begun = True  # x and z are the averager's to load
 
     def close(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 class ReplicaAverager(Averager):

@@ -59,6 +59,11 @@ _ENDED = (
 )
 
 
+def learning_rate(optimizer: optim.Optimizer) -> float:
+    """η of a run: that of the first group whose is not 0, as a frozen one's is."""
+    return next((lr for group in optimizer.param_groups if (lr := float(group["lr"]))), 0.0)
+
+
 class Closure(Protocol):
     """What an optimizer calls to get its gradient: ``closure(share=True, part=(0, 1), track=True) -> loss``."""
 
@@ -109,8 +114,9 @@ class Run:
 
         ``closure(share, part, track)`` forgets the last gradient before part 0, adds ∇loss_i / M of part i of M, and
         returns loss_i / M, a 0-d tensor without a graph. In the backward pass that completes the last part, if it may
-        ``share``, gradients are shared where the method shares them; then they are clipped. Without ``track`` running
-        statistics of BatchNorm are afterwards what they were before.
+        ``share``, gradients are shared where the method shares them; then they are clipped, and what is no gradient of
+        the loss, as Parle's pull, is added. Without ``track`` running statistics of BatchNorm are afterwards what they
+        were before.
 
         Args:
             loss: returns the mean loss of the batch; where it is computed in parts, ``loss((i, M))`` that of the i-th
@@ -177,6 +183,7 @@ class Run:
                 self._shared = True
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(self.vector.parameters, clip_norm)
+                self.aggregator.complete()
             self._made = i, parts
             return total
 
@@ -218,7 +225,7 @@ class Run:
         Under pooled rounds False says that a round was run instead. All ranks then have the same ``facts``, in which
         only rounds count steps: what ranks do together (evaluate, end) they decide by these.
         """
-        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.facts.lr = learning_rate(self.optimizer)
         return all(s.before_step() for s in self.synchronizers)
 
     def after_step(self, loss: Tensor | None = None) -> None:
@@ -237,7 +244,7 @@ class Run:
             self._check_held()
         self.aggregator.stepped()
         self._shared = self._alike = False
-        self.facts.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.facts.lr = learning_rate(self.optimizer)
         for synchronizer in self.synchronizers:  # a round's first step: its period is decided by the facts before it
             synchronizer.observe(loss)
         if not self.pooled:

@@ -97,7 +97,7 @@ class LocalOptimizer(ABC):
                 )
             settings = {key: value for key, value in group.items() if key not in ("match", "lr_factor")}
             made.append({"params": own, "lr": self.lr * group.get("lr_factor", 1.0), **settings})
-        # What is read as the run's learning rate is that of the first group.
+        # What is read as the run's learning rate is that of the first group that is not frozen by 0.
         return [{"params": list(left.values())}, *made] if left else made
 
 

@@ -105,6 +105,7 @@ class Walking(optim.Optimizer):
             y: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if y:
                 self._walk(y, group, number)
+            self._follow(group)
         return loss
 
     def _walk(self, y: list[Tensor], group: dict[str, Any], number: int) -> None:
@@ -112,7 +113,7 @@ class Walking(optim.Optimizer):
         for p in y:
             if not self.state[p]:
                 self.state[p] = dict(zip(("x", "z"), copies([p, p]), strict=True))
-        x, z = ([self.state[p][key] for p in y] for key in ("x", "z"))
+        x = [self.state[p]["x"] for p in y]
         rounds = group["step"] // settings.period
         g = torch._foreach_sub(y, x)
         torch._foreach_mul_(g, settings.scope * (1 + settings.growth) ** rounds)
@@ -130,9 +131,16 @@ class Walking(optim.Optimizer):
         if settings.thermal:
             noise = self._noise(y, group["step"], number)
             torch._foreach_add_(y, noise, alpha=settings.thermal * math.sqrt(2 * lr))
-        torch._foreach_lerp_(z, y, 0.25)
+
+    def _follow(self, group: dict[str, Any]) -> None:
+        """Let z follow y, and x be z at a round, also where y was not stepped."""
+        y = [p for p in group["params"] if p in self.state]
+        x, z = ([self.state[p][key] for p in y] for key in ("x", "z"))
         group["step"] += 1
-        if group["step"] % settings.period == 0:
+        if not y:
+            return
+        torch._foreach_lerp_(z, y, 0.25)
+        if group["step"] % self._settings.period == 0:
             torch._foreach_copy_(x, z)
 
     def _noise(self, like: list[Tensor], step: int, number: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from ..errors import in_a_line, wrong
 from ..forward import autocast, undisturbed
 from ..launch import local_device
 from ..methods.averaging import is_schedule_free
+from ..methods.run import learning_rate
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .budget import Clock
@@ -64,7 +65,7 @@ class Worker:
             self.optimizer.train()  # type: ignore[attr-defined]
         scale = config.schedule.scale(comm.size)
         self._peaks = [group["lr"] * scale for group in self.optimizer.param_groups]
-        self.facts.lr = self.facts.peak_lr = self._peaks[0]
+        self.facts.lr = self.facts.peak_lr = learning_rate(self.optimizer) * scale
         #: Whether the center has the training loss that ends the run.
         self.reached = False
         #: Local steps of this rank; under pooled rounds not those that ``facts`` counts.
