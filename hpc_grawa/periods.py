@@ -95,7 +95,7 @@ class QSR(Period):
             raise ValueError("QSR needs to know the peak of a warm-up: RunFacts(warmup_steps=..., peak_lr=...)")
         lr = facts.peak_lr if warming else facts.lr
         left = math.inf if facts.steps_left is None else facts.steps_left
-        return max(self.base, min(_floor(self._grown(lr)), left))
+        return max(self.base, _floor(min(self._grown(lr), left)))
 
     def _grown(self, lr: float) -> float:
         if self.alpha == 0:

@@ -203,7 +203,7 @@ check_chain() { # STEP: where the run stands at the start of each link
 }
 
 cancel_links() { # those that wait for this one
-    scancel --user="$(id -un)" --name="$SLURM_JOB_NAME" --state=PENDING
+    scancel --user="$(id -un)" --name="$SLURM_JOB_NAME" --state=PENDING || say "the links that wait are still there"
 }
 
 id=$SLURM_JOB_ID # of an array: the task; its bare number would stand for all

@@ -194,10 +194,19 @@ def test_flatness_of_a_folder_of_runs(run: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "all/LGRAWA-0/flatness.json").read_text() == (
         tmp_path / "all/LGRAWA-1/flatness.json"
     ).read_text()
-    again = called(capsys, "flatness", str(tmp_path / "all/LGRAWA-1"), "--measures=loss", "--examples=60")
-    assert again.status == 0, again.said
-    told = " ".join(called(capsys, "table", str(tmp_path / "all")).said.split())
-    assert "flatness was not measured alike, so do not compare it: LGRAWA on 50 of 1437" in told and "and 60 of" in told
+
+    def told_of(seed: int, *words: str) -> str:
+        """What the table says, once that run is measured."""
+        ended = called(capsys, "flatness", str(tmp_path / f"all/LGRAWA-{seed}"), *words)
+        assert ended.status == 0, ended.said
+        return " ".join(called(capsys, "table", str(tmp_path / "all")).said.split())
+
+    alike = "- flatness: of the center, on 50 of 1437 training examples, float32"
+    assert f"{alike}, ρ 0.05." in told_of(0, "--measures=sam", "--examples=50")  # which the other has not
+    unlike = "- flatness was not measured alike, so do not compare it: LGRAWA on 50 of 1437 training examples, "
+    unlike += "float32, ρ 0.05"
+    assert f"{unlike} and 50" in told_of(1, "--measures=sam", "--examples=50", "--rho=0.1")
+    assert f"{unlike} and 60 of" in told_of(1, "--measures=loss", "--examples=60")
     for folder, why in (("all/LGRAWA-2", "has no config.yaml"), ("nothing", "has no config.yaml")):
         ended = called(capsys, "flatness", str(tmp_path / folder))
         assert ended.status == 2 and why in ended.said, ended.said

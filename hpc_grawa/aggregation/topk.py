@@ -26,6 +26,8 @@ class TakenOver:
     """
 
     _KEYS = ("momentum", "weight_decay")
+    #: In a group whose are taken, also in a checkpoint of the optimizer.
+    _MARK = "taken_over"
 
     def __init__(self, optimizer: optim.Optimizer, parameters: Sequence[Tensor]) -> None:
         self._optimizer = optimizer
@@ -45,23 +47,26 @@ class TakenOver:
         numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
         self._group_of = [numbers[id(p)] for p in parameters]
         self.values: list[dict[str, float]] = []
-        #: Those that the optimizer was made with.
-        self.configured = [{key: float(group[key]) for key in self._KEYS} for group in groups]
+        #: Those that the optimizer was made with; empty where it was loaded since, with what they are while taken.
+        self.configured = [
+            {} if group.get(self._MARK) else {key: float(group[key]) for key in self._KEYS} for group in groups
+        ]
 
     def take(self) -> None:
         """Set them to 0 in the optimizer, whose groups a loaded checkpoint has made anew."""
         groups = self._optimizer.param_groups
         self.values = self.values or [dict.fromkeys(self._KEYS, 0.0) for _ in groups]
         for group, values in zip(groups, self.values, strict=True):
+            group[self._MARK] = True
             for key in self._KEYS:
                 if group[key]:
                     values[key], group[key] = group[key], 0.0
 
     def go_on(self, values: list[dict[str, float]], configured: list[dict[str, float]]) -> None:
         """Go on with the values of a checkpoint, but for those that were configured otherwise there."""
-        loaded = not any(value for now in self.configured for value in now.values())  # before, with these zeros
+        self.configured = [now or then for then, now in zip(configured, self.configured, strict=True)]
         self.values = [
-            {key: value if loaded or then[key] == now[key] else now[key] for key, value in kept.items()}
+            kept | {key: value for key, value in now.items() if key in then and then[key] != value}
             for kept, then, now in zip(values, configured, self.configured, strict=True)
         ]
 
@@ -70,6 +75,7 @@ class TakenOver:
             self.take()
             for group, values in zip(self._optimizer.param_groups, self.values, strict=True):
                 group.update(values)
+                del group[self._MARK]
             self.values = []
 
     def of(self, tensors: Sequence[int]) -> tuple[list[float], list[float], list[bool]]:

@@ -34,6 +34,10 @@ class Rider(ABC):
     def agree(self, comm: Communicator) -> None:  # noqa: B027
         """Make sure, before a round, that all ranks pack alike; all ranks must."""
 
+    def heal(self) -> bool:
+        """This rank is not finite: whether the optimizer's state is left as what the sums can be taken over in."""
+        return False
+
     def candidates(self) -> dict[str, Tensor]:
         """This rank's tensors that ride only once ranks differ in them; the same names on every rank."""
         return {}
@@ -115,7 +119,7 @@ class LocalMomentum(Rider):
         return [torch.zeros_like(p) if own is None else own for p, own in state]
 
     def heal(self) -> bool:
-        """Keep, of a rank that is not finite, the states of which all but counts is about to be taken over, if any."""
+        """Drop all states but those of which nothing else than counts is left when the means have been taken over."""
         riding: dict[Tensor, list[str]] = {}
         for p, key in self._keys:
             riding.setdefault(p, []).append(key)
@@ -123,7 +127,7 @@ class LocalMomentum(Rider):
             rest = [t for key, t in state.items() if isinstance(t, Tensor) and key not in riding.get(held, ())]
             if held not in riding or any(t.numel() > 1 or not bool(t.isfinite()) for t in rest):
                 del self._optimizer.state[held]
-        return bool(riding)
+        return bool(self._optimizer.state)
 
     def unpack(self, averages: list[Tensor]) -> None:
         pairs = [(own, new) for (_, own), new in zip(self._state(), averages, strict=True) if own is not None]

@@ -16,7 +16,6 @@ from ..errors import NonFinite
 from ..periods import Period, length
 from .averager import Averager, WeightRule
 from .control import Control, Table
-from .riders import LocalMomentum
 from .scores import Score
 
 
@@ -314,7 +313,7 @@ class Synchronizer:
 
     def _forget(self) -> None:
         """Drop what a rank that is not finite remembers: it starts anew from the center."""
-        if not any(rider.heal() for rider in self.averager.riders if isinstance(rider, LocalMomentum)):
+        if not any([rider.heal() for rider in self.averager.riders]):
             self._reset_optimizer()
         for level in self.levels:
             level.score.reset()

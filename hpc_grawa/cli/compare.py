@@ -326,7 +326,7 @@ class Comparison:
         for _, config in self.plan:
             path = self.folder_of(config)
             begun = [path] if path else [path for path in self._attempts(config) if path.is_dir()]
-            lines.append(f"  {config.run.name}  " + (read_run(begun[-1]).status["state"] if begun else "not begun"))
+            lines.append(f"  {config.run.name}  {_how_far(max(begun, key=os.path.getmtime)) if begun else 'not begun'}")
             left += [] if path else [config.budget.seconds]
         limits = [seconds for seconds in left if seconds is not None]
         total = sum(limits)
@@ -375,6 +375,16 @@ class Comparison:
     def _attempts(self, config: Config) -> list[Path]:
         name = str(config.run.name)
         return [self.folder / name, *sorted(self.folder.glob(f"{name}.*"))]
+
+
+def _how_far(run: Path) -> str:
+    """``finished``, or in what state a run is and how many steps it has made."""
+    try:
+        status = read_run(run).status
+    except (ConfigError, Damaged):
+        return "begun, and damaged"
+    steps = status.get("steps")
+    return str(status["state"]) + (f" after {steps:,} steps" if steps and status["state"] != "finished" else "")
 
 
 def _resumed(config: Config, name: str) -> Config:

@@ -182,8 +182,8 @@ def measure_runs(
         names += [f"rank {m}" for m in range(finished.ranks)] if "ranks" in models else []
         if not names:
             raise wrong("models", ",".join(models), f"must be center: {run} has kept no rank's own model")
-        for name in names:
-            left = len(runs) - 1 - number
+        for n, name in enumerate(names, 1):
+            left = len(names) * (len(runs) - 1 - number) + len(names) - n
             known = _measured(finished, name, settings, how, comm, log, left)
             found.append((f"{titles[run]} {name}" if len(names) > 1 else titles[run], known))
             log.say(f"\n{described(f'{name} of {run}', known)}")
@@ -207,7 +207,7 @@ def _measured(
         how: on what.
         comm: ranks that share the work.
         log: where it is said how far this is.
-        left: runs that are still to be measured after this one.
+        left: models that are still to be measured after this one.
     """
     finished.put(name)
     objective = how.objective(finished, comm)
@@ -257,7 +257,7 @@ def _measured(
     def watch(share: float, text: str) -> None:
         if log.due:
             others = (time.monotonic() - began) / share * left  # as if none of them were known
-            more = f", then {counted(left, 'run')}: {others:.0f} s" if left else ""
+            more = f", then {counted(left, 'model')}: {others:.0f} s" if left else ""
             log.progress(share, f"{finished.run.name} {name}  {text}{more}")
 
     def read(rank: int) -> Tensor:

@@ -62,7 +62,7 @@ class AveragingMethod(Method):
         period: local steps between rounds, τ: a number, or a class of ``hpc_grawa.periods`` (``Constant``, ``QSR``,
             ``Sqrt``, ``PostLocal``, ``SWAP``) or of one's own, that is asked at each round's first step.
         local_momentum: the optimizer's state at a round of all ranks: ``keep``, ``reset`` or ``average`` (it rides in
-            the message; a rank that is healed takes it over, too).
+            the message; a rank that is healed by all takes it over, too, one that its group heals begins anew).
         buffers: BatchNorm statistics of evaluated models: ``recalibrate`` on training batches, ``average`` (they ride
             in the message), or as they are on one rank (``local``). Other buffers of ``state_dict`` belong to the
             weights (spectral norm's vectors, codebooks, moving averages): at a round of all they take over those of the

@@ -42,7 +42,7 @@ class _Replica(Aggregator):
         start = run.vector.data.to(run.vector.exact_dtype)
         self.x, self.z, self._apart = start.clone(), start.clone(), torch.empty_like(start)
         self._views = run.vector.views(self._apart)
-        self._begun = self._complete = False
+        self._begun = self._stepping = self._drawn = False
         self._handles = [run.optimizer.register_step_pre_hook(self._before)]
         #: Whether the optimizer asks for gradients elsewhere than at y, to which it then has another one step.
         self._around = isinstance(run.optimizer, Around)
@@ -50,10 +50,11 @@ class _Replica(Aggregator):
             self._handles.append(run.optimizer.base.register_step_pre_hook(lambda *_: self._draw()))
 
     def _before(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin before the optimizer asks for gradients elsewhere; complete one made without ``Run.closure``."""
+        """Begin before the optimizer asks for gradients elsewhere; draw where it has no closure to ask."""
         self._begin()
+        self._stepping = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer itself
-        if not self._complete and closure is None:
+        if closure is None:
             self.complete()
 
     def _begin(self) -> None:
@@ -63,32 +64,32 @@ class _Replica(Aggregator):
             self.z.copy_(self._vector.data)
 
     def finish(self) -> None:
+        """Make every gradient dense, as all of y is drawn."""
         for p in self._vector.parameters:
-            if p.grad is not None and p.grad.is_sparse:  # all of y is drawn
+            if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
 
     def complete(self) -> None:
-        if not self._around:
+        if self._stepping and not self._around:  # one that is made before the step may still be clipped
             self._draw()
 
     def _draw(self) -> None:
         """∇f(y) + (y - x)/γ; a parameter without a gradient, which is not stepped, is not drawn either."""
-        self._begin()
         self.finish()
         torch.sub(self._vector.data, self.x, out=self._apart)
         pairs = zip(self._vector.parameters, self._views, strict=True)
         given = [(p.grad, view) for p, view in pairs if p.grad is not None]
         if given:
             torch._foreach_add_([grad for grad, _ in given], [view for _, view in given], alpha=1 / self._gamma())
-        self._complete = True
+        self._drawn = True
 
     def stepped(self) -> None:
-        if not self._complete:
+        if self._stepping and not self._drawn:
             raise RuntimeError(
                 "this step's gradient lacked Parle's pull to x: a closure of optimizer.step(closure) must be made by "
                 "run.closure(loss), where loss() returns the loss of the batch"
             )
-        self._complete = False
+        self._stepping = self._drawn = False
         self.z.mul_(self._decay).add_(self._vector.data, alpha=1 - self._decay)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Row:
         reached: how many runs reach the target.
         by_seed: the center's test metric of each seed, of finished runs.
         last: mean over the runs of the center's last evaluation on the data that were evaluated on the way.
-        flatness_of: by what the centers' flatness was measured; one entry if all alike, none where it was not.
+        flatness_of: by what the flatness of each center that has any was measured, as ``RunRecord`` says it.
     """
 
     label: str
@@ -51,7 +51,7 @@ class Row:
     reached: int
     by_seed: dict[int, float]
     last: float | None
-    flatness_of: tuple[str, ...]
+    flatness_of: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
             if _is_number(status.get("seed")) and _is_number(status.get(key := f"center_test_{status['metric']}"))
         },
         last=statistics.fmean(ends) if (ends := [curve[-1][1] for run in runs if (curve := run.curve(part))]) else None,
-        flatness_of=tuple(dict.fromkeys(run.flatness_of for run in runs if run.flatness_of)),
+        flatness_of=tuple(run.flatness_of for run in runs if run.flatness_of),
     )
 
 
@@ -345,11 +345,15 @@ def _reached(row: Row) -> str:
 
 def flatness_note(shown: Sequence[Row]) -> str:
     """By what the flatness of rows was measured, or that it was not measured alike; empty where there is none."""
-    measured = dict.fromkeys(how for row in shown for how in row.flatness_of)
-    if len(measured) < 2:
-        return "".join(f"flatness: of the center, on {how}" for how in measured)
-    told = "; ".join(f"{row.label} on {' and '.join(row.flatness_of)}" for row in shown if row.flatness_of)
-    return f"flatness was not measured alike, so do not compare it: {told}"
+    told: dict[str, dict[str, None]] = {}  # what only some have belongs to a measure that the others lack
+    for key, value in (pair for row in shown for how in row.flatness_of for pair in how.items()):
+        told.setdefault(key, {})[value] = None
+    if all(len(values) == 1 for values in told.values()):
+        alike = ", ".join(value for values in told.values() for value in values)
+        return f"flatness: of the center, on {alike}" if told else ""
+    each = {row.label: dict.fromkeys(", ".join(how.values()) for how in row.flatness_of) for row in shown}
+    ways = "; ".join(f"{label} on {' and '.join(hows)}" for label, hows in each.items() if hows)
+    return f"flatness was not measured alike, so do not compare it: {ways}"
 
 
 def _notes(table: Table, width: int) -> list[str]:

@@ -49,20 +49,19 @@ class RunRecord:
     flatness: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
-    def flatness_of(self) -> str:
-        """By what the center's flatness, as ``status`` has it, was measured, for people; empty where it was not."""
+    def flatness_of(self) -> dict[str, str]:
+        """By what the center's flatness, as ``status`` has it, was measured, for people: how, and each setting."""
         center = self.flatness.get("center", [{}])[-1]
-        how = center.get("how")
+        how, by = center.get("how"), center.get("measures")
         if not isinstance(how, dict):
-            return ""
-        parts = [f"{how.get('examples')} of {how.get('of')} training examples", str(how.get("dtype"))]
-        parts += [f"{center['ritz_values']} Ritz values"] if "ritz_values" in center else []
-        by = center.get("measures")
+            return {}
+        batch = ", BatchNorm's statistics of each batch" if how.get("statistics") == "batch" else ""
+        told = {"how": f"{how.get('examples')} of {how.get('of')} training examples, {how.get('dtype')}{batch}"}
+        if "ritz_values" in center:
+            told["steps"] = f"{center['ritz_values']} Ritz values"
         settings = [one for one in by.values() if isinstance(one, dict)] if isinstance(by, dict) else []
-        known = {key: x for one in settings for key, x in one.items()}
-        parts += [f"{letter} {_value(known[key])}" for key, letter in _LETTERS.items() if key in known]
-        parts += ["BatchNorm's statistics of each batch"] if how.get("statistics") == "batch" else []
-        return ", ".join(parts)
+        known = {key: value for one in settings for key, value in one.items()}
+        return told | {key: f"{letter} {_value(known[key])}" for key, letter in _LETTERS.items() if key in known}
 
     @cached_property
     def status(self) -> dict[str, Any]:
