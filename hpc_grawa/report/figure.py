@@ -401,7 +401,7 @@ def _weighted_run(records: Sequence[RunRecord]) -> RunRecord | None:
         if record.weights and len(record.weights[0]) > 1 and len(record.weights[0][0]) > 1:
             return record
     for record in records:
-        if any(abs(row[0] - 1 / len(ranks)) > 1e-9 for ranks in record.weights for row in ranks):
+        if any(abs(row[0] - 1 / len(ranks)) > 1e-5 for ranks in record.weights for row in ranks):
             return record
     return None
 
