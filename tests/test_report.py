@@ -16,8 +16,9 @@ import pytest
 
 from hpc_grawa.errors import ConfigError, Damaged
 from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
-from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks
+from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks, _weighted_run
 from hpc_grawa.report.paper import paper_table
+from hpc_grawa.runs.record import RunRecord
 
 RANKS = 4
 LAYERS = ["conv.weight", "conv.bias", "head.weight"]
@@ -463,6 +464,14 @@ def test_the_figure_is_a_png_that_shows_something(tmp_path: Path, methods: tuple
         assert len(colours) > 20 and 0.3 < half.mean() < 0.995
     border = np.concatenate([pixels[:8].reshape(-1, 3), pixels[-8:].reshape(-1, 3), pixels[:, -8:].reshape(-1, 3)])
     assert (border == 1).all(), "something is cut off"
+
+
+def test_equal_weights_have_no_panel_though_they_were_rounded() -> None:
+    def run(*weights: float) -> RunRecord:
+        return RunRecord(Path("run"), None, {"round": [{"weights": [[w] for w in weights]}]}, {})
+
+    equal, unequal = run(0.333333, 0.333333, 0.333333), run(0.3, 0.3, 0.4)
+    assert _weighted_run([equal]) is None and _weighted_run([equal, unequal]) is unequal
 
 
 def test_the_figure_comes_without_weights_and_in_other_formats(tmp_path: Path) -> None:
