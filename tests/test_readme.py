@@ -112,7 +112,6 @@ ELSEWHERE = (
     *(
         "source ",
         "module load ",
-        "export HOROVOD_GPU_OPERATIONS=NCCL",
         "cp slurm/site.sh",
         "apt-get install ",
         "mpirun -np 12 hpc-grawa train --config imagenet",

@@ -221,17 +221,16 @@ def compare(words: list[str], slot: Slot) -> None:
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)
     way = "launcher" if options.submit is None else "submit"
     elsewhere = getattr(options, way)
+    known = elsewhere is None and (slot.size > 1 or not options.dry_run)
+    ranks = slot.size if known else None
+    for _, config in comparison.plan:
+        config.check(ranks)
     if options.dry_run:
-        ranks = slot.size if slot.size > 1 else None
-        for _, config in comparison.plan:
-            config.check(ranks)
         if slot.rank == 0:
             if comparison.folder.is_dir():
                 comparison.check_folders(ranks)
             print(comparison.listed())
         return
-    for _, config in comparison.plan:
-        config.check(slot.size if elsewhere is None else None)
     if elsewhere is None:
         _compare_here(comparison, program, slot, options.paper is not None)
         return

@@ -55,6 +55,7 @@ class _Replica(Aggregator):
         self._stepping = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer itself
         if closure is None:
+            self.finish()
             self.complete()
 
     def _begin(self) -> None:
@@ -75,7 +76,6 @@ class _Replica(Aggregator):
 
     def _draw(self) -> None:
         """∇f(y) + (y - x)/γ; a parameter without a gradient, which is not stepped, is not drawn either."""
-        self.finish()
         torch.sub(self._vector.data, self.x, out=self._apart)
         pairs = zip(self._vector.parameters, self._views, strict=True)
         given = [(p.grad, view) for p, view in pairs if p.grad is not None]
