@@ -770,3 +770,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             cli.main(words)
         assert re.match(r"hpc-grawa: error: no command.*must be one of train, evaluate,", capsys.readouterr().err)
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = launch("methods", "LGRAWA", stdout=writer)
+    os.close(writer)
+    assert (ended.status, ended.errors) == (128 + signal.SIGPIPE, "")

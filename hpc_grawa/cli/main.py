@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -65,7 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not name:
             found = " ".join(["no command", *words[:1]])
             raise ConfigError(f"{found}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)")
-        COMMANDS[name](words[1:], slot)
+        try:
+            COMMANDS[name](words[1:], slot)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if slot.size > 1 or not _unread():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+            raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _unread() -> bool:
+    """Whether whoever read the standard output is gone, as ``head`` is when it has its lines."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _underscored(word: str) -> str:
