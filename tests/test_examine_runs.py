@@ -90,6 +90,9 @@ def test_gradient_sharing_keeps_one_model(tmp_path: Path) -> None:
     assert saved_models(trained(tmp_path / "a", "--method=DataParallel")) == 0
     assert saved_models(trained(tmp_path / "b", "--method=LocalSGD", "--save.ranks=false")) == 0
     assert not model_file(tmp_path / "b", 0).parent.exists()
+    finished(tmp_path / "a").put("mean")  # is the center
+    with pytest.raises(ConfigError, match=r"model is mean: must be center: .* has kept the models of 0 of 2 ranks"):
+        finished(tmp_path / "b").put("mean")
 
 
 FEW = ("--examples=100", "--steps=6", "--samples=2", "--lpf_samples=2", "--double")
@@ -106,6 +109,11 @@ def test_flatness_says_what_it_found_and_goes_on(run: Path, capsys: pytest.Captu
     assert found["ritz_values"] == 6 and len(found["valley_widths"]) == 2
     assert found["top_eigenvalues"][0] == found["largest_eigenvalue"] == max(found["spectra"][0][0])
     assert found["sum_of_ritz_values"] == pytest.approx(sum(found["spectra"][0][0]))
+    far = [width for width in found["valley_widths"] if width is not None]
+    (mean,) = (found[name] for name in ("valley_width", "valley_width_at_least") if found[name] is not None)
+    assert min(far) > 0 and mean == pytest.approx(sum(far) / len(far))
+    assert (found["valley_width"] is None) == any(found["valley_cut"])
+    assert not (run / "flatness").exists()  # what Lanczos's method was to go on with
     # Once more: nothing is measured again. With another setting: what depends on it.
     (run / "flatness.json").write_text(json.dumps({"center": [{**found, "loss": -1.0}]}))
     again = called(capsys, "flatness", str(run), *FEW)
@@ -175,9 +183,12 @@ def test_lanczos_goes_on_where_it_was_cut_off(
     monkeypatch.setattr(module, "KEEP_EVERY", 0.0)
     monkeypatch.setattr(Objective, "product", product)
     assert called(capsys, "flatness", str(cut), *words).status == 130
-    assert (cut / "flatness" / "center").is_dir()
+    assert len(list((cut / "flatness").glob("center-*"))) == 1
+    # One by other settings comes to its end in between.
+    assert called(capsys, "flatness", str(cut), *words, "--steps=2", "--starts=1").status == 0
+    assert len(list((cut / "flatness").glob("center-*"))) == 1
     assert called(capsys, "flatness", str(cut), *words).status == 0
-    assert made == 8 + 3 and not (cut / "flatness" / "center").exists()
+    assert made == 8 + 2 + 3 and not (cut / "flatness").exists()
     found, expected = (json.loads((f / "flatness.json").read_text())["center"][-1] for f in (cut, straight))
     assert found == expected
 
@@ -214,7 +225,7 @@ def test_flatness_of_a_folder_of_runs(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_spectrum_goes_on_by_as_many_ranks(run: Path, tmp_path: Path) -> None:
     """Each has kept its part of the basis; others would lose it."""
-    from hpc_grawa.cli.flatness import How, measure_runs
+    from hpc_grawa.cli.flatness import How, measure_runs, place_of_spectrum
     from hpc_grawa.flatness.measure import Settings
     from hpc_grawa.runs.checkpoint import Checkpoints
 
@@ -226,14 +237,14 @@ def test_a_spectrum_goes_on_by_as_many_ranks(run: Path, tmp_path: Path) -> None:
     def cut(comm: Communicator) -> None:
         kept = FinishedRun(folder, finished_config(folder, "test", "auto", None), comm, own_slot())
         told = {**how.said(how.objective(kept, comm), kept), **settings.of("spectrum")}
-        checkpoints = Checkpoints(folder / "flatness" / "center", comm, keep=1)
+        checkpoints = Checkpoints(place_of_spectrum(folder, "center", told), comm, keep=1)
         assert not [*checkpoints.save(1, {"spectra": []}, {"how": told}), *checkpoints.settle()]
 
     simulate(2, cut)
     configs = {folder: finished_config(folder, "test", "auto", None)}
     with pytest.raises(ConfigError, match="ranks is 1: must be 2, who began the spectrum of center; or remove"):
         measure_runs(configs, settings, how, SingleCommunicator(), own_slot())
-    assert list((folder / "flatness" / "center").glob("*/rank-0001.pt"))
+    assert list((folder / "flatness").glob("center-*/*/rank-0001.pt"))
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -307,7 +318,8 @@ def test_flatness_at_evaluations(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
     found = [event for event in events if event["event"] == "flatness"]
     assert len(found) == sum(event["event"] == "evaluate" for event in events) >= 3
-    assert {"gradient_norm", "sum_of_layer_norms", "sam_sharpness", "valley_width"} <= found[-1].keys()
+    assert {"gradient_norm", "sum_of_layer_norms", "sam_sharpness"} <= found[-1].keys()
+    assert len({"valley_width", "valley_width_at_least"} & found[-1].keys()) == 1
     kept = finished(measured)
     kept.put("center")
     objective = How(examples=100).objective(kept, SingleCommunicator())
@@ -364,8 +376,14 @@ def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(rows) == 5 and rows[0].startswith("run,optimizer.lr,model.width,gap,")
     known = json.loads((tmp_path / "runs/2-0.1/measures.json").read_text())
     assert not known["left_out"] and known["values"]["frobenius_distance"] > 0
-    again = called(capsys, "measures", *words)
+    again = called(capsys, "measures", words[0], str(tmp_path / "runs/2-0.1"), *words[1:])
     assert again.said.partition("| measure")[1:] == ended.said.partition("| measure")[1:]
+    known["notes"] = ["this was kept"]
+    (tmp_path / "runs/2-0.1/measures.json").write_text(json.dumps(known))
+    kept = called(capsys, "measures", *words)
+    assert "- this was kept (1 runs)" in kept.said and "this was kept" in csv.read_text()
+    drawn = called(capsys, "measures", *words, "--seed=-1")
+    assert drawn.status == 2 and "seed is -1: must be a whole number" in drawn.said
     few = called(capsys, "measures", str(tmp_path / "runs/2-0.1"))
     assert few.status == 2 and "runs are 1 of 1" in few.said
     axes = called(capsys, "measures", *words, "--axes=data.seed")

@@ -13,7 +13,7 @@ from conftest import Ranks
 from torch import Tensor, nn
 
 from hpc_grawa.comm import Communicator
-from hpc_grawa.errors import ConfigError, NonFinite
+from hpc_grawa.errors import ConfigError, NonFinite, RanksDisagree
 from hpc_grawa.flatness import (
     Lanczos,
     Objective,
@@ -335,7 +335,12 @@ def test_the_width_of_a_valley(on_ranks: Ranks) -> None:
         (wide, cut), (near, ended), none = valley_width(objective, torch.zeros(size, dtype=torch.float64), ranks)
         assert (wide, cut) == (pytest.approx(2.0, rel=2e-3), False)
         assert ended and near == pytest.approx(10 * float(ranks[1].norm()))
-        assert none == (0.0, False)
+        assert none == (None, False)
+        # On the mean: towards the two that are not the center, and at least, as one search ended before.
+        for some, width, least in ((ranks, None, (wide + near) / 2), (ranks[::2], wide, None), (ranks[2:], None, None)):
+            found = measure(Subject(objective, some), Settings(measures=("valley",)))
+            assert found["valley_width"] == (None if width is None else pytest.approx(width))
+            assert found["valley_width_at_least"] == (None if least is None else pytest.approx(least))
 
     on_ranks(body)
 
@@ -356,6 +361,78 @@ def test_a_valley_ends_at_a_barrier_before_the_rank() -> None:
     objective = Objective(Barrier(), Plain(), Pairs(drawn(5, 1), drawn(5, 1)))
     ((width, cut),) = valley_width(objective, torch.zeros(1).double(), [torch.ones(1).double()])
     assert (width, cut) == (pytest.approx((1 - 0.5**0.5) / 2, rel=2e-3), False)
+
+
+class Forgetful(nn.Linear):
+    """With a dropout that knows of no mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5)
+
+
+def test_dropout_is_off_whatever_applies_it() -> None:
+    model, pairs = Forgetful(3, 3).double(), Pairs(drawn(9, 3), torch.arange(9) % 3)
+    plain = nn.Linear(3, 3).double()
+    plain.load_state_dict(model.state_dict())
+    found, expected = (Objective(one, nn.CrossEntropyLoss(), pairs) for one in (model, plain))
+    assert found.value() == expected.value()
+    v = drawn(12, seed=5)
+    assert torch.equal(found.gradient()[1], expected.gradient()[1])
+    assert torch.equal(found.product(v), expected.product(v))
+
+
+def test_entropy_is_that_of_classes() -> None:
+    """The second dimension: where positions are, or numbers and no classes, there is none."""
+    logits = drawn(4, 3, 5)
+    each = torch.distributions.Categorical(logits=logits).entropy().mean()
+    flat = nn.Flatten(0, 1)
+    kinds = {
+        "classes": (logits.mT, torch.zeros(4, 3).long(), nn.CrossEntropyLoss(), float(each)),
+        "positions": (logits, torch.zeros(4, 3).long(), lambda out, y: F.cross_entropy(flat(out), flat(y)), None),
+        "numbers": (logits[:, :1, 0], torch.zeros(4).long(), lambda out, y: (out[:, 0] - y).square().mean(), None),
+    }
+    for shown, targets, loss, expected in kinds.values():
+        objective = Objective(Through(), loss, Pairs(shown, targets))
+        found = measure(Subject(objective), Settings(measures=("entropy",)))
+        assert found["entropy"] == (None if expected is None else pytest.approx(expected))
+
+
+def test_ranks_measure_one_model(on_ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        model = nn.Linear(2, 1).double()
+        with torch.no_grad():
+            model.weight.fill_(float(comm.rank == comm.size - 1))
+            model.bias.zero_()
+        if comm.size > 1:
+            with pytest.raises(RanksDisagree, match=rf"rank {comm.size - 1} has another model in place than rank 0"):
+                Objective(model, nn.MSELoss(), Pairs(drawn(3, 2), drawn(3, 1)), comm)
+
+    on_ranks(body)
+
+
+def test_a_recurrent_network_has_a_hessian() -> None:
+    """On GPUs cuDNN's has neither a backward pass in eval mode nor a second derivative."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = nn.Sequential(nn.LSTM(2, 3, batch_first=True), Last(), nn.Linear(3, 1)).double().to(device)
+    objective = Objective(model, nn.MSELoss(), Pairs(drawn(4, 5, 2), drawn(4, 1)))
+    u, v = (drawn(len(objective.vector), seed=seed).to(device) for seed in (1, 2))
+    assert float(u @ objective.product(v)) == pytest.approx(float(v @ objective.product(u)), rel=1e-9)
+
+
+class Through(nn.Module):
+    """Its inputs, and a parameter that is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.theta
+
+
+class Last(nn.Module):
+    def forward(self, output: tuple[Tensor, Any]) -> Tensor:
+        return output[0][:, -1]
 
 
 def test_without_a_positive_loss_there_is_no_width() -> None:

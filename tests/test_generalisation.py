@@ -202,9 +202,27 @@ class Called(nn.Sequential):
         return y + F.linear(x, self[0].weight) if self.again else y
 
 
+class Aliased(nn.Module):
+    """One that knows its layers by two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.features = nn.Sequential(self.layer, self.norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)  # type: ignore[no-any-return]
+
+
+class Own(nn.Linear):
+    """One's own, that computes as torch's."""
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "folded"),
     [
+        (Aliased(), (4, 3), True),
+        (nn.Sequential(Own(3, 3), nn.BatchNorm1d(3)), (4, 3), True),
         (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), (4, 3), True),
         (Called(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), True),
         (Called(nn.Linear(3, 3), nn.BatchNorm1d(3), again=True), (4, 3), False),
@@ -417,6 +435,53 @@ def test_measures_are_those_of_one_process_on_several_ranks() -> None:
         assert values == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in alone.items()}
 
 
+def test_measures_of_a_network_with_batchnorm_are_those_of_its_layers_as_they_act() -> None:
+    """γ/√(v + ε) scales the kernel, and no measure sees the BatchNorm."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)]
+    model = trained(nn.Sequential(*parts))
+    plain = copy.deepcopy(model)
+    layer, norm = plain[0], plain[1]
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    with torch.no_grad():
+        layer.weight.mul_(scale[:, None, None, None])
+        layer.bias.copy_((layer.bias - norm.running_mean) * scale + norm.bias)
+    plain[1] = nn.Identity()
+    examples = Pairs(drawn(20, 1, 4, 4, seed=1), torch.arange(20) % 2)
+    found, expected = (measures(one, None, examples) for one in (model, plain))
+    assert found.notes == expected.notes == [] and found.values.keys() == expected.values.keys()
+    assert found.values == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in expected.values.items()}
+
+
+class Once(torch.autograd.Function):
+    """x², by a function that has no forward derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Squared(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(super().forward(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_what_has_no_forward_derivative_lacks_one_measure() -> None:
+    model, examples = Squared(3, 2).double(), Pairs(drawn(5, 3), torch.arange(5) % 2)
+
+    def body(comm: Communicator) -> Any:
+        return measures(copy.deepcopy(model), None, examples, comm)
+
+    for found in simulate(2, body):
+        assert "fisher_rao" in found.left_out and "fisher_rao" not in found.values
+        assert math.isfinite(found.values["path_norm"])
+
+
 class Two(nn.Module):
     """Several heads, tied weights, and more that measures are not defined for."""
 
@@ -441,7 +506,7 @@ class Two(nn.Module):
         ("heads", "one head"),
         ("positions", "one head"),
         ("tied", "its weight twice"),
-        ("attention", "weights of no convolution or linear layer, 'attention.in_proj_weight'"),
+        ("attention", "weights, 'attention.in_proj_weight', of no convolution or linear layer"),
         ("LayerNorm", "normalises by each input, 'norm'"),
         ("batch", "'norm' has no running statistics"),
     ],

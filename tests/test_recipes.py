@@ -126,7 +126,7 @@ def test_a_method_in_a_setting_is_configured_as_it_always_was(
     assert config.text == then
 
 
-#: Of settings: milestones, factor and unit of the drops, batch of a rank, and the budget, as published.
+#: Of settings: milestones, factor and unit of the drops, batch of a rank, and the budget, as published where it is.
 DROPS = {
     "cifar10_vgg16": ([1200], 0.1, "seconds", 128, {"seconds": 1800}),
     "cifar10_pyramidnet110": ([150, 225], 0.1, "epochs", 128, {"epochs": 300}),
@@ -137,7 +137,7 @@ DROPS = {
 }
 #: Of QSR's: the optimizer's peak rate and weight decay, warm-up, epochs, alpha, batch of a rank.
 OF_QSR = {
-    "imagenet_resnet152": ("SGD", 0.8, 5e-5, 5 * 312, 200, 0.2, 256),
+    "imagenet_resnet152": ("SGD", 0.8, 1e-4, 5 * 313, 200, 0.2, 256),
     "imagenet_vitb16": ("AdamW", 0.008, 0.1, 10_000, 300, 0.0175, 256),
 }
 
@@ -186,8 +186,8 @@ def test_the_settings_of_qsr_have_its_three_schedules(setting: str, schedule: st
     config = parse(words)
     config.check(16)
     assert type(config.schedule).__name__ == schedule
-    total, peak = 312 * int(config.budget.epochs or 0), config.optimizer.lr
-    facts = RunFacts(total_steps=total, steps_per_epoch=312, peak_lr=peak, warmup_steps=config.schedule.warmup)
+    total, peak = 313 * int(config.budget.epochs or 0), config.optimizer.lr
+    facts = RunFacts(total_steps=total, steps_per_epoch=313, peak_lr=peak, warmup_steps=config.schedule.warmup)
     lengths = []
     for share in (0, 0.95):
         facts.step, facts.progress = round(share * total), share
@@ -216,6 +216,7 @@ ROWS_OF_PAPERS = [
     ("grawa", "cifar10_resnet20", "36", 9 + 12 + 2 * 12 + 2 * 6),
     pytest.param("grawa", "imagenet_vitb16", None, 9 + 12 + 2 * 12 + 2 * 6, marks=pytest.mark.slow),
     ("qsr", "cifar10_resnet20", None, 6),
+    ("qsr", "imagenet_resnet50", "36", 6),
     ("qsr", "imagenet_vitb16", None, 6),
 ]
 
@@ -231,6 +232,14 @@ def test_a_paper_makes_a_row_of_any_setting(
     expected = {36} if seeds else {36, 720, 1042}
     assert len(planned) == runs * len(expected) and {config.run.seed for _, config in planned} == expected
     assert len({_experiment(config) for _, config in planned}) == len(planned)
+    if paper == "qsr":
+        periods = {config.run.name.partition("-")[0]: getattr(config.method, "period", None) for _, config in planned}
+        assert [periods[f"Constant{tau}"] for tau in (4, 8)] == [4, 8]
+        rules = [periods[name] for name in ("Linear", "QSR", "Cubic")]
+        alpha = {"imagenet_vitb16": 0.0175}.get(name, rules[0].alpha)
+        assert [(type(rule).__name__, rule.base, rule.alpha, rule.power) for rule in rules] == [
+            ("QSR", 4, alpha, power) for power in (1, 2, 3)
+        ]
     planned[0].config.check(4)
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path, default=Path("volume.png"))
     words = parser.parse_args()
-    records = [record for record in map(read_run, runs_in(words.folder)) if record.summary is not None]
+    records = [record for record in map(read_run, runs_in(words.folder)) if record.status["state"] == "finished"]
     # Variants of one method are told apart by their names in the recipe, which those of folders begin with.
     rows: dict[str, list[RunRecord]] = {}
     for members in group(records).values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ _NEEDED = ("config.yaml", "center.pt")
 def is_finished(run: Path) -> bool:
     """Whether this is the folder of a finished run."""
     return all((run / name).is_file() for name in _NEEDED)
+
+
+def check_seen_alike(runs: Iterable[Path], comm: Communicator) -> None:
+    """Raise ``ConfigError`` on all ranks unless they see the same finished runs, which they look for on their own."""
+    told = "\n".join(map(str, runs)).encode()
+    same = told == comm.gather_bytes(told, "evaluate")[0]
+    fail_together(comm, "" if same else "it sees other finished runs than rank 0: start again once none is written")
 
 
 def finished_config(run: Path, program: str, backend: str, data_path: str | None) -> Config:
@@ -76,9 +84,14 @@ class FinishedRun:
         if double:
             self.model.double()
             config.loss.double()
-        seen = saved_models(run) if comm.rank == 0 else 0  # a file system may show it to others later
-        #: Whose models the run has kept; none where all ranks have one.
-        self.ranks = int(comm.gather_bytes(str(seen).encode(), "evaluate")[0])
+        told = ""
+        if comm.rank == 0:  # a file system may show them to others later
+            summary = read_run(run).summary or {}
+            told = f"{saved_models(run)} {summary.get('world_size', 0)} {summary.get('rounds', 0)}"
+        self._kept, self._of, rounds = map(int, comm.gather_bytes(told.encode(), "evaluate")[0].split())
+        #: How many ranks' models the run has kept; none where all have one, or some are missing.
+        self.ranks = self._kept if self._kept == self._of else 0
+        self._alike = rounds == 0
 
     def initial(self) -> nn.Module | None:
         """The model as it began, made again from the run's seed; None where it cannot be seen to be the same.
@@ -98,13 +111,16 @@ class FinishedRun:
         """Put a model in place: the ``center``, the ``mean`` of the ranks' models, or that of a rank (``rank 3``).
 
         The mean has BatchNorm statistics of its own, of as many training examples as the run's evaluations took, and
-        the center's other buffers. Where all ranks have one model, it is this one.
+        the center's other buffers. Where all ranks have one model, as gradients are shared, it is this one.
 
         Raises:
             ConfigError: there is no such model, its file is damaged, or of another model.
         """
         if name == MEAN and self.ranks:
             self._put_mean()
+        elif name == MEAN and not self._alike:
+            kept = f"has kept the models of {self._kept} of {self._of} ranks, so there is no mean of all"
+            raise wrong("model", name, f"must be {CENTER}: {self.run} {kept}")
         else:
             self._put(self._file(CENTER if name == MEAN else name))
 

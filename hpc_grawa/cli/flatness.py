@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -27,7 +29,7 @@ from ..screen import counted, wrapped
 from ..training.config import Config
 from ..training.preflight import fail_together
 from .compare import runs_in
-from .finished import CENTER, MEAN, FinishedRun, finished_config, is_finished
+from .finished import CENTER, MEAN, FinishedRun, check_seen_alike, finished_config, is_finished
 from .gate import Parser
 from .together import backend_line, set_threads, together
 
@@ -100,6 +102,7 @@ def flatness(words: list[str], slot: Slot) -> None:
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
     with together(program, configs[0], slot, first_line) as comm:
+        check_seen_alike(finished, comm)
         if comm.rank == 0 and len(finished) < len(paths):
             say(f"runs       {len(finished)} of {len(paths)}; the others are not finished")
         runs = dict(zip(finished, configs, strict=True))
@@ -221,14 +224,15 @@ def _measured(
 
     told = json.dumps(there()[-1]) if comm.rank == 0 else ""
     known: dict[str, Any] = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
+    before = dict(known)
     under_way = "spectrum" in settings.measures and not is_known("spectrum", settings, known)
-    place = finished.run / FOLDER / name.replace(" ", "-")
-    checkpoints = Checkpoints(place, comm, keep=1)
     wanted = {**exactly, **settings.of("spectrum")}
+    place = place_of_spectrum(finished.run, name, wanted)
+    checkpoints = Checkpoints(place, comm, keep=1)
     spectra: list[dict[str, Any]] = []
     if under_way:
         restored = checkpoints.load()
-        if restored is not None and restored.manifest.get("how") == wanted:
+        if restored is not None:
             if restored.world_size != comm.size:
                 fix = (
                     f"must be {restored.world_size}, who began the spectrum of {name}; or remove {place} to begin anew"
@@ -241,15 +245,18 @@ def _measured(
         nonlocal kept_at
         due = torch.tensor([float(time.monotonic() - kept_at >= KEEP_EVERY)])
         if float(comm.broadcast(due, 0, "evaluate").wait()):
-            kept_at = time.monotonic()
             states = state()
             steps = sum(len(one["alpha"]) for one in states)
             for problem in [*checkpoints.save(steps, {"spectra": states}, {"how": wanted}), *checkpoints.settle()]:
                 log.say(problem)
+            kept_at = time.monotonic()
 
     def write(now: dict[str, Any]) -> None:
         if comm.rank == 0:
-            file = {**read_flatness(finished.run), name: [*there()[:-1], now]}
+            *others, newest = there()  # another job may have measured more of it meanwhile
+            own = {key: value for key, value in now.items() if key not in before or before[key] != value}
+            measured = {**newest.get("measures", {}), **own.get("measures", {})}
+            file = {**read_flatness(finished.run), name: [*others, {**newest, **own, "measures": measured}]}
             write_atomically(finished.run / FLATNESS, json.dumps(file, indent=1) + "\n")
 
     began = time.monotonic()
@@ -269,9 +276,17 @@ def _measured(
     ranks = Models(finished.ranks, read) if name == CENTER else ()
     known = measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
     write(known)  # the last of the list, if nothing of it was to be measured
-    if under_way and comm.rank == 0:
+    if "spectrum" in settings.measures and comm.rank == 0:
         shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # others are there, or none ever was
+            place.parent.rmdir()
     return known
+
+
+def place_of_spectrum(run: Path, name: str, how: dict[str, Any]) -> Path:
+    """Where it is kept how far a spectrum is: one of this model by other settings may have been left on its way."""
+    exact = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+    return run / FOLDER / f"{name.replace(' ', '-')}-{exact[:12]}"
 
 
 def described(title: str, found: dict[str, Any]) -> str:
@@ -288,8 +303,6 @@ def described(title: str, found: dict[str, Any]) -> str:
     if found.get("top_eigenvalues"):
         top = ", ".join(f"{value:.4g}" for value in found["top_eigenvalues"])
         lines.append(wrapped(f"  {'top eigenvalues':34} {top}", others=" " * 37))
-    if any(found.get("valley_cut", ())):
-        lines.append("  (at least: towards some ranks the valley did not end within 10 times their distance)")
     return "\n".join(lines)
 
 
@@ -307,6 +320,7 @@ _ROWS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("loss, low-pass filtered", ("lpf",)),
     ("entropy of the outputs", ("entropy",)),
     ("width of the valley", ("valley_width",)),
+    ("width of the valley, at least", ("valley_width_at_least",)),
 )
 
 

@@ -19,9 +19,8 @@ from ..runs.log import Log, write_atomically
 from ..runs.reading import read_object
 from ..runs.record import RunRecord, read_run, settings_of
 from ..screen import wrapped
-from ..training.preflight import fail_together
 from .compare import runs_in
-from .finished import CENTER, FinishedRun, finished_config
+from .finished import CENTER, FinishedRun, check_seen_alike, finished_config
 from .gate import Parser
 from .together import backend_line, set_threads, together
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Beside a run.
 FILE = "measures.json"
+#: Of what measures are: another one with every change to them, so that no values of before stand beside those of now.
+VERSION = 1
 #: How settings begin that say by what a run was made and what was kept and seen of it.
 _ASIDE = ("backend", "compile", "data.path", "device", "eval.", "log.", "save.")
 
@@ -57,11 +58,12 @@ def measures(words: list[str], slot: Slot) -> None:
     require(options.examples >= 0, "examples", options.examples, "at least 1, or 0 for all")
     require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
     require(0 < options.bound < 1, "bound", options.bound, "in (0, 1)")
+    require(0 <= options.seed < 2**63, "seed", options.seed, "a whole number of 0 or more")
     if options.figure is not None:
         from ..report.figure import check_drawable
 
         check_drawable(options.figure)
-    paths = [run for path in options.runs for run in runs_in(path)]
+    paths = list({run.resolve(): run for path in options.runs for run in runs_in(path)}.values())
     records = [read_run(path) for path in paths]
     kept = [record for record in records if _is_trained(record, options.trained_to)]
     if len(kept) < 2:
@@ -76,14 +78,12 @@ def measures(words: list[str], slot: Slot) -> None:
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
     with together(program, configs[0], slot, first_line) as comm:
-        told = "\n".join(map(str, (record.path for record in kept))).encode()
-        same = told == comm.gather_bytes(told, "evaluate")[0]
-        fail_together(comm, "" if same else "it sees other finished runs than rank 0: start again once none is written")
+        check_seen_alike((record.path for record in kept), comm)
         log = Log(None, speaks=comm.rank == 0)
         found, times = [], []
         for number, (record, config) in enumerate(zip(kept, configs, strict=True), 1):
             began = time.monotonic()
-            found.append(_measured(FinishedRun(record.path, config, comm, slot), options, comm))
+            found.append(_measured(FinishedRun(record.path, config, comm, slot), options, comm, log))
             times.append(time.monotonic() - began)
             if log.due:
                 # Those that were measured before take no time.
@@ -91,7 +91,8 @@ def measures(words: list[str], slot: Slot) -> None:
                 log.progress(number / len(kept), f"run {number} of {len(kept)}: {record.path.name}  ETA {left:.0f} s")
         log.close()
         if comm.rank == 0:
-            gaps = [float(record.status["gap"]) for record in kept]
+            # Those of two runs with the same counts of errors are one number, whatever they were computed from.
+            gaps = [round(float(record.status["gap"]), 12) for record in kept]
             from ..generalisation.ranking import ranked
 
             rankings = ranked([one["values"] for one in found], gaps, grid.axes, grid.others, options.seed)
@@ -161,12 +162,12 @@ def _grid(given: str | None, records: Sequence[RunRecord]) -> _Grid:
     return _Grid(axes, others, notes)
 
 
-def _measured(run: FinishedRun, options: Any, comm: Communicator) -> dict[str, Any]:
-    """A run's measures, written beside it."""
+def _measured(run: FinishedRun, options: Any, comm: Communicator, log: Log) -> dict[str, Any]:
+    """A run's measures, written beside it where that can be."""
     from ..generalisation import measures as measure
 
     of = len(run.splits.train)
-    how = {key: getattr(options, key) for key in ("examples", "bound", "seed")} | {"of": of}
+    how = {key: getattr(options, key) for key in ("examples", "bound", "seed")} | {"of": of, "version": VERSION}
     place = run.run / FILE
     there = (read_object(place) or {}) if comm.rank == 0 else {}
     told = json.dumps(there if there.get("how") == how else {})
@@ -174,21 +175,21 @@ def _measured(run: FinishedRun, options: Any, comm: Communicator) -> dict[str, A
     if known:
         return {**known, "values": {name: float(value) for name, value in known["values"].items()}}
     run.put(CENTER)
-    found = measure(
-        run.model,
-        run.initial(),
-        run.splits.train,
-        comm,
-        options.examples or None,
-        options.bound,
-        options.batch_size,
-        options.seed,
-    )
+    limit, start = options.examples or None, run.initial()
+    try:
+        found = measure(
+            run.model, start, run.splits.train, comm, limit, options.bound, options.batch_size, options.seed
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{run.run}: {error}") from error
     known = {"how": how, **dataclasses.asdict(found)}
     # JSON has no infinity, and what is not a number is one of its words elsewhere only.
     values = {name: value if math.isfinite(value) else str(value) for name, value in found.values.items()}
     if comm.rank == 0:
-        write_atomically(place, json.dumps({**known, "values": values}, indent=1) + "\n")
+        try:
+            write_atomically(place, json.dumps({**known, "values": values}, indent=1) + "\n")
+        except OSError as error:  # others' runs can be ranked all the same
+            log.say(f"measures of {run.run} are not kept: {place} cannot be written ({error.strerror})")
     return known
 
 
@@ -279,9 +280,11 @@ def _write_csv(
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["run", *settings, "gap", *names])
+            writer.writerow(["run", *settings, "gap", *names, "notes"])
             for number, (record, one) in enumerate(zip(records, found, strict=True)):
                 places = [column[number] for column in settings.values()]
-                writer.writerow([record.path, *places, gaps[number], *(one["values"].get(name, "") for name in names)])
+                values = [one["values"].get(name, "") for name in names]
+                notes = "; ".join([*_texts(one["notes"]), *_texts(one["left_out"])])
+                writer.writerow([record.path, *places, gaps[number], *values, notes])
     except OSError as error:
         raise ConfigError(f"the table {path} cannot be written: {error.strerror}") from error

@@ -192,8 +192,8 @@ def entropy(subject: Subject, settings: Settings) -> dict[str, Any]:
     objective = subject.objective
     sums = torch.zeros(3, dtype=torch.float64, device=objective.vector.data.device)
     for output, target, _ in objective.outputs():
-        tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
-        if tensors and not target.is_floating_point() and output.dim() == target.dim() + 1:
+        tensors = isinstance(output, Tensor) and isinstance(target, Tensor) and not target.is_floating_point()
+        if tensors and output.dim() > 1 < output.shape[1] and output.shape[:1] + output.shape[2:] == target.shape:
             each = torch.special.entr(output.double().softmax(1)).sum(1)
             sums += sums.new_tensor([float(each.sum()), each.numel(), 0])
         else:
@@ -203,15 +203,23 @@ def entropy(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 
 def valley(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """How far the valley reaches towards each rank's model."""
+    """How far the valley reaches towards the ranks' models, on the mean; at least, where some searches ended before."""
     found = valley_width(subject.objective, subject.objective.vector.data.clone(), subject.ranks, settings.kappa)
-    widths = [None if math.isnan(width) else width for width, _ in found]
-    known = [width for width in widths if width is not None]
+    towards = [width for width, _ in found if width is not None]  # a rank that is the center, such as LSGD's leader
+    mean = sum(towards) / len(towards) if towards else math.nan
+    cut = [ended for _, ended in found]
     return {
-        "valley_width": sum(known) / len(known) if known and len(known) == len(widths) else None,
-        "valley_widths": widths,
-        "valley_cut": [cut for _, cut in found],
+        "valley_width": None if math.isnan(mean) or any(cut) else mean,
+        "valley_width_at_least": mean if math.isfinite(mean) and any(cut) else None,
+        "valley_widths": [None if width is None or math.isnan(width) else width for width, _ in found],
+        "valley_cut": cut,
     }
+
+
+def _steps_left(subject: Subject, settings: Settings) -> int:
+    """Of Lanczos's method."""
+    made = sum(len(one["alpha"]) for one in subject.spectra)
+    return max(1, settings.starts * settings.steps - made)
 
 
 class Measure(NamedTuple):
@@ -238,7 +246,7 @@ MEASURES: dict[str, Measure] = {
     "lpf": Measure(filtered, VALUE, lambda subject, s: s.lpf_samples, ("sigma", "lpf_samples", "seed")),
     "valley": Measure(valley, VALUE, lambda subject, s: 1 + 15 * len(subject.ranks), ("kappa",)),
     "trace": Measure(trace, PRODUCT, lambda subject, s: 3 * s.samples, ("samples", "seed")),
-    "spectrum": Measure(spectrum, PRODUCT, lambda subject, s: s.starts * s.steps, ("steps", "starts", "seed")),
+    "spectrum": Measure(spectrum, PRODUCT, lambda subject, s: _steps_left(subject, s), ("steps", "starts", "seed")),
 }
 
 

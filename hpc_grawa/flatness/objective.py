@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import losses, nests
+from ..buffers import checksum
 from ..comm import Communicator
 from ..comm.single import SingleCommunicator
 from ..data import Examples, in_advance
-from ..errors import ConfigError, in_a_line, require
-from ..forward import eagerly, eval_mode, undisturbed
+from ..errors import ConfigError, RanksDisagree, in_a_line, require
+from ..forward import NoDropout, eagerly, eval_mode, undisturbed
 from ..vector import ParameterVector
 
 Statistics = Literal["model", "batch"]
@@ -40,6 +41,8 @@ class Objective:
 
     Raises:
         ConfigError: no examples, or a value that cannot be.
+        RanksDisagree: the model has other parameters on some rank, as after a run's last round, where each has its own:
+            put one in its place on all, such as ``run.vector.swapped(run.center)``.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False).double()
@@ -64,6 +67,12 @@ class Objective:
         self.vector = model if isinstance(model, ParameterVector) else ParameterVector(model)
         self.model = self.vector.model
         self.comm = comm or SingleCommunicator()
+        sums = self.comm.gather_bytes(str(checksum(self.vector.data)).encode(), "evaluate")
+        if differ := [rank for rank, told in enumerate(sums) if told != sums[0]]:
+            raise RanksDisagree(
+                f"rank {differ[0]} has another model in place than rank 0: put one in its place on all ranks, such as "
+                f"the center (with run.vector.swapped(run.center))"
+            )
         self.examples = min(len(examples), limit or len(examples))
         self._loss, self._data, self._statistics = loss, examples, statistics
         index = torch.arange(self.examples) * len(examples) // self.examples
@@ -163,7 +172,10 @@ class Objective:
         self.vector.check()  # another vector of the same model would leave this one without effect
         there = nullcontext() if at is None else self.vector.swapped(at)
         twice = sdpa_kernel(SDPBackend.MATH)  # attention's fast forms have no second derivative
-        with undisturbed(self.model, self.comm), eval_mode(self.model), eagerly(), twice, there:
+        # cuDNN's recurrence has no backward pass in eval mode, and no second derivative.
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        plain = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with undisturbed(self.model, self.comm), eval_mode(self.model), NoDropout(), eagerly(), twice, plain, there:
             if self._statistics == "batch":
                 for module in self.model.modules():
                     if isinstance(module, _BatchNorm):

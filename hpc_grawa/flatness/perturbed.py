@@ -84,11 +84,11 @@ def lpf(objective: Objective, sigma: float = 5e-4, samples: int = 100, seed: int
 
 def valley_width(
     objective: Objective, center: Tensor, ranks: Sequence[Tensor], kappa: float = 2.0
-) -> list[tuple[float, bool]]:
+) -> list[tuple[float | None, bool]]:
     """How far from the center towards each rank the loss reaches κ·f(center), and whether the search ended before.
 
     Looked at are an eighth of the way to the rank, a quarter, and so on, to 10 times the way, so that a barrier between
-    them is found where it is as wide as that; then the place by bisection. A rank that is the center has width 0. NaN
+    them is found where it is as wide as that; then the place by bisection. None towards a rank that is the center. NaN
     where the rank is not finite, or f(center) is not positive and finite, so that κ·f(center) is no bound.
 
     Args:
@@ -98,11 +98,11 @@ def valley_width(
         kappa: κ.
     """
     bound = kappa * objective.value(center)
-    found = []
+    found: list[tuple[float | None, bool]] = []
     for rank in ranks:
         distance = float((rank - center).double().norm())
         if distance == 0 or not (0 < bound < math.inf and math.isfinite(distance)):
-            found.append((0.0 if distance == 0 else math.nan, False))
+            found.append((None if distance == 0 else math.nan, False))
             continue
         below, above = 0.0, 0.125
         while (high := objective.value(torch.lerp(center, rank, above)) < bound) and above < 10:

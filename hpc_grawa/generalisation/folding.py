@@ -17,6 +17,7 @@ from .norms import passes
 
 #: What a BatchNorm can be folded into.
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_FORWARDS = {kind.forward for kind in (*_LAYERS, _BatchNorm)}
 
 
 @dataclass
@@ -34,6 +35,13 @@ class Folded:
     kept: list[str] = field(default_factory=list)
 
 
+class _Tracer(fx.Tracer):
+    """Looks into no layer and no BatchNorm, one's own that compute as torch's do among them."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).forward in _FORWARDS or super().is_leaf_module(m, module_qualified_name)
+
+
 def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:
     """Fold BatchNorm into the layers before.
 
@@ -43,9 +51,12 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:
             all are ``[B, features]``.
 
     Raises:
-        ConfigError: it has BatchNorm, and what follows what cannot be seen.
+        ConfigError: it has BatchNorm, and what follows what cannot be seen, or it cannot be copied.
     """
-    found = Folded(copy.deepcopy(model).eval())
+    try:
+        found = Folded(copy.deepcopy(model).eval())
+    except Exception as error:  # such as of torch's older weight_norm
+        raise ConfigError(f"{type(model).__name__} cannot be copied: {in_a_line(error)[:200]}") from error
     norms = [name for name, module in found.model.named_modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return found
@@ -53,7 +64,7 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:
         if found.model.get_submodule(name).running_mean is None:
             raise ConfigError(f"'{name}' has no running statistics, so there is nothing to fold it by")
     try:
-        graph = fx.Tracer().trace(found.model)
+        graph = _Tracer().trace(found.model)
     except Exception as error:  # of the model's forward, which may do anything
         raise ConfigError(
             f"BatchNorm of {type(model).__name__} cannot be folded, as torch.fx cannot follow its forward pass: "
@@ -76,8 +87,9 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:
             found.kept.append(name)
             continue
         _fold_into(modules[before], modules[name])
-        parent, _, last = name.rpartition(".")
-        setattr(found.model.get_submodule(parent), last, nn.Identity())
+        for parent in modules.values():  # it may have several names
+            for child in [key for key, module in parent._modules.items() if module is modules[name]]:
+                parent._modules[child] = nn.Identity()
         found.folded.append(name)
     return found
 

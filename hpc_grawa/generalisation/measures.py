@@ -132,7 +132,11 @@ def measures(
     if not linear:
         found.notes.append("path_norm is no sum over paths: the network is not linear along a ray, as with ReLU it is")
     values["path_norm_over_margin"] = values["path_norm"] * values["inverse_margin"]
-    values["fisher_rao"] = (len(own) + 1) ** 2 * _fisher_rao(ones)
+    slopes = _fisher_rao(ones)
+    if slopes is None:
+        found.left_out["fisher_rao"] = "an operation of the network has no forward derivative"
+    else:
+        values["fisher_rao"] = (len(own) + 1) ** 2 * slopes
     values |= _of_noise(ones, errors, own, first, bound, seed, len(examples))
     if start is None:
         why = "the initial weights are not known"
@@ -215,9 +219,9 @@ def _of_weights(own: list[Layer], first: list[Layer] | None, margin: float, shap
     return found
 
 
-def _fisher_rao(ones: Objective) -> float:
-    """Mean over examples of ⟨w, ∇_w ℓ_i⟩², by one forward derivative along w for all of a batch."""
-    model, sums = ones.model, torch.zeros(2, dtype=torch.float64)
+def _fisher_rao(ones: Objective) -> float | None:
+    """Mean over examples of ⟨w, ∇_w ℓ_i⟩², by one forward derivative along w for all of a batch; None without one."""
+    model, sums = ones.model, torch.zeros(3, dtype=torch.float64)
     weights = dict(zip(ones.vector.names, ones.vector.parameters, strict=True))
     given = {name: p.detach() for name, p in weights.items()}
     for inputs, targets in ones.pairs():
@@ -228,10 +232,16 @@ def _fisher_rao(ones: Objective) -> float:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what torch itself loads for its first jvp
-            slopes: Tensor = jvp(each, (given,), (given,))[1]
-        sums += torch.stack((slopes.double().square().sum(), slopes.new_tensor(len(slopes)).double())).cpu()
+            try:
+                slopes: Tensor = jvp(each, (given,), (given,))[1]
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError):  # on ranks that have examples; all learn of it below
+                sums[2] = 1
+                break
+        sums[:2] += torch.stack((slopes.double().square().sum(), slopes.new_tensor(len(slopes)).double())).cpu()
     ones.comm.allreduce(sums, "evaluate").wait()
-    return float(sums[0] / sums[1])
+    return None if sums[2] else float(sums[0] / sums[1])
 
 
 def _of_noise(

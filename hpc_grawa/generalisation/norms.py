@@ -78,7 +78,10 @@ def layers(model: nn.Module, inputs: Tensor) -> list[Layer]:
     inside = {id(layer.module.weight) for layer in found}
     for name, p in model.named_parameters():
         if p.dim() > 1 and id(p) not in inside:
-            raise ConfigError(f"{own} has weights of no convolution or linear layer, '{name}', so it has no measures")
+            raise ConfigError(
+                f"{own} has weights, '{name}', of no convolution or linear layer, or of one that its forward pass does "
+                f"not use, so it has no measures"
+            )
     for name, module in model.named_modules():
         if isinstance(module, _BY_INPUT):
             raise ConfigError(f"{own} normalises by each input, '{name}', so norms of its layers say little of it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         ConfigError: the file cannot be written.
     """
     how, plane = found["how"], found.get("plane")
+    if not any(math.isfinite(loss) for one in found["lines"].values() for loss in one["losses"]):
+        raise ConfigError("there is nothing to draw: no loss on a line is finite")
     with saved_figure(path, _SIZE) as figure:
         width = 0.9 if plane is None else 0.47
         _lines(figure.add_axes((0.065, 0.13, width, 0.7)), found)

@@ -83,4 +83,5 @@ def _tops(axes: Axes, tops: Sequence[tuple[int, list[float]]], names: Sequence[s
     axes.set_title("Largest eigenvalues", size=13, weight="bold", loc="left", pad=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_ylim(bottom=0)
+    if all(value >= 0 for _, values in tops for value in values):
+        axes.set_ylim(bottom=0)

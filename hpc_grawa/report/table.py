@@ -116,12 +116,14 @@ FLATNESS = {
     "trace": "flatness_trace",
     "Frobenius norm": "flatness_frobenius_norm",
     "sum of Ritz values": "flatness_sum_of_ritz_values",
+    "root of their squares' sum": "flatness_root_of_squared_ritz_values",
     "SAM sharpness": "flatness_sam_sharpness",
     "epsilon-sharpness": "flatness_epsilon_sharpness",
     "low-pass loss": "flatness_lpf",
     "entropy": "flatness_entropy",
     "gradient norm": "flatness_gradient_norm",
     "valley width": "flatness_valley_width",
+    "valley width, at least": "flatness_valley_width_at_least",
 }
 
 
