@@ -441,17 +441,16 @@ def test_a_budget_ends_at_a_training_loss(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_comparison_as_in_a_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own_grid = tmp_path / "small.yaml"
-    own_grid.write_text(
-        "compare: {methods: [LGRAWA, EASGD], seeds: [1, 2], grids: {LGRAWA: {method.period: [4, 8], method.pull: [0.5],"
-        " method.prox: [0.05]}, EASGD: {method.period: [8], method.pull: [0.3]}}}"
-    )
-    words = ["--config=digits", f"--config={own_grid}", "--budget.seconds=null", "--budget.steps=20", "--model.width=2"]
+    few = ["--methods=LGRAWA,EASGD", "--seeds=1,2", "--grid=method.prox=0.05,0.01"]  # EASGD has none
+    words = ["--config=digits", *few, "--budget.seconds=null", "--budget.steps=20", "--model.width=2"]
     ended = called(capsys, "compare", "--paper", *words, f"--run.dir={tmp_path}", "--run.name=p", "--device=cpu")
     assert ended.status == 0, ended.said
     lines = [line for line in ended.said.splitlines() if line.startswith("| ")]
     head = next(line for line in lines if "communication (rounds)" in line)
-    assert "test error, %" in head and "largest eigenvalue" in head
+    cells = [cell.strip() for cell in head.split("|")]
+    assert {"test error, mean, %", "center, %", "largest eigenvalue"} <= set(cells)
+    other = called(capsys, "compare", "--paper", "--config=demo")
+    assert other.status == 2 and "must not be in a file beside --paper" in other.said
     rows = lines[lines.index(head) + 2 : lines.index(head) + 4]
     assert sorted(row.split()[1] for row in rows) == ["EASGD", "LGRAWA"] and all("±" in row for row in rows)
     assert len(list((tmp_path / "p").glob("*/summary.json"))) == 6

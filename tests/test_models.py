@@ -82,7 +82,7 @@ def test_models_have_the_published_size(
             for model in (partial(DenseNet121, growth=2), AllCNN, partial(ResNet18, stages=2))
             for side in (9,)
         ),
-        (partial(VGG16, dropout=0), 32),
+        *((partial(VGG16, dropout=0), side) for side in (28, 32)),
     ],
     ids=name_of,
 )

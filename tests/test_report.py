@@ -561,8 +561,8 @@ def test_the_table_of_a_paper(tmp_path: Path) -> None:
     (left / "summary.json").write_text(json.dumps({"state": "diverged", "cause": "NonFinite", "steps": 3}))
     lines = paper_table([read_run(path) for path in sorted(tmp_path.iterdir())]).splitlines()
     grid = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    assert grid[0] == ["method", "seeds", "test error, %", "communication (rounds)", "gap, %"]
-    assert ["LGRAWA period=16", "2", "9 ± 1.4", "2 s (5)", "2 ± 0"] in grid
-    assert ["EASGD", "1", "50", "2 s (5)", "2"] in grid and len(grid) == 4
+    assert grid[0] == ["method", "seeds", "test error, mean, %", "center, %", "communication (rounds)", "gap, %"]
+    assert ["LGRAWA period=16", "2", "10 ± 1.4", "9 ± 1.4", "2 s (5)", "2 ± 0"] in grid
+    assert ["EASGD", "1", "51", "50", "2 s (5)", "2"] in grid and len(grid) == 4
     assert "- Diverged: LGRAWA period=64 (diverged), 1 seed." in lines
     assert "on test data, so its test error is too good" in "\n".join(lines)

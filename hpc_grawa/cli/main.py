@@ -33,7 +33,7 @@ from .flatness import flatness
 from .gate import Parser, named_errors
 from .measures import measures
 from .parsing import parse
-from .settings import PAPERS, papers
+from .settings import PAPERS, papers, read_settings, split_config
 from .together import backend_line, set_threads, together
 
 if TYPE_CHECKING:
@@ -232,6 +232,9 @@ def compare(words: list[str], slot: Slot) -> None:
     options, words = own.parse_known_args(words)
     check_target(options.target)
     if options.paper is not None:
+        if own_rows := read_settings(split_config(words)[0]).get("compare"):
+            fix = "must not be in a file beside --paper, which has its own: narrow it by --methods, --seeds, --grid"
+            raise wrong("compare", own_rows, fix)
         words = [f"--config={PAPERS / options.paper}.yaml", *words]
         _measured_in_a_paper()  # refuses, before any run, what is missing
     comparison = Comparison.read(options.methods, options.seeds, options.target, options.grid, words, program)

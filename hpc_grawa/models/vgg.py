@@ -14,7 +14,7 @@ class VGG16(nn.Module):
     Initialised as Glorot and Bengio, 2010, which section 3.1 of the paper recommends; biases 0.
 
     Args:
-        in_channels: of the images, of 32 by 32 pixels or a multiple of it.
+        in_channels: of the images, of any size; made for 32 by 32 pixels.
         num_classes: logits per image.
         dropout: rate, before each of the two hidden layers of the head.
     """
@@ -28,7 +28,7 @@ class VGG16(nn.Module):
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 before = width
             else:
-                layers += [nn.MaxPool2d(2)]
+                layers += [nn.MaxPool2d(2, ceil_mode=True)]  # for 32 pixels the same; crops of 28 end at 1, too
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         hidden = [m for _ in range(2) for m in (nn.Dropout(dropout), nn.Linear(512, 512), nn.ReLU(inplace=True))]
         self.head = nn.Sequential(*hidden, nn.Linear(512, num_classes))

@@ -41,7 +41,7 @@ def paper_table(records: Sequence[RunRecord]) -> str:
     shown = _chosen(table)
     metric = table.metric
     accuracy = metric.endswith("accuracy")
-    of = "test error" if accuracy else f"{in_words(metric)}, test"
+    of, unit = ("test error", ", %") if accuracy else (f"{in_words(metric)}, test", "")
 
     def spread(row: Row, key: str, scale: float = 1.0, error: bool = False) -> str:
         if key not in row.mean:
@@ -54,9 +54,10 @@ def paper_table(records: Sequence[RunRecord]) -> str:
     head = [
         "method",
         "seeds",
-        f"{of}, %" if accuracy else of,
+        f"{of}, mean{unit}",
+        f"center{unit}",
         "communication (rounds)",
-        "gap, %" if accuracy else "gap",
+        f"gap{unit}",
     ]
     flat = {heading: key for heading, key in FLATNESS.items() if any(key in row.mean for row in shown)}
     grid = [[*head, *flat]]
@@ -66,6 +67,7 @@ def paper_table(records: Sequence[RunRecord]) -> str:
             [
                 row.label,
                 f"{row.runs}",
+                spread(row, f"mean_test_{metric}", error=accuracy),
                 spread(row, f"center_test_{metric}", error=accuracy),
                 f"{communication:,.0f} s ({row.mean.get('rounds', 0):,.0f})",
                 spread(row, "gap", 100.0 if accuracy else 1.0),
@@ -75,6 +77,8 @@ def paper_table(records: Sequence[RunRecord]) -> str:
     on = f"{table.part} data" + (", so its test error is too good" if table.part == "test" else "")
     notes = ["", f"- Of each method the setting whose center was best at the last evaluation on {on}; mean ± standard"]
     notes.append("  deviation over seeds.")
+    notes.append("- Published errors are those of the mean of the ranks' models. Gap and flatness are the center's here.")
+    notes.append("- Communication is that of messages alone; the published seconds hold what the weights' scores take, too.")
     diverged = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state == "diverged"]
     if diverged:
         notes.append(wrapped(f"- Diverged: {'; '.join(diverged)}.", 120, "", "  "))
