@@ -334,7 +334,7 @@ def test_the_width_of_a_valley(on_ranks: Ranks) -> None:
         ranks = [drawn(size, seed=7), 1e-6 * drawn(size, seed=8), torch.zeros(size, dtype=torch.float64)]
         (wide, cut), (near, ended), none = valley_width(objective, torch.zeros(size, dtype=torch.float64), ranks)
         assert (wide, cut) == (pytest.approx(2.0, rel=2e-3), False)
-        assert ended and near == pytest.approx(10 * float(ranks[1].norm()))
+        assert ended and near == pytest.approx(1000 * float(ranks[1].norm()))
         assert none == (None, False)
         # On the mean: towards the two that are not the center, and at least, as one search ended before.
         for some, width, least in ((ranks, None, (wide + near) / 2), (ranks[::2], wide, None), (ranks[2:], None, None)):

@@ -68,6 +68,7 @@ def flatness(words: list[str], slot: Slot) -> None:
         "sigma": "of the low-pass filter",
         "lpf_samples": "of it",
         "kappa": "a valley ends where the loss is so many times the center's",
+        "reach": "its end is looked for up to so many times a rank's distance",
         "seed": "of random vectors",
     }
     for name, text in texts.items():

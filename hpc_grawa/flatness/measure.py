@@ -37,6 +37,7 @@ class Settings:
         sigma: σ of the low-pass filter.
         lpf_samples: its M.
         kappa: κ of the valley's width.
+        reach: of the search for it, in parts of the way to a rank.
         seed: of all random vectors.
     """
 
@@ -49,6 +50,7 @@ class Settings:
     sigma: float = 5e-4
     lpf_samples: int = 20
     kappa: float = 2.0
+    reach: float = 1000.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class Settings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("rho", "epsilon", "sigma"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+        require(1 <= self.reach < math.inf, "reach", self.reach, "a number of 1 or more")
         require(1 < self.kappa < math.inf, "kappa", self.kappa, "a number above 1")
 
     def of(self, measure: str) -> dict[str, Any]:
@@ -204,7 +207,8 @@ def entropy(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 def valley(subject: Subject, settings: Settings) -> dict[str, Any]:
     """How far the valley reaches towards the ranks' models, on the mean; at least, where some searches ended before."""
-    found = valley_width(subject.objective, subject.objective.vector.data.clone(), subject.ranks, settings.kappa)
+    center = subject.objective.vector.data.clone()
+    found = valley_width(subject.objective, center, subject.ranks, settings.kappa, settings.reach)
     towards = [width for width, _ in found if width is not None]  # a rank that is the center, such as LSGD's leader
     mean = sum(towards) / len(towards) if towards else math.nan
     cut = [ended for _, ended in found]
@@ -244,7 +248,7 @@ MEASURES: dict[str, Measure] = {
     "entropy": Measure(entropy, VALUE, lambda subject, s: 1),
     "keskar": Measure(keskar, GRADIENT, lambda subject, s: 15, ("epsilon",)),
     "lpf": Measure(filtered, VALUE, lambda subject, s: s.lpf_samples, ("sigma", "lpf_samples", "seed")),
-    "valley": Measure(valley, VALUE, lambda subject, s: 1 + 15 * len(subject.ranks), ("kappa",)),
+    "valley": Measure(valley, VALUE, lambda subject, s: 1 + 20 * len(subject.ranks), ("kappa", "reach")),
     "trace": Measure(trace, PRODUCT, lambda subject, s: 3 * s.samples, ("samples", "seed")),
     "spectrum": Measure(spectrum, PRODUCT, lambda subject, s: _steps_left(subject, s), ("steps", "starts", "seed")),
 }

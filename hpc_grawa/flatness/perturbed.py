@@ -83,19 +83,20 @@ def lpf(objective: Objective, sigma: float = 5e-4, samples: int = 100, seed: int
 
 
 def valley_width(
-    objective: Objective, center: Tensor, ranks: Sequence[Tensor], kappa: float = 2.0
+    objective: Objective, center: Tensor, ranks: Sequence[Tensor], kappa: float = 2.0, reach: float = 1000.0
 ) -> list[tuple[float | None, bool]]:
     """How far from the center towards each rank the loss reaches κ·f(center), and whether the search ended before.
 
-    Looked at are an eighth of the way to the rank, a quarter, and so on, to 10 times the way, so that a barrier between
-    them is found where it is as wide as that; then the place by bisection. None towards a rank that is the center. NaN
-    where the rank is not finite, or f(center) is not positive and finite, so that κ·f(center) is no bound.
+    Looked at are an eighth of the way to the rank, a quarter, and so on, to ``reach`` times the way, so that a barrier
+    between them is found where it is as wide as that; then the place by bisection. None towards a rank that is the
+    center. NaN where the rank is not finite, or f(center) is not positive and finite, so that κ·f(center) is no bound.
 
     Args:
         objective: f.
         center: ``[P]``.
         ranks: ``[P]`` each.
         kappa: κ.
+        reach: where the search ends, in parts of the way: ranks may end close together in a wide valley.
     """
     bound = kappa * objective.value(center)
     found: list[tuple[float | None, bool]] = []
@@ -105,10 +106,10 @@ def valley_width(
             found.append((None if distance == 0 else math.nan, False))
             continue
         below, above = 0.0, 0.125
-        while (high := objective.value(torch.lerp(center, rank, above)) < bound) and above < 10:
-            below, above = above, min(10.0, 2 * above)
+        while (high := objective.value(torch.lerp(center, rank, above)) < bound) and above < reach:
+            below, above = above, min(reach, 2 * above)
         if high:
-            found.append((10 * distance, True))
+            found.append((reach * distance, True))
             continue
         while above - below > 1e-3 * above:
             middle = (below + above) / 2

@@ -77,8 +77,8 @@ def paper_table(records: Sequence[RunRecord]) -> str:
     on = f"{table.part} data" + (", so its test error is too good" if table.part == "test" else "")
     notes = ["", f"- Of each method the setting whose center was best at the last evaluation on {on}; mean ± standard"]
     notes.append("  deviation over seeds.")
-    notes.append("- Published errors are those of the mean of the ranks' models. Gap and flatness are the center's here.")
-    notes.append("- Communication is that of messages alone; the published seconds hold what the weights' scores take, too.")
+    notes.append("- Published errors are those of the mean of the ranks; gap and flatness here are the center's.")
+    notes.append("- Communication is that of messages alone; published seconds hold what scores take, too.")
     diverged = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state == "diverged"]
     if diverged:
         notes.append(wrapped(f"- Diverged: {'; '.join(diverged)}.", 120, "", "  "))
