@@ -37,8 +37,18 @@ class Metric(ABC):
         return {self.name: self.value(sums)}
 
 
+#: In the place of a target that counts nowhere, neither in ``CrossEntropyLoss``.
+IGNORED = -100
+
+
+def _counted(target: Tensor) -> Tensor:
+    return target != IGNORED
+
+
 class Accuracy(Metric):
     """The fraction of targets ``[...]``, class numbers, that are the place of the largest output ``[..., classes]``.
+
+    Targets of -100 are left out, as ``CrossEntropyLoss`` does; in the other metrics of classes, too.
 
     Example:
         >>> accuracy = Accuracy()
@@ -51,8 +61,8 @@ class Accuracy(Metric):
     def sums(self, output: Tensor, target: Tensor) -> Tensor:
         if output.shape[:-1] != target.shape or target.is_floating_point():
             raise ValueError("accuracy is of class numbers [...] beside outputs [..., classes]; give another metric")
-        correct = (output.argmax(-1) == target).double()
-        return torch.stack((correct.sum(), correct.new_tensor(correct.numel())))
+        correct = (output.argmax(-1) == target).sum().double()  # of none that is ignored, as there is no such class
+        return torch.stack((correct, _counted(target).sum().double()))
 
     def value(self, sums: Tensor) -> float:
         return float(sums[0] / sums[1])
@@ -101,7 +111,7 @@ class Perplexity(Metric):
         if output.shape[:1] + output.shape[2:] != target.shape or target.is_floating_point():
             raise ValueError("surprise is of class numbers [B, ...] beside logits [B, classes, ...]")
         surprise = F.cross_entropy(output.double(), target, reduction="sum")
-        return torch.stack((surprise, surprise.new_tensor(target.numel())))
+        return torch.stack((surprise, _counted(target).sum().double()))
 
     def value(self, sums: Tensor) -> float:
         return math.exp(min(float(sums[0] / sums[1]), 700.0))  # a float knows no more
@@ -129,7 +139,8 @@ class BitsPerByte(Perplexity):
     def sums(self, output: Tensor, target: Tensor) -> Tensor:
         both = super().sums(output, target)
         table = self._token_bytes
-        return torch.cat((both, both[1:] if table is None else table.to(target.device)[target].sum()[None]))
+        counted = target[_counted(target)]
+        return torch.cat((both, both[1:] if table is None else table.to(target.device)[counted].sum()[None]))
 
     def value(self, sums: Tensor) -> float:
         return float(sums[0] / (math.log(2) * sums[2]))

@@ -21,7 +21,7 @@ from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.data import Text
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.metrics import BitsPerByte, Perplexity
+from hpc_grawa.metrics import BitsPerByte, Perplexity, TopAccuracy
 from hpc_grawa.models import GPT
 from hpc_grawa.models.gpt import _rotated, _rotations
 from hpc_grawa.training.evaluate import Evaluator
@@ -167,6 +167,18 @@ def test_metrics_of_tokens_fall_and_take_no_other_shapes() -> None:
             with pytest.raises(ValueError, match="class numbers"):
                 metric.sums(output, target)
     assert Perplexity().value(torch.tensor([1e9, 1.0])) < math.inf  # a model that has diverged
+
+
+def test_targets_that_are_ignored_count_in_no_metric() -> None:
+    """As in the loss: they are as if they were not there."""
+    output, target = torch.randn(2, 4, 3), torch.tensor([[0, 1, 2], [3, -100, -100]])
+    kept = output.movedim(1, -1)[target != -100], target[target != -100]
+    bits = BitsPerByte(token_bytes=[1, 2, 3, 4])
+    assert bits.values(bits.sums(output, target)) == pytest.approx(bits.values(bits.sums(*kept)))
+    loss = nn.CrossEntropyLoss()(output, target)
+    assert Perplexity().value(Perplexity().sums(output, target)) == pytest.approx(float(loss.exp()))
+    best = TopAccuracy(k=2)
+    assert best.values(best.sums(output.movedim(1, -1), target)) == best.values(best.sums(*kept))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpc_grawa.cli.compare import report
 from hpc_grawa.errors import ConfigError, Damaged
 from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
 from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks, _weighted_run
 from hpc_grawa.report.paper import paper_table
 from hpc_grawa.runs.record import RunRecord
+from hpc_grawa.training.resume import changed
 
 RANKS = 4
 LAYERS = ["conv.weight", "conv.bias", "head.weight"]
@@ -167,7 +169,7 @@ def test_rows_are_held_against_the_best_one_seed_by_seed(tmp_path: Path) -> None
     assert "p" not in cells(markdown(rows([read_run(run) for run in runs[::3]])))[0]
 
 
-def test_differences_that_are_equal_but_for_round_off_are_no_warning(tmp_path: Path) -> None:
+def test_differences_of_one_amount_have_no_spread_to_test_them_by(tmp_path: Path) -> None:
     values = {"LGRAWA": (0.3, 0.4), "EASGD": (0.2, 0.3)}
     runs = [
         make_run(tmp_path, name, seed=seed, curve=((0, 0.1), (9, value)))
@@ -176,8 +178,40 @@ def test_differences_that_are_equal_but_for_round_off_are_no_warning(tmp_path: P
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        other = cells(markdown(rows([read_run(run) for run in runs])))[1]
-    assert float(other["p"]) < 1e-12
+        assert "p" not in cells(markdown(rows([read_run(run) for run in runs])))[1]
+
+
+def test_a_setting_whose_other_seeds_diverged_is_neither_best_nor_chosen(tmp_path: Path) -> None:
+    for lr, values in ((0.1, (0.8, 0.9, 0.8)), (0.4, (None, 0.95, None))):
+        for seed, value in enumerate(values):
+            run = make_run(tmp_path, seed=seed, curve=((0, 0.1), (9, value or 0.1)), settings={"lr": lr})
+            if value is None:
+                (run / "summary.json").write_text(json.dumps({"state": "diverged", "cause": "NonFinite", "steps": 3}))
+    table = rows([read_run(run) for run in sorted(tmp_path.iterdir())])
+    assert table.best is not None and table.best.label == "LGRAWA lr=0.1"
+    assert [(row.label, count) for row, count in table.chosen] == [("LGRAWA lr=0.1", 2)]
+
+
+def test_a_run_that_went_on_over_another_network_is_of_both(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path, seed=seed, network="10mbit,1ms" if seed == 2 else None)
+    with (tmp_path / "LGRAWA-2/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "changed", "step": 9, "settings": {"network": [None, "10mbit,1ms"]}}) + "\n")
+    records = [read_run(tmp_path / f"LGRAWA-{seed}") for seed in (1, 2)]
+    assert [record.network for record in records] == [None, "None, then 10mbit,1ms"]
+    assert len(group(records)) == 2
+    then = tmp_path / "LGRAWA-1"
+    assert changed(then, (then / "config.yaml").read_text() + "network: 10mbit,1ms\n") == {
+        "network": ["left out", "10mbit,1ms"]
+    }
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, end in ((1, 0.8), (2, 0.9)):
+        make_run(tmp_path / "all", seed=seed, curve=((0, 0.1), (9, end)))
+    report([tmp_path / "all", tmp_path / "all/LGRAWA-1"], None, None, None)
+    (row,) = cells(capsys.readouterr().out)
+    assert (row["runs"], row["center, test"]) == ("2", "85.0 ± 7.1 %")
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])

@@ -518,6 +518,22 @@ def test_a_pooled_run_of_equal_ranks_is_the_lockstep_run(tmp_path: Path) -> None
     assert [step for step, _ in found[0][0]] == [0, 8, 16, 18]
 
 
+@pytest.mark.parametrize("what", ["eval", "save"])
+def test_a_slow_rank_is_waited_for_in_training_time(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rank 0, whose clock it is, at evaluations and checkpoints between two rounds too."""
+    take = Worker.step
+
+    def slower(worker: Worker) -> Tensor | None:
+        time.sleep(0.01 * worker.comm.rank)
+        return take(worker)
+
+    monkeypatch.setattr(Worker, "step", slower)
+    words = (f"--{what}.unit=steps", f"--{what}.every=4", "--run.control_every=2")
+    (summary, _) = run(digits("--method.period=20", *words, method="LocalSGD", steps=12), tmp_path, world=2)
+    assert summary["training_seconds"] >= summary["waiting_seconds"] >= 12 * 0.01
+    assert summary["compute_seconds"] >= 0
+
+
 @pytest.mark.parametrize("limit", ["--budget.steps=18", "--budget.seconds=0.5"])
 def test_a_pooled_run_of_unequal_ranks_ends_on_all(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 takes three times as long per step; steps are still counted for all together."""

@@ -487,7 +487,7 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
     """
     from ..report import draw, markdown, rows, write_csv
 
-    records = [read_run(run) for path in runs for run in runs_in(path)]
+    records = [read_run(run) for run in runs_of(runs)]
     lines = rows(records, target=target)
     print("\n" + markdown(lines, columns()))
     if csv is not None:
@@ -496,6 +496,11 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
     if figure is not None:
         draw(records, figure, target=target)
         print(f"figure  {figure}")
+
+
+def runs_of(paths: Iterable[Path]) -> list[Path]:
+    """The runs in several folders, each once."""
+    return list({run.resolve(): run for path in paths for run in runs_in(path)}.values())
 
 
 def runs_in(path: Path) -> list[Path]:

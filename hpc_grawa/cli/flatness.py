@@ -28,7 +28,7 @@ from ..runs.record import FLATNESS, group, read_flatness, read_run
 from ..screen import counted, wrapped
 from ..training.config import Config
 from ..training.preflight import fail_together
-from .compare import runs_in
+from .compare import runs_of
 from .finished import CENTER, MEAN, FinishedRun, check_seen_alike, finished_config, is_finished
 from .gate import Parser
 from .together import backend_line, set_threads, together
@@ -93,7 +93,7 @@ def flatness(words: list[str], slot: Slot) -> None:
             from ..report.figure import check_drawable
 
             check_drawable(figure)
-    paths = [run for path in options.runs for run in runs_in(path)]
+    paths = runs_of(options.runs)
     finished = [run for run in paths if run in options.runs or is_finished(run)]
     require(bool(finished), "runs", ", ".join(map(str, options.runs)), "folders of finished runs, or folders of these")
     configs = [finished_config(run, program, options.backend, options.data_path) for run in finished]

@@ -19,7 +19,7 @@ from ..runs.log import Log, write_atomically
 from ..runs.reading import read_object
 from ..runs.record import RunRecord, read_run, settings_of
 from ..screen import wrapped
-from .compare import runs_in
+from .compare import runs_of
 from .finished import CENTER, FinishedRun, check_seen_alike, finished_config
 from .gate import Parser
 from .together import backend_line, set_threads, together
@@ -63,7 +63,7 @@ def measures(words: list[str], slot: Slot) -> None:
         from ..report.figure import check_drawable
 
         check_drawable(options.figure)
-    paths = list({run.resolve(): run for path in options.runs for run in runs_in(path)}.values())
+    paths = runs_of(options.runs)
     records = [read_run(path) for path in paths]
     kept = [record for record in records if _is_trained(record, options.trained_to)]
     if len(kept) < 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..runs.record import RunRecord, group
 from ..screen import counted, wrapped
@@ -11,18 +10,9 @@ from .table import FLATNESS, Row, Table, aligned, flatness_note, in_words, rows
 
 
 def _chosen(table: Table) -> list[Row]:
-    """Of each method one setting: whose center was best at the last evaluation on the way, on the mean over seeds.
-
-    Of those of which most seeds have come to their end: where others have diverged, those that are left flatter it.
-    """
-    most: dict[tuple[str, str | None], int] = {}
-    for row in table:
-        if row.state == "finished":
-            key = row.method, row.network
-            most[key] = max(most.get(key, 0), row.runs)
-    whole = replace(table, rows=tuple(row for row in table if row.runs == most.get((row.method, row.network))))
-    best = {(row.method, row.network): row for row, _ in whole.chosen}
-    return [row for row in whole if row.state == "finished" and best.get((row.method, row.network), row) is row]
+    """Of each method one setting: whose center was best at the last evaluation on the way, on the mean over seeds."""
+    best = {(row.method, row.network): row for row, _ in table.chosen}
+    return [row for row in table.whole if best.get((row.method, row.network), row) is row]
 
 
 def chosen_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -78,7 +68,10 @@ def paper_table(records: Sequence[RunRecord]) -> str:
     notes = ["", f"- Of each method the setting whose center was best at the last evaluation on {on}; mean ± standard"]
     notes.append("  deviation over seeds.")
     notes.append("- Published errors are those of the mean of the ranks; gap and flatness here are the center's.")
-    notes.append("- Communication is that of messages alone; published seconds hold what scores take, too.")
+    notes.append(
+        "- Communication: of shared gradients with the waiting for slower ranks, else of messages alone; published"
+    )
+    notes.append("  seconds hold what scores take, too.")
     diverged = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state == "diverged"]
     if diverged:
         notes.append(wrapped(f"- Diverged: {'; '.join(diverged)}.", 120, "", "  "))

@@ -6,9 +6,9 @@ import csv
 import io
 import math
 import statistics
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
@@ -77,8 +77,21 @@ class Table:
 
     @property
     def best(self) -> Row | None:
-        """The finished row whose center is best on test data, on the mean over its runs."""
-        return self._best(lambda row: row.mean.get(f"center_test_{self.metric}"))
+        """The row whose center is best on test data, on the mean over its runs, among those that are ``whole``."""
+        return _best_of(self.whole, self.higher_is_better, lambda row: row.mean.get(f"center_test_{self.metric}"))
+
+    @property
+    def whole(self) -> list[Row]:
+        """Finished rows of as many runs as any of the same method has, over one network.
+
+        Where some seeds of a setting have diverged, those that are left flatter it.
+        """
+        most: dict[tuple[str, str | None], int] = {}
+        finished = [row for row in self.rows if row.state == "finished"]
+        for row in finished:
+            key = row.method, row.network
+            most[key] = max(most.get(key, 0), row.runs)
+        return [row for row in finished if row.runs == most[row.method, row.network]]
 
     @property
     def chosen(self) -> list[tuple[Row, int]]:
@@ -87,18 +100,15 @@ class Table:
         A network is no setting: one is chosen over each.
         """
         by_method: dict[tuple[str, str | None], list[Row]] = {}
-        for row in self.rows:
-            if row.state == "finished":
-                by_method.setdefault((row.method, row.network), []).append(row)
-        several = [rows for rows in by_method.values() if len(rows) > 1]
-        found = [(replace(self, rows=tuple(rows))._best(lambda row: row.last), len(rows)) for rows in several]
+        for row in self.whole:
+            by_method.setdefault((row.method, row.network), []).append(row)
+        counts = Counter((row.method, row.network) for row in self.rows if row.state == "finished")
+        found = [
+            (_best_of(rows, self.higher_is_better, lambda row: row.last), counts[key])
+            for key, rows in by_method.items()
+            if counts[key] > 1
+        ]
         return [(row, count) for row, count in found if row is not None]
-
-    def _best(self, value: Callable[[Row], float | None]) -> Row | None:
-        sign = 1 if self.higher_is_better else -1
-        known = [(sign * v, row) for row in self.rows if row.state == "finished" and (v := value(row)) is not None]
-        known = [(v, row) for v, row in known if math.isfinite(v)]
-        return max(known, key=lambda pair: pair[0])[1] if known else None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -108,6 +118,12 @@ class Table:
 
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
+
+
+def _best_of(rows: Sequence[Row], higher_is_better: bool, value: Callable[[Row], float | None]) -> Row | None:
+    sign = 1 if higher_is_better else -1
+    known = [(sign * v, row) for row in rows if (v := value(row)) is not None and math.isfinite(v)]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
 #: Measures of ``hpc-grawa flatness`` that are shown, where there are some.
@@ -284,23 +300,25 @@ def _hardest_common_target(finished: Sequence[RunRecord], part: str) -> float | 
 def p_value(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
     """Of the paired t-test over the seeds that both have; None with fewer than two of them, or without SciPy.
 
+    Neither where all differ by one amount, which by chance accuracies on few examples do: their spread is no 0.
+
     Args:
         one: a value for each seed.
         other: likewise.
     """
     pairs = [(one[seed], other[seed]) for seed in one if seed in other]
-    differences = {a - b for a, b in pairs}
+    differences = [a - b for a, b in pairs]
     if len(pairs) < 2 or not all(map(math.isfinite, differences)):
         return None
-    if len(differences) == 1:
-        return 1.0 if differences == {0.0} else 0.0
+    if not any(differences):
+        return 1.0
+    if max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):
+        return None
     try:
         from scipy.stats import ttest_rel
     except ImportError:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of differences that are equal but for round-off: p is as good as 0
-        return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
 
 def _against_best(table: Table) -> dict[str, float | None]:
@@ -375,6 +393,9 @@ def _notes(table: Table, width: int) -> list[str]:
             "p: of a paired t-test, over the seeds that a row shares with the best one, that both are equally good on "
             "test data; above 0.05 the seeds do not tell them apart"
         )
+    sent = [row for row in table if row.mean.get("communication_seconds")]
+    if len({row.mean.get("rounds", 0) > 0 for row in sent}) > 1:
+        entries.append("communicating: of shared gradients, in rows without rounds, with the waiting for slower ranks")
     if table.chosen:
         told = "; ".join(
             f"{row.label} of {count} (test {_cell(row, f'center_test_{table.metric}', amount, spread=True)})"

@@ -104,8 +104,10 @@ class RunRecord:
 
     @property
     def network(self) -> str | None:
-        """The network that was emulated, if any; at the end, where a run went on over another."""
-        told = (self.summary or {}).get("network", self.config.get("network"))
+        """The network that was emulated, if any; all of them, where a run went on over another."""
+        told = self.config.get("network")
+        if not any("network" in event["settings"] for event in self.events.get("changed", [])):
+            told = (self.summary or {}).get("network", told)
         return None if told is None else str(told)
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +273,23 @@ class Training:
             self.log.record("changed", step=restored.step, settings=changes)
             self.log.say("changed    " + ", ".join(f"{key} from {was} to {now}" for key, (was, now) in changes.items()))
 
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Within the block no training time passes; all ranks must enter it.
+
+        They meet before: standing still for slower ranks is training, and would be free while the clock does.
+        """
+        worker = self.worker
+        worker.run.control.settle()
+        if worker.facts.step:
+            with worker.comm.meter.meeting(worker.device):
+                worker.comm.barrier()
+        with worker.clock.paused():
+            yield
+
     def _evaluate(self) -> None:
         worker = self.worker
-        with worker.clock.paused(), worker.comm.meter.busy("evaluates"):
+        with self._aside(), worker.comm.meter.busy("evaluates"):
             apart = self.examiner.consensus_distance()
             with self.examiner.center() as own:
                 scores = self.examiner.evaluate(self.seen)
@@ -293,7 +307,7 @@ class Training:
         """Begin to write a checkpoint."""
         if self.checkpoints is None:
             return
-        with self.worker.clock.paused():
+        with self._aside():
             facts = self.worker.facts
             for wrong in self.checkpoints.save(facts.step, self._state(), {"seconds": facts.seconds}):
                 self.log.say(wrong)
@@ -310,9 +324,9 @@ class Training:
 
     def _settle(self) -> None:
         """Make the last checkpoint the one to go on from, once all ranks have written."""
-        if self.checkpoints is None:
+        if self.checkpoints is None or self.checkpoints.step == math.inf:
             return
-        with self.worker.clock.paused():
+        with self._aside():
             for wrong in self.checkpoints.settle():
                 self.log.say(wrong)
 

@@ -46,6 +46,7 @@ class Worker:
         self.clock = Clock(self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events and random streams are those of the current device
+            torch.cuda.reset_peak_memory_stats(self.device)  # that of a comparison's run before
         seed = config.run.seed
         self.splits = config.data.load()
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
