@@ -132,6 +132,11 @@ def members(path: Path, start: int = 0, length: int | None = None, what: str = "
                     name = member.name
                     if member.isdir():
                         continue
+                    if "/" in name and not name.startswith("/") and ".." not in name.split("/"):
+                        raise Refused(
+                            f"{where}: has folders inside ({name!r}), so it is not as image-net.org gives it: unpack "
+                            f"it and give the folder of its class folders"
+                        )
                     if "/" in name or name in ("..", ".", "") or "\0" in name:
                         raise Refused(f"{where}: has a member {name!r}, a path; do not use it, {again}")
                     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):

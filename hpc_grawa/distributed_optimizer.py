@@ -294,7 +294,8 @@ class _Steps:
         ``hvd.broadcast_optimizer_state`` makes it, on some ranks perhaps and not on others.
         """
         return (
-            not self._passes
+            not self._started
+            and not self._passes
             and not self.run.optimizer.state
             and all(
                 p.grad is not None and p.grad is not own and not p.grad.any()

@@ -157,7 +157,8 @@ class ParameterVector:
                 raise LostView(
                     f"parameter '{name}' no longer lives in the ParameterVector, so averaging would not reach it: "
                     f"something replaced it or its memory (p.data = ..., model.double(), "
-                    f"model.to(memory_format=...), another nn.Parameter); do that before ParameterVector(model), "
+                    f"model.to(memory_format=...), flatten_parameters() of an RNN, another nn.Parameter); "
+                    f"do that before ParameterVector(model), "
                     f"afterwards change values in place (p.data.copy_(...))"
                 )
             if not p.requires_grad:

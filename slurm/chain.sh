@@ -18,7 +18,8 @@ if ! [ -r "$script" ] || ! [ -r slurm/common.sh ]; then
     echo "chain.sh: ${script:-no script} and slurm/common.sh must be readable from $PWD" >&2
     exit 2
 fi
-name=${CHAIN:-$(basename "$script" .sh)-$(date +%Y%m%d-%H%M%S)}
+name=${CHAIN:-$(basename "$script" .sh)-$(date +%Y%m%d-%H%M%S)-$$}
+rm -f "slurm/logs/$name.chain" # where links before stood without progress: these are to try again
 
 id=""
 for ((link = 1; link <= links; link++)); do

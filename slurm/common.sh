@@ -83,8 +83,13 @@ begun() { # whether a rank has said anything, in heartbeats or a summary, since 
 }
 
 still_ours() { # ID: whether SLURM lets this attempt of the job run; on a node that it had lost, another may be under way
-    local state="" count=""
-    read -r state count < <(squeue -h -j "$1" -O State,RestartCnt) || true
+    local state="" count="" said="" try
+    for try in 1 2 3 4 5 6; do # a controller whose nodes die may be too busy to answer at once
+        if said=$(squeue -h -j "$1" -O State,RestartCnt 2>&1); then break; fi
+        case $said in *"Invalid job id"*) return 1 ;; esac
+        if [ "$try" = 6 ]; then say "SLURM does not answer: $said"; else sleep 10; fi
+    done
+    read -r state count <<<"$said" || true
     [ "$state" = RUNNING ] && [ "$count" = "${SLURM_RESTART_COUNT:-0}" ]
 }
 
@@ -144,6 +149,8 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
         if [ "$data" = imagenet ] && [ -n "${STAGE:-}" ]; then words+=(--data.stage "$STAGE"); fi
     fi
     words+=("$@")
+    name=$(option run.name "$@")
+    if [ -n "${STEPS:-}" ] && [ -n "$name" ]; then words+=(--run.name "$name-${nodes}nodes"); fi # a run for each size
     folder=$(option run.dir "${words[@]}")/$(option run.name "${words[@]}")
 
     before=$(latest) silent=$(changed ranks) said=$(changed summary.json)
@@ -156,6 +163,10 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
             status=1 # srun does so where it could not start a step
         fi
         if [ "$status" = 0 ]; then return; fi
+        if [ "$(changed summary.json)" != "$said" ] && summary_says state finished; then
+            say "the launcher ended with status $status, though the run in $folder is finished"
+            return
+        fi
         # Busy or still ending an earlier step, a node may fail to start one, and can the next time; bad input is 2.
         if [ "$again" = no ] || [ "$status" = 2 ] || begun "$silent" "$said"; then break; fi
         sleep 5
@@ -183,9 +194,13 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
         say "the job is being ended by SLURM: not requeued from here" # cancelled, or preempted, which requeues
     else
         say "requeued as $id"
-        if scontrol requeue "$id"; then
-            sleep 60 # SLURM ends this script
-        fi
+        for again in 1 2 3; do
+            if scontrol requeue "$id"; then
+                sleep 600 # SLURM ends this script, after KillWait at most
+                exit "$status"
+            fi
+            if [ "$again" != 3 ]; then sleep 5; fi
+        done
         say "SLURM has not requeued it: see slurm/chain.sh"
     fi
     exit "$status"

@@ -112,6 +112,23 @@ def run_script(
     return trace
 
 
+def test_a_step_without_a_batch_counts_whatever_the_optimizer_keeps(on_ranks: Ranks) -> None:
+    """Zero gradients make no step only before the first: plain SGD never has a state that they could have made."""
+
+    def body(comm: Communicator) -> int:
+        model = nn.Linear(2, 1)
+        optimizer = DistributedOptimizer(optim.SGD(model.parameters(), 0.1), model, LocalSGD(period=4), comm=comm)
+        for step in range(10):
+            optimizer.zero_grad(set_to_none=False)
+            if (step, comm.rank) != (5, comm.size - 1):
+                model(torch.ones(3, 2)).square().mean().backward()
+            optimizer.step()
+        optimizer.run.finish()
+        return optimizer.run.facts.step
+
+    assert on_ranks(body) == [10] * on_ranks.size
+
+
 #: What a script can train by without a closure.
 LINES = {name: METHODS[name].ours for name in kinds() if not is_(name, "loss")}
 

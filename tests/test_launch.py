@@ -32,6 +32,7 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
     [
         (OPEN_MPI, "mpirun"),
         (MPICH, "mpirun"),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}, "mpirun"),  # HPE's
         (GLOO, "horovodrun --gloo"),
         (OPEN_MPI | {"_": "/usr/bin/horovodrun"}, "horovodrun"),
         (TORCHRUN, "torchrun"),

@@ -605,6 +605,17 @@ def test_a_lost_view_is_an_error_before_it_matters(on_ranks: Ranks, method: Meth
     on_ranks(body)
 
 
+@pytest.mark.parametrize("method", [LocalSGD(period=2), DataParallel()], ids=str)
+def test_a_view_that_the_first_pass_loses_is_an_error_at_once(method: Method) -> None:
+    """As ``flatten_parameters`` of a recurrent network does in its forward pass on a GPU."""
+    model = nn.Linear(2, 1)
+    vector = ParameterVector(model)
+    run = method.build(SingleCommunicator(), vector, torch.optim.SGD(vector.parameters, 0.1))
+    model.weight.data = model.weight.data.clone()
+    with pytest.raises(LostView, match="'weight' no longer lives"):
+        run.after_step()
+
+
 def test_the_common_start_is_all_of_rank_0s_model(on_ranks: Ranks) -> None:
     """Parameters, frozen ones, float, integer and boolean buffers, whatever their memory format."""
 

@@ -52,13 +52,24 @@ def test_templates_name_recipes_that_are_there() -> None:
     assert 'common.sh" cifar10_resnet20 "$@"' in (SLURM / "scaling.sh").read_text()
 
 
+#: Starts nothing: it prints the words, and if asked leaves what a run does that has finished and then crashes.
+SRUN = r"""#!/bin/bash
+while [ "$1" != hpc-grawa ]; do shift; done
+printf '%s\0' "$@"
+[ -n "${CRASH:-}" ] || exit 0
+run=runs/$(printf '%s\n' "$@" | grep -A1 -x -e --run.name | tail -n 1)
+mkdir -p "$run" && echo '"state": "finished"' >"$run/summary.json"
+exit 139
+"""
+
+
 def started(folder: Path, template: str, *words: str, **variables: str) -> list[list[str]]:
     """The words of each ``hpc-grawa`` that a job of a template starts in ``folder``, by an srun that starts nothing."""
     srun = folder / "bin/srun"
     if not srun.exists():
         shutil.copytree(SLURM, folder / "slurm", ignore=shutil.ignore_patterns("site.sh", "logs"))
         srun.parent.mkdir(exist_ok=True)
-        srun.write_text('#!/bin/bash\nwhile [ "$1" != hpc-grawa ]; do shift; done\nprintf \'%s\\0\' "$@"\n')
+        srun.write_text(SRUN)
         srun.chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": template, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
     done = subprocess.run(
@@ -99,6 +110,13 @@ def test_scaling_takes_another_recipe_too(tmp_path: Path) -> None:
         assert words[:3] == ["train", "--config", "digits"] and f"scaling-7-{nodes}nodes" in words
         assert not [word for word in words if word.startswith("--budget")]
     assert nodes == 2
+    named = started(tmp_path, "scaling", "--run.name", "study", "--dry-run", SLURM_JOB_NUM_NODES="2")
+    assert [words[-1] for words in named] == ["study-1nodes", "study-2nodes"]  # a run for each size all the same
+
+
+def test_a_run_that_has_finished_is_that_whatever_its_ranks_do_then(tmp_path: Path) -> None:
+    """Libraries may crash while they end."""
+    assert len(started(tmp_path, "scaling", SLURM_JOB_NUM_NODES="3", CRASH="yes")) == 3
 
 
 def shown(node: ast.AST) -> str:

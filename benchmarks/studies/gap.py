@@ -56,7 +56,7 @@ def main() -> None:
         axes.set_xlabel("norm of the center's gradient on the training images")
         axes.set_title("Gap between training and test accuracy, %", size=13, weight="bold", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left")
     print(f"\nfigure  {words.figure}")
 
 

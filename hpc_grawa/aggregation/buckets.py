@@ -221,7 +221,7 @@ class Bucketed(Aggregator):
         total = torch.stack(sums).sum()
         verdict = _Verdict(torch.stack((total, self._message[len(self._flags)]))), self._comm.size * self._place
         self._shared += 1
-        if self._on_nonfinite == "skip" and not _is_finite(*verdict):
+        if self._on_nonfinite == "skip" and not self._is_finite(*verdict):
             self._skips = True
             self._codec.reset()
         users = self._flags[absent].tolist() if absent else []
@@ -272,7 +272,7 @@ class Bucketed(Aggregator):
 
     def settle(self) -> None:
         verdict, self._verdict = self._verdict, None
-        if verdict is not None and not _is_finite(*verdict):
+        if verdict is not None and not self._is_finite(*verdict):
             raise NonFinite(
                 "the mean gradient of all ranks is not finite: lower the learning rate, clip (clip_norm), or "
                 "skip such steps (method.on_nonfinite: skip)"
@@ -388,6 +388,16 @@ class Bucketed(Aggregator):
             self._vector.parameters[i].grad = None
             self._away.add(i)
 
+    def _is_finite(self, verdict: _Verdict, place: float) -> bool:
+        with self._comm.meter.waiting("gradient", self._comm.ranks):  # NCCL's messages are waited for here
+            total, found = verdict.read()
+        if found != place:
+            raise RanksDisagree(
+                "ranks have shared gradients of different steps or backward passes: every rank must make the same "
+                "backward passes and steps (where a rank has nothing to learn from, a step without a backward pass)"
+            )
+        return math.isfinite(total)
+
 
 #: Those at work. Hooks of the parameters keep each until it is closed.
 _open: WeakSet[Bucketed] = WeakSet()
@@ -402,13 +412,3 @@ def _refuse_a_second(vector: ParameterVector) -> None:
                 f"the gradient of parameter '{names[0]}' is shared already, by a run that has not ended: call its "
                 f"finish() on all ranks (optimizer.run.finish()), or its close(), before a second one begins"
             )
-
-
-def _is_finite(verdict: _Verdict, place: float) -> bool:
-    total, found = verdict.read()
-    if found != place:
-        raise RanksDisagree(
-            "ranks have shared gradients of different steps or backward passes: every rank must make the same backward "
-            "passes and steps (where a rank has nothing to learn from, a step without a backward pass)"
-        )
-    return math.isfinite(total)

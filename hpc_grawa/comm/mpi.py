@@ -64,6 +64,7 @@ class _Thread:
     def __init__(self, several: bool) -> None:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._device: torch.device | None = None
         if several:
             self._thread = threading.Thread(target=self._serve, name="hpc_grawa-mpi", daemon=True)
             self._thread.start()
@@ -71,6 +72,13 @@ class _Thread:
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             call.run()
+
+    def use(self, device: torch.device) -> None:
+        """Be on this GPU: a thread that has never been on one has no context there, without which MPI cannot copy."""
+        if device != self._device:
+            torch.cuda.set_device(device)
+            torch.cuda.current_stream(device).synchronize()  # some releases of torch make a context where one is used
+            self._device = device
 
     def run(self, function: Callable[[], Tensor]) -> _CallWork:
         call = _Call(function)
@@ -121,6 +129,8 @@ class MPICommunicator(Communicator):
         def buffer(t: Tensor) -> Any:
             return t if t.is_cuda else t.numpy()
 
+        if x.is_cuda:
+            self._thread.use(x.device)
         if verb == "allreduce":
             self._comm.Allreduce(self._mpi.IN_PLACE, buffer(x))
             return x

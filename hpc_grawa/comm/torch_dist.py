@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -21,8 +22,10 @@ from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .store import StoreCounter, join, serve, shared_store
 
-#: A message waits as long as its slowest rank computes.
+#: A message waits as long as its slowest rank computes: Gloo's waits are watched, and end with the ranks' names.
 _A_DAY = timedelta(days=1)
+#: Beyond the limit for messages: NCCL's, at which nobody may stand, end by themselves where the watch sees no wait.
+_BEYOND = 60.0
 #: What a group is made of: tensors on the CPU go by Gloo whatever those on GPUs go by.
 _KINDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 
@@ -36,6 +39,7 @@ class TorchCommunicator(Communicator):
         backend: ``gloo`` or ``nccl``.
         slot: of this process.
         part: a communicator and the group of some of its ranks.
+        limit: seconds that a message may take.
 
     Raises:
         ConfigError: several ranks would share a GPU under NCCL.
@@ -48,10 +52,14 @@ class TorchCommunicator(Communicator):
         backend: Literal["gloo", "nccl"],
         slot: Slot | None = None,
         part: tuple[TorchCommunicator, Any, list[int]] | None = None,
+        limit: float = math.inf,
     ) -> None:
         self.backend = backend
+        limited = backend == "nccl" and limit + _BEYOND < _A_DAY.total_seconds()
+        self._limit = timedelta(seconds=limit + _BEYOND) if limited else _A_DAY
         if part is not None:
             root, group, ranks = part
+            self._limit = root._limit
             self._group: Any = group
             super().__init__(ranks.index(root.ranks[root.rank]), len(ranks), ranks)
             return
@@ -62,7 +70,7 @@ class TorchCommunicator(Communicator):
             self._start_group(slot)
         super().__init__(dist.get_rank(), dist.get_world_size())
         # Where a program has started the default group itself, its messages and ours must not meet.
-        self._group = dist.group.WORLD if ours else dist.new_group(timeout=_A_DAY, backend=_KINDS[backend])
+        self._group = dist.group.WORLD if ours else dist.new_group(timeout=self._limit, backend=_KINDS[backend])
         if backend == "nccl":
             self._check_devices()
         self._end_together()
@@ -75,7 +83,8 @@ class TorchCommunicator(Communicator):
         name = shared_interface(slot, store) if sys.platform == "linux" else None
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
-        dist.init_process_group(_KINDS[self.backend], store=store, rank=slot.rank, world_size=slot.size, timeout=_A_DAY)
+        kind, rank, size = _KINDS[self.backend], slot.rank, slot.size
+        dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=self._limit)
 
     def _check_devices(self) -> None:
         sharing = self.ranks_sharing_a_gpu()
@@ -126,7 +135,9 @@ class TorchCommunicator(Communicator):
     def _split(self, parts: list[list[int]], own: int) -> TorchCommunicator:
         ranks = [self.ranks[m] for m in parts[own]]
         with self.meter.waiting("setup", self.ranks):
-            group = dist.new_group(ranks, timeout=_A_DAY, backend=_KINDS[self.backend], use_local_synchronization=True)
+            group = dist.new_group(
+                ranks, timeout=self._limit, backend=_KINDS[self.backend], use_local_synchronization=True
+            )
         return TorchCommunicator(self.backend, part=(self, group, ranks))
 
     def abort(self, status: int = 1) -> None:

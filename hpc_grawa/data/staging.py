@@ -118,7 +118,8 @@ class _Copies:
         self._chosen = rows[self._wanted]
         content = hashlib.sha256(json.dumps([str(path.resolve()) for path in paths]).encode())
         content.update(self._chosen.tobytes())
-        self.folder = stage / f"hpc-grawa-{content.hexdigest()[:16]}"
+        # Of each user its own: nobody goes on with what another one's job has left unfinished.
+        self.folder = stage / f"hpc-grawa-{os.getuid()}-{content.hexdigest()[:16]}"
         #: How files end that a process of this host is writing, behind its number.
         self._part = f".{platform.node()}.part"
         self._used, first = np.unique(self._chosen["shard"], return_index=True)

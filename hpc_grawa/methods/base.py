@@ -158,8 +158,8 @@ def _said(facts: RunFacts) -> dict[str, Any]:
 
 
 def _take_over(comm: Communicator, tensors: list[Tensor]) -> None:
-    """Make ``tensors``, of whatever dtypes, rank 0's: one message of bytes."""
-    pieces = [as_bytes(t) for t in tensors]
+    """Make ``tensors``, of whatever dtypes and devices, rank 0's: one message of bytes."""
+    pieces = [as_bytes(t).to(tensors[0].device) for t in tensors]
     if pieces:
         message = comm.broadcast(torch.cat(pieces), 0, "setup").wait()
         for t, piece in zip(tensors, torch.split(message, [len(p) for p in pieces]), strict=True):

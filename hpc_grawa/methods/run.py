@@ -105,6 +105,7 @@ class Run:
         #: Called by ``close``.
         self.on_close: list[Callable[[], None]] = []
         self._held = self._count_held()
+        self._began = False
         self._shared = False
         #: The part whose gradient is there.
         self._made: tuple[int, int] | None = None
@@ -239,7 +240,11 @@ class Run:
         """
         if self.closed:
             raise RuntimeError(f"a step {_ENDED}")
-        self.vector.check_trained()
+        if self._began:
+            self.vector.check_trained()
+        else:  # what a first pass does to a model, once
+            self.vector.check()
+            self._began = True
         if self._count_held() != self._held:
             self._check_held()
         self.aggregator.stepped()

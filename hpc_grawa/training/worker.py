@@ -108,6 +108,7 @@ class Worker:
 
     def state_dict(self) -> dict[str, Any]:
         """All that survives a step; all ranks must call it, between steps."""
+        self.vector.check()  # else what is saved is not what was trained
         return {
             "parameters": self.vector.data,
             "frozen": [p.detach() for p in self._frozen()],
