@@ -260,7 +260,7 @@ def test_every_row_of_a_comparison_can_be_trained(name: str, paths: dict[str, Pa
 def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> None:
     """Each plans a comparison, here of one seed and without its file's grid; that its rows train is tested beside."""
     root = Path(__file__).parents[1]
-    text = (root / "benchmarks/RESULTS.md").read_text()
+    text = (root / "benchmarks/RESULTS.md").read_text().replace("\\\n", " ")
     for file in sorted((root / "benchmarks/studies").glob("*.yaml")):
         head = re.sub(r"^# ?", "", file.read_text().partition("\nmodel:")[0], flags=re.M).replace("\\\n", " ")
         for variable, value in (("$((8192 / b))", "64"), ("$((4 * b))", "512"), ("$b", "128"), ("$n", "4")):
