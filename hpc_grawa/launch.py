@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ class Slot:
         local_size: number of processes on this host.
         job: tells this job apart from others on its hosts; empty where the launcher does not.
         tasks: of a plain process: that its SLURM job is to have.
+        placed: whether the launcher has said the place on this host.
     """
 
     launcher: Launcher | None = None
@@ -42,6 +43,7 @@ class Slot:
     local_size: int = 1
     job: str = ""
     tasks: int = 1
+    placed: bool = field(default=True, repr=False, compare=False)
 
 
 # The inner launcher first: under SLURM, mpirun starts one srun task per host, whose variables its ranks inherit.
@@ -104,6 +106,7 @@ def own_slot(environment: Mapping[str, str] = os.environ) -> Slot:
                 int(environment.get(local_rank, 0)),
                 _tasks_here(environment.get(local_size, "1"), int(environment.get("SLURM_NODEID", 0))),
                 job,
+                placed=local_rank in environment,
             )
     return Slot(tasks=int(environment.get("SLURM_NTASKS", 1)))
 
@@ -203,7 +206,7 @@ def local_device(slot: Slot | None = None, wanted: Wanted = "auto") -> torch.dev
         wanted: ``auto``: CUDA where there is one.
 
     Raises:
-        ConfigError: CUDA was asked for, and this process sees none.
+        ConfigError: CUDA was asked for, and this process sees none; or it sees several, and does not know which is its.
     """
     slot = slot or own_slot()
     count = torch.cuda.device_count() if wanted != "cpu" else 0
@@ -211,6 +214,12 @@ def local_device(slot: Slot | None = None, wanted: Wanted = "auto") -> torch.dev
         raise ConfigError(
             f"device is cuda: rank {slot.rank} on {socket.gethostname()} sees no GPU; must be cpu or auto, or ask the "
             f"scheduler for GPUs and look at torch.cuda.is_available()"
+        )
+    if count > 1 and slot.size > 1 and not slot.placed:
+        raise ConfigError(
+            f"rank {slot.rank} on {socket.gethostname()} sees {count} GPUs, and the launcher does not say which rank of its "
+            f"host it is: must see its own GPU alone (CUDA_VISIBLE_DEVICES), or be started by srun, torchrun, or Open "
+            f"MPI's, MPICH's or HPE's launcher"
         )
     return torch.device("cuda", slot.local_rank % count) if count else torch.device("cpu")
 

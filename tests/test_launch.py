@@ -170,6 +170,18 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(
             local_device(slot, "cuda")
 
 
+def test_ranks_that_do_not_know_their_place_on_a_host_take_no_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would all take the first."""
+    slot = own_slot({"PMI_RANK": "3", "PMI_SIZE": "8"})
+    for gpus, device in ((0, "cpu"), (1, "cuda:0")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert str(local_device(slot)) == device
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"rank 3 on .* sees 4 GPUs, .*CUDA_VISIBLE_DEVICES"):
+        local_device(slot)
+    assert str(local_device(slot, "cpu")) == "cpu"
+
+
 def test_ranks_that_would_share_a_gpu_under_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the ranks tell each other; NCCL itself would only hang or abort."""
     comm = object.__new__(TorchCommunicator)
