@@ -217,9 +217,9 @@ def local_device(slot: Slot | None = None, wanted: Wanted = "auto") -> torch.dev
         )
     if count > 1 and slot.size > 1 and not slot.placed:
         raise ConfigError(
-            f"rank {slot.rank} on {socket.gethostname()} sees {count} GPUs, and its launcher does not say which rank of "
-            f"its host it is: must see its own GPU alone (CUDA_VISIBLE_DEVICES), or be started by srun, torchrun, or Open "
-            f"MPI's, MPICH's or HPE's launcher"
+            f"rank {slot.rank} on {socket.gethostname()} sees {count} GPUs, and its launcher does not say which one of "
+            f"its host's ranks it is: must see its own GPU alone (CUDA_VISIBLE_DEVICES), or be started by srun, "
+            f"torchrun, or the mpirun of Open MPI, MPICH or HPE"
         )
     return torch.device("cuda", slot.local_rank % count) if count else torch.device("cpu")
 

@@ -89,7 +89,7 @@ still_ours() { # ID: whether SLURM lets this attempt of the job run; on a node t
         case $said in *"Invalid job id"*) return 1 ;; esac
         if [ "$try" = 6 ]; then say "SLURM does not answer: $said"; else sleep 10; fi
     done
-    read -r state count <<<"$said" || true
+    read -r state count <<<"${said##*$'\n'}" || true # before it may stand warnings
     [ "$state" = RUNNING ] && [ "$count" = "${SLURM_RESTART_COUNT:-0}" ]
 }
 
@@ -137,7 +137,7 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
 }
 
 train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finished
-    local nodes=$1 recipe=$2 again before after silent said name data words=()
+    local nodes=$1 recipe=$2 again try before after silent said name data words=()
     shift 2
     name=${CHAIN:-$SLURM_JOB_NAME-$id}${STEPS:+-${nodes}nodes}
     words=(train --config "$recipe" --run.resume auto --run.dir "${RUNS:-runs}" --run.name "$name"
@@ -191,15 +191,15 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
     elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
         say "no progress since the last requeue: not requeued again"
     elif ! still_ours "$id"; then
-        say "the job is being ended by SLURM: not requeued from here" # cancelled, or preempted, which requeues
+        say "not requeued from here: SLURM is ending the job, or does not answer" # cancelled, or preempted, which requeues
     else
         say "requeued as $id"
-        for again in 1 2 3; do
+        for try in 1 2 3; do
             if scontrol requeue "$id"; then
                 sleep 600 # SLURM ends this script, after KillWait at most
                 exit "$status"
             fi
-            if [ "$again" != 3 ]; then sleep 5; fi
+            if [ "$try" != 3 ]; then sleep 5; fi
         done
         say "SLURM has not requeued it: see slurm/chain.sh"
     fi

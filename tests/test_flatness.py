@@ -337,7 +337,7 @@ def test_the_width_of_a_valley(on_ranks: Ranks) -> None:
         assert ended and near == pytest.approx(1000 * float(ranks[1].norm()))
         assert none == (None, False)
         # On the mean: towards the two that are not the center, and at least, as one search ended before.
-        for some, width, least in ((ranks, None, (wide + near) / 2), (ranks[::2], wide, None), (ranks[2:], None, None)):
+        for some, width, least in ((ranks, None, (wide + near) / 2), (ranks[::2], wide, wide), (ranks[2:], None, None)):
             found = measure(Subject(objective, some), Settings(measures=("valley",)))
             assert found["valley_width"] == (None if width is None else pytest.approx(width))
             assert found["valley_width_at_least"] == (None if least is None else pytest.approx(least))
@@ -410,12 +410,12 @@ def test_ranks_measure_one_model(on_ranks: Ranks) -> None:
     on_ranks(body)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_recurrent_network_has_a_hessian() -> None:
-    """On GPUs cuDNN's has neither a backward pass in eval mode nor a second derivative."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = nn.Sequential(nn.LSTM(2, 3, batch_first=True), Last(), nn.Linear(3, 1)).double().to(device)
+    """CuDNN's has neither a backward pass in eval mode nor a second derivative."""
+    model = nn.Sequential(nn.LSTM(2, 3, batch_first=True), Last(), nn.Linear(3, 1)).double().cuda()
     objective = Objective(model, nn.MSELoss(), Pairs(drawn(4, 5, 2), drawn(4, 1)))
-    u, v = (drawn(len(objective.vector), seed=seed).to(device) for seed in (1, 2))
+    u, v = (drawn(len(objective.vector), seed=seed).cuda() for seed in (1, 2))
     assert float(u @ objective.product(v)) == pytest.approx(float(v @ objective.product(u)), rel=1e-9)
 
 

@@ -218,9 +218,17 @@ class Own(nn.Linear):
     """One's own, that computes as torch's."""
 
 
+class Standardised(nn.Conv1d):
+    """One's own, that computes its weight first."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2), keepdim=True), bias)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "folded"),
     [
+        (nn.Sequential(Standardised(5, 3, 2), nn.BatchNorm1d(3)), (4, 5, 4), False),
         (Aliased(), (4, 3), True),
         (nn.Sequential(Own(3, 3), nn.BatchNorm1d(3)), (4, 3), True),
         (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), (4, 3), True),

@@ -593,7 +593,7 @@ def test_the_table_of_a_paper(tmp_path: Path) -> None:
         make_run(tmp_path, seed=seed, curve=((0, 0.1), (10, 0.999)), settings={"period": 64}, finished=seed == 1)
     left = max(tmp_path.glob("LGRAWA-2-*"), key=lambda path: path.stat().st_ctime_ns)
     (left / "summary.json").write_text(json.dumps({"state": "diverged", "cause": "NonFinite", "steps": 3}))
-    lines = paper_table([read_run(path) for path in sorted(tmp_path.iterdir())]).splitlines()
+    lines = paper_table([read_run(path) for path in sorted(tmp_path.iterdir())], "grawa").splitlines()
     grid = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert grid[0] == ["method", "seeds", "test error, mean, %", "center, %", "communication (rounds)", "gap, %"]
     assert ["LGRAWA period=16", "2", "10 ± 1.4", "9 ± 1.4", "2 s (5)", "2 ± 0"] in grid

@@ -500,7 +500,11 @@ def report(runs: Sequence[Path], target: float | None, csv: Path | None, figure:
 
 def runs_of(paths: Iterable[Path]) -> list[Path]:
     """The runs in several folders, each once."""
-    return list({run.resolve(): run for path in paths for run in runs_in(path)}.values())
+    found: dict[Path, Path] = {}
+    for path in paths:
+        for run in runs_in(path):
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def runs_in(path: Path) -> list[Path]:

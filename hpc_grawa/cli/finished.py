@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,18 @@ def finished_config(run: Path, program: str, backend: str, data_path: str | None
     return parse(again, program)
 
 
+def kept_models(run: Path) -> tuple[int, int]:
+    """Of how many ranks a finished run has kept the models, and how many ranks have different ones: 0 or all."""
+    summary = read_run(run).summary or {}
+    return saved_models(run), summary.get("world_size", 0) if summary.get("rounds", 0) else 0
+
+
+def no_mean(run: Path, kept: int, of: int) -> ConfigError:
+    """That a run does not have what the mean of its ranks' models is of."""
+    lacks = f"{run} has kept the models of {kept} of {of} ranks, so there is no mean of all"
+    return wrong("model", MEAN, f"must be {CENTER}: {lacks}")
+
+
 class FinishedRun:
     """A finished run's data, and a model that takes the place of each of its models in turn.
 
@@ -84,14 +97,12 @@ class FinishedRun:
         if double:
             self.model.double()
             config.loss.double()
-        told = ""
-        if comm.rank == 0:  # a file system may show them to others later
-            summary = read_run(run).summary or {}
-            told = f"{saved_models(run)} {summary.get('world_size', 0)} {summary.get('rounds', 0)}"
-        self._kept, self._of, rounds = map(int, comm.gather_bytes(told.encode(), "evaluate")[0].split())
-        #: How many ranks' models the run has kept; none where all have one, or some are missing.
-        self.ranks = self._kept if self._kept == self._of else 0
-        self._alike = rounds == 0
+        # A file system may show them to others later.
+        told = json.dumps(kept_models(run) if comm.rank == 0 else None)
+        #: Of how many ranks the run has kept the models, of how many that differ.
+        self.kept, self.of = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
+        #: How many ranks' models there are; none where all have one, or some are missing.
+        self.ranks = self.kept if self.kept == self.of else 0
 
     def initial(self) -> nn.Module | None:
         """The model as it began, made again from the run's seed; None where it cannot be seen to be the same.
@@ -118,9 +129,8 @@ class FinishedRun:
         """
         if name == MEAN and self.ranks:
             self._put_mean()
-        elif name == MEAN and not self._alike:
-            kept = f"has kept the models of {self._kept} of {self._of} ranks, so there is no mean of all"
-            raise wrong("model", name, f"must be {CENTER}: {self.run} {kept}")
+        elif name == MEAN and self.of:
+            raise no_mean(self.run, self.kept, self.of)
         else:
             self._put(self._file(CENTER if name == MEAN else name))
 

@@ -29,7 +29,16 @@ from ..screen import counted, wrapped
 from ..training.config import Config
 from ..training.preflight import fail_together
 from .compare import runs_of
-from .finished import CENTER, MEAN, FinishedRun, check_seen_alike, finished_config, is_finished
+from .finished import (
+    CENTER,
+    MEAN,
+    FinishedRun,
+    check_seen_alike,
+    finished_config,
+    is_finished,
+    kept_models,
+    no_mean,
+)
 from .gate import Parser
 from .together import backend_line, set_threads, together
 
@@ -94,11 +103,16 @@ def flatness(words: list[str], slot: Slot) -> None:
 
             check_drawable(figure)
     paths = runs_of(options.runs)
-    finished = [run for run in paths if run in options.runs or is_finished(run)]
+    named_here = {run.resolve() for run in options.runs}
+    finished = [run for run in paths if run.resolve() in named_here or is_finished(run)]
     require(bool(finished), "runs", ", ".join(map(str, options.runs)), "folders of finished runs, or folders of these")
     configs = [finished_config(run, program, options.backend, options.data_path) for run in finished]
     for config in configs:
         config.data.check(1)
+    for run in finished if MEAN in chosen else ():  # before hours are spent on others
+        kept, of = kept_models(run)
+        if kept != of:
+            raise no_mean(run, kept, of)
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
@@ -185,7 +199,8 @@ def measure_runs(
         names = [name for name in (CENTER, MEAN) if name in models]
         names += [f"rank {m}" for m in range(finished.ranks)] if "ranks" in models else []
         if not names:
-            raise wrong("models", ",".join(models), f"must be center: {run} has kept no rank's own model")
+            lacks = f"{finished.kept} of {finished.of} ranks' own models" if finished.of else "no rank's own model"
+            raise wrong("models", ",".join(models), f"must be center: {run} has kept {lacks}")
         for n, name in enumerate(names, 1):
             left = len(names) * (len(runs) - 1 - number) + len(names) - n
             known = _measured(finished, name, settings, how, comm, log, left)
@@ -256,7 +271,8 @@ def _measured(
         if comm.rank == 0:
             *others, newest = there()  # another job may have measured more of it meanwhile
             own = {key: value for key, value in now.items() if key not in before or before[key] != value}
-            measured = {**newest.get("measures", {}), **own.get("measures", {})}
+            by, old = now.get("measures", {}), before.get("measures", {})
+            measured = {**newest.get("measures", {}), **{name: by[name] for name in by if by[name] != old.get(name)}}
             file = {**read_flatness(finished.run), name: [*others, {**newest, **own, "measures": measured}]}
             write_atomically(finished.run / FLATNESS, json.dumps(file, indent=1) + "\n")
 

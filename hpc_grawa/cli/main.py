@@ -205,9 +205,9 @@ def status(words: list[str], slot: Slot) -> None:
     if slot.rank:
         return
     from ..report.status import describe
-    from .compare import runs_in
+    from .compare import runs_of
 
-    print("\n\n".join(describe(run) for path in options.runs for run in runs_in(path)))
+    print("\n\n".join(describe(run) for run in runs_of(options.runs)))
 
 
 def compare(words: list[str], slot: Slot) -> None:
@@ -251,7 +251,7 @@ def compare(words: list[str], slot: Slot) -> None:
             print(comparison.listed())
         return
     if elsewhere is None:
-        _compare_here(comparison, program, slot, options.paper is not None)
+        _compare_here(comparison, program, slot, options.paper)
         return
     if slot.size > 1:
         raise wrong(way, elsewhere, f"must not be given to {slot.size} ranks: start hpc-grawa compare by itself")
@@ -272,13 +272,13 @@ def compare(words: list[str], slot: Slot) -> None:
             dataclasses.replace(comparison.plan[0].config, backend="auto"),
         )
         with together(program, config, alone, backend_line(config, alone)) as comm:
-            _as_in_a_paper(comparison, comm, alone)
+            _as_in_a_paper(options.paper, comparison, comm, alone)
     if comparison.over:
         comparison.report()
     raise SystemExit(status or int(comparison.diverged))
 
 
-def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool) -> None:
+def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: str | None) -> None:
     first = comparison.plan[0].config
     first_line = backend_line(first, slot)
     if slot.rank == 0:
@@ -287,8 +287,8 @@ def _compare_here(comparison: Comparison, program: str, slot: Slot, paper: bool)
     with together(program, first, slot, first_line) as comm:
         ended = comparison.train(comm)
         finished = ended["state"] == "finished"
-        if paper and finished:
-            _as_in_a_paper(comparison, comm, slot)
+        if paper is not None and finished:
+            _as_in_a_paper(paper, comparison, comm, slot)
         if slot.rank == 0 and comparison.over:
             comparison.report()
         diverged = comm.gather_bytes(b"1" if slot.rank == 0 and comparison.diverged else b"")[0] == b"1"
@@ -305,7 +305,7 @@ def _measured_in_a_paper() -> Settings:
     return Settings(measures=("loss", "trace", "spectrum"))
 
 
-def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> None:
+def _as_in_a_paper(paper: str, comparison: Comparison, comm: Communicator, slot: Slot) -> None:
     """Measure how flat the chosen runs of a comparison are, and print the paper's table."""
     from ..report.paper import chosen_runs, paper_table
     from .flatness import How, measure_runs
@@ -328,7 +328,7 @@ def _as_in_a_paper(comparison: Comparison, comm: Communicator, slot: Slot) -> No
         slot,
     )
     if comm.rank == 0:
-        print("\n" + paper_table([read_run(path) for path in comparison.over]))
+        print("\n" + paper_table([read_run(path) for path in comparison.over], paper))
 
 
 #: Of all methods.

@@ -40,9 +40,8 @@ class Meter:
     """Counts a rank's messages: calls and bytes per purpose, seconds inside ``Work.wait`` and hidden before it.
 
     Seconds in a ``control`` gather are *waiting*: the message is a few hundred bytes, so what it takes is the time
-    until the last rank arrives; over an emulated link what it takes from then on is communication. So are those until
-    all ranks have come to an evaluation or a checkpoint. Seconds in every other wait, for tickets of pooled rounds too,
-    are *communication*.
+    until the last rank arrives; over an emulated link what it takes from then on is communication. Seconds in every
+    other wait, for tickets of pooled rounds too, are *communication*.
     *Hidden* seconds are those in which a message was under way while this rank went on computing. *Loading* is the time
     until the next batch is there.
 
@@ -129,16 +128,6 @@ class Meter:
             yield
         finally:
             self.waits_for = None
-
-    @contextmanager
-    def meeting(self, device: torch.device) -> Iterator[None]:
-        """Count the block, in which all ranks meet, as waiting."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        with self.span("wait", "control"):
-            yield
-        self._seconds["control"] += time.perf_counter() - began
 
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:

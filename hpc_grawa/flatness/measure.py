@@ -214,7 +214,7 @@ def valley(subject: Subject, settings: Settings) -> dict[str, Any]:
     cut = [ended for _, ended in found]
     return {
         "valley_width": None if math.isnan(mean) or any(cut) else mean,
-        "valley_width_at_least": mean if math.isfinite(mean) and any(cut) else None,
+        "valley_width_at_least": mean if math.isfinite(mean) else None,
         "valley_widths": [None if width is None or math.isnan(width) else width for width, _ in found],
         "valley_cut": cut,
     }

@@ -28,7 +28,7 @@ class Objective:
     """f(θ) = mean loss over N examples, un-augmented, without weight decay and dropout; its gradient and H·v.
 
     Every rank takes its exact share of the examples, and one allreduce adds them up: values are those of one process,
-    to round-off. All ranks call every method together, with the same arguments.
+    to round-off. All ranks make it together, and call every method together, with the same arguments.
 
     Args:
         model: on its device, in its dtype; its parameters are moved into one vector, θ. Or that vector itself.

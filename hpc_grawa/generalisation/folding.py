@@ -17,7 +17,9 @@ from .norms import passes
 
 #: What a BatchNorm can be folded into.
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+#: How they compute, which a class of one's own may do otherwise.
 _FORWARDS = {kind.forward for kind in (*_LAYERS, _BatchNorm)}
+_INNER = {None, *(getattr(kind, "_conv_forward", None) for kind in _LAYERS)}
 
 
 @dataclass
@@ -39,7 +41,8 @@ class _Tracer(fx.Tracer):
     """Looks into no layer and no BatchNorm, one's own that compute as torch's do among them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).forward in _FORWARDS or super().is_leaf_module(m, module_qualified_name)
+        as_torch = type(m).forward in _FORWARDS and getattr(type(m), "_conv_forward", None) in _INNER
+        return as_torch or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold(model: nn.Module, inputs: Tensor | None = None) -> Folded:

@@ -12,7 +12,8 @@ What holds for all of them:
   frozen backbone is not sent.
 - Time is training time on rank 0; evaluation does not count. It is divided into computing, loading (the model has
   nothing to do until its next batch is there), communicating and waiting for the slowest rank (measured in the small
-  gather before each round; DataParallel has none, so its waiting is part of its communicating).
+  gather before each round, evaluation and checkpoint; where gradients are shared, what is waited between these is part
+  of communicating).
 - A rank whose parameters become NaN gets weight 0 and is healed from the center; the run says so and goes on.
 - A slow rank need not slow the others. With ``--method.rounds pooled`` all ranks together make W·τ local steps per
   round, each as many as it can, and a round waits for one step of the slowest at most. Steps, epochs, learning rate and

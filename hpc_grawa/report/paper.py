@@ -21,11 +21,12 @@ def chosen_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
     return [record for row in _chosen(rows(records)) for record in experiments[row.label]]
 
 
-def paper_table(records: Sequence[RunRecord]) -> str:
+def paper_table(records: Sequence[RunRecord], paper: str) -> str:
     """The table as text.
 
     Args:
         records: the runs of a comparison.
+        paper: whose it is, as in ``compare --paper``.
     """
     table = rows(records)
     shown = _chosen(table)
@@ -67,11 +68,11 @@ def paper_table(records: Sequence[RunRecord]) -> str:
     on = f"{table.part} data" + (", so its test error is too good" if table.part == "test" else "")
     notes = ["", f"- Of each method the setting whose center was best at the last evaluation on {on}; mean ± standard"]
     notes.append("  deviation over seeds.")
-    notes.append("- Published errors are those of the mean of the ranks; gap and flatness here are the center's.")
     notes.append(
-        "- Communication: of shared gradients with the waiting for slower ranks, else of messages alone; published"
+        "- Gap and flatness: of the center. Communication of shared gradients: with the waiting for slower ranks."
     )
-    notes.append("  seconds hold what scores take, too.")
+    if paper == "grawa":
+        notes.append("- Published errors are those of the mean of the ranks, published seconds hold what scores take.")
     diverged = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state == "diverged"]
     if diverged:
         notes.append(wrapped(f"- Diverged: {'; '.join(diverged)}.", 120, "", "  "))

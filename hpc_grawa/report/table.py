@@ -77,21 +77,29 @@ class Table:
 
     @property
     def best(self) -> Row | None:
-        """The row whose center is best on test data, on the mean over its runs, among those that are ``whole``."""
-        return _best_of(self.whole, self.higher_is_better, lambda row: row.mean.get(f"center_test_{self.metric}"))
+        """The finished row whose center is best on test data, on the mean over its runs; a ``whole`` one if any is."""
+        rows = [row for row in self.rows if row.state == "finished"]
+        whole = [row for row in rows if not self._lost(row)] or rows
+        return _best_of(whole, self.higher_is_better, lambda row: row.mean.get(f"center_test_{self.metric}"))
 
     @property
     def whole(self) -> list[Row]:
-        """Finished rows of as many runs as any of the same method has, over one network.
+        """Finished rows of which no seed has diverged, as those that are left would flatter it.
 
-        Where some seeds of a setting have diverged, those that are left flatter it.
+        Of a method, over one network, that has none: those of which most seeds are left.
         """
-        most: dict[tuple[str, str | None], int] = {}
-        finished = [row for row in self.rows if row.state == "finished"]
-        for row in finished:
-            key = row.method, row.network
-            most[key] = max(most.get(key, 0), row.runs)
-        return [row for row in finished if row.runs == most[row.method, row.network]]
+        by_method: dict[tuple[str, str | None], list[Row]] = {}
+        for row in self.rows:
+            if row.state == "finished":
+                by_method.setdefault((row.method, row.network), []).append(row)
+        found: list[Row] = []
+        for rows in by_method.values():
+            most = max(row.runs for row in rows)
+            found += [row for row in rows if not self._lost(row)] or [row for row in rows if row.runs == most]
+        return found
+
+    def _lost(self, row: Row) -> bool:
+        return any(other.label == f"{row.label} (diverged)" for other in self.rows)
 
     @property
     def chosen(self) -> list[tuple[Row, int]]:

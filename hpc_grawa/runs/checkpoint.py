@@ -192,7 +192,8 @@ class Checkpoints:
 
         wrong = wrong or self._errors_of(write)
         if wrong:  # a mean of some would pass for that of all
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
         return [f"the ranks' models are not kept: {'; '.join(wrong)}"] if wrong else []
 
     def check_space(self, bytes_per_rank: int, model_bytes: int = 0) -> None:

@@ -19,7 +19,7 @@ FLATNESS = "flatness.json"
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
 #: Settings of measures of flatness.
-_LETTERS = {"rho": "ρ", "epsilon": "ε", "sigma": "σ", "kappa": "κ"}
+_LETTERS = {"rho": "ρ", "epsilon": "ε", "sigma": "σ", "kappa": "κ", "reach": "reach"}
 #: Settings that say where a run is made and how fast, but not what it trains.
 PLACE = (
     *("run.resume", "run.dir", "run.control_every", "comm_timeout"),

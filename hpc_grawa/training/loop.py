@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..comm import Communicator, Meter, slowed
 from ..comm.trace import Trace
-from ..errors import NonFinite
+from ..errors import NonFinite, RanksDisagree
 from ..launch import signals_heeded
 from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world, model_state
 from ..runs.heartbeat import Watch
@@ -280,10 +280,10 @@ class Training:
         They meet before: standing still for slower ranks is training, and would be free while the clock does.
         """
         worker = self.worker
-        worker.run.control.settle()
-        if worker.facts.step:
-            with worker.comm.meter.meeting(worker.device):
-                worker.comm.barrier()
+        if worker.run.pooled:  # whose rounds alone lead here
+            worker.run.control.settle()
+        else:
+            worker.run.control.meet()
         with worker.clock.paused():
             yield
 
@@ -297,7 +297,11 @@ class Training:
                     known = self.examiner.evaluate(worker.splits.train, worker.config.eval.train_examples)
                     worker.reached = known["loss"] <= target
                     self.progress.on_evaluation("train", known, None)
-                flat = None if own is None else self.examiner.flatness(own)
+                try:
+                    flat = None if own is None else self.examiner.flatness(own)
+                except RanksDisagree as error:  # to which replicas on unlike GPUs may come, and train on
+                    flat = None
+                    self.log.say(f"flatness   not measured: {error}")
         self.best = max(self.best, (self.sign * scores[worker.config.metric.name], worker.facts.step))
         self.progress.on_evaluation(self.part, scores, apart)
         if flat is not None:
