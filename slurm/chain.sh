@@ -9,7 +9,7 @@ if [ "$#" -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
     sed -n '2s/^# /usage: /p' "$0" >&2
     exit 2
 fi
-links=$1 script=""
+links=$((10#$1)) script=""
 shift
 for word; do
     if [ "${word#-}" = "$word" ]; then script=$word && break; fi # sbatch's options must be of the form --key=value
@@ -19,7 +19,7 @@ if ! [ -r "$script" ] || ! [ -r slurm/common.sh ]; then
     exit 2
 fi
 name=${CHAIN:-$(basename "$script" .sh)-$(date +%Y%m%d-%H%M%S)-$$}
-rm -f "slurm/logs/$name.chain" # where links before stood without progress: these are to try again
+rm -f "slurm/logs/$name.chain" "slurm/logs/$name"-*nodes.chain # where links before stood without progress: these are to try again
 
 id=""
 for ((link = 1; link <= links; link++)); do

@@ -207,7 +207,7 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
 }
 
 check_chain() { # STEP: where the run stands at the start of each link
-    local history=slurm/logs/$CHAIN.chain
+    local history=slurm/logs/$CHAIN${STEPS:+-${nodes}nodes}.chain
     if summary_says state finished; then return; fi
     printf '%s\n' "${1:-none}" >>"$history"
     if [ "$(tail -n 3 "$history" | wc -l)" = 3 ] && [ "$(tail -n 3 "$history" | sort -u | wc -l)" = 1 ]; then

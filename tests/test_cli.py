@@ -561,6 +561,9 @@ def test_a_comparison_by_a_launcher_goes_on_where_it_was_cut(tmp_path: Path) -> 
         (["--methods=EASGD,LGRAWA", "--method.power=2"], ("method.power is no setting of EASGD", "pull")),
         (["--methods=EASGD", "--data.batch_size=2000"], ("data.batch_size is 2000", "at most 1437")),
         (["--methods=EASGD", "--run.dir=/dev/null"], ("run.dir is /dev/null", "Not a directory")),
+        (["--methods=EASGD", "--grid=optimizer.lr=.1,.10"], ("grid is optimizer.lr=.1,.10", "with different values")),
+        (["--methods="], ("method: must be ",)),
+        (["--methods=EASGD", "--seeds="], ("seeds: must be whole numbers",)),
     ],
 )
 def test_what_cannot_be_compared(words: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -461,6 +461,14 @@ def test_measures_of_a_network_with_batchnorm_are_those_of_its_layers_as_they_ac
     assert found.values == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in expected.values.items()}
 
 
+def test_a_layer_of_two_names_is_one() -> None:
+    model = trained(Aliased())
+    plain = nn.Sequential(*copy.deepcopy(model).features)
+    examples = Pairs(drawn(12, 3, seed=1), torch.arange(12) % 3)
+    found, expected = (measures(one, None, examples).values for one in (model, plain))
+    assert found == {key: pytest.approx(value, rel=1e-9, nan_ok=True) for key, value in expected.items()}
+
+
 class Once(torch.autograd.Function):
     """x², by a function that has no forward derivative."""
 

@@ -23,6 +23,7 @@ from hpc_grawa.cli.parsing import parse
 from hpc_grawa.cli.settings import PAPERS, RECIPES, papers, recipes
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import Digits
+from hpc_grawa.errors import ConfigError
 from hpc_grawa.methods import EASGD, LGRAWA, LSGD, DataParallel, LocalSGD
 from hpc_grawa.optim import SAM, SGD, AdamW
 from hpc_grawa.periods import QSR
@@ -240,6 +241,12 @@ def test_a_paper_makes_a_row_of_any_setting(
         assert [(type(rule).__name__, rule.base, rule.alpha, rule.power) for rule in rules] == [
             ("QSR", 4, alpha, power) for power in (1, 2, 3)
         ]
+        # A grid of one's own varies what else there is.
+        varied = Comparison.read(None, "36", None, "optimizer.lr=.05", words, "hpc-grawa compare").plan
+        kept = {config.run.name.partition("-")[0]: getattr(config.method, "period", None) for _, config in varied}
+        assert kept == periods
+        with pytest.raises(ConfigError, match=r"must not hold method\.period, which makes Constant4 what it is: 4"):
+            Comparison.read(None, "36", None, "method.period=4,8", words, "hpc-grawa compare")
     planned[0].config.check(4)
 
 

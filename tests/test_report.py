@@ -20,7 +20,6 @@ from hpc_grawa.report import draw, group, markdown, read_run, rows, write_csv
 from hpc_grawa.report.figure import _mean_curve, _scaled, _spread, _ticks, _weighted_run
 from hpc_grawa.report.paper import paper_table
 from hpc_grawa.runs.record import RunRecord
-from hpc_grawa.training.resume import changed
 
 RANKS = 4
 LAYERS = ["conv.weight", "conv.bias", "head.weight"]
@@ -200,10 +199,6 @@ def test_a_run_that_went_on_over_another_network_is_of_both(tmp_path: Path) -> N
     records = [read_run(tmp_path / f"LGRAWA-{seed}") for seed in (1, 2)]
     assert [record.network for record in records] == [None, "None, then 10mbit,1ms"]
     assert len(group(records)) == 2
-    then = tmp_path / "LGRAWA-1"
-    assert changed(then, (then / "config.yaml").read_text() + "network: 10mbit,1ms\n") == {
-        "network": ["left out", "10mbit,1ms"]
-    }
 
 
 def test_a_run_that_is_named_twice_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,8 @@ class Comparison:
         recipe's ``methods`` else), ``seeds``, ``target`` and ``grid`` (lists of values by key); the command line wins.
         A setting in the grid that a method does not have is left out for this method. It may also hold ``networks``,
         such as ``{"1gbit,100us": [LGRAWA, DataParallel]}``: which of the methods run once more over an emulated one;
-        and ``grids``, a grid for each of some methods, where no ``grid`` is given.
+        and ``grids``, a grid for each of some methods; where there is a ``grid``, too, it stands in the place of what
+        has several values in them.
 
         Raises:
             ConfigError: no methods, or a value that cannot be.
@@ -94,7 +95,7 @@ class Comparison:
                 f"{single[0]} is for a single run: must be left out of a comparison, which has --methods and --seeds, "
                 f"and goes on by itself"
             )
-        names = methods.split(",") if methods else section.get("methods")
+        names = section.get("methods") if methods is None else methods.split(",")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise wrong("compare.methods", names, "must be a list of names ([LGRAWA, EASGD])")
         if not names:
@@ -104,7 +105,7 @@ class Comparison:
             raise wrong("compare.seeds", given, "must be a list of numbers ([1, 2])")
         if not isinstance(section.get("target", 0.0), int | float | None):
             raise wrong("compare.target", section["target"], "must be a number")
-        numbers = seeds.split(",") if seeds else [str(n) for n in given]
+        numbers = [str(n) for n in given] if seeds is None else seeds.split(",")
         if not all(re.fullmatch("[0-9]{1,19}", number) for number in numbers):
             raise wrong("seeds", ",".join(numbers), "must be whole numbers of 0 or more, separated by commas")
         numbers = [str(int(number)) for number in numbers]
@@ -125,12 +126,22 @@ class Comparison:
         grids = section.get("grids", {})
         if not isinstance(grids, dict):
             raise wrong("compare.grids", grids, "must hold grids of methods ({LGRAWA: {method.period: [16, 32]}})")
-        for name in grids if grid is None else ():
+        asked, fixed = dict(axes), dict[str, set[str]]()
+        for name in grids:
             _class(files, name)  # else a misspelt one would have no grid in silence
-            if name in names:
-                of_this = _axes(grids[name])
-                axes |= of_this
-                points[name] = list(product(*([(key, value) for value in of_this[key]] for key in of_this)))
+            if name not in names:
+                continue
+            of_this = _axes(grids[name])
+            fixed[name] = {key for key, values in of_this.items() if len(values) == 1}
+            if grid is not None:  # it takes the place of what varies; what has one value makes a method what it is
+                of_this = {key: of_this[key] for key in of_this if key in fixed[name]}
+                if both := next((key for key in of_this if key in asked), None):
+                    raise wrong(
+                        "grid", grid, f"must not hold {both}, which makes {name} what it is: {of_this[both][0]}"
+                    )
+                of_this |= {key: asked[key] for key in _of_method(asked, kinds[name], kinds.values())}
+            axes |= of_this
+            points[name] = list(product(*([(key, value) for value in of_this[key]] for key in of_this)))
 
         def run(name: str, *identity: str) -> Planned:
             own = [*words, f"--method={name}", *identity]
@@ -143,7 +154,8 @@ class Comparison:
             for seed in map(int, numbers):
                 for name in (name for name in names if name in some):
                     for point in points[name]:
-                        told = (_title(key, value, axes) for key, value in point)
+                        shown = [pair for pair in point if pair[0] not in fixed.get(name, ())]
+                        told = (_title(key, value, axes) for key, value in shown)
                         title = "-".join([short(name), *told, str(seed), *([] if network is None else [network])])
                         own = [f"--{key}={value}" for key, value in point]
                         own += [] if network is None else [f"--network={network}"]
@@ -409,11 +421,19 @@ def _axes(grid: object) -> dict[str, list[str]]:
     else:
         raise wrong("compare.grid", grid, must)
     for key, values in found.items():
-        if not key or not all(values) or not values or len(set(values)) < len(values):
+        if not key or not all(values) or not values or len(set(map(_meant, values))) < len(values):
             raise wrong("grid", grid, f"{must}, with different values")
         if key in _SINGLE or key.startswith("run."):
             raise wrong("grid", grid, f"{key} is what a comparison sets itself")
     return found
+
+
+def _meant(value: str) -> str | float:
+    """The number that a value is: .1 and .10 are one."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _class(files: Sequence[str], name: str) -> type:

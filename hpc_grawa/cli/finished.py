@@ -29,7 +29,7 @@ from .parsing import parse
 #: The averaged model of the last round; the uniform mean of the ranks' own.
 CENTER, MEAN = "center", "mean"
 
-_NEEDED = ("config.yaml", "center.pt")
+_NEEDED = ("config.yaml", "center.pt", "summary.json")  # written in this order
 
 
 def is_finished(run: Path) -> bool:
@@ -72,10 +72,9 @@ def kept_models(run: Path) -> tuple[int, int]:
     return saved_models(run), summary.get("world_size", 0) if summary.get("rounds", 0) else 0
 
 
-def no_mean(run: Path, kept: int, of: int) -> ConfigError:
-    """That a run does not have what the mean of its ranks' models is of."""
-    lacks = f"{run} has kept the models of {kept} of {of} ranks, so there is no mean of all"
-    return wrong("model", MEAN, f"must be {CENTER}: {lacks}")
+def not_kept(what: str, run: Path, kept: int, of: int) -> ConfigError:
+    """That a run does not have all of its ranks' models."""
+    return wrong("model", what, f"must be {CENTER}: {run} has kept the models of {kept} of {of} ranks")
 
 
 class FinishedRun:
@@ -130,7 +129,7 @@ class FinishedRun:
         if name == MEAN and self.ranks:
             self._put_mean()
         elif name == MEAN and self.of:
-            raise no_mean(self.run, self.kept, self.of)
+            raise not_kept(MEAN, self.run, self.kept, self.of)
         else:
             self._put(self._file(CENTER if name == MEAN else name))
 

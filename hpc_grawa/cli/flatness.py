@@ -37,7 +37,7 @@ from .finished import (
     finished_config,
     is_finished,
     kept_models,
-    no_mean,
+    not_kept,
 )
 from .gate import Parser
 from .together import backend_line, set_threads, together
@@ -92,6 +92,7 @@ def flatness(words: list[str], slot: Slot) -> None:
     settings = Settings(measures=tuple(options.measures.split(",")), **{name: getattr(options, name) for name in texts})
     how = How(options.examples, options.batch_size, options.double, options.statistics)
     require(options.examples >= 0, "examples", options.examples, "at least 1, or 0 for all")
+    require(0 <= settings.seed < 2**62, "seed", settings.seed, "a whole number of 0 or more")
     require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
     chosen = options.models.split(",")
     if set(chosen) - {CENTER, MEAN, "ranks"}:
@@ -109,10 +110,10 @@ def flatness(words: list[str], slot: Slot) -> None:
     configs = [finished_config(run, program, options.backend, options.data_path) for run in finished]
     for config in configs:
         config.data.check(1)
-    for run in finished if MEAN in chosen else ():  # before hours are spent on others
+    for run in finished:  # before hours are spent on others
         kept, of = kept_models(run)
-        if kept != of:
-            raise no_mean(run, kept, of)
+        if kept != of and (others := [what for what in chosen if what != CENTER]):
+            raise not_kept(others[0], run, kept, of)
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
@@ -199,8 +200,7 @@ def measure_runs(
         names = [name for name in (CENTER, MEAN) if name in models]
         names += [f"rank {m}" for m in range(finished.ranks)] if "ranks" in models else []
         if not names:
-            lacks = f"{finished.kept} of {finished.of} ranks' own models" if finished.of else "no rank's own model"
-            raise wrong("models", ",".join(models), f"must be center: {run} has kept {lacks}")
+            raise wrong("models", ",".join(models), f"must be center: all ranks of {run} have one model")
         for n, name in enumerate(names, 1):
             left = len(names) * (len(runs) - 1 - number) + len(names) - n
             known = _measured(finished, name, settings, how, comm, log, left)
@@ -291,6 +291,12 @@ def _measured(
         return found
 
     ranks = Models(finished.ranks, read) if name == CENTER else ()
+    if name == CENTER and finished.kept != finished.of and "valley" in settings.measures:
+        log.say(
+            f"valley     not measured: {finished.run} has kept the models of {finished.kept} of {finished.of} ranks"
+        )
+        left_over = tuple(measure for measure in settings.measures if measure != "valley")
+        settings = dataclasses.replace(settings, measures=left_over) if left_over else settings
     known = measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
     write(known)  # the last of the list, if nothing of it was to be measured
     if "spectrum" in settings.measures and comm.rank == 0:

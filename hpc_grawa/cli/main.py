@@ -55,26 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.append(os.getcwd())  # own classes may lie where the program is started
     if slot.rank and any(w in ("-h", "--help", "--version") or w.startswith("--print_") for w in words):
         raise SystemExit(0)
-    if words[:1] in (["-h"], ["--help"]):
-        print((__doc__ or "").splitlines()[0].replace("``", ""))
-        print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
-        raise SystemExit(0)
-    if words[:1] == ["--version"]:
-        print(f"hpc-grawa {version('hpc-grawa')}")
-        raise SystemExit(0)
     name = words[0] if words and words[0] in COMMANDS else ""
-    with named_errors(f"hpc-grawa {name}".rstrip()):
-        if not name:
-            found = " ".join(["no command", *words[:1]])
-            raise ConfigError(f"{found}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)")
-        try:
-            COMMANDS[name](words[1:], slot)
+    try:
+        with named_errors(f"hpc-grawa {name}".rstrip()):
+            if words[:1] in (["-h"], ["--help"]):
+                print((__doc__ or "").splitlines()[0].replace("``", ""))
+                print("\n".join(f"  {name:9} {(c.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()))
+            elif words[:1] == ["--version"]:
+                print(f"hpc-grawa {version('hpc-grawa')}")
+            elif not name:
+                found = " ".join(["no command", *words[:1]])
+                raise ConfigError(f"{found}: must be one of {', '.join(COMMANDS)} (hpc-grawa --help)")
+            else:
+                COMMANDS[name](words[1:], slot)
             sys.stdout.flush()
-        except BrokenPipeError:
-            if slot.size > 1 or not _unread():
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
-            raise SystemExit(128 + signal.SIGPIPE) from None
+            if not name:
+                raise SystemExit(0)
+    except BrokenPipeError:
+        if slot.size > 1 or not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _unread() -> bool:

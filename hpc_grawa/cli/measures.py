@@ -59,6 +59,8 @@ def measures(words: list[str], slot: Slot) -> None:
     require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
     require(0 < options.bound < 1, "bound", options.bound, "in (0, 1)")
     require(0 <= options.seed < 2**63, "seed", options.seed, "a whole number of 0 or more")
+    if options.csv is not None and not options.csv.parent.is_dir():
+        raise wrong("csv", options.csv, f"must be in a folder that is there, {options.csv.parent} is not")
     if options.figure is not None:
         from ..report.figure import check_drawable
 
@@ -170,7 +172,8 @@ def _measured(run: FinishedRun, options: Any, comm: Communicator, log: Log) -> d
     how = {key: getattr(options, key) for key in ("examples", "bound", "seed")} | {"of": of, "version": VERSION}
     place = run.run / FILE
     there = (read_object(place) or {}) if comm.rank == 0 else {}
-    told = json.dumps(there if there.get("how") == how else {})
+    whole = there.get("how") == how and isinstance(there.get("values"), dict)
+    told = json.dumps(there if whole else {})
     known: dict[str, Any] = json.loads(comm.gather_bytes(told.encode(), "evaluate")[0])
     if known:
         return {**known, "values": {name: float(value) for name, value in known["values"].items()}}

@@ -227,7 +227,8 @@ def _fisher_rao(ones: Objective) -> float | None:
     for inputs, targets in ones.pairs():
 
         def each(moved: dict[str, Tensor], inputs: Any = inputs, targets: Any = targets) -> Tensor:
-            output = functional_call(model, moved, (inputs,))
+            # Not tied: a layer that the model knows by two names is one, whose weight would be given back wrong.
+            output = functional_call(model, moved, (inputs,), tie_weights=False)
             return nn.functional.cross_entropy(output, targets, reduction="none")
 
         with warnings.catch_warnings():

@@ -105,10 +105,19 @@ class RunRecord:
     @property
     def network(self) -> str | None:
         """The network that was emulated, if any; all of them, where a run went on over another."""
-        told = self.config.get("network")
-        if not any("network" in event["settings"] for event in self.events.get("changed", [])):
-            told = (self.summary or {}).get("network", told)
-        return None if told is None else str(told)
+        several = self.networks
+        return several[0] if len(several) == 1 else ", then ".join(map(str, several))
+
+    @property
+    def networks(self) -> list[str | None]:
+        """The networks that it went over, one after the other."""
+        changes = [
+            event["settings"]["network"] for event in self.events.get("changed", []) if "network" in event["settings"]
+        ]
+        if changes:
+            return [changes[0][0], *(now for _, now in changes)]
+        told = (self.summary or {}).get("network", self.config.get("network"))
+        return [None if told is None else str(told)]
 
     @property
     def layers(self) -> list[str]:

@@ -19,6 +19,7 @@ from ..launch import signals_heeded
 from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world, model_state
 from ..runs.heartbeat import Watch
 from ..runs.log import Log, commit, open_run, say, versions, write_atomically
+from ..runs.record import read_run
 from .budget import Cadence
 from .config import Config
 from .ending import Ending, failure_recorded
@@ -269,7 +270,12 @@ class Training:
         for wrong in restored.skipped:
             self.log.say(f"damaged    {wrong}")
         self.log.say(f"resumed    at step {restored.step}, after {worker.facts.seconds:.1f} s of training{start}")
-        if self.folder is not None and (changes := changed(self.folder, worker.config.text)):
+        if self.folder is None:
+            return
+        changes, networks = changed(self.folder, worker.config.text), read_run(self.folder).networks
+        if networks[-1] != worker.comm.network:
+            changes["network"] = [networks[-1], worker.comm.network]
+        if changes:
             self.log.record("changed", step=restored.step, settings=changes)
             self.log.say("changed    " + ", ".join(f"{key} from {was} to {now}" for key, (was, now) in changes.items()))
 

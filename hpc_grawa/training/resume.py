@@ -31,7 +31,7 @@ _FOLDERS = (".", "checkpoints", "ranks")
 
 
 def changed(folder: Path, configuration: str) -> dict[str, list[Any]]:
-    """By dotted key what a setting was when the run in ``folder`` began, and what it is now; ``PLACE`` left out.
+    """By dotted key what a setting was when the run in ``folder`` began, and what it is now; what may differ left out.
 
     Args:
         folder: of a run.
@@ -42,7 +42,7 @@ def changed(folder: Path, configuration: str) -> dict[str, list[Any]]:
     if text is None:
         return {}  # killed before it was written
     then, now = (renamed(flatten(parse_settings(yaml, str(file)))) for yaml in (text, configuration))
-    keys = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key) and not _within(key, PLACE)]
+    keys = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key) and not _within(key, FREE)]
     return {key: [then.get(key, _LEFT_OUT), now.get(key)] for key in keys}
 
 
@@ -56,7 +56,7 @@ def check_unchanged(folder: Path, configuration: str, allowed: Sequence[str] = (
     """
     allowed = [*allowed, *renamed(dict.fromkeys(allowed))]
     for key, (was, now) in changed(folder, configuration).items():
-        if not _within(key, (*allowed, *FREE)):
+        if not _within(key, allowed):
             doubt = f" (is {folder / 'config.yaml'} whole?)" if was == _LEFT_OUT else ""
             raise wrong(
                 key,
