@@ -80,7 +80,7 @@ def test_a_run_keeps_its_ranks_models_and_knows_its_start(run: Path) -> None:
     metrics = (run / "metrics.jsonl").read_text()
     other = run.parent / "other"
     other.mkdir()
-    for file in ("config.yaml", "center.pt"):
+    for file in ("config.yaml", "center.pt", "summary.json"):
         (other / file).write_bytes((run / file).read_bytes())
     (other / "metrics.jsonl").write_text(metrics.replace('"weights": "', '"weights": "0', 1))
     assert finished(other).initial() is None
