@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("train @TRAIN @SAVE --run.dir {0} --run.name {0} --run.resume auto", "is finished"),
         ("train --config {0}/{0}/config.yaml --run.name again{0}", "finished"),
         ("table {0} --csv {0}.csv --figure {0}.png", "| LGRAWA"),
-        ("table {0}/{0} {0}/{0} --csv {0}.csv --figure {0}.svg", "+-"),
+        ("table {0}/{0} --csv {0}.csv --figure {0}.svg", "| LGRAWA"),
         ("status {0}/{0}", "finished"),
         ("evaluate {0}/{0}", "test accuracy"),
         ("@COMPARE --run.dir {0} --run.name c{0}", "figure.png"),

@@ -180,11 +180,11 @@ class Control:
         """The run goes on where ``facts`` and the clock say: no word has to be sent for what was before."""
         self._last_sent, self._busy_since = self.facts.step, self._computed()
 
-    def meet(self) -> None:
+    def finish(self) -> None:
         """Read what is still under way, and agree once more if steps were made since the last word; all ranks must."""
         self._read_pending()
         if self.facts.step > self._last_sent:
-            self._read(self._send(math.inf, True, _NO_SCORES).wait())
+            self.exchange(math.inf, True, _NO_SCORES)
 
     def _read_pending(self) -> None:
         if self._pending is not None:

@@ -172,6 +172,12 @@ class Communicator(ABC):
         """Return after all ranks have called it."""
         self.allreduce(torch.zeros(1, dtype=torch.int64), "setup").wait()
 
+    def meet(self) -> None:
+        """Return after all ranks have called it; until then counts as waiting, and no message is counted."""
+        began = time.perf_counter()
+        self.barrier()
+        self.meter.stood(time.perf_counter() - began)
+
     def split(self, colors: Sequence[int]) -> Communicator:
         """The communicator of the ranks of this rank's color, in order of rank; its meter is this one's.
 

@@ -129,6 +129,10 @@ class Meter:
         finally:
             self.waits_for = None
 
+    def stood(self, seconds: float) -> None:
+        """Count seconds until the last rank had come as waiting."""
+        self._seconds["control"] += seconds
+
     @contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
         """Count the block, in which the model stands still for its next batch."""

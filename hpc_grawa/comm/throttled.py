@@ -335,6 +335,10 @@ class ThrottledCommunicator(Communicator):
             with self.meter.waiting("setup", self.ranks):
                 self._begin("barrier", 0, "setup", 0).wait()
 
+    def meet(self) -> None:
+        self._check_process()
+        self._comm.meet()
+
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         if self.size == 1:
             return self._comm._launch(verb, x, purpose, bucket, root)

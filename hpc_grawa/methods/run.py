@@ -284,7 +284,7 @@ class Run:
         self.aggregator.settle()
         for synchronizer in self.synchronizers:
             synchronizer.finish()
-        self.control.meet()
+        self.control.finish()
         self.close()
 
     def close(self) -> None:

@@ -148,9 +148,13 @@ class Clock:
     @property
     def settled(self) -> float:
         """``seconds`` when all work so far is done."""
+        self.settle()
+        return self.seconds
+
+    def settle(self) -> None:
+        """Return when all work so far is done."""
         if self._device is not None:
             torch.cuda.synchronize(self._device)
-        return self.seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:

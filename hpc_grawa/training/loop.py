@@ -286,10 +286,10 @@ class Training:
         They meet before: standing still for slower ranks is training, and would be free while the clock does.
         """
         worker = self.worker
-        if worker.run.pooled:  # whose rounds alone lead here
-            worker.run.control.settle()
-        else:
-            worker.run.control.meet()
+        worker.run.control.settle()
+        if worker.facts.step:
+            worker.clock.settle()
+            worker.comm.meet()
         with worker.clock.paused():
             yield
 
