@@ -68,6 +68,7 @@ def started(folder: Path, template: str, *words: str, **variables: str) -> list[
     srun = folder / "bin/srun"
     if not srun.exists():
         shutil.copytree(SLURM, folder / "slurm", ignore=shutil.ignore_patterns("site.sh", "logs"))
+        (folder / "slurm/logs").mkdir()
         srun.parent.mkdir(exist_ok=True)
         srun.write_text(SRUN)
         srun.chmod(0o755)
@@ -117,6 +118,37 @@ def test_scaling_takes_another_recipe_too(tmp_path: Path) -> None:
 def test_a_run_that_has_finished_is_that_whatever_its_ranks_do_then(tmp_path: Path) -> None:
     """Libraries may crash while they end."""
     assert len(started(tmp_path, "scaling", SLURM_JOB_NUM_NODES="3", CRASH="yes")) == 3
+
+
+def test_a_chain_counts_the_progress_of_each_size(tmp_path: Path) -> None:
+    """None of them has made a checkpoint before its first link."""
+    calls = started(tmp_path, "scaling", "--dry-run", CHAIN="all", SLURM_JOB_NUM_NODES="3")
+    assert [words[words.index("--run.name") + 1] for words in calls] == ["all-1nodes", "all-2nodes", "all-3nodes"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "ours"),
+    [
+        (["echo RUNNING 0"], True),
+        (["echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo RUNNING 0"], True),
+        (["echo RUNNING 1"], False),  # another attempt is under way
+        (["echo COMPLETING 0"], False),
+        (["echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"], False),
+        (["echo 'Socket timed out' >&2; exit 1"] * 3 + ["echo RUNNING 0"], True),
+        (["echo 'Socket timed out' >&2; exit 1"] * 6, False),
+    ],
+)
+def test_whose_job_it_is_as_slurm_says_when_it_answers(answers: list[str], ours: bool, tmp_path: Path) -> None:
+    for number, answer in enumerate(answers):
+        (tmp_path / f"answer{number}").write_text(answer)
+    function = re.findall(r"^still_ours\(\).*?^}$", (SLURM / "common.sh").read_text(), re.M | re.S)[0]
+    squeue = 'n=$(ls asked 2>/dev/null | wc -l); mkdir -p asked; : >"asked/$n"; bash "answer$n"'
+    script = f"say() {{ :; }}; sleep() {{ :; }}; squeue() {{ {squeue}; }}; {function}; still_ours 7"
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, timeout=100
+    )
+    assert (done.returncode == 0) == ours, done.stderr
+    assert len(list((tmp_path / "asked").iterdir())) == len(answers)
 
 
 def shown(node: ast.AST) -> str:
