@@ -86,10 +86,13 @@ def test_a_run_keeps_its_ranks_models_and_knows_its_start(run: Path) -> None:
     assert finished(other).initial() is None
 
 
-def test_gradient_sharing_keeps_one_model(tmp_path: Path) -> None:
+def test_gradient_sharing_keeps_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert saved_models(trained(tmp_path / "a", "--method=DataParallel")) == 0
     assert saved_models(trained(tmp_path / "b", "--method=LocalSGD", "--save.ranks=false")) == 0
     assert not model_file(tmp_path / "b", 0).parent.exists()
+    alone = called(capsys, "flatness", str(tmp_path / "b"), "--measures=valley", "--examples=50")
+    assert alone.status == 0 and "valley     not measured: " in alone.said  # nor noted as if it were
+    assert not (tmp_path / "b/flatness.json").exists()
     finished(tmp_path / "a").put("mean")  # is the center
     with pytest.raises(ConfigError, match=r"model is mean: must be center: .* has kept the models of 0 of 2 ranks"):
         finished(tmp_path / "b").put("mean")

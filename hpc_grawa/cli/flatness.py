@@ -296,7 +296,9 @@ def _measured(
             f"valley     not measured: {finished.run} has kept the models of {finished.kept} of {finished.of} ranks"
         )
         left_over = tuple(measure for measure in settings.measures if measure != "valley")
-        settings = dataclasses.replace(settings, measures=left_over) if left_over else settings
+        if not left_over:
+            return known
+        settings = dataclasses.replace(settings, measures=left_over)
     known = measure(Subject(objective, ranks, spectra, keep), settings, known, watch, write)
     write(known)  # the last of the list, if nothing of it was to be measured
     if "spectrum" in settings.measures and comm.rank == 0:

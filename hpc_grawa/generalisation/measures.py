@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 
 from ..comm import Communicator
 from ..data import Examples
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from ..flatness.objective import Objective
 from .folding import fold
 from .noise import DELTA, Errors, Largest, aware_bound, bounds, gaussian, worst
@@ -132,9 +132,9 @@ def measures(
     if not linear:
         found.notes.append("path_norm is no sum over paths: the network is not linear along a ray, as with ReLU it is")
     values["path_norm_over_margin"] = values["path_norm"] * values["inverse_margin"]
-    slopes = _fisher_rao(ones)
-    if slopes is None:
-        found.left_out["fisher_rao"] = "an operation of the network has no forward derivative"
+    slopes, lacks = _fisher_rao(ones)
+    if lacks:
+        found.left_out["fisher_rao"] = f"there is no forward derivative of the network: {lacks}"
     else:
         values["fisher_rao"] = (len(own) + 1) ** 2 * slopes
     values |= _of_noise(ones, errors, own, first, bound, seed, len(examples))
@@ -219,9 +219,9 @@ def _of_weights(own: list[Layer], first: list[Layer] | None, margin: float, shap
     return found
 
 
-def _fisher_rao(ones: Objective) -> float | None:
-    """Mean over examples of ⟨w, ∇_w ℓ_i⟩², by one forward derivative along w for all of a batch; None without one."""
-    model, sums = ones.model, torch.zeros(3, dtype=torch.float64)
+def _fisher_rao(ones: Objective) -> tuple[float, str]:
+    """Mean over examples of ⟨w, ∇_w ℓ_i⟩², by one forward derivative along w for a batch; and why there is none."""
+    model, sums, lacks = ones.model, torch.zeros(2, dtype=torch.float64), ""
     weights = dict(zip(ones.vector.names, ones.vector.parameters, strict=True))
     given = {name: p.detach() for name, p in weights.items()}
     for inputs, targets in ones.pairs():
@@ -237,12 +237,13 @@ def _fisher_rao(ones: Objective) -> float | None:
                 slopes: Tensor = jvp(each, (given,), (given,))[1]
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError):  # on ranks that have examples; all learn of it below
-                sums[2] = 1
+            except (RuntimeError, NotImplementedError) as error:  # where there are examples; all ranks hear of it below
+                lacks = in_a_line(error)[:200] or type(error).__name__
                 break
-        sums[:2] += torch.stack((slopes.double().square().sum(), slopes.new_tensor(len(slopes)).double())).cpu()
+        sums += torch.stack((slopes.double().square().sum(), slopes.new_tensor(len(slopes)).double())).cpu()
     ones.comm.allreduce(sums, "evaluate").wait()
-    return None if sums[2] else float(sums[0] / sums[1])
+    told = [text.decode() for text in ones.comm.gather_bytes(lacks.encode(), "evaluate") if text]
+    return (math.nan, told[0]) if told else (float(sums[0] / sums[1]), "")
 
 
 def _of_noise(
