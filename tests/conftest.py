@@ -17,6 +17,7 @@ fails writes its report and ends the job. Property tests draw differently in eve
 ranks only.
 
 A test that hangs, here or on ranks, writes its stacks after faulthandler_timeout (setup.cfg) and ends its process.
+Where tests run side by side (-n), the end of the report says which signal ended a worker, and what it wrote last.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,15 +96,52 @@ class Job:
         self.comm.close()
 
 
+class Workers:
+    """Of pytest-xdist: a worker's standard error, where its stacks go, is kept until its end is known."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._ended: list[str] = []
+
+    def _errors(self, node: Any) -> Path:
+        return Path(self._folder.name, node.gateway.id)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["errors"] = str(self._errors(node))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        if error:
+            status = node.gateway._io.popen.wait(timeout=10)
+            how = signal.strsignal(-status) if status < 0 else f"exit status {status}"
+            wrote = "".join(self._errors(node).read_text().splitlines(keepends=True)[-200:])
+            self._ended.append(f"{node.gateway.id}: {how}\n{wrote}")
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for text in self._ended:
+            terminalreporter.section("worker ended")
+            terminalreporter.write(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend", choices=("simulated", "mpi", "horovod", "gloo", "nccl", "single"), default="simulated"
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Before pytest keeps where its standard error goes, for stacks."""
+    if hasattr(config, "workerinput"):
+        os.dup2(os.open(config.workerinput["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if config.getoption("numprocesses", None):
+        config.pluginmanager.register(Workers())
     backend = config.getoption("--backend")
     if backend == "simulated":
         return
