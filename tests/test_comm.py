@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from conftest import DEVICES, Ranks
 from launcher import launch
 from torch import Tensor, nn
 
-from hpc_grawa.comm import Communicator, simulate
+from hpc_grawa.comm import Communicator, simulate, simulated
 from hpc_grawa.comm.meter import Meter
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.comm.store import StoreCounter
 from hpc_grawa.errors import Unmatched
 from hpc_grawa.launch import local_device
 from hpc_grawa.methods import DataParallel, LocalSGD
+from hpc_grawa.random_streams import Streams, streams
 from hpc_grawa.vector import ParameterVector
 
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
@@ -339,6 +341,54 @@ def test_a_rank_that_raises_ends_all() -> None:
     with pytest.raises(ZeroDivisionError, match="on rank 1"):
         simulate(3, body)
     assert ended == [-1] * 3
+
+
+def test_ranks_that_another_has_ended_leave_the_random_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run at once, and two that ask torch for its stream at once may hang (a garbage collection decides)."""
+    failed: list[bool] = []
+    asked_after: list[bool] = []
+
+    def asked() -> Streams:
+        asked_after.extend(failed)
+        return streams()
+
+    def body(comm: Communicator) -> None:
+        comm.barrier()
+        if comm.rank == 1:
+            failed.append(True)
+            raise ZeroDivisionError
+        comm.barrier()
+
+    monkeypatch.setattr(simulated, "streams", asked)
+    with pytest.raises(ZeroDivisionError):
+        simulate(3, body)
+    assert failed and not asked_after
+
+
+def test_an_interrupted_world_ends_before_its_caller_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), []
+
+    def body(comm: Communicator) -> None:
+        try:
+            if comm.rank == 0:
+                begun.wait()
+                time.sleep(0.1)  # computes
+            comm.barrier()
+        finally:
+            ended.append(comm.rank)
+
+    join = threading.Thread.join
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if thread.name == "rank 0" and not begun.is_set():
+            begun.set()
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(2, body)
+    assert ended == [0]
 
 
 def test_ranks_have_random_streams_of_their_own_and_the_callers_is_kept() -> None:

@@ -127,7 +127,10 @@ class _World:
         set_streams(self.streams[rank])
 
     def _give_turn(self, rank: int) -> None:
-        self.streams[rank] = streams()
+        # After a failure all ranks run at once. Two threads that ask torch for its stream may stop each other for ever:
+        # it holds a lock while it makes the tensor, which may collect garbage, which may let another thread go on.
+        if self.failure is None:
+            self.streams[rank] = streams()
         with self.woken:
             if self.failure is None:
                 order = [(rank + k) % self.size for k in range(1, self.size + 1)]
@@ -258,6 +261,9 @@ def simulate(world_size: int, function: Callable[[Communicator], T]) -> list[T]:
             thread.join()
     except BaseException as interruption:  # Ctrl-C reaches this thread only
         world.fail(interruption)
+        for thread in threads:  # until its next wait a rank uses the streams
+            if thread.ident is not None:
+                thread.join()
     set_streams(before)
     if world.failure is not None:
         raise world.failure
