@@ -535,6 +535,22 @@ def test_the_optimizer_s_state_is_saved_and_loaded(on_ranks: Ranks) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_state_made_with_the_optimizer_is_there_again_after_a_reset() -> None:
+    """Adagrad makes its sums before its first step, and only then."""
+    model = linear()
+    adagrad = optim.Adagrad(model.parameters(), 0.1, initial_accumulator_value=0.5)
+    optimizer = DistributedOptimizer(
+        adagrad, model, LocalSGD(period=2, local_momentum="reset"), comm=SingleCommunicator()
+    )
+    for step in range(5):
+        gradient(model, 0, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        for p in model.parameters():
+            assert adagrad.state[p]["step"] == (0 if step % 2 else 1)
+            assert bool((adagrad.state[p]["sum"] == 0.5).all()) == (step % 2 == 1)
+
+
 def test_an_optimizer_may_evaluate_its_closure_several_times_where_ranks_average() -> None:
     """The loss of the step is that at the parameters before it."""
 

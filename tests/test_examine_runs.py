@@ -375,6 +375,16 @@ def test_what_flatness_cannot_do_is_named(
     assert ended.status == 2 and message in ended.said and ended.said.count("\n") == 1
 
 
+def test_what_there_is_not_to_draw_is_told_before_anything_is_measured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = shutil.copytree(run, tmp_path / "new", ignore=shutil.ignore_patterns("flatness*"))
+    ended = called(capsys, "flatness", str(new), "--measures=loss", f"--figure={tmp_path / 'a.png'}")
+    assert ended.status == 2 and ended.said.count("\n") == 1
+    assert "measures is loss: must have spectrum, which --figure draws, and no run has yet" in ended.said
+    assert not (new / "flatness.json").exists()
+
+
 @pytest.mark.slow
 def test_measures_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A grid of 2 x 2: each run is measured once; the table, the CSV and the figure say how well measures rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,10 @@ class Synchronizer:
         self.control, self.optimizer, self.prox, self.pool = control, optimizer, prox, pool
         self._reset_momentum = reset_momentum
         self._vector = averager.vector
+        #: What of the optimizer's state is made with it (Adagrad's), if it has made no step since.
+        self._began: dict[Tensor, dict[str, Any]] = {}
+        if all(isinstance(one, dict) and one.get("step", 1) == 0 for one in optimizer.state.values()):
+            self._began = _copied(optimizer.state)
         #: Asked at the first step of each round.
         self.ask = period
         #: H of the present round; before its first step, of the one before.
@@ -330,5 +334,10 @@ class Synchronizer:
 
     def _reset_optimizer(self) -> None:
         self.optimizer.state.clear()
+        self.optimizer.state.update(_copied(self._began))
         for group in self.optimizer.param_groups:
             group.pop("step", None)  # by which timm's LAMB corrects moments that are zero again
+
+
+def _copied(state: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    return {p: {key: t.clone() if isinstance(t, Tensor) else t for key, t in one.items()} for p, one in state.items()}

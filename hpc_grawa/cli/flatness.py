@@ -114,6 +114,10 @@ def flatness(words: list[str], slot: Slot) -> None:
         kept, of = kept_models(run)
         if kept != of and (others := [what for what in chosen if what != CENTER]):
             raise not_kept(others[0], run, kept, of)
+    if options.figure is not None and "spectrum" not in settings.measures:
+        entries = [one for run in finished for several in read_flatness(run).values() for one in several]
+        if not any(one.get("spectra") for one in entries):
+            raise wrong("measures", options.measures, "must have spectrum, which --figure draws, and no run has yet")
     slot = dataclasses.replace(slot, tasks=1)  # one process is enough, however many the job is to have
     first_line = backend_line(configs[0], slot)
     set_threads(slot)
