@@ -148,6 +148,7 @@ def test_measures_of_a_network_are_the_same_on_any_number_of_ranks(on_ranks: Ran
             *(value, float(gradient.norm()), float(v @ objective.product(v)), *lanczos.ritz()[0], *lanczos.ritz()[1]),
             *(trace.value, trace.error, square.value, square.error),
             *(sam_sharpness(objective), sam_sharpness(objective, adaptive=True), lpf(objective, 0.01, 4).value),
+            measure(Subject(objective), Settings(measures=("entropy",)))["entropy"],
         ]
 
     alone = measures(None)
@@ -535,7 +536,7 @@ def test_every_number_of_a_network_is_that_of_its_hessian_gradient_and_outputs()
     assert found["entropy"] == pytest.approx(float(-(shares * shares.log()).sum(1).mean()))
 
 
-def test_products_are_those_of_a_library() -> None:
+def test_products_and_what_is_made_of_them_are_those_of_a_library() -> None:
     from curvlinops import HessianLinearOperator
 
     objective = network(None, count=12)
@@ -544,3 +545,13 @@ def test_products_are_those_of_a_library() -> None:
     hessian = HessianLinearOperator(model, nn.CrossEntropyLoss(), [p for p in model.parameters()], parts)
     v = drawn(len(objective.vector))
     torch.testing.assert_close(objective.product(v), hessian @ v, rtol=1e-8, atol=1e-10)
+    whole = hessian @ torch.eye(len(v), dtype=v.dtype)
+    eigenvalues = torch.linalg.eigvalsh((whole + whole.T) / 2)
+    lanczos = Lanczos(len(v), 0, dtype=v.dtype)
+    for _ in range(60):
+        lanczos.advance(objective.product)
+    ritz = lanczos.ritz()[0]
+    assert (ritz[0], ritz[-1]) == pytest.approx((float(eigenvalues[0]), float(eigenvalues[-1])), rel=1e-6)
+    trace, square = trace_and_square(objective.product, objective.vector.data, 30, seed=0)
+    assert abs(trace.value - float(whole.trace())) <= 4 * trace.error
+    assert abs(square.value - float(whole.square().sum())) <= 4 * square.error

@@ -23,7 +23,7 @@ from hpc_grawa.errors import ConfigError
 from hpc_grawa.generalisation import conditional_information, fold, granulated, measures, psi, tau
 from hpc_grawa.generalisation.noise import aware_bound, bounds, largest
 from hpc_grawa.generalisation.norms import kernel_norm, layers, of_products, operator_norm, path_norm, square
-from hpc_grawa.models import GPT, AllCNN, DenseNet121, PyramidNet110, ResNet18, ResNet20, SmallCNN, WRN28x10
+from hpc_grawa.models import GPT, VGG16, AllCNN, DenseNet121, PyramidNet110, ResNet18, ResNet20, SmallCNN, WRN28x10
 
 # ---------------------------------------------------------------------------------------------------------
 # Rankings.
@@ -147,6 +147,7 @@ def trained(model: nn.Module, *shape: int) -> nn.Module:
         (ResNet20(), 0),
         (ResNet18(stages=2), 0),
         (AllCNN(), 0),
+        (VGG16(), 0),
         # Kept is the first norm of each block, whose input the shortcut sees too, and the last, which follows a sum.
         (WRN28x10(widen=1), 13),
         (PyramidNet110(alpha=54), 55),

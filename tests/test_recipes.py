@@ -200,7 +200,12 @@ def test_the_settings_of_qsr_have_its_three_schedules(setting: str, schedule: st
 def test_every_recipe_says_its_goal_and_is_valid(paths: dict[str, Path]) -> None:
     assert set(recipes()) == {*SAID, *ROWS, *paths, "digits"} | {"demo"}
     for name in recipes():
-        assert "# Goal: " in (RECIPES / f"{name}.yaml").read_text()
+        text = (RECIPES / f"{name}.yaml").read_text()
+        assert "# Goal: " in text
+        if name.startswith(("cifar", "imagenet")):  # for GPUs
+            cost = text.partition("# Cost: ")[2].replace("\n# ", " ")
+            assert re.search(r"\d+ (GPUs|nodes)", cost) and "`sbatch " in cost and "slurm/compare.sh" in cost
+            assert re.search(r"hours?\b|minutes", cost) and re.search(r"\d+ runs, [\d to]+ hours", cost)
         if name not in {*SAID, *ROWS}:
             for method in METHODS:
                 data = [f"--data.path={paths[name]}"] if name in paths else []

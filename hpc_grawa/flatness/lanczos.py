@@ -68,7 +68,7 @@ class Lanczos:
 
     @property
     def complete(self) -> bool:
-        """Whether all distinct eigenvalues are found: no direction is left."""
+        """Whether all distinct eigenvalues are found: no direction is left but round-off, β ≤ 100·eps·max(|α|, |β|)."""
         if self.steps >= self._size:
             return True
         scale = max(map(abs, (*self._alpha, *self._beta)), default=0.0)

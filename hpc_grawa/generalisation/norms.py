@@ -138,7 +138,7 @@ def _kernel(layer: Layer) -> int:
 
 
 def of_products(squares: Sequence[float], frobenius: Sequence[float], margin: float) -> dict[str, float]:
-    """Measures 26 to 39 of Jiang et al. from the squared norms of layers, in logarithms of their products.
+    """Measures 29 to 39 of Jiang et al. from the squared norms of layers, in logarithms of their products.
 
     Args:
         squares: ‖W_i‖² of each layer, spectral or Frobenius.
