@@ -635,15 +635,18 @@ def test_without_tensorboard_a_line_says_so(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["LGRAWA", "DataParallel"])
-def test_compiled_steps_are_those_that_are_not(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [("LGRAWA", ["--model=ResNet18", "--model.width=8", "--model.stages=1"]), ("DataParallel", ["--model=SmallCNN"])],
+)
+def test_compiled_steps_are_those_that_are_not(method: str, model: list[str], tmp_path: Path) -> None:
     """To round-off; before the first step nothing of the compiling remains: random streams, buffers, gradients."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = (
-        run(digits("--optimizer.lr=0.01", f"--compile={word}", method=method), tmp_path / word)[0]
+        run(digits("--optimizer.lr=0.01", f"--compile={word}", *model, method=method), tmp_path / word)[0]
         for word in ("false", "true")
     )
     assert compiled["center_test_loss"] == pytest.approx(plain["center_test_loss"], rel=1e-3)
