@@ -1,12 +1,15 @@
-"""What a screen can show: lines as wide as it is, and of characters that it lacks what stands in their place."""
+"""What people see: lines as wide as their screen, and of characters that it lacks what stands in their place."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import os
 import shutil
 import sys
+from contextlib import suppress
 from textwrap import fill
+from typing import TextIO
 
 from .launch import own_slot
 
@@ -69,11 +72,56 @@ codecs.register_error("hpc_grawa.spell", _spell)
 def spell_unknown_characters() -> None:
     r"""From now on print what the screen's encoding lacks in ASCII, instead of raising ``UnicodeEncodeError``.
 
-    Greek letters by name, ``±`` as ``+-``; bytes of a file's name that are no text, and letters, as ``\udcff``.
+    Greek letters by name, ``±`` as ``+-``; bytes of a file's name that are no text, and letters, as ``\udcff``. What is
+    printed where the program was started without an output (``>&-``) is lost.
     """
+    if not (sys.stdout and sys.stderr):
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="hpc_grawa.spell")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line by one write: horovodrun puts its prefix before each, and an unbuffered print makes two.
+
+    A line for which there is no room, on a full disk say, is lost: that neither ends a job nor keeps it from ending.
+
+    Args:
+        text: the line, or several.
+        stream: the standard output (None) or error.
+
+    Raises:
+        BrokenPipeError: whoever read the standard output is gone.
+    """
+    stream = stream or sys.stdout
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and stream is sys.stdout:
+            raise
+        drop(stream)
+
+
+def drop(stream: TextIO) -> None:
+    """Lose what a stream could not write so far, which would fail again when the program ends."""
+    with suppress(OSError):  # no file, but a notebook's
+        place = stream.fileno()
+        kept, nowhere = os.dup(place), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, place)
+        stream.flush()
+        os.dup2(kept, place)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def flush() -> None:
+    """Both streams, before a process is ended."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
 
 
 def as_shown(text: str) -> str:

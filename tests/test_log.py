@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from launcher import called
 from test_cli import LINE
 
+from hpc_grawa import cli
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.log import Log, human_bytes, new_folder, open_run, write_atomically
@@ -147,6 +150,32 @@ def test_training_ends_as_it_should_where_its_records_find_no_room(
     assert (status, errors) == (0, "") and output.count("metrics.jsonl cannot be written (File too large)") == 1
     assert (tmp_path / "a/metrics.jsonl").stat().st_size == 10_000
     assert json.loads((tmp_path / "a/summary.json").read_text())["state"] == "finished"
+
+
+@contextmanager
+def output_full() -> Iterator[None]:
+    """Within the block the standard output is on a full disk; nothing may be left for it that would fail at the end."""
+    with open("/dev/full", "w") as full, redirect_stdout(full):
+        yield
+        full.flush()
+
+
+def test_a_full_disk_under_the_standard_output_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.plain_process(monkeypatch)
+    words = ["train", *LINE, "--budget.steps=4", "--log.tensorboard=false", "--run.name=a", f"--run.dir={tmp_path}"]
+    with output_full():
+        cli.main(words)
+    assert json.loads((tmp_path / "a/summary.json").read_text())["state"] == "finished"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_printed_on_a_full_disk_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with output_full(), pytest.raises(SystemExit) as ended:
+        cli.main(["methods"])
+    told = "hpc-grawa methods: error: the output cannot be written: No space left on device\n"
+    assert ended.value.code == 1 and capsys.readouterr() == ("", told)
 
 
 def test_word_of_a_failure_is_whole_or_absent_and_the_first_stays(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, is_over, new_folder, write_atomically
 from ..runs.reading import parse_settings, read_object
 from ..runs.record import PLACE, flatten, read_run
-from ..screen import columns, counted
+from ..screen import columns, counted, say
 from ..training.config import Config, renamed
 from ..training.resume import RunPlace
 from .classes import find_class, short
@@ -225,7 +225,7 @@ class Comparison:
                 ended = self._fit(_resumed(config, str(config.run.name)), comm)
             except NonFinite as error:
                 if comm.rank == 0:
-                    print(f"{config.run.name} has diverged: {error}", file=sys.stderr, flush=True)
+                    say(f"{config.run.name} has diverged: {error}", sys.stderr)
                 continue
             if ended["state"] != "finished":
                 return ended
@@ -288,7 +288,7 @@ class Comparison:
             if status and (status in (75, 130) or ended in ("timed out", "preempted", "stopped")):
                 return status
             if status:
-                print(f"{config.run.name} has ended with status {status}", file=sys.stderr, flush=True)
+                say(f"{config.run.name} has ended with status {status}", sys.stderr)
                 failed = status
         return failed
 

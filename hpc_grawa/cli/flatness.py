@@ -23,9 +23,9 @@ from ..flatness.measure import MEASURES, Models, Settings, Subject, is_known, me
 from ..flatness.objective import Objective, Statistics
 from ..launch import Slot
 from ..runs.checkpoint import Checkpoints
-from ..runs.log import Log, say, write_atomically
+from ..runs.log import Log, write_atomically
 from ..runs.record import FLATNESS, group, read_flatness, read_run
-from ..screen import counted, wrapped
+from ..screen import counted, say, wrapped
 from ..training.config import Config
 from ..training.preflight import fail_together
 from .compare import runs_of

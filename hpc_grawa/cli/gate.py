@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ..errors import ConfigError, Damaged
 from ..launch import own_slot
+from ..screen import say
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def named_errors(program: str) -> Iterator[None]:
         if slot.rank == 0 or elsewhere:
             where = f"on {platform.node()}: " if elsewhere else ""
             line = " ".join(f"{where}{error}".splitlines())
-            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+            say(f"{program}: error: {line}", sys.stderr)
             raise SystemExit(2) from None
         raise SystemExit(0) from None
 

@@ -23,9 +23,9 @@ from ..comm import Backend, Communicator
 from ..errors import ConfigError, require, wrong
 from ..launch import Slot, own_slot
 from ..methods import Method
-from ..runs.log import Log, say
+from ..runs.log import Log
 from ..runs.record import read_run
-from ..screen import spell_unknown_characters, wrapped
+from ..screen import drop, say, spell_unknown_characters, wrapped
 from ..training.resume import RunPlace
 from .classes import find_class, is_class
 from .finished import CENTER, FinishedRun, finished_config
@@ -76,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError:
+        try:
+            print(flush=True)
+        except OSError as error:  # so it was no other file's
+            drop(sys.stdout)
+            say(f"hpc-grawa {name}: error: the output cannot be written: {error.strerror}", sys.stderr)
+            raise SystemExit(1) from None
+        raise
 
 
 def _unread() -> bool:
@@ -440,7 +448,7 @@ def toy(words: list[str], slot: Slot) -> None:
         print(f"\nfigure  {options.figure}")
     except KeyboardInterrupt:
         log.close()
-        print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+        say(f"\n{program}: interrupted", sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -12,8 +12,7 @@ import torch
 from ..comm import Communicator, choose, connect
 from ..errors import ConfigError, Damaged, NonFinite, RanksDisagree
 from ..launch import Slot, default_threads, local_device
-from ..runs.log import say
-from ..screen import counted
+from ..screen import counted, say
 from ..training.config import Config
 
 
@@ -48,11 +47,11 @@ def together(program: str, config: Config, slot: Slot, first_line: str) -> Itera
         interrupted = isinstance(error, KeyboardInterrupt)
         if comm.rank == 0:
             report = f"\n{program}: interrupted" if interrupted else f"{program}: error: {error}"
-            print(report, file=sys.stderr, flush=True)
+            say(report, sys.stderr)
         comm.abort(130 if interrupted else 2 if isinstance(error, ConfigError) else 1)
         raise
     except Damaged as error:  # on the rank that has read it, which speaks
-        print(f"{program}: error: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        say(f"{program}: error: rank {comm.rank}: {error}", sys.stderr)
         comm.abort(2)
         raise
     except SystemExit as error:  # of the user's classes: the interpreter would leave without a word

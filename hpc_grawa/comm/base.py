@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import LostContact
 from ..network import host_identity
 from ..runs.heartbeat import Watch
+from ..screen import say
 from .meter import TRAINING_PURPOSES, Meter, Purpose, Verb, cuda_event
 
 
@@ -296,7 +297,7 @@ class Communicator(ABC):
         def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             time.sleep(min(self.rank, 2))  # where all ranks fail alike, the lowest speaks for them
             if speak is sys.__excepthook__:  # which writes in pieces: launchers put lines of their own between them
-                print("".join(format_exception(kind, error, trace)), end="", file=sys.stderr, flush=True)
+                say("".join(format_exception(kind, error, trace)).removesuffix("\n"), sys.stderr)
             else:
                 speak(kind, error, trace)
             if os.getpid() != self._process:
@@ -306,7 +307,7 @@ class Communicator(ABC):
                 time.sleep(1)  # for the last word of the one that is gone
                 gone = self.watch.news()
                 news = f" at step {self.meter.said()['step']}" + (f" ({gone})" if gone else "")
-            print(f"rank {self.rank} of {self.size} failed{news}: ending the job on all ranks", file=sys.stderr)
+            say(f"rank {self.rank} of {self.size} failed{news}: ending the job on all ranks", sys.stderr)
             time.sleep(0.2)  # for the launcher to pass it on before its own words about the end
             self.abort()
 

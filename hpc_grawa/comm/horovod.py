@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import sys
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..errors import LostContact
 from ..launch import local_device, own_slot
+from ..screen import flush
 from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .store import StoreCounter
@@ -126,8 +126,7 @@ class HorovodCommunicator(Communicator):
 
     def abort(self, status: int = 1) -> None:
         # Without a shutdown handshake: the launcher sees the death of this rank and ends the others.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(status)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..screen import flush
 from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .store import StoreCounter
@@ -159,8 +160,7 @@ class MPICommunicator(Communicator):
         return made[0]
 
     def abort(self, status: int = 1) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:

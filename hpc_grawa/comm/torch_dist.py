@@ -18,6 +18,7 @@ from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 from ..errors import ConfigError, LostContact
 from ..launch import Slot, local_device, own_slot
 from ..network import first_host, first_port, interface_of, own_name_is_reachable, way_to
+from ..screen import flush
 from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .store import StoreCounter, join, serve, shared_store
@@ -142,8 +143,7 @@ class TorchCommunicator(Communicator):
 
     def abort(self, status: int = 1) -> None:
         # Without a word to the others: the launcher sees the death of this rank and ends them.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(status)
 
     def close(self) -> None:

@@ -31,8 +31,8 @@ from ..comm import Backend, Communicator, Library, choose, connect, libraries
 from ..errors import ConfigError
 from ..launch import Slot, default_threads, local_device, own_slot, pmi, slurm_job
 from ..network import host_identity, interfaces, interfaces_told, own_name_is_reachable
-from ..runs.log import say, versions
-from ..screen import wrapped
+from ..runs.log import versions
+from ..screen import say, wrapped
 from .diagnosis import SEEN, Examination, Folder, Process, Speed, diagnose, verdict
 
 #: Seconds of the test of messages, and for SLURM's programs.
@@ -276,7 +276,7 @@ def doctor(asked: Backend, folder: Path, patience: float, slot: Slot) -> int:
         found = {} if refused else ask_child(backend, folder, patience)
         if found.get("failed") and slot.local_rank == 0 and slot.local_size < slot.size:
             time.sleep(10)  # what is wrong on every host rank 0 says
-            print(f"hpc-grawa doctor: rank {slot.rank} on {platform.node()}: {found['failed']}", file=sys.stderr)
+            say(f"hpc-grawa doctor: rank {slot.rank} on {platform.node()}: {found['failed']}", sys.stderr)
         return 0
     alone = ask_child(None, folder, patience)
     if asked == "auto" and backend == "single" and not refused:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..launch import first_process, parent_of
+from ..screen import say
 from .log import write_atomically
 
 #: Seconds between two heartbeats.
@@ -309,8 +310,7 @@ class Watch:
     def _end(self, line: str) -> None:
         # Should the backend's abort hang: from no Python thread, which may have to wait for a call of C.
         faulthandler.dump_traceback_later(10, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-        with suppress(OSError):  # nobody may be there to read it
-            print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)
         with suppress(Exception):
             if self._comm is not None:
                 self._comm.abort(1)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import wrong
+from ..screen import say
 from .heartbeat import clock_of
-from .log import say, write_atomically
+from .log import write_atomically
 
 #: Seconds between heartbeats of the job that holds a folder, and without one after which it counts as dead.
 BEAT, DEAD = 5.0, 60.0
@@ -112,7 +113,7 @@ class Lock:
 
     def _give_up(self, job: str) -> None:
         same = job == json.loads(self._content)["job"]
-        print(f"{self._file} is {job}'s now: {'stopped' if same else 'ending'}", file=sys.stderr, flush=True)
+        say(f"{self._file} is {job}'s now: {'stopped' if same else 'ending'}", sys.stderr)
         if not same:
             os._exit(2)
         # Started again elsewhere: if this rank ended, srun would have SLURM end the step of that number, there.

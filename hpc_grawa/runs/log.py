@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, Damaged, in_a_line, wrong
-from ..screen import is_terminal
+from ..screen import is_terminal, say
 from .reading import read_object
 
 #: Seconds between plain lines where the screen is not a terminal.
@@ -144,12 +144,6 @@ def environment(world_size: int, backend: str, network: str | None) -> dict[str,
             if key.startswith(("SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "OMP_NUM_", "HOROVOD_", "NCCL_"))
         },
     }
-
-
-def say(text: str) -> None:
-    """Print a line by one write: horovodrun puts its prefix before each, and an unbuffered print makes two."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 class Log:

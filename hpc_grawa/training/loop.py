@@ -18,8 +18,9 @@ from ..errors import NonFinite, RanksDisagree
 from ..launch import signals_heeded
 from ..runs.checkpoint import Checkpoints, Restored, bytes_of, check_world, model_state
 from ..runs.heartbeat import Watch
-from ..runs.log import Log, commit, open_run, say, versions, write_atomically
+from ..runs.log import Log, commit, open_run, versions, write_atomically
 from ..runs.record import read_run
+from ..screen import say
 from .budget import Cadence
 from .config import Config
 from .ending import Ending, failure_recorded

@@ -13,9 +13,10 @@ from ..launch import job_name, restarts
 from ..runs.checkpoint import check_world, saved_world
 from ..runs.heartbeat import ending_of, read_heartbeats
 from ..runs.lock import Lock
-from ..runs.log import is_finished, new_folder, say
+from ..runs.log import is_finished, new_folder
 from ..runs.reading import parse_settings, read_object, read_text
 from ..runs.record import PLACE, flatten
+from ..screen import say
 from .config import Config, renamed
 
 #: May differ when a run goes on.
