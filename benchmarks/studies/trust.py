@@ -44,7 +44,7 @@ def train(
     """Ratios of each layer at the steps that come with them; every one is that of the step as it was made."""
     torch.manual_seed(0)
     examples = data.load().train
-    model = SmallCNN(in_channels=3, width=16, depth=4)
+    model = SmallCNN(in_channels=3, width=8, depth=4)
     vector = hpc_grawa.ParameterVector(model)
     optimizer: optim.Optimizer = settings.build(vector, RunFacts(total_steps=steps))
     peak, warmup = optimizer.param_groups[0]["lr"], 20
