@@ -3,11 +3,11 @@
 
     python data_prep/imagenet.py --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \
         --devkit ILSVRC2012_devkit_t12.tar.gz --out data/imagenet
-    python data_prep/imagenet.py --train DIR --val DIR --out data/imagenet      (one folder per class in each)
+    python data_prep/imagenet.py --train TRAIN --val VAL --out data/imagenet      (one folder per class in each)
 
 The three archives are those of https://image-net.org, as they come: nothing is extracted, images are read where they
 lie. Each image is decoded in full, made RGB, brought to a shorter side of --resize pixels if it is larger, and encoded
-once as JPEG. DIR then holds
+once as JPEG. The folder of --out then holds
 
     train-00000.tar ...   plain tar files (USTAR) of about 0.5 GB with CLASS/NAME.jpg     val-00000.tar ...
     train.npy, val.npy    where each image lies: (shard, offset, length, label, crc32), in the order of the archives
@@ -277,6 +277,8 @@ def read_sources(train: Path, val: Path, devkit: Path | None) -> tuple[Devkit, d
     for path in filter(None, (train, val, devkit)):
         if not path.exists():
             raise Refused(f"{path}: no such file or folder; the archives are at {SOURCE}")
+    if train.is_dir() and train.samefile(val):
+        raise Refused(f"{val}: is --train and --val, so that a test would be on the training images")
     kit = None if devkit is None else read_devkit(devkit)
     if kit is None:
         if not (train.is_dir() and val.is_dir()):
@@ -304,6 +306,11 @@ def read_sources(train: Path, val: Path, devkit: Path | None) -> tuple[Devkit, d
                     raise Refused(f"{origin.path}: has two images that would be {member}; rename one")
                 if size > LARGEST:
                     raise Refused(f"{origin.path}, {name}: {size:,} bytes, an image has at most {LARGEST:,}")
+                if len(os.fsencode(member)) > 100:  # else it fits whatever it is
+                    try:
+                        tarfile.TarInfo(member).tobuf(tarfile.USTAR_FORMAT)
+                    except ValueError:
+                        raise Refused(f"{origin.path}, {name}: too long a name for a tar file; rename it") from None
                 stems.add(member)
     return kit, parts
 
@@ -325,6 +332,15 @@ def fingerprint(parts: dict[str, list[Origin]], settings: dict[str, Any]) -> str
 
 class Corrupt(Exception):
     """An image that cannot be decoded."""
+
+
+def rgb(opened: Any) -> Any:
+    """The image in RGB of 8 bits: of grey of 16 bits the upper 8, where Pillow would make white of all above 255."""
+    if opened.mode.startswith("I"):  # PNGs of 16 bits, by older Pillows as if they had 32
+        from PIL import Image
+
+        opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    return opened.convert("RGB")
 
 
 class Encoder:
@@ -367,7 +383,7 @@ class Encoder:
     def _encoded(self, opened: Any) -> bytes:
         from PIL import Image
 
-        image = opened.convert("RGB")
+        image = rgb(opened)
         shorter = min(image.size)
         if self._resize and shorter > self._resize:
             to = [max(self._resize, round(side * self._resize / shorter)) for side in image.size]
@@ -502,10 +518,7 @@ class _Shard:
         """Add a member; the offset of its content."""
         info = tarfile.TarInfo(name)
         info.size = len(content)
-        try:
-            self._put(info.tobuf(tarfile.USTAR_FORMAT))
-        except ValueError:
-            raise Refused(f"{name}: too long a name for a tar file; rename it") from None
+        self._put(info.tobuf(tarfile.USTAR_FORMAT))
         at = self.size
         self._put(content + bytes(padded(len(content)) - len(content)))
         return at

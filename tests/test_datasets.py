@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from hpc_grawa import cli, random_streams, simulate
+from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.data import Datasets, in_advance
 from hpc_grawa.errors import ConfigError
@@ -239,6 +240,37 @@ def test_a_process_that_is_killed_is_named() -> None:
     train = Datasets(train=Deadly, test=examples, workers=1).load().train
     with pytest.raises(RuntimeError, match=r"of data\.workers was killed"):
         train.batch(torch.arange(30, 40))
+    with pytest.raises(RuntimeError, match=r"of data\.workers was killed"):  # also before the next batch begins
+        train.batch(torch.arange(3))
+
+
+class Unreadable(Exception):
+    """Cannot be unpickled."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+
+
+class Broken(Noisy):
+    def __getitem__(self, number: int) -> Any:
+        raise Unreadable("7.png", "not an image")
+
+
+def test_what_an_example_raises_is_told_whatever_it_is() -> None:
+    train = Datasets(train=Broken, test=examples, workers=1).load().train
+    with pytest.raises(RuntimeError, match=r"(?s)in __getitem__.*Unreadable: 7\.png: not an image"):
+        train.batch(torch.arange(3))
+
+
+def test_runs_of_a_comparison_share_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where these are the same."""
+    own.plain_process(monkeypatch)
+    of_all = [word for word in words() if not word.startswith("--method")]
+    plan = Comparison.read("EASGD,LGRAWA", "1,2", None, "data.batch_size=4,8", of_all, "hpc-grawa compare").plan
+    shared: dict[int, set[int]] = {}
+    for _, config in plan:
+        shared.setdefault(config.data.batch_size, set()).add(id(config.data))
+    assert len(plan) == 8 and {size: len(found) for size, found in shared.items()} == {4: 1, 8: 1}
 
 
 @launched

@@ -146,6 +146,25 @@ def test_whatever_an_image_is_it_becomes_an_rgb_jpeg(mode: str, kind: str, tmp_p
     assert np.abs(pixels(packed) - pixels(content)).mean() < 3
 
 
+def test_of_grey_of_16_bits_the_upper_8_are_kept(tmp_path: Path) -> None:
+    values = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    images = {"train": {"cat": {"deep.png": buffer.getvalue()}}, "val": {"cat": {"deep.png": buffer.getvalue()}}}
+    assert prepare(tmp_path / "out", *folders(tmp_path / "in", images), "--quality=98") == 0
+    ((_, packed, _),) = stored(tmp_path / "out", "train")
+    assert np.abs(pixels(packed) - (values >> 8).astype(float)[..., None]).mean() < 3
+
+
+def test_what_cannot_be_packed_is_told_before_anything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"cat": {f"{'猫' * 40}.png": jpeg(64, 48, "RGB", "PNG")}}
+    options = folders(tmp_path / "long", {"train": long, "val": long})
+    refused(capsys, tmp_path / "out", options, "too long a name for a tar file; rename it")
+    train = tmp_path / "long/train"
+    refused(capsys, tmp_path / "out", [f"--train={train}", f"--val={train}"], "is --train and --val")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("inks", "colour"),  # of cyan, magenta, yellow, black; what ink absorbs is its complement
     [

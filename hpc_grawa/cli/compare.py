@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..comm import Communicator, Meter
+from ..data import Data
 from ..errors import ConfigError, Damaged, NonFinite, wrong
 from ..runs.checkpoint import saved_world
 from ..runs.log import is_finished, is_over, new_folder, write_atomically
@@ -160,6 +161,10 @@ class Comparison:
                         own = [f"--{key}={value}" for key, value in point]
                         own += [] if network is None else [f"--network={network}"]
                         plan.append(run(name, *own, f"--run.seed={seed}", f"--run.name={title}", f"--run.dir={folder}"))
+        made: dict[str, Data] = {}
+        for _, config in plan:  # one of each, where a class holds its examples
+            settings_of_data = json.dumps(parse_settings(config.text, "config")["data"], sort_keys=True)
+            config.data = made.setdefault(settings_of_data, config.data)
         folders = [str(config.run.name) for _, config in plan]
         if twice := [name for name in folders if folders.count(name) > 1]:
             fix = f"gives two runs the name {twice[0]}: must have one of them in a comparison of its own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,9 @@ def finished_config(run: Path, program: str, backend: str, data_path: str | None
     again = [f"--config={file}", f"--backend={backend}", "--network=null", "--compile=false"]
     if settings.get("device") == "cuda" and not torch.cuda.is_available():
         again.append("--device=auto")  # what was trained on GPUs may be looked at elsewhere
+    workers, processors = settings["data"].get("init_args", {}).get("workers"), len(os.sched_getaffinity(0))
+    if isinstance(workers, int) and workers > processors:  # as the trainer's machine had
+        again.append(f"--data.workers={processors}")
     if data_path is not None:
         again.append(f"--data.path={data_path}")
     return parse(again, program)

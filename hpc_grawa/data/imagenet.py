@@ -7,6 +7,7 @@ import json
 import math
 import os
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -215,8 +216,8 @@ class PackedImages:
 
         def fill(first: int) -> None:
             for i in range(first, min(first + _CHUNK, len(rows))):
-                shard, offset, length, _, _ = rows[i].item()
-                image = self._decoded(shard, offset, length)
+                shard, offset, length, _, crc32 = rows[i].item()
+                image = self._decoded(shard, offset, length, crc32)
                 out[i] = self.view.center(image) if draws is None else self.view.random(image, draws[i])
 
         parts = [self._pool.submit(fill, first) for first in range(0, len(rows), _CHUNK)]
@@ -242,12 +243,14 @@ class PackedImages:
         scale, shift = self._constants[coded.device]
         return torch.mul(coded, scale).add_(shift).view(-1, side, side, 3).permute(0, 3, 1, 2)
 
-    def _decoded(self, shard: int, offset: int, length: int) -> Pixels:
+    def _decoded(self, shard: int, offset: int, length: int, crc32: int) -> Pixels:
         content = self.files.read(shard, offset, length)
         try:
             height, width = jpeg_size(content)
             if height * width > MOST_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
+            if zlib.crc32(content) != crc32:  # of most damage decoders make an image
+                raise ValueError("its bytes are not those that were packed")
             return decoder()(content)
         except (RuntimeError, OSError, SyntaxError, ValueError) as error:
             where = f"{self.files.paths[shard]}, the image at {offset}"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from traceback import format_exception
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class Workers:
         context = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             context.set_forkserver_preload(["torch"])  # once for all
-        self._pool = ProcessPoolExecutor(count, context, _begin, (pickled,))
+        self._pool = ProcessPoolExecutor(count, context, _begin, ([pickled],))
 
     def start(self, which: int, numbers: list[int], seed: int | None) -> Callable[[], Any]:
         """Begin to make a batch of the data set number ``which``; what is returned waits for it.
@@ -86,6 +87,8 @@ class Workers:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
         try:
             made = self._pool.submit(_make, which, numbers, seed)
+        except BrokenProcessPool as error:
+            raise self._killed(error) from error.__cause__
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -93,13 +96,17 @@ class Workers:
             try:
                 found = made.result()
                 return pickle.loads(found.content) if isinstance(found, _Pickled) else found
-            except BrokenProcessPool:
-                raise RuntimeError(
-                    f"one of the {self.count} processes of data.workers was killed: too little memory, or shared "
-                    f"memory (df -h /dev/shm)?"
-                ) from None
+            except BrokenProcessPool as error:
+                raise self._killed(error) from error.__cause__
 
         return finish
+
+    def _killed(self, error: BrokenProcessPool) -> RuntimeError:
+        whom = f"one of the {self.count} processes of data.workers"
+        if error.__cause__ is not None:  # what it sent could not be read here, for want of open files say
+            last = str(error.__cause__).strip('" \n').splitlines()[-1]  # of a traceback in quotation marks
+            return RuntimeError(f"{whom} is lost: {last}")
+        return RuntimeError(f"{whom} was killed: too little memory, or shared memory (df -h /dev/shm)?")
 
 
 class _Pickled(NamedTuple):
@@ -114,7 +121,7 @@ _SHARED = 16
 _content: tuple[Any, ...] | Exception = ()
 
 
-def _begin(pickled: bytes) -> None:
+def _begin(given: list[bytes]) -> None:
     global _content
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RANK)
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
@@ -124,7 +131,7 @@ def _begin(pickled: bytes) -> None:
 
         mpi4py.rc.initialize = False  # an own module may import it: this process is no rank
     try:
-        _content = pickle.loads(pickled)
+        _content = pickle.loads(given.pop())  # else the executor would hold it, as large as what is made of it
     except Exception as error:
         _content = error
 
@@ -139,5 +146,12 @@ def _end_with_the_rank() -> None:
 def _make(which: int, numbers: list[int], seed: int | None) -> Nest:
     if isinstance(_content, Exception):
         raise _content
-    batch = make_batch(_content[which], _content[-1], numbers, seed)
+    try:
+        batch = make_batch(_content[which], _content[-1], numbers, seed)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # some cannot, and would take the process for killed
+            raise RuntimeError("".join(format_exception(error))) from None
+        raise
     return _Pickled(pickle.dumps(batch, protocol=5)) if len(leaves(batch)) > _SHARED else batch
