@@ -116,8 +116,6 @@ def DistributedOptimizer(
     distributed.run = run
     distributed.synchronize = steps.synchronize
     distributed.skip_synchronize = steps.skip_synchronize
-    # Has GradScaler.step call step() itself, with the scale in this attribute, instead of skipping steps.
-    distributed._step_supports_amp_scaling = True
     return distributed
 
 
@@ -223,11 +221,6 @@ class _Steps:
             raise RuntimeError(
                 "optimizer.step() after the run has ended (optimizer.run.finish() or close()), which no other rank "
                 "would hear of: wrap it once more by DistributedOptimizer(optimizer, model, method) to go on"
-            )
-        if hasattr(optimizer, "grad_scale"):
-            raise ConfigError(
-                "GradScaler cannot scale the loss here: every rank would choose a scale of its own and leave out steps "
-                "of its own; train in bfloat16 (torch.autocast with dtype=torch.bfloat16), which needs none, or float32"
             )
         named = "closure" in kwargs
         closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None

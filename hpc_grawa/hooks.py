@@ -7,14 +7,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 
+def gradient_hooks(parameters: Iterable[Tensor], method: Callable[[int, Tensor], None]) -> list[Any]:
+    """Handles of hooks that call ``method(i, p)`` once ``p.grad`` of the i-th parameter is there.
+
+    They do not keep the method's owner alive: it holds the parameters, and no garbage collection finds a cycle that
+    leads through such hooks.
+    """
+    owner = WeakMethod(method)
+
+    def call(i: int, p: Tensor) -> None:
+        if (found := owner()) is not None:
+            found(i, p)
+
+    return [p.register_post_accumulate_grad_hook(partial(call, i)) for i, p in enumerate(parameters)]  # type: ignore[no-untyped-call]
+
+
 class AfterBackward:
-    """Calls ``function`` at the end of every backward pass that reaches one of the parameters, if it ends well.
+    """As long as it lives, calls ``function`` at the end of backward passes that reach a parameter, if they end well.
 
     Where a pass reaches the parameters of several of these, their functions are called in one order, that of the latest
     made first, whatever order gradients came in. A pass within a pass (reentrant checkpointing) is a part of it.
@@ -32,10 +47,7 @@ class AfterBackward:
     def __init__(self, parameters: Sequence[nn.Parameter], function: Callable[[], None]) -> None:
         self.function, self.number = function, next(self._count)
         self.reached: set[int] = set()
-        self._handles = [
-            p.register_post_accumulate_grad_hook(partial(self._reach, i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(parameters)
-        ]
+        self._handles = gradient_hooks(parameters, self._reach)
 
     def _reach(self, i: int, _: Tensor) -> None:
         self.reached.add(i)

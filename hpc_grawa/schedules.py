@@ -64,6 +64,12 @@ class RunFacts:
         if self.step and then and self.steps_per_epoch and then != self.steps_per_epoch:
             self.base = self.step, self.base[1] + (self.step - step) / Fraction(then)
 
+    def advance(self, steps: int = 1) -> None:
+        """Count local steps, and what of a budget in steps is used by them."""
+        self.step += steps
+        if self.total_steps:
+            self.progress = min(1.0, self.share(self.step, self.total_steps))
+
     def share(self, step: int, total_steps: int) -> float:
         """Of ``total_steps``, what is over at a step; from ``base`` on the share grows from what it was there."""
         if self.base_share is None or step >= total_steps:

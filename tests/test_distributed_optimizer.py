@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import re
+import weakref
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -27,6 +29,7 @@ from hpc_grawa import (
     LSGD,
     DataParallel,
     DistributedOptimizer,
+    LocalLGRAWA,
     LocalSGD,
     Method,
     ParameterVector,
@@ -36,6 +39,7 @@ from hpc_grawa.averaging.synchronizer import Round
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError, RanksDisagree
+from hpc_grawa.schedules import Cosine, RunFacts
 
 STEPS = 14
 
@@ -535,6 +539,36 @@ def test_the_optimizer_s_state_is_saved_and_loaded(on_ranks: Ranks) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_schedule_follows_the_steps_of_a_loop_of_ones_own() -> None:
+    model, facts, schedule = linear(), RunFacts(total_steps=10), Cosine()
+    optimizer = sgd(model.parameters())
+    run = LocalSGD(period=3).build(SingleCommunicator(), ParameterVector(model), optimizer, facts=facts)
+    for step in range(10):
+        assert schedule(facts) == pytest.approx((1 + math.cos(math.pi * step / 10)) / 2)
+        gradient(model, 0, step)
+        optimizer.step()
+        run.after_step()
+
+
+@pytest.mark.parametrize("method", [DataParallel(), LocalLGRAWA(period=2), LocalSGD(period=2)])
+@pytest.mark.parametrize("kind", ["DistributedOptimizer", "build"])
+def test_what_was_not_finished_is_freed(method: Method, kind: str) -> None:
+    """A trial that ended by an error, say: hooks on parameters keep nothing alive."""
+    model = linear()
+    optimizer = sgd(model.parameters())
+    if kind == "build":
+        held: Any = method.build(SingleCommunicator(), ParameterVector(model), optimizer)
+        alive = weakref.ref(held)
+    else:
+        held = DistributedOptimizer(optimizer, model, method, comm=SingleCommunicator())
+        alive = weakref.ref(held.run)
+        gradient(model, 0, 0)
+        held.step()
+    del model, optimizer, held
+    gc.collect()
+    assert alive() is None
+
+
 def test_a_state_made_with_the_optimizer_is_there_again_after_a_reset() -> None:
     """Adagrad makes its sums before its first step, and only then."""
     model = linear()
@@ -701,6 +735,23 @@ def test_grad_scaler_is_refused(unscales: bool) -> None:
     with pytest.raises(ConfigError, match=r"GradScaler .* bfloat16"):
         scaler.step(optimizer)
     assert torch.equal(flat(model), after)
+
+
+def test_grad_scaler_is_refused_in_a_loop_of_ones_own_until_its_end() -> None:
+    model = linear()
+    optimizer = sgd(model.parameters())
+    run = LocalLGRAWA(period=2).build(SingleCommunicator(), ParameterVector(model), optimizer)
+    inputs, targets = line(0, 0)
+    before = flat(model)
+    for refused in (True, False):
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale((model(inputs) - targets).square().mean()).backward()
+        with pytest.raises(ConfigError, match=r"GradScaler .* bfloat16") if refused else nullcontext():
+            scaler.step(optimizer)
+        assert torch.equal(flat(model), before) == refused
+        if refused:
+            optimizer.zero_grad()
+            run.close()
 
 
 def test_an_optimizer_distributed_twice() -> None:

@@ -32,6 +32,7 @@ def layers() -> tuple[nn.ModuleList, list[list[bool]], set[int]]:
     model, ends = nn.ModuleList(nn.Linear(3, 3) for _ in range(4)), []
     parameters = list(model.parameters())
     passes = AfterBackward(parameters, lambda: ends.append([p.grad is not None for p in parameters]))
+    model.passes = passes  # type: ignore[assignment] # which hears of them as long as it lives
     return model, ends, passes.reached
 
 
@@ -75,11 +76,14 @@ def test_functions_are_called_in_one_order_until_they_are_taken_back() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     called: list[str] = []
     one = AfterBackward(list(first.parameters()), lambda: called.append("one"))
-    AfterBackward(list(second.parameters()), lambda: called.append("two"))
+    two = AfterBackward(list(second.parameters()), lambda: called.append("two"))
     for outer, inner in ((first, second), (second, first)):
         outer(inner(X)).sum().backward()
     assert called == ["two", "one"] * 2
     one.close()
+    first(second(X)).sum().backward()
+    assert called == ["two", "one"] * 2 + ["two"]
+    two.close()
     first(second(X)).sum().backward()
     assert called == ["two", "one"] * 2 + ["two"]
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
 from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.errors import ConfigError
+from hpc_grawa.methods.run import learning_rate
 from hpc_grawa.optim import (
     ASAM,
     LAMB,
@@ -325,6 +327,49 @@ def test_the_state_of_a_base_is_averaged(base: LocalOptimizer) -> None:
 
     for a, b in zip(*simulate(2, body), strict=True):
         assert torch.equal(a, b) and a.any()
+
+
+@pytest.mark.parametrize("settings", [SAM(rho=5.0), ASAM(rho=5.0), LPFSGD(parts=2, sigma=1.0)])
+def test_an_autocast_around_the_step_knows_where_the_parameters_are(settings: LocalOptimizer) -> None:
+    """It keeps casts of them until its end, whatever moves them meanwhile."""
+    losses = []
+    for outside in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Linear(8, 1), torch.randn(16, 8)
+        vector = ParameterVector(model)
+        optimizer = build(settings, vector, RunFacts())
+        run = DataParallel().build(SingleCommunicator(), vector, optimizer)
+        seen: list[float] = []
+
+        def loss(part: tuple[int, int] = (0, 1), model: nn.Module = model, x: Tensor = x) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = model(x).float().square().mean()
+            seen.append(float(found.detach()))  # noqa: B023 - called in this turn
+            return found
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            run.after_step(optimizer.step(run.closure(loss)))  # type: ignore[arg-type]
+        losses.append(seen)
+    assert losses[0] == losses[1] and len(set(losses[0])) == 2
+
+
+def test_the_rate_of_a_run_is_that_of_parameters_in_no_group_wherever_they_stand() -> None:
+    vector = ParameterVector(twin_of_layers())
+    for settings in (AdamW(), Muon(), LARS(), LAMB()):
+        settings = replace(settings, lr=0.01, groups=[{"match": "*.weight", "lr_factor": 0.1}])
+        assert learning_rate(build(settings, vector, RunFacts())) == 0.01
+
+
+def test_decay_that_a_group_asks_for_is_not_taken_from_biases() -> None:
+    for settings in (LARS(), LAMB()):
+        own = replace(settings, groups=[{"match": "0.bias", "weight_decay": 0.5}])
+        groups = build(own, ParameterVector(twin_of_layers()), RunFacts()).param_groups
+        decays = [(tuple(p.shape), group["weight_decay"]) for group in groups for p in group["params"] if p.dim() == 1]
+        assert sorted(decays) == [((3,), 0.0), ((4,), 0.5)]
+
+
+def twin_of_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
 def test_muon_steps_matrices_as_torch_does_and_the_rest_by_adamw() -> None:

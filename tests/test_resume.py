@@ -28,6 +28,7 @@ from hpc_grawa.averaging.probe import probe_gradient
 from hpc_grawa.cli.main import TRY_AGAIN
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints, model_file
@@ -666,6 +667,24 @@ def test_what_a_run_does_not_go_on_with(
     assert refused("--run.name=null", "--budget.steps=8") == (
         "run.resume is auto: must be never without run.name, where SLURM gives the job no number"
     )
+
+
+def test_a_run_goes_on_by_the_budget_and_the_groups_that_it_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first step: the schedule of the steps that are left, and lists among a group's settings too."""
+    own.plain_process(monkeypatch)
+
+    def worker(steps: int, beta: float) -> Worker:
+        groups = f"--optimizer.groups=[{{match: '*.weight', betas: [{beta}, 0.99]}}]"
+        words = ["--config=digits", "--method=LGRAWA", "--optimizer=AdamW", groups, "--schedule=Cosine"]
+        return Worker(parse([*words, "--budget.seconds=null", f"--budget.steps={steps}"]), SingleCommunicator())
+
+    first, second = worker(12, 0.5), worker(24, 0.7)
+    for _ in range(6):
+        first.step()
+    assert first.facts.progress == 0.5
+    second.load_state_dict(first.state_dict())
+    assert second.facts.progress == 0.25
+    assert [min(group["betas"]) for group in second.optimizer.param_groups] == [0.9, 0.7]
 
 
 CHANGING = (*LINE, "--method.period=4", "--log.tensorboard=false", "--save.unit=steps", "--save.every=4")

@@ -12,6 +12,7 @@ from torch import Tensor, optim
 
 from ..comm import Communicator, Work
 from ..errors import ConfigError, NonFinite, RanksDisagree
+from ..hooks import gradient_hooks
 from ..vector import ParameterVector
 from .base import Aggregator
 from .codec import Bucket, Codec
@@ -127,12 +128,7 @@ class Bucketed(Aggregator):
         self._held_twice = 0
         self._most_twice = max(len(bucket.gradient) for bucket in self._buckets)
         self._attach(range(n))
-        self._handles = [
-            p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda p, i=i: self._ready(i, p)
-            )
-            for i, p in enumerate(vector.parameters)
-        ]
+        self._handles = gradient_hooks(vector.parameters, self._ready)
         codec.prepare(self._buckets)
         _open.add(self)
 

@@ -215,7 +215,7 @@ class Synchronizer:
         if self._over and not sum(table.made):
             return
         if self.pool is not None:
-            control.facts.step += sum(table.made) // len(table.made)
+            control.facts.advance(sum(table.made) // len(table.made))
         alive = table.alive
         try:
             weights = torch.zeros_like(table.scores)

@@ -45,6 +45,7 @@ from ..averaging.synchronizer import Round, Synchronizer
 from ..batchnorm import frozen
 from ..comm import Communicator
 from ..errors import ConfigError, LostView, label, require, wrong
+from ..optim.base import UNGROUPED
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
@@ -60,8 +61,33 @@ _ENDED = (
 
 
 def learning_rate(optimizer: optim.Optimizer) -> float:
-    """η of a run: that of the first group whose is not 0, as a frozen one's is."""
-    return next((lr for group in optimizer.param_groups if (lr := float(group["lr"]))), 0.0)
+    """η of a run: that of the parameters in no group of the settings, else the first that is not a frozen one's 0."""
+    ungrouped = (group for group in optimizer.param_groups if group.get(UNGROUPED))
+    return next((lr for group in chain(ungrouped, optimizer.param_groups) if (lr := float(group["lr"]))), 0.0)
+
+
+def _refuse_scaling(optimizer: optim.Optimizer) -> Callable[[], None]:
+    """Have steps by ``GradScaler`` end in an error; what is returned takes it back."""
+
+    def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if hasattr(optimizer, "grad_scale"):
+            del optimizer.grad_scale, optimizer.found_inf  # or a step without GradScaler would find them
+            raise ConfigError(
+                "GradScaler cannot scale the loss here: every rank would choose a scale of its own and leave out steps "
+                "of its own; train in bfloat16 (torch.autocast with dtype=torch.bfloat16), which needs none, or float32"
+            )
+
+    scaled: Any = optimizer
+    before = getattr(scaled, "_step_supports_amp_scaling", False)
+    # Has GradScaler.step call step() itself, with the scale in an attribute, instead of skipping steps.
+    scaled._step_supports_amp_scaling = True
+    handle = optimizer.register_step_pre_hook(refuse)
+
+    def accept() -> None:
+        handle.remove()
+        scaled._step_supports_amp_scaling = before
+
+    return accept
 
 
 class Closure(Protocol):
@@ -103,7 +129,7 @@ class Run:
         #: Sets up what averages then.
         self._average: Callable[[], None] | None = None
         #: Called by ``close``.
-        self.on_close: list[Callable[[], None]] = []
+        self.on_close: list[Callable[[], None]] = [_refuse_scaling(optimizer)]
         self._held = self._count_held()
         self._began = False
         self._shared = False
@@ -121,9 +147,11 @@ class Run:
 
         Args:
             loss: returns the mean loss of the batch; where it is computed in parts, ``loss((i, M))`` that of the i-th
-                of M equal parts.
+                of M equal parts. SAM, ASAM and torch's LBFGS call it several times in a step: each time of one batch,
+                until ``after_step``.
             clip_norm: largest norm of the gradient, after sharing; None for none.
-            accumulate: equal parts that the batch, or each of the parts asked for, is computed in, to save memory.
+            accumulate: equal parts that the batch, or each of the parts asked for, is computed in, to save memory. Of a
+                mean that leaves out targets or weighs them each part is then a mean of its own, and counts as much.
 
         Raises:
             ConfigError: an argument that cannot be; or, by the closure, gradients were shared in this step already.
@@ -253,7 +281,7 @@ class Run:
         for synchronizer in self.synchronizers:  # a round's first step: its period is decided by the facts before it
             synchronizer.observe(loss)
         if not self.pooled:
-            self.facts.step += 1
+            self.facts.advance()
         for synchronizer in self.synchronizers:
             synchronizer.round_if_due()
         if not self.pooled:

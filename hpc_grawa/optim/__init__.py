@@ -22,11 +22,11 @@ A class derived from ``LocalOptimizer`` builds its optimizer itself, by ``build(
 parameters (``self.grouped(vector)``) and the run's progress. In a loop of one's own all of them are built so, and given
 the closure of ``Run.closure``, which they ask for what they need::
 
-    vector, facts = hpc_grawa.ParameterVector(model), hpc_grawa.schedules.RunFacts()
+    vector, facts = hpc_grawa.ParameterVector(model), hpc_grawa.schedules.RunFacts(total_steps=steps)
     optimizer = hpc_grawa.optim.SAM(rho=0.05, base=hpc_grawa.optim.SGD(lr=0.1)).build(vector, facts)
     run = hpc_grawa.DataParallel().build(comm, vector, optimizer, facts=facts)
     closure = run.closure(loss)           # for LPFSGD loss((i, M)) is that of the i-th of M parts of the batch
-    for facts.progress in shares:         # of the run, 0 to 1, which LPFSGD reads
+    for batch in batches:                 # which loss() is of, however often SAM calls it
         run.after_step(optimizer.step(closure))
 """
 

@@ -19,6 +19,8 @@ from ..errors import ConfigError, in_a_line, not_negative, require, wrong
 from ..schedules import RunFacts
 from ..vector import ParameterVector
 
+#: Marks, among an optimizer's ``param_groups``, parameters that the settings have in no group, wherever they stand.
+UNGROUPED = "ungrouped"
 _COMPARE = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
 
 
@@ -97,8 +99,7 @@ class LocalOptimizer(ABC):
                 )
             settings = {key: value for key, value in group.items() if key not in ("match", "lr_factor")}
             made.append({"params": own, "lr": self.lr * group.get("lr_factor", 1.0), **settings})
-        # What is read as the run's learning rate is that of the first group that is not frozen by 0.
-        return [{"params": list(left.values())}, *made] if left else made
+        return [{"params": list(left.values()), UNGROUPED: True}, *made] if left else made
 
 
 def build(settings: LocalOptimizer, vector: ParameterVector, facts: RunFacts) -> optim.Optimizer:

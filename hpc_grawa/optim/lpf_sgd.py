@@ -81,10 +81,12 @@ class Smoothing(Around):
                 noise = [torch.randn_like(p) for p in parameters]
                 torch._foreach_mul_(noise, deviations)
                 torch._foreach_add_(parameters, noise)
+            torch.clear_autocast_cache()  # of casts of where the parameters were
             try:
                 loss = loss + closure(share=i == parts - 1, part=(i, parts))
             finally:
                 torch._foreach_copy_(parameters, kept)
+                torch.clear_autocast_cache()
         self.base.step()
         return loss
 

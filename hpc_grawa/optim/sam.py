@@ -95,10 +95,12 @@ class Ascending(Around):
         kept = copies(ascending)
         if ascending:
             self._ascend(ascending)
+        torch.clear_autocast_cache()  # of casts of where the parameters were
         try:
             closure(track=False)
         finally:
             torch._foreach_copy_(ascending, kept)  # subtraction would round, on each rank otherwise
+            torch.clear_autocast_cache()
         self.base.step()
         return loss
 

@@ -45,4 +45,4 @@ def adapted(settings: LocalOptimizer, vector: ParameterVector) -> list[dict[str,
         return p.dim() > 1
 
     weights, others = split(settings.grouped(vector), wide)
-    return [{**group, "always_adapt": True} for group in weights] + [{**g, "weight_decay": 0.0} for g in others]
+    return [{**group, "always_adapt": True} for group in weights] + [{"weight_decay": 0.0, **g} for g in others]

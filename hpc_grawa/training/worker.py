@@ -133,6 +133,7 @@ class Worker:
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.load_state_dict(state["run"])
+        self.facts.progress = min(1.0, self.used)  # of the budget that it has now
         random_streams.set_streams(random_streams.unpacked(state["random"]))
 
     def start_from(self, state: dict[str, Any]) -> str:
@@ -155,6 +156,7 @@ class Worker:
         self.clock.restart(state["seconds"])
         self.comm.meter.load_state_dict(state["meter"])
         self.run.start_from(state["run"])
+        self.facts.progress = min(1.0, self.used)
         return "the center" if center is not None else "rank 0's parameters, as there was no round yet"
 
     def check_groups(self, state: dict[str, Any]) -> None:
@@ -268,8 +270,9 @@ def first_model(config: Config, splits: Splits, comm: Communicator, device: torc
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group of an optimizer says of itself in numbers, words and tuples, which no step changes in place."""
-    return {key: value for key, value in group.items() if type(value) in (bool, int, float, str, tuple, type(None))}
+    """What a group of an optimizer says of itself in numbers, words and their lists, which no step changes in place."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {key: value for key, value in group.items() if type(value) in plain and key != "params"}
 
 
 def _vector_of(config: Config, model: nn.Module, comm: Communicator) -> ParameterVector:
