@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,12 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from hpc_grawa import cli, random_streams, simulate
 from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
-from hpc_grawa.data import Datasets, in_advance
-from hpc_grawa.errors import ConfigError
+from hpc_grawa.comm import Communicator
+from hpc_grawa.data import Datasets, Splits, in_advance
+from hpc_grawa.data.datasets import DatasetExamples
+from hpc_grawa.errors import ConfigError, RanksDisagree
 from hpc_grawa.training.loop import fit
+from hpc_grawa.training.preflight import data_told
 
 
 class Noisy(Dataset[Any]):
@@ -242,6 +246,37 @@ def test_a_process_that_is_killed_is_named() -> None:
         train.batch(torch.arange(30, 40))
     with pytest.raises(RuntimeError, match=r"of data\.workers was killed"):  # also before the next batch begins
         train.batch(torch.arange(3))
+
+
+def test_ranks_whose_data_differ_are_told() -> None:
+    """As where a folder is listed, or its classes are counted, in an order of each host's own."""
+    config = parse(words())
+
+    def told(comm: Communicator, more: int, first: int) -> str:
+        found = [(torch.zeros(1), (number + first) % 3) for number in range(40 + more)]
+        examples = DatasetExamples(found, default_collate, torch.arange(len(found)))
+        return data_told(config, Splits(examples, None, examples), comm)
+
+    assert len(set(simulate(2, lambda comm: told(comm, 0, 0)))) == 1
+    for body in (lambda comm: told(comm, comm.rank, 0), lambda comm: told(comm, 0, comm.rank)):
+        with pytest.raises(RanksDisagree, match=r"rank 1 has 4[01] training examples.* rank 0 has 40 .* in the same"):
+            simulate(2, body)
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.plain_process(monkeypatch)
+    train = ["train", *words("--save.unit=steps", "--save.every=4"), f"--run.dir={tmp_path}", "--run.name=a"]
+    train += ["--run.resume=auto"]
+    cli.main(train)
+    (tmp_path / "a/summary.json").unlink()
+    monkeypatch.setattr(sys.modules[__name__], "examples", lambda: Noisy(20))
+    cli.main(train)
+    assert re.search(
+        r"changed    data\.content from 64 training examples, 21 for testing, targets (\w+) to 64 .* 20 .* \1\n",
+        capsys.readouterr().out,
+    )
 
 
 class Unreadable(Exception):

@@ -276,6 +276,8 @@ class Training:
         changes, networks = changed(self.folder, worker.config.text), read_run(self.folder).networks
         if networks[-1] != worker.comm.network:
             changes["network"] = [networks[-1], worker.comm.network]
+        if (then := state.get("data", worker.data_told)) != worker.data_told:
+            changes["data.content"] = [then, worker.data_told]
         if changes:
             self.log.record("changed", step=restored.step, settings=changes)
             self.log.say("changed    " + ", ".join(f"{key} from {was} to {now}" for key, (was, now) in changes.items()))

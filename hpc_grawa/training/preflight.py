@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,10 +18,10 @@ from ..buffers import check_kinds, checksum, state, values_kept
 from ..comm import Communicator
 from ..data import Nest, Splits, in_advance
 from ..data.base import CPU
-from ..errors import ConfigError, in_a_line, wrong
+from ..errors import ConfigError, RanksDisagree, in_a_line, wrong
 from ..forward import autocast, eagerly, eval_mode, training_mode, undisturbed
 from ..lazy import completing, unfinished
-from ..nests import kind, moved, parts, same_shape
+from ..nests import kind, leaves, moved, parts, same_shape
 from ..runs.checkpoint import copied
 from .config import Config
 
@@ -50,6 +51,31 @@ def new_model(config: Config, splits: Splits, comm: Communicator, device: torch.
     fail_together(comm, problem)
     config.data.prepare_model(model)
     return model
+
+
+def data_told(config: Config, splits: Splits, comm: Communicator) -> str:
+    """How many examples there are, and whole numbers in the targets of a few of them; all ranks must call it.
+
+    Raises:
+        RanksDisagree: ranks that share examples by number do not have the same.
+    """
+    few = min(EXAMPLES, len(splits.train))
+    _, targets = _spread(config, splits, few, CPU)
+    digest = hashlib.sha256()
+    for leaf in leaves(targets):
+        if isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex()):  # these may be rounded
+            digest.update(leaf.contiguous().numpy().tobytes())
+    held = "" if splits.validation is None else f"{len(splits.validation):,} for validation, "
+    told = f"{len(splits.train):,} training examples, {held}{len(splits.test):,} for testing"
+    told += f", targets {digest.hexdigest()[:8]}"
+    of_ranks = [message.decode() for message in comm.gather_bytes(told.encode())]
+    rank = next((m for m, one in enumerate(of_ranks) if one != of_ranks[0]), None)
+    if rank is not None and config.data.split != "full":
+        raise RanksDisagree(
+            f"data is {_name(config.data)}: rank {rank} has {of_ranks[rank]}, rank 0 has {of_ranks[0]}; ranks share "
+            f"examples by number, so all must have the same in the same order (sort what is listed)"
+        )
+    return told
 
 
 def fail_together(comm: Communicator, problem: str) -> None:

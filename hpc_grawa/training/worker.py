@@ -25,7 +25,7 @@ from ..schedules import RunFacts
 from ..vector import ParameterVector
 from .budget import Clock
 from .config import Config
-from .preflight import fail_together, new_model
+from .preflight import data_told, fail_together, new_model
 
 
 class Worker:
@@ -51,6 +51,8 @@ class Worker:
         self.splits = config.data.load()
         self.sampler = config.data.sampler(comm.rank, comm.size, seed)
         self.model = first_model(config, self.splits, comm, self.device)
+        #: By which it is seen that a run goes on with others.
+        self.data_told = data_told(config, self.splits, comm)
         _seed_all(_own_seed(seed, comm.rank))
         self.vector = _vector_of(config, self.model, comm)
         self.total_steps = config.budget.total_steps(self.sampler.steps_per_epoch)
@@ -116,6 +118,7 @@ class Worker:
             "extra": {name: module.get_extra_state() for name, module in with_extra_state(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "options": self._options,
+            "data": self.data_told,
             "run": self.run.state_dict(),
             "local_steps": self.local_steps,
             "seconds": self.clock.settled,
