@@ -26,8 +26,9 @@ Maker = Callable[[], Dataset[Any]] | Callable[[], Any]
 class Datasets(Data):
     """Examples of map-style data sets, given by import path; batches are made by collate.
 
-    Random numbers that an example or ``collate`` draws come, in training, from streams of (seed, rank, step), and
-    otherwise from a stream of the example: a resumed run sees what an uninterrupted one does.
+    Random numbers that an example or ``collate`` draws from torch, ``numpy.random`` or ``random`` come, in training,
+    from streams of (seed, rank, step), and otherwise from a stream of the example: a resumed run sees what an
+    uninterrupted one does. A generator that the data set keeps for itself it has to seed from one of these each time.
 
     Attributes:
         train: a class of data sets, whose settings follow (``--data.train.root``), or a function without arguments that
