@@ -142,7 +142,11 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
         batch = (inputs, targets) if part == few else _spread(config, splits, part, device)
         with training_mode(model), autocast(config.precision, device):
             output = _output(config, model, batch[0], _TRAINING)
-            _try_loss(config, output, batch[1], _TRAINING)
+            what, loss = _try_loss(config, output, batch[1], _TRAINING)
+            outputs = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            if outputs and loss.requires_grad:
+                with _named(f"loss is {_name(config.loss)}: must have a gradient for {what}"):
+                    torch.autograd.grad(loss, outputs, allow_unused=True)
             _check_keeps_nothing(config, output, batch[1])
         _check_extra_state(config, model)
 
