@@ -96,10 +96,12 @@ def say(text: str, stream: TextIO | None = None) -> None:
         BrokenPipeError: whoever read the standard output is gone.
     """
     stream = stream or sys.stdout
+    if stream is None:  # in a script that was started without an output
+        return
     try:
         stream.write(text + "\n")
         stream.flush()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no room, closed
         if isinstance(error, BrokenPipeError) and stream is sys.stdout:
             raise
         drop(stream)
@@ -107,20 +109,19 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 def drop(stream: TextIO) -> None:
     """Lose what a stream could not write so far, which would fail again when the program ends."""
-    with suppress(OSError):  # no file, but a notebook's
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # no file, but a notebook's; closed
         place = stream.fileno()
-        kept, nowhere = os.dup(place), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, place)
+        kept = os.dup(place)
+        os.dup2(nowhere.fileno(), place)
         stream.flush()
         os.dup2(kept, place)
         os.close(kept)
-        os.close(nowhere)
 
 
 def flush() -> None:
     """Both streams, before a process is ended."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+        with suppress(OSError, ValueError, AttributeError):  # no room, closed, none
             stream.flush()
 
 

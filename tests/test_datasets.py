@@ -25,9 +25,11 @@ from hpc_grawa import cli, random_streams, simulate
 from hpc_grawa.cli.compare import Comparison
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data import Datasets, Splits, in_advance
 from hpc_grawa.data.datasets import DatasetExamples
 from hpc_grawa.errors import ConfigError, RanksDisagree
+from hpc_grawa.runs.record import read_run
 from hpc_grawa.training.loop import fit
 from hpc_grawa.training.preflight import data_told
 
@@ -258,9 +260,25 @@ def test_ranks_whose_data_differ_are_told() -> None:
         return data_told(config, Splits(examples, None, examples), comm)
 
     assert len(set(simulate(2, lambda comm: told(comm, 0, 0)))) == 1
+    assert "targets" in told(SingleCommunicator(), 0, 0)
     for body in (lambda comm: told(comm, comm.rank, 0), lambda comm: told(comm, 0, comm.rank)):
         with pytest.raises(RanksDisagree, match=r"rank 1 has 4[01] training examples.* rank 0 has 40 .* in the same"):
             simulate(2, body)
+
+
+def test_of_targets_that_are_drawn_anew_at_each_reading_only_the_sizes_are_compared() -> None:
+    """And examples of different sizes are read one by one."""
+    config = parse(words("--data.batch_size=1"))
+
+    class Drawing(list[Any]):
+        def __getitem__(self, number: Any) -> Any:
+            return torch.zeros(1), torch.from_numpy(np.random.default_rng().integers(0, 1000, 1 + number))
+
+    def told(comm: Communicator) -> str:
+        examples = DatasetExamples(Drawing(range(40)), default_collate, torch.arange(40))
+        return data_told(config, Splits(examples, None, examples), comm)
+
+    assert simulate(2, told) == ["40 training examples, 40 for testing"] * 2
 
 
 def test_a_run_that_goes_on_with_other_data_says_so(
@@ -270,6 +288,7 @@ def test_a_run_that_goes_on_with_other_data_says_so(
     train = ["train", *words("--save.unit=steps", "--save.every=4"), f"--run.dir={tmp_path}", "--run.name=a"]
     train += ["--run.resume=auto"]
     cli.main(train)
+    config = read_run(tmp_path / "a").config
     (tmp_path / "a/summary.json").unlink()
     monkeypatch.setattr(sys.modules[__name__], "examples", lambda: Noisy(20))
     cli.main(train)
@@ -277,6 +296,7 @@ def test_a_run_that_goes_on_with_other_data_says_so(
         r"changed    data\.content from 64 training examples, 21 for testing, targets (\w+) to 64 .* 20 .* \1\n",
         capsys.readouterr().out,
     )
+    assert read_run(tmp_path / "a").config == config  # else a comparison would refuse it
 
 
 class Unreadable(Exception):
@@ -289,6 +309,26 @@ class Unreadable(Exception):
 class Broken(Noisy):
     def __getitem__(self, number: int) -> Any:
         raise Unreadable("7.png", "not an image")
+
+
+def unloadable() -> Any:
+    raise OSError(24, "Too many open files")
+
+
+class Unloadable:
+    def __reduce__(self) -> Any:
+        return unloadable, ()
+
+
+class Heavy(Noisy):
+    def __getitem__(self, number: int) -> Any:
+        return Unloadable(), 0
+
+
+def test_a_batch_that_cannot_be_taken_over_is_told() -> None:
+    train = Datasets(train=Heavy, test=examples, collate=list, workers=1).load().train
+    with pytest.raises(RuntimeError, match=r"of data\.workers is lost: OSError: \[Errno 24\] Too many open files"):
+        train.batch(torch.arange(3))
 
 
 def test_what_an_example_raises_is_told_whatever_it_is() -> None:

@@ -740,7 +740,10 @@ def test_grad_scaler_is_refused(unscales: bool) -> None:
 def test_grad_scaler_is_refused_in_a_loop_of_ones_own_until_its_end() -> None:
     model = linear()
     optimizer = sgd(model.parameters())
+    first = LocalSGD(period=2).build(SingleCommunicator(), ParameterVector(model), optimizer)
     run = LocalLGRAWA(period=2).build(SingleCommunicator(), ParameterVector(model), optimizer)
+    del first  # without an end
+    gc.collect()
     inputs, targets = line(0, 0)
     before = flat(model)
     for refused in (True, False):

@@ -166,13 +166,6 @@ class Frozen(nn.MSELoss):
         return super().forward(self.table @ self.net(output), self.net(target))
 
 
-class Wide(nn.HuberLoss):
-    """Of targets in float64, for which torch has the loss but not its gradient."""
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        return super().forward(output, target.double())
-
-
 @dataclass(kw_only=True)
 class Unsplit(own.Numbers):
     """Holds no examples out."""
@@ -209,10 +202,6 @@ class Unsplit(own.Numbers):
             {"--loss": "test_preflight.Running"},
             "loss is Running: its buffer 'mean', which changes from batch to batch, must be one of the model, or in "
             "eval mode",
-        ),
-        (
-            {"--loss": "test_preflight.Wide"},
-            r"loss is Wide: must have a gradient for outputs of Line .* and .* \(float32\).*; RuntimeError: .*dtype.*",
         ),
         ({"--metric": "Accuracy"}, r"metric is Accuracy: must take outputs of Line .*; give another metric"),
         ({"--metric": "test_preflight.Untold"}, r"metric is .*; TypeError: its 'r2' is \[\] \(float64\): must be .*"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -395,12 +396,14 @@ class Bucketed(Aggregator):
         return math.isfinite(total)
 
 
-#: Those at work. Hooks of the parameters keep each until it is closed.
+#: Those at work.
 _open: WeakSet[Bucketed] = WeakSet()
 
 
 def _refuse_a_second(vector: ParameterVector) -> None:
     ours = set(map(id, vector.parameters))
+    if any(id(p) in ours for other in list(_open) for p in other._vector.parameters):
+        gc.collect()  # of one that nobody holds: on all ranks alike
     for other in list(_open):
         names = [n for n, p in zip(other._vector.names, other._vector.parameters, strict=True) if id(p) in ours]
         if names:

@@ -76,10 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except OSError:
+    except OSError as error:
+        if error.filename is not None or slot.size > 1:
+            raise
         try:
             print(flush=True)
-        except OSError as error:  # so it was no other file's
+        except OSError:  # so it was of the output
             drop(sys.stdout)
             say(f"hpc-grawa {name}: error: the output cannot be written: {error.strerror}", sys.stderr)
             raise SystemExit(1) from None

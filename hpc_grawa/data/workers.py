@@ -104,7 +104,7 @@ class Workers:
     def _killed(self, error: BrokenProcessPool) -> RuntimeError:
         whom = f"one of the {self.count} processes of data.workers"
         if error.__cause__ is not None:  # what it sent could not be read here, for want of open files say
-            last = str(error.__cause__).strip('" \n').splitlines()[-1]  # of a traceback in quotation marks
+            last = str(error.__cause__).strip("'\" \n").splitlines()[-1]  # of a traceback in quotation marks
             return RuntimeError(f"{whom} is lost: {last}")
         return RuntimeError(f"{whom} was killed: too little memory, or shared memory (df -h /dev/shm)?")
 

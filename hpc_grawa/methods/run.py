@@ -34,6 +34,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain, repeat
 from typing import Any, Protocol
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn, optim
@@ -60,34 +61,47 @@ _ENDED = (
 )
 
 
+#: What an optimizer says to ``GradScaler`` by.
+_TAKES_SCALE = "_step_supports_amp_scaling"
+
+
 def learning_rate(optimizer: optim.Optimizer) -> float:
     """η of a run: that of the parameters in no group of the settings, else the first that is not a frozen one's 0."""
     ungrouped = (group for group in optimizer.param_groups if group.get(UNGROUPED))
     return next((lr for group in chain(ungrouped, optimizer.param_groups) if (lr := float(group["lr"]))), 0.0)
 
 
-def _refuse_scaling(optimizer: optim.Optimizer) -> Callable[[], None]:
-    """Have steps by ``GradScaler`` end in an error; what is returned takes it back."""
+def _refuse_scaling(run: Run) -> Callable[[], None]:
+    """Steps by ``GradScaler`` end in an error until what is returned is called, or nobody holds the run."""
 
     def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
         if hasattr(optimizer, "grad_scale"):
             del optimizer.grad_scale, optimizer.found_inf  # or a step without GradScaler would find them
-            raise ConfigError(
-                "GradScaler cannot scale the loss here: every rank would choose a scale of its own and leave out steps "
-                "of its own; train in bfloat16 (torch.autocast with dtype=torch.bfloat16), which needs none, or float32"
-            )
+        elif kwargs.get("grad_scaler") is None:
+            return
+        raise ConfigError(
+            "GradScaler cannot scale the loss here: every rank would choose a scale of its own and leave out steps "
+            "of its own; train in bfloat16 (torch.autocast with dtype=torch.bfloat16), which needs none, or float32"
+        )
 
-    scaled: Any = optimizer
-    before = getattr(scaled, "_step_supports_amp_scaling", False)
+    scaled: Any = run.optimizer
+    #: Of all runs of this optimizer: what the attribute was before each.
+    before: list[Any] = scaled.__dict__.setdefault("_refused_by", [])
+    before.append(getattr(scaled, _TAKES_SCALE, False))
     # Has GradScaler.step call step() itself, with the scale in an attribute, instead of skipping steps.
-    scaled._step_supports_amp_scaling = True
-    handle = optimizer.register_step_pre_hook(refuse)
+    setattr(scaled, _TAKES_SCALE, True)
+    handle = scaled.register_step_pre_hook(refuse)
+
+    optimizer = ref(scaled)  # which may hold the run
 
     def accept() -> None:
         handle.remove()
-        scaled._step_supports_amp_scaling = before
+        if len(before) > 1:
+            del before[-1]
+        elif (found := optimizer()) is not None:
+            setattr(found, _TAKES_SCALE, before.pop())
 
-    return accept
+    return finalize(run, accept)
 
 
 class Closure(Protocol):
@@ -129,7 +143,7 @@ class Run:
         #: Sets up what averages then.
         self._average: Callable[[], None] | None = None
         #: Called by ``close``.
-        self.on_close: list[Callable[[], None]] = [_refuse_scaling(optimizer)]
+        self.on_close: list[Callable[[], None]] = [_refuse_scaling(self)]
         self._held = self._count_held()
         self._began = False
         self._shared = False

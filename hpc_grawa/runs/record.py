@@ -25,8 +25,8 @@ PLACE = (
     *("run.resume", "run.dir", "run.control_every", "comm_timeout"),
     *("data.stage", "data.workers", "data.start_method"),
 )
-#: And those that tell repetitions of one experiment from each other.
-_IDENTITY = {"run.name", "run.seed", *PLACE}
+#: And those that tell repetitions of one experiment from each other, or are none (what is said of changed data).
+_IDENTITY = {"run.name", "run.seed", "data.content", *PLACE}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from ..runs.checkpoint import copied
 from .config import Config
 
 EXAMPLES = 32
+#: Of which targets are compared between ranks.
+_COMPARED = 8
 _TRAINING = " in training mode"
 
 
@@ -57,25 +60,41 @@ def data_told(config: Config, splits: Splits, comm: Communicator) -> str:
     """How many examples there are, and whole numbers in the targets of a few of them; all ranks must call it.
 
     Raises:
+        ConfigError: an example cannot be read; on all ranks.
         RanksDisagree: ranks that share examples by number do not have the same.
     """
-    few = min(EXAMPLES, len(splits.train))
-    _, targets = _spread(config, splits, few, CPU)
-    digest = hashlib.sha256()
-    for leaf in leaves(targets):
-        if isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex()):  # these may be rounded
-            digest.update(leaf.contiguous().numpy().tobytes())
     held = "" if splits.validation is None else f"{len(splits.validation):,} for validation, "
-    told = f"{len(splits.train):,} training examples, {held}{len(splits.test):,} for testing"
-    told += f", targets {digest.hexdigest()[:8]}"
-    of_ranks = [message.decode() for message in comm.gather_bytes(told.encode())]
+    sizes = f"{len(splits.train):,} training examples, {held}{len(splits.test):,} for testing"
+    digests, problem = ["", ""], ""
+    try:
+        digests = [_digest(config, splits) for _ in range(2)]
+    except ConfigError as error:
+        problem = str(error)
+    fail_together(comm, problem)
+    # Of unlike ones each reading draws anew, by a generator of the data set's own.
+    own = [sizes, digests[0] if digests[0] == digests[1] else ""]
+    found = [json.loads(message) for message in comm.gather_bytes(json.dumps(own).encode())]
+    compared = all(digest for _, digest in found)
+    of_ranks: list[str] = [size + (f", targets {digest}" if compared else "") for size, digest in found]
     rank = next((m for m, one in enumerate(of_ranks) if one != of_ranks[0]), None)
     if rank is not None and config.data.split != "full":
         raise RanksDisagree(
             f"data is {_name(config.data)}: rank {rank} has {of_ranks[rank]}, rank 0 has {of_ranks[0]}; ranks share "
             f"examples by number, so all must have the same in the same order (sort what is listed)"
         )
-    return told
+    return of_ranks[comm.rank]
+
+
+def _digest(config: Config, splits: Splits) -> str:
+    """Of whole numbers among the targets of a few training examples, one by one: they may be of different sizes."""
+    few, digest = min(_COMPARED, len(splits.train)), hashlib.sha256()
+    for i in torch.arange(few) * len(splits.train) // few:
+        _, targets = _batch(config, splits, i.reshape(1))
+        for t in leaves(targets):
+            exact = isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex())
+            if exact and t.layout == torch.strided and not t.is_nested:
+                digest.update(t.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def fail_together(comm: Communicator, problem: str) -> None:
@@ -142,11 +161,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, device: torch.devi
         batch = (inputs, targets) if part == few else _spread(config, splits, part, device)
         with training_mode(model), autocast(config.precision, device):
             output = _output(config, model, batch[0], _TRAINING)
-            what, loss = _try_loss(config, output, batch[1], _TRAINING)
-            outputs = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-            if outputs and loss.requires_grad:
-                with _named(f"loss is {_name(config.loss)}: must have a gradient for {what}"):
-                    torch.autograd.grad(loss, outputs, allow_unused=True)
+            _try_loss(config, output, batch[1], _TRAINING)
             _check_keeps_nothing(config, output, batch[1])
         _check_extra_state(config, model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -274,8 +275,13 @@ def first_model(config: Config, splits: Splits, comm: Communicator, device: torc
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """What a group of an optimizer says of itself in numbers, words and their lists, which no step changes in place."""
-    plain = (bool, int, float, str, tuple, list, type(None))
-    return {key: value for key, value in group.items() if type(value) in plain and key != "params"}
+    return {key: copy.copy(value) for key, value in group.items() if key != "params" and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, float, str, type(None))
 
 
 def _vector_of(config: Config, model: nn.Module, comm: Communicator) -> ParameterVector:
