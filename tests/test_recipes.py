@@ -357,7 +357,7 @@ def test_every_setting_trains(
 STUDIES = {
     "flatness": 18,
     "gap": 162,
-    "large_batch": 12,
+    "large_batch": 14,
     "measures": 128,
     "parle": 12,
     "qsr": 27,
