@@ -18,6 +18,7 @@ from launcher import called
 from hpc_grawa import simulate
 from hpc_grawa.cli.finished import FinishedRun, finished_config
 from hpc_grawa.cli.flatness import How
+from hpc_grawa.cli.landscape import landscape
 from hpc_grawa.cli.measures import _grid
 from hpc_grawa.cli.parsing import parse
 from hpc_grawa.comm import Communicator
@@ -337,6 +338,23 @@ def test_the_loss_between_models(run: Path, capsys: pytest.CaptureFixture[str], 
     assert plane["through"] == [run.name, "seed1", "seed2"] and np.shape(plane["losses"]) == (5, 5)
     assert found["lines"]["seed1"]["losses"][3] == pytest.approx(of_batch(runs[0]))  # not by another's BatchNorm
     assert found["lines"]["seed1"]["distance"] == pytest.approx(plane["places"]["seed1"][0])
+
+
+def test_lines_go_between_the_same_models_on_several_ranks(run: Path, tmp_path: Path) -> None:
+    """Whatever weights the ranks' models are made with, before one of the run's is put in place."""
+
+    def distances(comm: Communicator) -> Any:
+        torch.manual_seed(comm.rank)
+        figure = tmp_path / f"{comm.size}.png"
+        kept = FinishedRun(run, finished_config(run, "test", "auto", None), comm, own_slot(), double=True)
+        landscape(kept, [], How(examples=60, double=True), comm, 3, figure)
+        comm.barrier()
+        lines = json.loads(figure.with_name(f"{figure.name}.json").read_text())["lines"]
+        assert np.isfinite([one["losses"] for one in lines.values()]).all()
+        return {name: one["distance"] for name, one in lines.items()}
+
+    (alone,) = simulate(1, distances)
+    assert simulate(2, distances) == [alone] * 2 and alone["rank 1"] > 0
 
 
 def test_flatness_at_evaluations(tmp_path: Path) -> None:

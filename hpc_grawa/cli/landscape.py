@@ -40,6 +40,7 @@ def landscape(
     """
     if norms(first.model):
         how = how._replace(statistics="batch")
+    first.put(CENTER)  # until then ranks have no model in common
     objective = how.objective(first, comm)
     names, models = _models(first, others, objective)
     if len(names) < 2:
