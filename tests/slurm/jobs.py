@@ -178,10 +178,11 @@ class Site:
         return (self.folder / "runs" / run / "center.pt").read_bytes()
 
     def pictures(self, count: int) -> Path:
-        """Random images in two class folders."""
-        for name in ("n01440764", "n02979186"):
-            (self.folder / "jpegs" / name).mkdir(parents=True)
-            for number in range(count):
-                image = Image.frombytes("RGB", (40, 30), os.urandom(3600))
-                image.save(self.folder / "jpegs" / name / f"{name}_{number}.JPEG")
+        """Random images in two class folders of ``train`` and of ``val``, in the folder that is returned."""
+        for part in ("train", "val"):
+            for name in ("n01440764", "n02979186"):
+                (folder := self.folder / "jpegs" / part / name).mkdir(parents=True)
+                for number in range(count):
+                    image = Image.frombytes("RGB", (40, 30), os.urandom(3600))
+                    image.save(folder / f"{name}_{number}.JPEG")
         return self.folder / "jpegs"

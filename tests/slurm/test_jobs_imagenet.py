@@ -19,10 +19,8 @@ pytestmark = on_slurm
 
 def test_imagenet_is_prepared_by_a_job(site: Site) -> None:
     folder = site.pictures(3)
-    job = site.submit(
-        "slurm/prepare_imagenet.sh", "--train", str(folder), "--val", str(folder), "--out", "data/imagenet"
-    )
-    site.wait(job, "COMPLETED")
+    parts = ("--train", str(folder / "train"), "--val", str(folder / "val"))
+    site.completed("slurm/prepare_imagenet.sh", *parts, "--out", "data/imagenet")
     assert (site.folder / "data/imagenet/meta.json").is_file()
     assert re.search(r"train +6 images", site.logs())
 

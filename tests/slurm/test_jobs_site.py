@@ -57,10 +57,10 @@ def test_in_a_container_templates_see_all_folders_and_no_environment_is_activate
     assert [line.partition("|train|")[0] for line in said] == [f"{common}|image.sif|hpc-grawa"] * 4
 
     pictures = site.pictures(3).rename(other / "pictures")
-    job = site.submit("slurm/prepare_imagenet.sh", f"--train={pictures}", "--val", str(pictures), "--out=data/packed")
-    site.wait(job, "COMPLETED")
+    parts = (f"--train={pictures}/train", "--val", f"{pictures}/val")
+    site.completed("slurm/prepare_imagenet.sh", *parts, "--out=data/packed")
     line = stand_in.with_name("apptainer.said").read_text().splitlines()[-1]
-    assert f"|--bind|{pictures}|image.sif|python|data_prep/imagenet.py|" in line
+    assert f"|--bind|{pictures}/train|--bind|{pictures}/val|image.sif|python|data_prep/imagenet.py|" in line
 
 
 def test_submitted_from_elsewhere_it_says_so_in_one_line(
