@@ -180,15 +180,79 @@ def test_differences_of_one_amount_have_no_spread_to_test_them_by(tmp_path: Path
         assert "p" not in cells(markdown(rows([read_run(run) for run in runs])))[1]
 
 
-def test_a_setting_whose_other_seeds_diverged_is_neither_best_nor_chosen(tmp_path: Path) -> None:
-    for lr, values in ((0.1, (0.8, 0.9, 0.8)), (0.4, (None, 0.95, None))):
+@pytest.mark.parametrize("state", ["diverged", "failed", "unfinished"])
+@pytest.mark.parametrize("more", [(), ("a", "b", "c")])
+def test_a_setting_of_which_seeds_are_missing_is_neither_best_nor_chosen(
+    tmp_path: Path, state: str, more: tuple[str, ...]
+) -> None:
+    """Those that are left may flatter it; however many settings differ, and so however it is called."""
+    for lr, values in ((0.1, (0.8, 0.9, 0.8)), (0.4, (None, 0.95, None)), (0.8, (None, None, None))):
         for seed, value in enumerate(values):
-            run = make_run(tmp_path, seed=seed, curve=((0, 0.1), (9, value or 0.1)), settings={"lr": lr})
+            settings = {"lr": lr, **dict.fromkeys(more, lr)}
+            run = make_run(tmp_path, seed=seed, curve=((0, 0.1), (9, value or 0.1)), settings=settings)
             if value is None:
-                (run / "summary.json").write_text(json.dumps({"state": "diverged", "cause": "NonFinite", "steps": 3}))
+                (run / "summary.json").write_text(json.dumps({"state": state, "seed": seed, "steps": 3}))
     table = rows([read_run(run) for run in sorted(tmp_path.iterdir())])
-    assert table.best is not None and table.best.label == "LGRAWA lr=0.1"
-    assert [(row.label, count) for row, count in table.chosen] == [("LGRAWA lr=0.1", 2)]
+    assert table.best is not None and table.best.seeds == (0, 1, 2)
+    assert [(row, count) for row, count in table.chosen] == [(table.best, 3)]
+    assert len({row.label for row in table}) == 4 and all("(" not in row.label or state in row.label for row in table)
+
+
+def test_the_best_row_is_picked_by_the_data_on_the_way_where_they_are_no_test_data(tmp_path: Path) -> None:
+    found = {"LGRAWA": (0.9, 0.8), "EASGD": (0.8, 0.9), "LSGD": (0.7, 0.7)}  # on validation data, and on test data
+    for method, (way, test) in found.items():
+        for seed in (1, 2):
+            curve = ((0, 0.1), (9, way))
+            make_run(
+                tmp_path,
+                method,
+                seed=seed,
+                part="validation",
+                curve=curve,
+                center_test_accuracy=test + seed * len(method) / 99,
+            )
+    text = markdown(rows([read_run(run) for run in sorted(tmp_path.iterdir())]))
+    assert {row["method"]: row["p"] == "best" for row in cells(text)} == {name: name == "LGRAWA" for name in found}
+    assert "picked on validation data, and p is not corrected for 2 tests" in " ".join(text.split())
+
+
+def test_repeated_seeds_and_healed_ranks_are_said(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        make_run(tmp_path / folder, seed=1, healed=57)
+    make_run(tmp_path / "a", seed=2, healed=57)
+    records = [read_run(tmp_path / name) for name in ("a/LGRAWA-1", "b/LGRAWA-1", "a/LGRAWA-2")]
+    text = markdown(rows(records))
+    assert cells(text)[0]["healed"] == "57" and "became the center" in text
+    assert "LGRAWA has several runs of seed 1: they are not independent" in " ".join(text.split())
+    printed = paper_table(records, "grawa")
+    assert "diverges then: LGRAWA 57." in " ".join(printed.split())
+    assert [cell.strip() for cell in printed.splitlines()[2].split("|")][1:3] == ["LGRAWA", "2"]
+
+
+def test_what_shared_gradients_wait_is_said_of_rows_that_share_for_a_while(tmp_path: Path) -> None:
+    note = "communicating: of shared gradients, with the waiting for slower ranks"
+    rival = read_run(make_run(tmp_path, "EASGD"))
+    for sharing, said in (("hpc_grawa.methods.DataParallel", True), ("null", False)):
+        shares = read_run(make_run(tmp_path, settings={"sharing": sharing}))
+        assert (note in markdown(rows([shares, rival]))) is said
+
+
+def test_a_run_that_went_on_on_other_ranks_is_an_experiment_of_its_own(tmp_path: Path) -> None:
+    records = [make_run(tmp_path, seed=seed) for seed in (1, 2)]
+    with (records[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "changed", "step": 9, "settings": {"ranks": [8, 4]}}) + "\n")
+    text = markdown(rows([read_run(run) for run in records]))
+    assert [row["method"] for row in cells(text)] == ["LGRAWA ranks=4", "LGRAWA ranks=8, then 4"]
+    assert ", 4 and 8, then 4 ranks, " in text
+
+
+def test_the_estimates_own_error_stands_beside_the_flatness_of_a_single_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    measured = {"how": {"examples": 9, "of": 9, "dtype": "float32"}, "measures": {"trace": {"samples": 5}}}
+    (run / "flatness.json").write_text(json.dumps({"center": [{**measured, "trace": 830.0, "trace_error": 35.0}]}))
+    text = markdown(rows([read_run(run)]))
+    assert cells(text)[0]["trace"] == "830 ± 35" and "samples 5" in text
+    assert "of a single run: the estimate's own error" in text
 
 
 def test_a_run_that_went_on_over_another_network_is_of_both(tmp_path: Path) -> None:
@@ -225,7 +289,7 @@ def test_a_setting_is_chosen_by_what_was_evaluated_on_the_way(tmp_path: Path, pa
     assert [(row.label, count) for row, count in table.chosen] == [("LGRAWA period=16", 2)]
     said = " ".join(markdown(table).split())
     fair = "" if part == "validation" else ", which makes its test value too good (hold out data.validation)"
-    assert f"on {part} data{fair}: LGRAWA period=16 of 2 (test 95.0 ± 0.0 %)." in said
+    assert f"on {part} data{fair}: LGRAWA period=16 of 2 settings (test 95.0 ± 0.0 %, 2 runs)." in said
 
 
 def test_a_setting_is_chosen_over_each_network(tmp_path: Path) -> None:
@@ -249,7 +313,7 @@ def test_a_setting_is_chosen_by_a_metric_of_several_words_too(tmp_path: Path) ->
         for period, way in ((8, 2.5), (16, 2.25))
     ]  # fmt: skip
     said = " ".join(markdown(rows([read_run(run) for run in runs])).split())
-    assert "on validation data: LGRAWA period=16 of 2 (test 3.25)." in said
+    assert "on validation data: LGRAWA period=16 of 2 settings (test 3.25)." in said
 
 
 def test_a_single_run_has_a_row_of_its_course(tmp_path: Path) -> None:
@@ -593,5 +657,5 @@ def test_the_table_of_a_paper(tmp_path: Path) -> None:
     assert grid[0] == ["method", "seeds", "test error, mean, %", "center, %", "communication (rounds)", "gap, %"]
     assert ["LGRAWA period=16", "2", "10 ± 1.4", "9 ± 1.4", "2 s (5)", "2 ± 0"] in grid
     assert ["EASGD", "1", "51", "50", "2 s (5)", "2"] in grid and len(grid) == 4
-    assert "- Diverged: LGRAWA period=64 (diverged), 1 seed." in lines
+    assert "- Left out: EASGD (unfinished), 1 seed; LGRAWA period=64 (diverged), 1 seed." in lines
     assert "on test data, so its test error is too good" in "\n".join(lines)

@@ -48,7 +48,7 @@ def test_gradient_norm_and_gap(comparison: Path, tmp_path: Path, capsys: pytest.
     status, _, errors = called(capsys, "flatness", str(comparison), "--measures", "loss", "--examples", "50")
     assert status == 0, errors
     said = output("gap.py", comparison, "--figure", tmp_path / "gap.png", "--trained", "0")
-    assert "4 runs, 4 of them finite; 4 trained" in said
+    assert "4 runs, 4 of them measured, 4 finite; 4 trained" in said
     assert (tmp_path / "gap.png").stat().st_size > 10_000
 
 

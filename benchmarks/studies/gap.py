@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from hpc_grawa.cli.compare import runs_in
 from hpc_grawa.report.figure import COLOURS, FAINT, logarithmic, saved_figure
 from hpc_grawa.report.table import aligned
 
@@ -42,7 +43,9 @@ def main() -> None:
         rows.append((norm, 100 * summary["gap"], summary["center_train_accuracy"]))
     table = np.array([row for row in rows if np.isfinite(row).all()])
     trained = table[:, 2] >= words.trained
-    print(f"{len(rows)} runs, {len(table)} of them finite; {trained.sum()} trained to {words.trained:.0%} accuracy\n")
+    known = len(runs_in(words.folder))
+    print(f"{known} runs, {len(rows)} of them measured, {len(table)} finite; ", end="")
+    print(f"{trained.sum()} trained to {words.trained:.0%} accuracy\n")
     kinds = {"trained": table[trained], "all": table, "trained, log": _log(table[trained]), "all, log": _log(table)}
     grid = [["runs", *CORRELATIONS]]
     for name, some in kinds.items():

@@ -23,7 +23,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path, default=Path("volume.png"))
     words = parser.parse_args()
-    records = [record for record in map(read_run, runs_in(words.folder)) if record.status["state"] == "finished"]
+    found = [read_run(run) for run in runs_in(words.folder)]
+    records = [record for record in found if record.status["state"] == "finished"]
+    for record in found:
+        if (state := record.status["state"]) != "finished":
+            print(f"left out   {record.path} ({state})")
     # Variants of one method are told apart by their names in the recipe, which those of folders begin with.
     rows: dict[str, list[RunRecord]] = {}
     for members in group(records).values():
@@ -33,15 +37,15 @@ def main() -> None:
     metric = records[0].metric
     amount = formatter(metric)
     whole = _mean(rows["DataParallel"], "bytes_sent")
-    grid = [["row", f"{in_words(metric)}, test", "rounds", "sent per rank", "of DataParallel's"]]
+    grid = [["row", "seeds", f"{in_words(metric)}, test", "rounds", "sent per rank", "of DataParallel's"]]
     places = {}
     for name, members in rows.items():
-        found = [float(record.status[f"center_test_{metric}"]) for record in members]
-        sent, spread = _mean(members, "bytes_sent"), statistics.stdev(found) if len(found) > 1 else 0.0
-        places[name] = (100 * sent / whole, statistics.fmean(found), spread)
+        values = [float(record.status[f"center_test_{metric}"]) for record in members]
+        sent, spread = _mean(members, "bytes_sent"), statistics.stdev(values) if len(values) > 1 else 0.0
+        places[name] = (100 * sent / whole, statistics.fmean(values), spread)
         shown = amount(places[name][1]) + (f" ± {amount(spread).split(' ')[0]}" if spread else "")
         rounds = f"{_mean(members, 'rounds'):,.0f}"
-        grid.append([name, shown, rounds, f"{sent / 1e6:,.1f} MB", f"{places[name][0]:.1f} %"])
+        grid.append([name, f"{len(members)}", shown, rounds, f"{sent / 1e6:,.1f} MB", f"{places[name][0]:.1f} %"])
     print("\n".join(aligned(grid)))
     scale = 100 if metric.endswith("accuracy") else 1
     with saved_figure(words.figure, (12.0, 4.8)) as figure:

@@ -91,6 +91,7 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
     # A line has its colour in every row.
     pens = {label: i for i, label in enumerate(dict.fromkeys(label for _, curves in rows for label in curves))}
     course = records[0].course() if len(pens) == len(networks) == 1 else {}
+    whose = f" of {_short(drawable(records[0].path.name), 40)}" if len(records) > 1 else ""
     heights = [_SIZE[1], *[_FURTHER] * (len(rows) - 1), *([_COURSE] if course else [])]
     with saved_figure(path, (_SIZE[0], sum(heights))) as figure:
         first, *others = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -100,7 +101,7 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
         if weighted is not None:
             _draw_weights(first, weighted, 0.565, sum(run.method == weighted.method for run in shown))
         if course:
-            _draw_course(others.pop(), course)
+            _draw_course(others.pop(), course, whose)
         for row, (network, curves) in zip(others, rows[1:], strict=True):
             place = _Place(0.985, 0.17, 0.855, 0.92, 0.06)
             note = f"over an emulated network of {network}" if network else "over the network that there is"
@@ -312,7 +313,7 @@ def _draw_curves(
     _name_ends(axes, curves, pens, ends, names)
 
 
-def _draw_course(figure: FigureBase, course: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _draw_course(figure: FigureBase, course: Mapping[str, Sequence[tuple[float, float]]], whose: str) -> None:
     """A small panel for each, side by side."""
     from matplotlib.ticker import MaxNLocator
 
@@ -333,7 +334,8 @@ def _draw_course(figure: FigureBase, course: Mapping[str, Sequence[tuple[float, 
         axes.tick_params(length=0)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        figure.text(left + 0.042 + (width - 0.077) / 2, 0.03, "training time (s)", ha="center", va="baseline")
+        below = f"training time{whose} (s)"
+        figure.text(left + 0.042 + (width - 0.077) / 2, 0.03, below, ha="center", va="baseline")
 
 
 def pen(index: int) -> tuple[str, Any]:

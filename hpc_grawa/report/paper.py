@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..runs.record import RunRecord, group
 from ..screen import counted, wrapped
-from .table import FLATNESS, Row, Table, aligned, flatness_note, in_words, rows
+from .table import FLATNESS, HEALED, Row, Table, aligned, flatness_note, in_words, rows
 
 
 def _chosen(table: Table) -> list[Row]:
@@ -57,7 +57,7 @@ def paper_table(records: Sequence[RunRecord], paper: str) -> str:
         grid.append(
             [
                 row.label,
-                f"{row.runs}",
+                f"{len(set(row.seeds)) or row.runs}",
                 spread(row, f"mean_test_{metric}", error=accuracy),
                 spread(row, f"center_test_{metric}", error=accuracy),
                 f"{communication:,.0f} s ({row.mean.get('rounds', 0):,.0f})",
@@ -73,9 +73,11 @@ def paper_table(records: Sequence[RunRecord], paper: str) -> str:
     )
     if paper == "grawa":
         notes.append("- Published errors are those of the mean of the ranks, published seconds hold what scores take.")
-    diverged = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state == "diverged"]
-    if diverged:
-        notes.append(wrapped(f"- Diverged: {'; '.join(diverged)}.", 120, "", "  "))
+    if healed := [f"{row.label} {times:,.0f}" for row in shown if (times := row.mean.get("healed", 0.0)) >= 0.05]:
+        notes.append(wrapped(f"- {HEALED}: {'; '.join(healed)}.", 120, "", "  "))
+    left = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state != "finished"]
+    if left:
+        notes.append(wrapped(f"- Left out: {'; '.join(left)}.", 120, "", "  "))
     flatness = flatness_note(shown) or "flatness: hpc-grawa flatness RUN... measures it"
     notes.append(f"- {flatness[0].upper()}{flatness[1:]}.")
     return "\n".join([*aligned(grid), *notes])

@@ -15,7 +15,7 @@ from textwrap import fill
 from ..errors import ConfigError
 from ..runs.log import human_bytes
 from ..runs.record import RunRecord, evaluated_part, group, setting
-from ..screen import ENDLESS, as_shown
+from ..screen import ENDLESS, as_shown, counted
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Row:
 
     Attributes:
         label: the method, and what tells it from other experiments of that method.
+        experiment: all that its runs have in common, as of ``RunRecord.experiment``.
         method: its name alone.
         network: the network that was emulated, if any.
         runs: how many there are.
         seeds: theirs, in the order of the runs.
         state: ``finished``, or what else became of the runs.
+        shares: whether the ranks shared gradients, at least for a while.
         best_part: the data on which their best centers were chosen, or empty where they do not say.
         mean: over the runs, of every number in ``summary.json`` that all of them have, under its key; also
             ``seconds_to_target``, over the runs that reach it.
@@ -40,11 +42,13 @@ class Row:
     """
 
     label: str
+    experiment: str
     method: str
     network: str | None
     runs: int
     seeds: tuple[int, ...]
     state: str
+    shares: bool
     best_part: str
     mean: dict[str, float]
     std: dict[str, float]
@@ -77,14 +81,22 @@ class Table:
 
     @property
     def best(self) -> Row | None:
-        """The finished row whose center is best on test data, on the mean over its runs; a ``whole`` one if any is."""
+        """The finished row whose center is best, on the mean over its runs; a ``whole`` one if any is.
+
+        On test data, or by the last evaluation on the way where that was on other data.
+        """
         rows = [row for row in self.rows if row.state == "finished"]
         whole = [row for row in rows if not self._lost(row)] or rows
-        return _best_of(whole, self.higher_is_better, lambda row: row.mean.get(f"center_test_{self.metric}"))
+        on_test = self.part == "test"
+        return _best_of(
+            whole,
+            self.higher_is_better,
+            lambda row: row.mean.get(f"center_test_{self.metric}") if on_test else row.last,
+        )
 
     @property
     def whole(self) -> list[Row]:
-        """Finished rows of which no seed has diverged, as those that are left would flatter it.
+        """Rows of which every seed has finished, as those that are left would flatter one of which some diverged.
 
         Of a method, over one network, that has none: those of which most seeds are left.
         """
@@ -99,18 +111,19 @@ class Table:
         return found
 
     def _lost(self, row: Row) -> bool:
-        return any(other.label == f"{row.label} (diverged)" for other in self.rows)
+        return any(other.experiment == row.experiment and other.state != "finished" for other in self.rows)
 
     @property
     def chosen(self) -> list[tuple[Row, int]]:
-        """Of each method with several rows the one whose last evaluation on the way was best; and of how many.
+        """Of each method with several settings the one whose last evaluation on the way was best; and of how many.
 
         A network is no setting: one is chosen over each.
         """
         by_method: dict[tuple[str, str | None], list[Row]] = {}
         for row in self.whole:
             by_method.setdefault((row.method, row.network), []).append(row)
-        counts = Counter((row.method, row.network) for row in self.rows if row.state == "finished")
+        tried = {(row.method, row.network, row.experiment) for row in self.rows}
+        counts = Counter((method, network) for method, network, _ in tried)
         found = [
             (_best_of(rows, self.higher_is_better, lambda row: row.last), counts[key])
             for key, rows in by_method.items()
@@ -149,6 +162,12 @@ FLATNESS = {
     "valley width": "flatness_valley_width",
     "valley width, at least": "flatness_valley_width_at_least",
 }
+
+#: What its column says.
+HEALED = (
+    "healed: how often a rank whose model was no longer finite became the center and went on; where gradients are "
+    "shared, a run diverges then"
+)
 
 
 def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
@@ -213,6 +232,7 @@ def markdown(table: Table, width: int = ENDLESS) -> str:
     add("gap", "gap", amount, spread=True)
     add("steps", "steps", _count)
     add("rounds", "rounds", _count)
+    add("healed", "healed", _count, always=False)
     add("sent/rank", "bytes_sent", human_bytes)
     add("computing", "compute_seconds", _seconds)
     add("loading", "loading_seconds", _seconds)
@@ -279,11 +299,13 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         samples["seconds_to_target"] = reached
     return Row(
         label=label,
+        experiment=runs[0].experiment,
         method=runs[0].method,
         network=runs[0].network,
         runs=len(runs),
         seeds=tuple(status["seed"] for status in found if "seed" in status),
         state=found[0]["state"],
+        shares=not found[0].get("rounds") or runs[0].config.get("method.sharing") is not None,
         best_part=str(found[0].get("best_part") or ""),
         mean={key: statistics.fmean(values) for key, values in samples.items()},
         std={key: _std(values) for key, values in samples.items() if len(values) > 1},
@@ -355,10 +377,11 @@ def _cell(row: Row, key: str, form: Callable[[float], str], spread: bool) -> str
     if key not in row.mean:
         return "-"
     text = form(row.mean[key])
-    if not spread or key not in row.std:
+    error = row.std.get(key, row.mean.get(f"{key}_error"))
+    if not spread or error is None or not math.isfinite(error):
         return text
     number, _, unit = text.partition(" ")
-    return " ".join(filter(None, (number, "±", form(row.std[key]).partition(" ")[0], unit)))
+    return " ".join(filter(None, (number, "±", form(error).partition(" ")[0], unit)))
 
 
 def _best(part: str, key: str, form: Callable[[float], str]) -> Callable[[Row], str]:
@@ -387,6 +410,7 @@ def flatness_note(shown: Sequence[Row]) -> str:
 def _notes(table: Table, width: int) -> list[str]:
     """What the columns say."""
     metric, amount = in_words(table.metric), formatter(table.metric)
+    repeated = len({row.runs for row in table}) > 1
     entries = [
         f"center, mean: {metric} of the method's center after the last round, and of the uniform mean of all ranks",
         "gap: by how much the center is better on training data than on test data",
@@ -396,17 +420,30 @@ def _notes(table: Table, width: int) -> list[str]:
         entries.append(f"best, {part}: the center's best evaluation in the run, chosen on the {part} data{biased}")
     if any(row.std for row in table):
         entries.append("±: standard deviation over the runs (other columns: their mean)")
-    if any(p is not None for p in _against_best(table).values()):
+    if any(f"{key}_error" in row.mean and row.runs == 1 for row in table for key in FLATNESS.values()):
+        entries.append(
+            "± of flatness, of a single run: the estimate's own error (of an eigenvalue a bound, else a standard error)"
+        )
+    for row in table:
+        if again := [f"{seed}" for seed, times in Counter(row.seeds).items() if times > 1]:
+            entries.append(f"{row.label} has several runs of seed {', '.join(again)}: they are not independent")
+    if tests := sum(p is not None for p in _against_best(table).values()):
+        by = "by the same numbers" if table.part == "test" else f"on {table.part} data"
         entries.append(
             "p: of a paired t-test, over the seeds that a row shares with the best one, that both are equally good on "
-            "test data; above 0.05 the seeds do not tell them apart"
+            "test data; above 0.05 the seeds do not tell them apart; the best one was picked "
+            f"{by}, and p is not corrected for {counted(tests, 'test')}"
         )
     sent = [row for row in table if row.mean.get("communication_seconds")]
-    if len({row.mean.get("rounds", 0) > 0 for row in sent}) > 1:
-        entries.append("communicating: of shared gradients, in rows without rounds, with the waiting for slower ranks")
+    if any(row.shares for row in sent) and any(row.mean.get("rounds") for row in sent):
+        entries.append("communicating: of shared gradients, with the waiting for slower ranks")
+    if any(row.mean.get("healed", 0.0) >= 0.05 for row in table):
+        entries.append(HEALED)
     if table.chosen:
+        test = f"center_test_{table.metric}"
         told = "; ".join(
-            f"{row.label} of {count} (test {_cell(row, f'center_test_{table.metric}', amount, spread=True)})"
+            f"{row.label} of {counted(count, 'setting')} (test {_cell(row, test, amount, spread=True)}"
+            + (f", {counted(row.runs, 'run')})" if repeated else ")")
             for row, count in table.chosen
         )
         fair = "" if table.part != "test" else ", which makes its test value too good (hold out data.validation)"

@@ -19,7 +19,10 @@ FLATNESS = "flatness.json"
 #: What an ``evaluate`` event says besides the metric.
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
 #: Settings of measures of flatness.
-_LETTERS = {"rho": "ρ", "epsilon": "ε", "sigma": "σ", "kappa": "κ", "reach": "reach"}
+_LETTERS = {
+    **{"rho": "ρ", "epsilon": "ε", "sigma": "σ", "lpf_samples": "M", "kappa": "κ"},
+    **{name: name for name in ("reach", "samples")},
+}
 #: Settings that say where a run is made and how fast, but not what it trains.
 PLACE = (
     *("run.resume", "run.dir", "run.control_every", "comm_timeout"),
@@ -101,6 +104,17 @@ class RunRecord:
         """Whether larger values of the metric are better."""
         told = self._told.get("higher_is_better")
         return self.metric.endswith("accuracy") if told is None else bool(told)
+
+    @property
+    def experiment(self) -> str:
+        """All that makes a run another experiment, not another seed: what repetitions have in common."""
+        return json.dumps([self.method, settings_of(self)], sort_keys=True, default=str)
+
+    @property
+    def ranks(self) -> str | None:
+        """How many there were; all numbers, where a run went on on others; None where it does not say."""
+        told = self.config.get("ranks", self.status.get("world_size"))
+        return None if told is None else str(told)
 
     @property
     def network(self) -> str | None:
@@ -213,10 +227,9 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
                 f"{records[0].path} is judged by {records[0].metric}, {record.path} by {record.metric}: "
                 "runs that are reported together need one metric"
             )
-    experiments: dict[str, list[RunRecord]] = {}
+    experiments: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
-        key = json.dumps([record.method, record.status["state"], settings_of(record)], sort_keys=True, default=str)
-        experiments.setdefault(key, []).append(record)
+        experiments.setdefault((record.experiment, record.status["state"]), []).append(record)
     leaders = [members[0] for members in experiments.values()]
     labels = [_label(leader, [other for other in leaders if other.method == leader.method]) for leader in leaders]
     repeated = Counter(labels)
@@ -235,12 +248,12 @@ def evaluated_part(records: Iterable[RunRecord]) -> str:
 
 def setting(records: Sequence[RunRecord]) -> str:
     """What the runs have in common, for people: "SmallCNN on Digits, 4 ranks, 20 s of training time each"."""
-    worlds = sorted({record.status["world_size"] for record in records if record.status.get("world_size")})
+    worlds = sorted({ranks for record in records if (ranks := record.ranks)}, key=lambda told: (len(told), told))
     parts = []
     if (model := _common(records, "model")) and (data := _common(records, "data")):
         parts.append(f"{last(model)} on {last(data)}")
     if worlds:
-        parts.append(f"{' and '.join(map(str, worlds))} rank{'' if worlds == [1] else 's'}")
+        parts.append(f"{' and '.join(worlds)} rank{'' if worlds == ['1'] else 's'}")
     networks = {record.network for record in records}
     if len(networks) == 1 and (network := networks.pop()):
         parts.append(f"over an emulated network of {network}")
@@ -357,7 +370,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
 def settings_of(record: RunRecord) -> dict[str, Any]:
     """All that makes a run another experiment, not another seed."""
     settings = {key: value for key, value in record.config.items() if key not in _IDENTITY}
-    return {**settings, "network": record.network, "ranks": record.status.get("world_size")}
+    return {**settings, "network": record.network, "ranks": record.ranks}
 
 
 def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
@@ -367,7 +380,8 @@ def _label(leader: RunRecord, same_method: list[RunRecord]) -> str:
     keys = dict.fromkeys(key for settings in all_settings for key in settings)
     differing = [key for key in keys if len({str(settings.get(key)) for settings in all_settings}) > 1]
     if len(differing) > 3:
-        return f"{leader.method} {leader.path.name}{state}"
+        name = leader.path.name.removesuffix(f"-{leader.status.get('seed')}")
+        return f"{leader.method} {name}{state}"
     told = [f"{last(key)}={_value(own[key])}" for key in differing if own.get(key) is not None]
     return " ".join([leader.method, *told]) + state
 

@@ -98,7 +98,7 @@ def _end(method: Method, start: list[list[float]], steps: int, lr: float) -> End
 
 def table(found: Mapping[str, list[End]]) -> str:
     """Markdown: of each method the mean curvature of the minima it ends in, and how often it ends elsewhere."""
-    grid = [["method", "curvature of its minima", "median", "minima", "saddles", "moving"]]
+    grid = [["method", "curvature of its minima, ± standard error", "median", "minima", "saddles", "moving"]]
     for method, one in found.items():
         curvatures = np.array([end.curvature for end in one if end.kind == "minimum"])
         kinds = [sum(end.kind == kind for end in one) / len(one) for kind in ("minimum", "saddle", "moving")]

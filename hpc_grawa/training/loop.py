@@ -276,6 +276,8 @@ class Training:
         changes, networks = changed(self.folder, worker.config.text), read_run(self.folder).networks
         if networks[-1] != worker.comm.network:
             changes["network"] = [networks[-1], worker.comm.network]
+        if restored.world_size != size:
+            changes["ranks"] = [restored.world_size, size]
         if (then := state.get("data", worker.data_told)) != worker.data_told:
             changes["data.content"] = [then, worker.data_told]
         if changes:
