@@ -180,7 +180,7 @@ train() { # NODES RECIPE OPTIONS...; leaves the script unless the run is finishe
     if [ "$status" != 75 ]; then
         # A program that fails says so in its summary; bad input is 2; else ranks were killed, or lost with their node.
         if [ "$status" = 2 ] || [ -e "$folder/summary.json" ] || ! begun "$silent" "$said"; then exit "$status"; fi
-        if grep -qs "\"job $id\"" "$folder/lock.json"; then rm -f "$folder/lock.json"; fi # or a link of a chain would wait
+        if grep -qs "\"job $id\", \"restarts\": ${SLURM_RESTART_COUNT:-0}," "$folder/lock.json"; then rm -f "$folder/lock.json"; fi # or a link of a chain would wait
         say "the ranks died (status $status), last checkpoint: ${after:-none}; hpc-grawa status $folder says more"
     fi
     if [ -z "$told" ] && summary_says cause STOP; then

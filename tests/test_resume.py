@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -32,7 +33,7 @@ from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.data.sharding import Sampler
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.runs.checkpoint import Checkpoints, model_file
-from hpc_grawa.runs.lock import Lock
+from hpc_grawa.runs.lock import BEAT, DEAD, Lock
 from hpc_grawa.runs.log import write_atomically
 from hpc_grawa.runs.record import group, read_run
 from hpc_grawa.training.config import Config
@@ -379,13 +380,78 @@ def test_the_space_that_is_asked_for_is_what_a_run_takes(
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
+    """Its room is the next one's, whose step is another; a folder of the user's stays."""
     saved(tmp_path, (10,))
-    left = tmp_path / "000000020.partial"
+    left = tmp_path / "000000015.partial"
     left.mkdir()
     (left / "rank-0000.pt").write_bytes(b"half")
+    (tmp_path / "best").mkdir()
     assert loaded(tmp_path)[0][0] == 10
-    saved(tmp_path, (20,))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000020", "latest"]
+    checkpoints = Checkpoints(tmp_path, SingleCommunicator())
+    with pytest.MonkeyPatch.context() as patched:
+        usage = shutil.disk_usage(tmp_path)._replace(free=0)
+        patched.setattr("hpc_grawa.runs.checkpoint.shutil.disk_usage", lambda place: usage)
+        with pytest.raises(ConfigError) as before:
+            checkpoints.check_space(10**9)
+        (left / "rank-0000.pt").write_bytes(bytes(10**6))
+        with pytest.raises(ConfigError) as after:
+            checkpoints.check_space(10**9)
+    room = [re.search(r"has ([\d.]+ .?B) for them", str(error.value)) for error in (before, after)]
+    assert [found and found[1][-2:] for found in room] == ["kB", "MB"]
+    held = Checkpoints.save
+    with pytest.MonkeyPatch.context() as patched:
+
+        def save(self: Checkpoints, *words: Any) -> list[str]:
+            told = held(self, *words)
+            assert not left.exists()  # before anything is written
+            return told
+
+        patched.setattr(Checkpoints, "save", save)
+        saved(tmp_path, (20,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000020", "best", "latest"]
+
+
+def test_a_checkpoint_that_cannot_be_named_the_latest_is_taken_back(tmp_path: Path) -> None:
+    """So that what is said of it holds, and its room is the next one's."""
+    saved(tmp_path, (10, 20))
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest/in the way").mkdir(parents=True)
+
+    def body(comm: Communicator) -> list[str]:
+        checkpoints = Checkpoints(tmp_path, comm)
+        for step in (20, 30):
+            checkpoints.save(step, {"x": torch.zeros(5)}, {"seconds": 1.5})
+            (told,) = checkpoints.settle()
+            assert told.startswith(f"step {step}: not saved, the checkpoints before stay: rank 0: ")
+            assert checkpoints.saved is None
+        return []
+
+    simulate(WORLD, body)
+    there = sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("."))
+    assert there == ["000000010", "000000020", "latest"]
+    shutil.rmtree(tmp_path / "latest")
+    assert loaded(tmp_path)[0][0] == 20  # the first one
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_file_stop_ends_a_run_that_saves_once(
+    readable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whosever it is, and where a checkpoint is due at that step anyway."""
+    stop, steps, take = tmp_path / "a/STOP", [], Checkpoints.save
+    stop.parent.mkdir()
+    stop.write_text("") if readable else stop.mkdir()
+
+    def save(self: Checkpoints, step: int, *words: Any) -> list[str]:
+        steps.append(step)
+        return take(self, step, *words)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr("hpc_grawa.training.ending.POLL_EVERY", -1.0)
+    summary = run(config("LGRAWA", "--save.every=1"), tmp_path / "a")[0]
+    assert (summary["state"], stop.exists()) == ("stopped", not readable)
+    assert sorted(steps) == sorted([*range(1, summary["steps"] + 1)] * WORLD)
+    assert (tmp_path / "a/checkpoints/latest").read_text() == f"{summary['steps']:09d}\n"
 
 
 def test_another_world_starts_from_the_center_if_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -724,22 +790,48 @@ def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
     file = tmp_path / "lock.json"
     held = json.dumps({"job": "job 5", "restarts": 0, "host": "far", "pid": 1})
     file.write_text(held)
+    began = time.monotonic()
     Lock(tmp_path, "job 5", 1).release()
-    assert not capsys.readouterr().out and not file.exists()  # at once
+    assert not capsys.readouterr().out and not file.exists()
+    assert BEAT < time.monotonic() - began < 30  # in which what is left of it hears of it
     file.write_text(held)
     os.utime(file, (time.time() - 57,) * 2)
     began = time.monotonic()
     Lock(tmp_path, "job 6").release()
     assert 1 < time.monotonic() - began < 50 and not file.exists()
     assert re.fullmatch(
-        r"waiting    up to [1-3] s for job 5 on far \(process 1\), silent for 5[789] s\n", capsys.readouterr().out
+        r"waiting    up to 10 s for job 5 on far \(process 1\), silent for 5[789] s\n", capsys.readouterr().out
     )
 
 
+def test_a_lock_is_not_taken_from_a_job_whose_clock_is_late(tmp_path: Path) -> None:
+    """Some file systems date by the clock of the host that writes."""
+    file, ended = tmp_path / "lock.json", threading.Event()
+    file.write_text(json.dumps({"job": "job 5", "restarts": 0, "host": "far", "pid": 1}))
+
+    def touch() -> None:
+        while not ended.wait(0.1):
+            os.utime(file, (time.time() - 2 * DEAD,) * 2)  # later than it says itself, at first
+
+    other = threading.Thread(target=touch)
+    other.start()
+    try:
+        with pytest.raises(ConfigError, match=r"job 5 on far .* is at work"):
+            Lock(tmp_path, "job 6")
+    finally:
+        ended.set()
+        other.join()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("heir", "said", "state"), [("job 6", "ending", None), ("job 5", "stopped", "T")])
-def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: str | None, tmp_path: Path) -> None:
-    """Ended by itself; or stopped, until SLURM ends it, where the same job goes on elsewhere."""
+@pytest.mark.parametrize(
+    ("heir", "restarts", "said", "state"),
+    [("job 6", 1, "ending", None), ("job 5", 1, "stopped", "T"), ("job 5", 0, "ending", None)],
+)
+def test_who_has_lost_its_lock_does_nothing_more(
+    heir: str, restarts: int, said: str, state: str | None, tmp_path: Path
+) -> None:
+    """Ended by itself; or stopped, until somebody wakes it to end, where the same job was started again elsewhere."""
     code = (
         "import sys, time, pathlib; from hpc_grawa.runs.lock import Lock; "
         "Lock(pathlib.Path(sys.argv[1]), 'job 5'); time.sleep(60)"
@@ -748,19 +840,17 @@ def test_who_has_lost_its_lock_does_nothing_more(heir: str, said: str, state: st
     file = tmp_path / "lock.json"
     while not file.is_file():
         time.sleep(0.1)
-    content = json.dumps({"job": heir, "restarts": 1, "host": "far", "pid": 1})
+    content = json.dumps({"job": heir, "restarts": restarts, "host": "far", "pid": 1})
     write_atomically(file, content)
     assert loser.stderr is not None
     assert loser.stderr.readline() == f"{file} is {heir}'s now: {said}\n"
-    if state is None:
-        assert loser.wait(60) == 2
-    else:
+    if state is not None:
         end = time.monotonic() + 60
         while Path(f"/proc/{loser.pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
             assert time.monotonic() < end
             time.sleep(0.05)
-        loser.kill()
-        loser.wait()
+        loser.send_signal(signal.SIGCONT)
+    assert loser.wait(60) == 2
     assert file.read_text() == content
 
 

@@ -106,7 +106,8 @@ class Checkpoints:
         held = self._copied(state)
 
         def begin() -> None:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for left in _partial(self.folder):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             unfinished.mkdir(parents=True)
 
         wrong = self._errors_of(begin if self._comm.rank == 0 else None)
@@ -199,7 +200,7 @@ class Checkpoints:
     def check_space(self, bytes_per_rank: int, model_bytes: int = 0) -> None:
         """Find out on rank 0 whether as many checkpoints as are to be kept, and the next one, have room.
 
-        Those that are there already count as much as they take.
+        Those that are there already count as much as they take, and what a save that was cut off has left.
 
         Args:
             bytes_per_rank: of a checkpoint.
@@ -213,7 +214,8 @@ class Checkpoints:
         place = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
         free, copies = shutil.disk_usage(place).free, self._keep + 1
         needed = (bytes_per_rank * copies + model_bytes) * self._comm.size
-        there = sum(file.lstat().st_size for name in _names(self.folder) for file in (self.folder / name).glob("*"))
+        known = [*(self.folder / name for name in _names(self.folder)), *_partial(self.folder)]
+        there = sum(file.lstat().st_size for place in known for file in place.glob("*"))
         if free + there < needed:
             raise wrong(
                 "save.keep",
@@ -268,18 +270,26 @@ class Checkpoints:
             json.dump(manifest, file, indent=1)
             _flush(file)
         _flush_folder(unfinished)
+        replaced = place.with_name(place.name + _REPLACED)
         if place.exists():  # perhaps the only one that is whole: not removed before there is another
-            shutil.rmtree(place.with_name(place.name + _REPLACED), ignore_errors=True)
-            place.rename(place.with_name(place.name + _REPLACED))
+            shutil.rmtree(replaced, ignore_errors=True)
+            place.rename(replaced)
         unfinished.rename(place)
-        _flush_folder(self.folder)
-        write_atomically(self.folder / "latest", place.name + "\n")
+        try:
+            _flush_folder(self.folder)
+            write_atomically(self.folder / "latest", place.name + "\n")
+        except OSError:  # as on a full disk, whose room is that of the next one
+            place.rename(unfinished)
+            with suppress(FileNotFoundError):
+                replaced.rename(place)
+            raise
         others = [p for p in _names(self.folder) if p != place.name and p.isdigit() and (self.folder / p).is_dir()]
         # Newer ones were passed over when the run went on from an older one: it is whole, they need not be.
         others.sort(key=lambda name: name > place.name)
         kept = [place.name, *others][: self._keep]
         for old in self.folder.iterdir():
-            if old.is_dir() and old.name not in kept:
+            ours = re.fullmatch(rf"\d+({_PARTIAL}|{_REPLACED})?", old.name)
+            if ours and old.is_dir() and old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _errors_of(self, action: Callable[[], None] | None) -> list[str]:
@@ -352,6 +362,11 @@ def _names(folder: Path) -> Iterator[str]:
     if named in whole:
         yield named
     yield from (name for name in whole if name != named)
+
+
+def _partial(folder: Path) -> list[Path]:
+    """Checkpoints that were not, or are not yet, written to their end."""
+    return [place for place in folder.glob(f"*{_PARTIAL}") if place.name.removesuffix(_PARTIAL).isdigit()]
 
 
 def _latest(folder: Path) -> str | None:

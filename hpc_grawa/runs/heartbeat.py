@@ -289,7 +289,8 @@ class Watch:
         beat: dict[str, Any] = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "activity": activity}
         beat |= {"seconds": seconds, "told": self._told, "job": self._token}
         with suppress(OSError):  # a full disk is no reason to end
-            write_atomically(folder / "ranks" / f"{self.rank:04d}.json", json.dumps({**beat, **self._said()}) + "\n")
+            text = json.dumps({**beat, **self._said()}) + "\n"
+            write_atomically(folder / "ranks" / f"{self.rank:04d}.json", text, lasting=False)
 
     def _said(self) -> dict[str, Any]:
         return not_begun() if self._comm is None else self._comm.meter.said()

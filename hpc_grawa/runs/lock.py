@@ -18,16 +18,17 @@ from ..screen import say
 from .heartbeat import clock_of
 from .log import write_atomically
 
-#: Seconds between heartbeats of the job that holds a folder, and without one after which it counts as dead.
-BEAT, DEAD = 5.0, 60.0
+#: Seconds between heartbeats of the job that holds a folder, without one after which it counts as dead, and after which
+#: it does by the age of its last one alone: clocks of hosts, by which some file systems date, may be minutes apart.
+BEAT, DEAD, LONG_DEAD = 5.0, 60.0, 600.0
 
 
 class Lock:
     """A folder's lock: a file that the job which holds it touches every few seconds, from a thread of its own.
 
     A job that gives no heartbeat is waited for until it counts as dead; one that SLURM has started again takes over
-    from itself at once, as what is left of it may sit on a node that SLURM cannot reach. Whoever finds that it
-    lost its lock does nothing more.
+    from itself, as what is left of it may sit on a node that SLURM cannot reach. Whoever finds that it lost its lock
+    does nothing more.
 
     Args:
         folder: of a run.
@@ -53,10 +54,11 @@ class Lock:
             with self._file.open("x", encoding="utf-8") as file:
                 file.write(self._content)
         except FileExistsError:
-            if not self._await_death(job, restarts):
+            heeds = self._await_death(job, restarts)
+            if heeds is None:
                 return False
             write_atomically(self._file, self._content)
-            time.sleep(0.5)  # in which the last of those who found the same job dead has written
+            time.sleep(heeds)
             return self._is_ours()
         return True
 
@@ -67,23 +69,29 @@ class Lock:
             return found if isinstance(found, dict) else {}
         return {}
 
-    def _await_death(self, job: str, restarts: int) -> bool:
-        """Wait until its holder is dead or was started again as this job; False if it was released meanwhile."""
+    def _await_death(self, job: str, restarts: int) -> float | None:
+        """Wait until its holder is dead or was started again as this job.
+
+        Returns:
+            Seconds in which whoever else wants to write there has done so, or has seen who holds it now; None if it was
+            released meanwhile.
+        """
         seen, first, said, began = None, 0.0, False, time.monotonic()
         with suppress(FileNotFoundError):
             while True:
                 now, touched = clock_of(self._file.parent), self._touched()
                 holder, age = self._holder(), now - touched
-                # By this host's clock too, as a damaged time may lie in the future.
-                if age >= DEAD or time.monotonic() - began >= DEAD:
-                    return True
+                waited = time.monotonic() - began
+                # By this host's clock alone, too, as a damaged time may lie in the future.
+                if age >= LONG_DEAD or (age >= DEAD and waited > 2 * BEAT) or waited >= DEAD:
+                    return 0.5
                 whose = f"{holder.get('job', 'another job')} on {holder.get('host')} (process {holder.get('pid')})"
                 if holder.get("job") == job and holder.get("restarts", 0) != restarts:
-                    return True
+                    return BEAT + 1
                 if holder != seen:  # the one before has released it, and another was quicker
                     seen, first, began = holder, self._touched(), time.monotonic()
                 # One of whom nothing is known gives no beats: what is newer is the file of another, still empty too.
-                if holder and touched > first:
+                if holder and touched != first:
                     name = self._file.parent.name
                     raise wrong(
                         "run.name",
@@ -92,10 +100,10 @@ class Lock:
                         f"{max(age, 0):.0f} s old; wait for its end, cancel it, or give another run.name",
                     )
                 if not said and age > 2 * BEAT:
-                    say(f"waiting    up to {DEAD - age:.0f} s for {whose}, silent for {age:.0f} s")
+                    say(f"waiting    up to {max(DEAD - age, 2 * BEAT):.0f} s for {whose}, silent for {age:.0f} s")
                     said = True
                 time.sleep(1)
-        return False
+        return None
 
     def _touched(self) -> float:
         return self._file.lstat().st_mtime
@@ -108,17 +116,16 @@ class Lock:
         with suppress(OSError):
             if self._is_ours():
                 os.utime(self._file)
-            elif job := self._holder().get("job"):  # not while nobody claims it, as where it is damaged
-                self._give_up(job)
+            elif (holder := self._holder()).get("job"):  # not while nobody claims it, as where it is damaged
+                self._give_up(holder)
 
-    def _give_up(self, job: str) -> None:
-        same = job == json.loads(self._content)["job"]
-        say(f"{self._file} is {job}'s now: {'stopped' if same else 'ending'}", sys.stderr)
-        if not same:
-            os._exit(2)
-        # Started again elsewhere: if this rank ended, srun would have SLURM end the step of that number, there.
-        os.kill(os.getpid(), signal.SIGSTOP)
-        self._ended.set()
+    def _give_up(self, holder: dict[str, Any]) -> None:
+        own = json.loads(self._content)
+        elsewhere = holder["job"] == own["job"] and holder.get("restarts", 0) != own["restarts"]
+        say(f"{self._file} is {holder['job']}'s now: {'stopped' if elsewhere else 'ending'}", sys.stderr)
+        if elsewhere:  # if this rank ended, srun would have SLURM end the step of that number, where the job is now
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(2)  # woken, as by whoever ends what is left
 
     def _is_ours(self) -> bool:
         with suppress(FileNotFoundError):

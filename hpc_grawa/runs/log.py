@@ -86,14 +86,23 @@ def _state(folder: Path) -> object:
     return None if summary is None else summary.get("state")
 
 
-def write_atomically(path: Path, content: str | dict[str, Tensor]) -> None:
-    """Write text, or tensors as torch does, under another name and rename it: readers see all of it or nothing."""
+def write_atomically(path: Path, content: str | dict[str, Tensor], lasting: bool = True) -> None:
+    """Write text, or tensors as torch does, under another name and rename it: readers see all of it or nothing.
+
+    Args:
+        path: of the file.
+        content: of it.
+        lasting: whether that is to hold after a crash of the host, too, which waits for the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
-    else:
-        with temporary.open("wb") as file:  # torch opens no path whose bytes are no text
+    with temporary.open("wb") as file:  # torch opens no path whose bytes are no text
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
             torch.save(content, file)
+        if lasting:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.rename(path)
 
 

@@ -55,8 +55,7 @@ class Ending:
         """Look for the file now and then, and say once what is going to happen."""
         if self._folder is not None and time.monotonic() - self._polled > POLL_EVERY:
             self._polled = time.monotonic()
-            if (self._folder / "STOP").exists():
-                held = (self._folder / "STOP").read_text(encoding="utf-8", errors="replace").strip()
+            if (held := _stop_file(self._folder)) is not None:
                 self.heed(held if held in _STATES else "STOP")
         if self.cause is not None and not self._told:
             self._told = True
@@ -85,7 +84,8 @@ class Ending:
             "training_seconds": worker.clock.seconds,
         }
         if self._folder is not None:
-            (self._folder / "STOP").unlink(missing_ok=True)
+            with suppress(OSError):  # not there, or not ours to remove
+                (self._folder / "STOP").unlink()
             try:
                 write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
             except OSError as error:
@@ -98,6 +98,19 @@ class Ending:
             where = f"not saved at step {facts.step}: {again} goes on from {start}"
         self._log.say(f"ended      {state} by {cause} (rank {rank}), {where}")
         return found
+
+
+def _stop_file(folder: Path) -> str | None:
+    """What a file ``STOP`` says; None where there is none, or a file system that does not answer now."""
+    file = folder / "STOP"
+    try:
+        file.lstat()
+    except OSError:
+        return None
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:  # it may be another user's, or a folder
+        return ""
 
 
 @contextmanager

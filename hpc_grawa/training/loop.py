@@ -153,7 +153,8 @@ class Training:
         except NonFinite as error:
             return self._diverged(error, ending)
         if worker.used < 1:
-            self._save()
+            if self.checkpoints is None or worker.facts.step not in (self.checkpoints.step, self.checkpoints.saved):
+                self._save()
             self._settle()
             return ending.summary(worker, None if self.checkpoints is None else self.checkpoints.saved)
         training_seconds = worker.clock.settled
