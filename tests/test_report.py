@@ -195,6 +195,10 @@ def test_a_setting_of_which_seeds_are_missing_is_neither_best_nor_chosen(
     table = rows([read_run(run) for run in sorted(tmp_path.iterdir())])
     assert table.best is not None and table.best.seeds == (0, 1, 2)
     assert [(row, count) for row, count in table.chosen] == [(table.best, 3)]
+    for seed in (0, 2):  # another try
+        make_run(tmp_path, seed=seed, curve=((0, 0.1), (9, 0.95)), settings={"lr": 0.4, **dict.fromkeys(more, 0.4)})
+    again = rows([read_run(run) for run in sorted(tmp_path.iterdir())]).best
+    assert again is not None and again.mean["center_test_accuracy"] == pytest.approx(0.95)
     assert len({row.label for row in table}) == 4 and all("(" not in row.label or state in row.label for row in table)
 
 

@@ -12,6 +12,8 @@ from launcher import called, environment
 from test_config import cifar
 from test_examine_runs import trained
 
+from hpc_grawa.runs.record import read_run
+
 STUDIES = Path(__file__).parents[1] / "benchmarks/studies"
 
 pytestmark = pytest.mark.slow
@@ -42,6 +44,20 @@ def test_what_is_sent(comparison: Path, tmp_path: Path) -> None:
     rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("|")}
     assert "100.0 %" in rows["DataParallel"] and "LocalSGD" in rows
     assert (tmp_path / "volume.png").stat().st_size > 10_000
+
+
+def test_large_batches(comparison: Path, tmp_path: Path) -> None:
+    """Of each row the learning rate that was best on the way."""
+    words = ("--method=DataParallel", "--budget.steps=8", "--optimizer.lr=1e-6")
+    trained(tmp_path / "a/DataParallel-slow-1", *words, "--run.seed=1")
+    said = output("large_batch.py", comparison, "--figure", tmp_path / "large_batch.png")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("|")]
+    (rate,) = {record.config["optimizer.lr"] for record in map(read_run, comparison.glob("*-2"))}
+    assert [row[1:3] for row in rows[2:]] == [
+        ["DataParallel", f"{rate:g} of 1e-06, {rate:g}"],
+        ["LocalSGD", f"{rate:g} of {rate:g}"],
+    ]
+    assert (tmp_path / "large_batch.png").stat().st_size > 10_000
 
 
 def test_gradient_norm_and_gap(comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def paper_table(records: Sequence[RunRecord], paper: str) -> str:
         notes.append("- Published errors are those of the mean of the ranks, published seconds hold what scores take.")
     if healed := [f"{row.label} {times:,.0f}" for row in shown if (times := row.mean.get("healed", 0.0)) >= 0.05]:
         notes.append(wrapped(f"- {HEALED}: {'; '.join(healed)}.", 120, "", "  "))
-    left = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table if row.state != "finished"]
+    left = [f"{row.label}, {counted(row.runs, 'seed')}" for row in table.incomplete]
     if left:
         notes.append(wrapped(f"- Left out: {'; '.join(left)}.", 120, "", "  "))
     flatness = flatness_note(shown) or "flatness: hpc-grawa flatness RUN... measures it"

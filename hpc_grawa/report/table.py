@@ -110,8 +110,15 @@ class Table:
             found += [row for row in rows if not self._lost(row)] or [row for row in rows if row.runs == most]
         return found
 
+    @property
+    def incomplete(self) -> list[Row]:
+        """Rows of runs that have not finished, and whose seeds have not in another try."""
+        finished = {(row.experiment, seed) for row in self.rows if row.state == "finished" for seed in row.seeds}
+        others = [row for row in self.rows if row.state != "finished"]
+        return [row for row in others if not all((row.experiment, seed) in finished for seed in row.seeds)]
+
     def _lost(self, row: Row) -> bool:
-        return any(other.experiment == row.experiment and other.state != "finished" for other in self.rows)
+        return any(other.experiment == row.experiment for other in self.incomplete)
 
     @property
     def chosen(self) -> list[tuple[Row, int]]:
