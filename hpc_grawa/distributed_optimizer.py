@@ -73,7 +73,9 @@ def DistributedOptimizer(
         method: any; one that needs the loss gets it from ``step(closure)``.
         probe: returns the loss of a fresh batch; only methods that score by gradients of it need one.
         comm: the ranks. None: those of ``hpc_grawa.comm.connect()``, whether Horovod is initialised already or not; it
-            has the limit for waits too.
+            has the limit for waits too. Where the script has called ``hvd.init()`` itself, steps are the same bit for
+            bit each time with HOROVOD_FUSION_THRESHOLD=0 only: what is fused, and so the order of sums, depends on
+            timing.
         facts: what a period is to know of the run (``QSR`` its warm-up, peak learning rate and length).
         backward_passes_per_step: gradients of so many backward passes add up to a step's; only the last pass shares.
         of_horovod: arguments of Horovod's that were left in the call; each is refused with what to write instead.

@@ -93,22 +93,49 @@ def own_slot(environment: Mapping[str, str] = os.environ) -> Slot:
         Slot(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='', tasks=1)
     """
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
+    launcher, names = _said(environment)
+    # A single task of srun may be a shell or a notebook, where MPI cannot start; in a job of several it is no rank.
+    if launcher is None or (launcher == "srun" and environment[names[1]] == "1"):
+        return Slot(tasks=int(environment.get("SLURM_NTASKS", 1)))
+    rank, size, local_rank, local_size = names
+    if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
+        launcher = "horovodrun"
+    return Slot(
+        launcher,
+        int(environment[rank]),
+        int(environment[size]),
+        int(environment.get(local_rank, 0)),
+        _tasks_here(environment.get(local_size, "1"), int(environment.get("SLURM_NODEID", 0))),
+        job,
+        placed=local_rank in environment,
+    )
+
+
+def _said(environment: Mapping[str, str]) -> tuple[Launcher | None, tuple[str, ...]]:
+    """The launcher of this process, and the names of its variables; None where there is none."""
     # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
     complete = [row for row in _VARIABLES if all(v in environment for v in row[1])]
-    for launcher, (rank, size, local_rank, local_size) in (*complete, *_VARIABLES):
-        if rank in environment and size in environment:
-            if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
-                launcher = "horovodrun"
-            return Slot(
-                launcher,
-                int(environment[rank]),
-                int(environment[size]),
-                int(environment.get(local_rank, 0)),
-                _tasks_here(environment.get(local_size, "1"), int(environment.get("SLURM_NODEID", 0))),
-                job,
-                placed=local_rank in environment,
-            )
-    return Slot(tasks=int(environment.get("SLURM_NTASKS", 1)))
+    known = [row for row in (*complete, *_VARIABLES) if all(v in environment for v in row[1][:2])]
+    inner = None
+    if "TORCHELASTIC_RUN_ID" in environment:  # torchrun's workers inherit those of the srun or mpirun around it
+        inner = "torchrun"
+    elif "PMI_LOCAL_RANK" in environment and _same(environment, "PMI_RANK", "SLURM_PROCID"):
+        # As on Cray's systems, whose srun sets both; not Hydra, whose local rank has another name.
+        inner = "srun" if _same(environment, "PMI_SIZE", "SLURM_STEP_NUM_TASKS") else None
+    return min(known, key=lambda row: row[0] != inner, default=(None, ()))
+
+
+def _same(environment: Mapping[str, str], *names: str) -> bool:
+    return len({environment.get(name) for name in names}) == 1
+
+
+def descriptors(environment: Mapping[str, str] = os.environ) -> list[int]:
+    """Open files through which MPI speaks with its launcher (Hydra, SLURM's pmi2, PALS).
+
+    A child that is to start MPI in this rank's place needs them.
+    """
+    found = [int(value) for name in ("PMI_FD", "PALS_FD") if (value := environment.get(name, "")).isdecimal()]
+    return [number for number in found if Path(f"/proc/self/fd/{number}").exists()]
 
 
 def _tasks_here(text: str, node: int) -> int:
@@ -122,8 +149,8 @@ def _tasks_here(text: str, node: int) -> int:
 
 def first_process(environment: Mapping[str, str] = os.environ) -> int:
     """The uppermost process of this rank: this one, or a shell, say, that the launcher has started around it."""
-    names = next((row[1] for row in _VARIABLES if all(v in environment for v in row[1][:2])), None)
-    if names is None:
+    launcher, names = _said(environment)
+    if launcher is None:
         return os.getpid()
     own, process = f"{names[0]}={environment[names[0]]}".encode(), os.getpid()
     while (above := parent_of(process)) > 1:
@@ -222,6 +249,18 @@ def local_device(slot: Slot | None = None, wanted: Wanted = "auto") -> torch.dev
             f"torchrun, or the mpirun of Open MPI, MPICH or HPE"
         )
     return torch.device("cuda", slot.local_rank % count) if count else torch.device("cpu")
+
+
+def take_gpu(slot: Slot, wanted: Wanted = "auto") -> None:
+    """Make this rank's GPU the current device, unless none is wanted or the program has taken one already.
+
+    Where it cannot be told which one that is, nothing is done: ``local_device`` tells those who ask for it.
+    """
+    if wanted != "cpu" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with suppress(ConfigError):
+            device = local_device(slot, wanted)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
 
 
 @contextmanager

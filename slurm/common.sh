@@ -14,7 +14,9 @@ if [ -n "${VENV:-}" ] && [ -z "${CONTAINER:-}" ]; then
 fi
 set -euo pipefail # only now: modules and activate scripts use unset variables
 
-export PYTHONNOUSERSITE=1 # ~/.local would come before what is installed here
+if [ -n "${VENV:-}${CONTAINER:-}" ]; then
+    export PYTHONNOUSERSITE=1 # ~/.local would come before what is installed there
+fi
 cpus=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=$cpus
 if [ -n "${NET_IF:-}" ]; then
@@ -45,7 +47,7 @@ fi
 
 if [ "$1" = -- ]; then
     shift
-    exec "${inside[@]}" "$@"
+    exec ${inside[@]+"${inside[@]}"} "$@" # bash before 4.4 takes an empty array for an unset one
 fi
 
 say() { printf '%s: %s\n' "$SLURM_JOB_NAME" "$*" >&2; }
@@ -93,11 +95,18 @@ still_ours() { # ID: whether SLURM lets this attempt of the job run; on a node t
     [ "$state" = RUNNING ] && [ "$count" = "${SLURM_RESTART_COUNT:-0}" ]
 }
 
+dies_of_usr2() { # whether the launcher would, and its ranks with it: horovodrun, and mpirun of others than Open MPI
+    case ${LAUNCHER:-srun} in
+        horovodrun) return 0 ;;
+        mpirun) ! mpirun --version 2>&1 | grep -Eiq "open ?mpi|prrte|openrte" ;;
+        *) return 1 ;;
+    esac
+}
+
 pass_on() { # ask the ranks to save and end
     told=yes interrupted=yes
     say "told to end: passed on to the ranks"
-    if [ "${LAUNCHER:-srun}" = horovodrun ]; then
-        # horovodrun would die of the signal
+    if dies_of_usr2; then
         { echo SIGUSR2 >"$folder/.STOP" && mv "$folder/.STOP" "$folder/STOP"; } || true
     elif [ -n "$pid" ]; then
         kill -USR2 "$pid" || true
@@ -111,7 +120,7 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
     case ${LAUNCHER:-srun} in
         srun)
             read -ra mpi <<<"${SRUN_MPI---mpi=pmix}"
-            start=(srun "${mpi[@]}" --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$each"
+            start=(srun ${mpi[@]+"${mpi[@]}"} --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$each"
                 --cpus-per-task="$cpus" --kill-on-bad-exit=1)
             ;;
         mpirun) start=(mpirun -np "$ranks" --map-by "ppr:$each:node" --bind-to none) ;;
@@ -126,7 +135,7 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
             ;;
     esac
     # In the background: bash would put off its traps until a command in the foreground has ended.
-    "${start[@]}" "${inside[@]}" hpc-grawa "$@" &
+    "${start[@]}" ${inside[@]+"${inside[@]}"} hpc-grawa "$@" &
     pid=$!
     while :; do
         interrupted="" status=0

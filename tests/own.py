@@ -251,17 +251,17 @@ def throw(error: BaseException) -> None:
 
 
 class Lost(Line):
-    """Is lost on the last rank in a step or in the first evaluation, before which it is tried out by one pass."""
+    """Is lost on a rank (the last) in a step or in the first evaluation, before which it is tried out by one pass."""
 
-    def __init__(self, fault: str = "stopped", evaluation: bool = False, calls: int = 5) -> None:
+    def __init__(self, fault: str = "stopped", evaluation: bool = False, calls: int = 5, rank: int = -1) -> None:
         super().__init__()
-        self.fault, self.evaluation, self.calls, self.evaluations = fault, evaluation, calls, -1
+        self.fault, self.evaluation, self.calls, self.evaluations, self.rank = fault, evaluation, calls, -1, rank
 
     def forward(self, x: Tensor) -> Tensor:
         slot = own_slot()
         self.calls -= self.training
         self.evaluations += not self.training
-        if slot.rank == slot.size - 1 and (self.evaluations > 0 if self.evaluation else self.calls < 0):
+        if slot.rank == self.rank % slot.size and (self.evaluations > 0 if self.evaluation else self.calls < 0):
             FAULTS[self.fault]()
         return super().forward(x)
 

@@ -893,12 +893,13 @@ class DataParallel(Method):
         return mean
 
     def messages(self, shapes: Sequence[tuple[int, ...]], world: int, width: int, step: int) -> list[tuple[str, int]]:
-        """(verb, bytes of payload) of a step, for numbers of so many bytes: the gradient, a flag per tensor, and 1.
+        """(verb, bytes of payload) of a step, for numbers of so many bytes: a flag per tensor, and 1; the gradient.
 
-        Where it matters each tensor is a bucket of its own.
+        Where they are one message, zeros bring what is ahead of the gradient to a multiple of 32 numbers. Where it
+        matters each tensor is a bucket of its own.
         """
-        numbers = sum(map(math.prod, shapes)) + len(shapes) + 1
-        return [("allreduce", numbers * width)]
+        ahead = -(-(len(shapes) + 1) // 32) * 32
+        return [("allreduce", (ahead + sum(map(math.prod, shapes))) * width)]
 
 
 @dataclass

@@ -298,3 +298,22 @@ def test_sharing_can_be_switched_off() -> None:
 
     (shared, apart, sent), (also_shared, also_apart, also_sent) = simulate(2, body)
     assert torch.equal(shared, also_shared) and not torch.equal(apart, also_apart) and sent == also_sent == 0
+
+
+@pytest.mark.parametrize("layers", [1, 16, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_begin_where_memory_is_aligned(layers: int, dtype: torch.dtype) -> None:
+    """What is ahead of them, flags of 2, 32 and 40 tensors and the place, takes a multiple of 32 numbers."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers))).to(dtype)
+    comm = SingleCommunicator()
+    sgd = optim.SGD(model.parameters(), 0.1)
+    run = DataParallel().build(comm, ParameterVector(model), sgd)
+    aggregator = run.aggregator
+    assert isinstance(aggregator, Bucketed)
+    run.after_step(sgd.step(run.closure(lambda: model(torch.ones(2, 3, dtype=dtype)).sum())))
+    [bucket] = aggregator._buckets
+    ahead = len(bucket.message) - len(bucket.gradient)
+    assert ahead % 32 == 0 and 0 <= ahead - (2 * layers + 1) < 32
+    assert bucket.gradient.data_ptr() - bucket.message.data_ptr() == 4 * ahead
+    assert not bucket.message[2 * layers + 1 : ahead].any()
+    assert comm.meter.payload_bytes["gradient"] == 4 * (ahead + len(run.vector))

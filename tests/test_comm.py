@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from launcher import launch
 from torch import Tensor, nn
 
 from hpc_grawa.comm import Communicator, simulate, simulated
+from hpc_grawa.comm.base import sharing
+from hpc_grawa.comm.horovod import HorovodCommunicator
 from hpc_grawa.comm.meter import Meter
+from hpc_grawa.comm.mpi import MPICommunicator
 from hpc_grawa.comm.simulated import SimulatedCommunicator
 from hpc_grawa.comm.store import StoreCounter
-from hpc_grawa.errors import Unmatched
+from hpc_grawa.errors import LostContact, Unmatched
 from hpc_grawa.launch import local_device
 from hpc_grawa.methods import DataParallel, LocalSGD
 from hpc_grawa.random_streams import Streams, streams
@@ -94,6 +98,68 @@ def test_messages_under_way_at_once_arrive_each_in_its_own_tensor(on_ranks: Rank
 
     ranks = sum(m + 1 for m in range(on_ranks.size))
     assert on_ranks(body) == [[[3.0 * ranks], [ranks], [1000.0 * ranks], [2.0 * ranks]]] * on_ranks.size
+
+
+def test_a_sum_s_bits_do_not_depend_on_what_is_under_way_beside_it(on_ranks: Ranks) -> None:
+    """Horovod would add messages that are there at once as one, in another order."""
+
+    def body(comm: Communicator) -> bool:
+        generator = torch.Generator().manual_seed(comm.rank)
+        own = [torch.randn(size, generator=generator) for size in (250_000, 70_000, 30_000)]
+        alone = [comm.allreduce(x.clone(), "center", b).wait() for b, x in enumerate(own)]
+        same = True
+        for _ in range(5):
+            sums = [x.clone() for x in own]
+            works = [comm.allreduce(x, "gradient", b) for b, x in enumerate(sums)]
+            for work in works:
+                work.wait()
+            same &= all(torch.equal(x, y) for x, y in zip(sums, alone, strict=True))
+        return same
+
+    assert all(on_ranks(body))
+
+
+def test_every_rank_tells_of_its_gpu_also_that_it_has_none(on_ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On hosts without one, too, so that no rank waits for a message that another does not send."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+
+    def body(comm: Communicator) -> tuple[list[bool], tuple[int, int] | None, bool | None]:
+        last = comm.rank == comm.size - 1
+        some, all_ = comm.gather_gpus(None if last else 0), comm.gather_gpus(0)
+        sends = comm._send_from_gpus(able=not last) if isinstance(comm, HorovodCommunicator) else None
+        comm.barrier()
+        return [gpu is None for gpu in some], sharing(all_), sends
+
+    none = [False] * (on_ranks.size - 1) + [True]
+    shared = (0, 1) if on_ranks.size > 1 else None
+    sends = False if on_ranks.backend == "horovod" else None
+    assert on_ranks(body) == [(none, shared, sends)] * on_ranks.size
+
+
+def test_an_error_of_mpi_is_a_lost_rank_unless_the_call_is_wrong(on_ranks: Ranks) -> None:
+    if on_ranks.backend != "mpi":
+        pytest.skip("of MPI")
+    from mpi4py import MPI
+
+    def lose(*_: object) -> None:
+        raise MPI.Exception(MPI.ERR_OTHER)  # as MPICH does, and Open MPI where it is told to go on
+
+    def body(comm: Communicator) -> None:
+        assert isinstance(comm, MPICommunicator)
+        with pytest.raises(MPI.Exception, match="MPI_ERR_ROOT"):
+            comm._launch("broadcast", torch.ones(1), "center", 0, comm.size).wait()
+        whole = comm._comm
+        comm._comm = SimpleNamespace(Allreduce=lose)
+        try:
+            with pytest.raises(LostContact, match="MPI_ERR_OTHER"):
+                comm.allreduce(torch.ones(1), "center").wait()
+        finally:
+            comm._comm = whole
+        comm.barrier()
+
+    on_ranks(body)
 
 
 def test_what_is_not_contiguous_is_refused(on_ranks: Ranks) -> None:

@@ -68,6 +68,7 @@ MODELS: dict[str, Odd] = {
     "number": (lambda: Pair("ab"), lambda: Pair("abc"), r"has parameter 'c' .*, rank 0 has nothing"),
     "shapes": (lambda: nn.Linear(2, 3), lambda: nn.Linear(2, 4), r"'weight' \(4, 2\).*rank 0.*'weight' \(3, 2\)"),
     "dtype": (net, lambda: net(dtype=torch.float64), r"torch\.float64.*rank 0.*torch\.float32"),
+    "kind of device": (net, lambda: net(device="meta"), r"has a model on meta, rank 0 has a model on cpu"),
     "memory format": (
         net,
         lambda: net().to(memory_format=torch.channels_last),

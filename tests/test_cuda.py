@@ -120,6 +120,39 @@ def test_ranks_that_share_a_gpu_are_refused_under_nccl(tmp_path: Path) -> None:
     assert f"backend is nccl: ranks 0 and {ranks - 1} would share a GPU, which NCCL cannot" in done.said
 
 
+ELSEWHERE = """
+import sys
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+import hpc_grawa
+
+def work(rank, file):
+    dist.init_process_group(init_method=f"file://{file}", rank=rank, world_size=2)
+    model = torch.nn.Linear(2, 1).to(f"cuda:{rank}")  # where GPU 0 is the current one
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hpc_grawa.DistributedOptimizer(optimizer, model, hpc_grawa.DataParallel())
+    assert optimizer.run.comm.backend == "nccl" and torch.cuda.current_device() == rank
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.full((4, 2), rank + 1.0, device=model.weight.device)).square().mean().backward()
+        optimizer.step()
+    optimizer.run.finish()
+    both = optimizer.run.comm.allgather(model.weight.detach(), "evaluate").wait()
+    assert torch.equal(*both)
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1],), nprocs=2)
+    print("trained together")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees no two GPUs here")
+def test_a_model_trains_on_a_gpu_that_is_not_the_current_one(tmp_path: Path) -> None:
+    """Ranks of the program's own process group, all of whose current device is the first, do not share it."""
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    done = launch(str(tmp_path / "store"), program=(str(tmp_path / "elsewhere.py"),))
+    assert (done.status, done.output) == (0, "trained together\n"), done.errors
+
+
 def test_momenta_are_told_alike_on_every_device() -> None:
     """Ranks of a host have them on GPUs of different numbers, and are to find no difference in that."""
     told = set()

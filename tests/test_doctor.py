@@ -115,7 +115,11 @@ NO_CUDA = {"libraries": {"mpi": Library("Open MPI v4.1.8", {"CUDA": False}), "ho
             world({}, libraries={"mpi": Library("MPICH"), "horovod": Library(error="ImportError: undefined symbol")}),
             *("Horovod", "lack", "undefined symbol", "build it for this torch"),
         ),
-        (world({}, {}, libraries={"horovod": Library("0.28.1")}), "MPI", "note", "no mpi4py", "pip install mpi4py"),
+        (world({}, {}, libraries={"horovod": Library("0.28.1")}), "MPI", "note", "no mpi4py", "install 'mpi4py>=4'"),
+        (
+            world({}, {}, libraries={"horovod": Library("0.28.1"), "mpi": Library(error="ImportError: libmpi.so.12")}),
+            *("MPI", "note", "libmpi.so.12", "install --force-reinstall .*--no-binary mpi4py"),
+        ),
         (
             world({}, {}, {"versions": {"hpc-grawa": "0.1.0", "python": "3.12", "torch": "2.4"}}),
             *("torch", "lack", "differs: 2.9 on ranks 0, 1; 2.4 on rank 2", "same environment"),
@@ -336,8 +340,8 @@ def test_a_plain_process_in_a_job_of_several_tasks_does_not_train(
     cli.main([*words, "--backend=single"])
     for command in ("evaluate", "status", "table"):
         cli.main([command, "runs/a"])
-    by_srun = own_slot(TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
-    assert choose("gloo", by_srun)[0] == "gloo"
+    by_srun = own_slot(TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"})  # --ntasks=1
+    assert choose("gloo", by_srun)[0] == "gloo" and choose("auto", by_srun)[0] == "single"
 
 
 def test_doctor_says_that_a_plain_process_in_a_job_of_several_tasks_would_not_train(

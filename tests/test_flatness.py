@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Ranks
+from launcher import launch
 from torch import Tensor, nn
 
 from hpc_grawa.comm import Communicator
@@ -418,6 +419,62 @@ def test_a_recurrent_network_has_a_hessian() -> None:
     objective = Objective(model, nn.MSELoss(), Pairs(drawn(4, 5, 2), drawn(4, 1)))
     u, v = (drawn(len(objective.vector), seed=seed).cuda() for seed in (1, 2))
     assert float(u @ objective.product(v)) == pytest.approx(float(v @ objective.product(u)), rel=1e-9)
+
+
+def precisions() -> list[Any]:
+    """How exactly float32 is computed, as the program has set it."""
+    backends: Any = torch.backends
+    found = [torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32]
+    if hasattr(backends.cudnn, "conv"):
+        kinds = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+        found += [kind.fp32_precision for kind in kinds]
+    return [*found, backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic]
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("set_", ["default", "medium"])
+def test_float32_is_measured_in_float32(recurrent: bool, set_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in TF32, which cuDNN's convolutions take by default, nor in what else the program lets products take."""
+    seen: list[list[Any]] = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(precisions())
+            return super().forward(x)
+
+    kinds = [nn.LSTM(2, 3, batch_first=True), Last()] if recurrent else [nn.Flatten()]
+    model = nn.Sequential(*kinds, Looks(3 if recurrent else 10, 1))
+    objective = Objective(model, nn.MSELoss(), Pairs(drawn(4, 5, 2), drawn(4, 1)))
+    monkeypatch.setattr("torch.backends.cudnn.benchmark", True)
+    matmul = torch.get_float32_matmul_precision()
+    try:
+        if set_ == "medium":
+            torch.set_float32_matmul_precision("medium")
+        before = precisions()
+        objective.value()
+        assert precisions() == before and before[1]
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+    [inside] = seen
+    assert inside[:3] == ["highest", False, False] and set(inside[3:-3]) <= {"ieee"}
+    assert inside[-3:] == [not recurrent, False, before[-1]]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has one for all")
+@pytest.mark.parametrize(
+    ("name", "value"), [("cudnn.conv", "ieee"), ("cuda.matmul", "tf32"), ("mkldnn.conv", "bf16"), ("", "tf32")]
+)
+def test_precisions_set_one_by_one_are_kept(name: str, value: str) -> None:
+    """PyTorch then refuses to say what it calls the older ones."""
+    where = f"torch.backends.{name}".rstrip(".") + ".fp32_precision"
+    program = (
+        f"import torch\n{where} = {value!r}\nfrom torch import nn\nfrom hpc_grawa.flatness import Objective\n"
+        "from test_flatness import Pairs\n"
+        "pairs = Pairs(torch.ones(3, 2), torch.zeros(3, 1))\n"
+        f"Objective(nn.Linear(2, 1), nn.MSELoss(), pairs).value()\nprint({where})"
+    )
+    done = launch(program=("-c", program))
+    assert done.output == f"{value}\n", done.errors
 
 
 class Through(nn.Module):

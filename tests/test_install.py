@@ -175,3 +175,10 @@ def test_horovods_rendezvous_forgets_every_address_once_all_have_found_each_othe
     found = [ask("GET", key) for key in ("local_here/0", "local_here/1", "cross_0/0")]
     server.stop()
     assert found == [404, 404, 404]
+
+
+def test_a_torch_that_a_module_brings_is_seen_by_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/site/torch")
+    assert horovod.before_others(Path("/tools")) == "/tools:/site/torch"
+    monkeypatch.delenv("PYTHONPATH")
+    assert horovod.before_others("/tools") == "/tools"

@@ -6,14 +6,19 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from hpc_grawa import comm
-from hpc_grawa.comm import Backend, choose
+from hpc_grawa.cli.finished import FinishedRun
+from hpc_grawa.comm import Backend, choose, connect
+from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.comm.torch_dist import TorchCommunicator
+from hpc_grawa.doctor import examine
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import Slot, Wanted, default_threads, local_device, own_slot, pmi, processor_share
+from hpc_grawa.launch import Slot, Wanted, default_threads, descriptors, local_device, own_slot, pmi, processor_share
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -39,6 +44,17 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
         (SLURM, "srun"),
         # srun --mpi=pmi2
         (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}, "srun"),
+        # Cray's srun
+        (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}, "srun"),
+        # torchrun on each of two hosts, started by mpirun or Cray's srun
+        (OPEN_MPI | dict.fromkeys(OPEN_MPI, "1") | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_LOCAL_RANK": "0", "PMI_LOCAL_SIZE": "1"}
+            | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+            | TORCHRUN
+            | {"TORCHELASTIC_RUN_ID": "none"},
+            "torchrun",
+        ),
         # A job of SLURM whose one task per host was started by mpirun's daemons: the ranks are mpirun's.
         ({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"} | OPEN_MPI, "mpirun"),
     ],
@@ -51,6 +67,31 @@ def test_a_plain_process_is_a_world_of_one() -> None:
     assert own_slot({}) == Slot(None, 0, 1, 0, 1)
     # The script of a batch job, before any srun.
     assert own_slot({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) == Slot(tasks=4)
+    # srun -n1; and a shell that srun has started in a job of several.
+    alone = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    for tasks in (1, 8):
+        assert own_slot(alone | {"SLURM_NTASKS": f"{tasks}"}) == Slot(tasks=tasks)
+
+
+def test_a_child_in_a_rank_s_place_has_its_launcher_s_files() -> None:
+    """As Hydra's, without which MPI cannot start."""
+    own, other = os.pipe()
+    try:
+        assert descriptors({"PMI_FD": str(other), "PALS_FD": "99999"}) == [other] and descriptors({}) == []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("PMI_FD", str(other))
+            patched.setattr(examine, "_CHILD", _TELLS)
+            found = examine.ask_child(None, Path(), 60)
+        assert found["files"] == os.fstat(other).st_ino
+    finally:
+        os.close(own)
+        os.close(other)
+
+
+_TELLS = """
+import os, sys; from multiprocessing.connection import Connection
+Connection(int(sys.argv[1]), readable=False).send({"stage": "", "files": os.fstat(int(os.environ["PMI_FD"])).st_ino})
+"""
 
 
 def test_what_an_mpi_library_finds_the_others_by() -> None:
@@ -185,13 +226,78 @@ def test_ranks_that_do_not_know_their_place_on_a_host_take_no_gpu_of_several(mon
 def test_ranks_that_would_share_a_gpu_under_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the ranks tell each other; NCCL itself would only hang or abort."""
     comm = object.__new__(TorchCommunicator)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
-    monkeypatch.setattr(comm, "gather_bytes", lambda message: [b"a GPU-1", b"b GPU-1", b"a GPU-2"], raising=False)
-    comm._check_devices()
-    monkeypatch.setattr(comm, "gather_bytes", lambda message: [b"a GPU-1", b"a GPU-2", b"a GPU-1"], raising=False)
+    comm.backend, device = "nccl", torch.device("cuda", 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: SimpleNamespace(uuid={device: "GPU-2"}[gpu]))
+    told = [b"a GPU-1", b"b GPU-1", b"a GPU-2"]
+
+    def gather_bytes(message: bytes) -> list[bytes]:
+        assert message.endswith(b" GPU-2")  # that of the device, not of the current one
+        return told
+
+    monkeypatch.setattr(comm, "gather_bytes", gather_bytes, raising=False)
+    comm.check_device(device)
+    told = [b"a GPU-1", b"a GPU-2", b"a GPU-1"]
     with pytest.raises(ConfigError, match="ranks 0 and 2 would share a GPU, which NCCL cannot; must be gloo, mpi"):
-        comm._check_devices()
+        comm.check_device(device)
+    comm.check_device(torch.device("cpu"))
+
+
+class Began(Exception):
+    """MPI was to start."""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "slot", "taken", "expected"),
+    [
+        ("auto", 4, Slot("mpirun", 1, 2, 1, 2), False, ["cuda:1"]),
+        ("cuda", 4, Slot("mpirun", 1, 2, 1, 2), False, ["cuda:1"]),
+        ("cpu", 4, Slot("mpirun", 1, 2, 1, 2), False, []),
+        ("auto", 0, Slot("mpirun", 1, 2, 1, 2), False, []),
+        ("auto", 4, Slot("mpirun", 1, 2, 1, 2), True, []),  # the program has chosen its own
+        ("auto", 4, Slot("mpirun", 1, 2, placed=False), False, []),  # which is its own, nobody knows
+    ],
+)
+@pytest.mark.parametrize("backend", ["mpi", "horovod"])
+def test_mpi_starts_with_the_rank_s_gpu_as_the_current_device(
+    backend: Backend,
+    wanted: Wanted,
+    gpus: int,
+    slot: Slot,
+    taken: bool,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To which MPI libraries tie what they set up."""
+    current: list[str] = []
+
+    def begin(*_: object, **__: object) -> None:
+        raise Began
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: taken)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr("hpc_grawa.comm.mpi._started", begin)
+    monkeypatch.setattr("hpc_grawa.comm.horovod.HorovodCommunicator.__init__", begin)
+    monkeypatch.setattr(comm, "_built", lambda module: True)
+    with pytest.raises(Began):
+        connect(backend, slot, device=wanted)
+    assert current == expected
+
+
+def test_a_finished_run_is_looked_at_on_the_rank_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model, and what else uses the current device."""
+
+    class Taken(Exception):
+        pass
+
+    def take(device: torch.device) -> None:
+        raise Taken(str(device))
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", take)
+    config: Any = SimpleNamespace(device="auto")
+    with pytest.raises(Taken, match="cuda:1"):
+        FinishedRun(Path(), config, SingleCommunicator(), Slot("mpirun", 1, 2, 1, 2))
 
 
 def test_horovod_counts_as_built_where_it_can_be_imported() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 from launcher import HOROVOD, environment, launch, launched, start
 from test_cli import LINE, running
 
+from hpc_grawa.comm.store import StoreCounter, join
+from hpc_grawa.errors import LostContact
 from hpc_grawa.report.status import describe
 from hpc_grawa.runs.heartbeat import BEAT, Watch
 
@@ -168,6 +171,87 @@ def test_ranks_started_by_hand_outlive_the_shell_that_started_them(tmp_path: Pat
         time.sleep(0.2)
 
 
+@pytest.mark.slow
+def test_ranks_that_outlive_the_one_that_keeps_the_tickets_do_not_say_that_the_run_has_failed(tmp_path: Path) -> None:
+    """Started by hand, as no launcher ends them; the counter's store is rank 0's."""
+    lost = ("--model=own.Lost", "--model.fault=killed", "--model.rank=0", "--model.calls=40")
+    words = ("train", *LINE, *lost, "--backend=gloo", "--run.name=a", "--method=LocalSGD", "--method.rounds=pooled")
+    budget = ("--budget.steps=1000", "--method.period=500", "--comm-timeout=30")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    by_hand = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [environment(**by_hand, RANK=str(m), LOCAL_RANK=str(m)) for m in range(2)]
+    ranks = [start(*words, *budget, env=variables) for variables in each]
+    try:
+        errors = [rank.communicate(timeout=400)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].returncode == -signal.SIGKILL and ranks[1].returncode not in (0, 2, 75)
+    assert re.search(r"rank 1 of 2 failed at step \d+ \(gone: rank 0 on ", errors[1]), errors[1]
+    assert not (tmp_path / "runs" / "a" / "summary.json").exists()
+
+
+COUNTED_BY_ANOTHER = """
+import sys
+from hpc_grawa.comm.store import serve
+store = serve(0, "ours")
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_counter_whose_rank_is_gone_says_so() -> None:
+    keeper = start(program=("-c", COUNTED_BY_ANOTHER), stdin=subprocess.PIPE)
+    try:
+        assert keeper.stdout is not None
+        counter = object.__new__(StoreCounter)
+        counter._store, counter._key = join(["127.0.0.1"], int(keeper.stdout.readline()), "ours", ports=1), "sum 0"
+        assert [counter.add(1), counter.add(2)] == [1, 3]
+    finally:
+        keeper.kill()
+        keeper.communicate()
+    with pytest.raises(LostContact):
+        for _ in range(3):  # the first may still find the socket open
+            counter.add(1)
+
+
+ENDED_BY_ANOTHER = """
+import time
+import torch
+import horovod.torch as hvd
+from hpc_grawa.comm import connect
+from hpc_grawa.errors import LostContact
+comm = connect("horovod", device="cpu")
+comm.barrier()
+if comm.rank:
+    hvd.shutdown()
+else:
+    time.sleep(3)  # computes, and hears of it when it sends
+    try:
+        comm._launch("allreduce", torch.ones(1), "center", 0, 0)
+        print("sent")
+    except LostContact as error:
+        print("lost contact")
+    hvd.shutdown()
+    try:
+        comm._launch("allreduce", torch.ones(1), "center", 0, 0)
+    except LostContact:
+        print("lost contact")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@launched
+@pytest.mark.slow
+def test_a_message_begun_when_horovod_has_lost_a_rank_says_so() -> None:
+    wanted("horovod")
+    done = launch(program=("-c", ENDED_BY_ANOTHER), ranks=2)
+    assert done.output.splitlines() == ["lost contact", "Horovod has not been initialized; use hvd.init()."], done.said
+
+
 SPAWNED = """
 import sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
@@ -176,7 +260,7 @@ from hpc_grawa.comm import choose, connect
 from hpc_grawa.errors import ConfigError
 
 def work(rank, file):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.init_process_group(sys.argv[2] or None, init_method=f"file://{file}", rank=rank, world_size=2)
     try:
         connect("mpi")
         raise AssertionError
@@ -194,6 +278,9 @@ def work(rank, file):
     assert torch.equal(*both)
     parts = connect().split([0, 1])
     assert parts.size == 1 and parts.allreduce(torch.ones(1), "setup").wait() == 1
+    optimizer.run.comm.close()
+    optimizer.run.comm.close()
+    dist.all_gather(both, model.weight.detach())  # by the program's own group, which is its to end
 
 if __name__ == "__main__":
     mp.spawn(work, (sys.argv[1],), nprocs=2)
@@ -202,9 +289,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_without_a_launcher_the_program_s_own_process_group_trains_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["gloo", ""], ids=["gloo", "none said"])
+def test_without_a_launcher_the_program_s_own_process_group_trains_together(backend: str, tmp_path: Path) -> None:
     (tmp_path / "spawned.py").write_text(SPAWNED)
-    done = launch(str(tmp_path / "store"), program=(str(tmp_path / "spawned.py"),))
+    done = launch(str(tmp_path / "store"), backend, program=(str(tmp_path / "spawned.py"),))
     assert (done.status, done.output) == (0, "trained together\n"), done.errors
 
 

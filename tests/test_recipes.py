@@ -275,10 +275,10 @@ def test_the_commands_of_the_results_can_be_given(paths: dict[str, Path]) -> Non
     text = (root / "benchmarks/RESULTS.md").read_text().replace("\\\n", " ")
     for file in sorted((root / "benchmarks/studies").glob("*.yaml")):
         head = re.sub(r"^# ?", "", file.read_text().partition("\nmodel:")[0], flags=re.M).replace("\\\n", " ")
-        for variable, value in (("$((8192 / b))", "64"), ("$((4 * b))", "512"), ("$b", "128"), ("$n", "4")):
-            head = head.replace(variable, value)
         assert f"--config benchmarks/studies/{file.name}" in head
         text += f"\n{head}"
+    for variable, value in (("$((8192 / b))", "64"), ("$((4 * b))", "512"), ("$b", "128"), ("$n", "4")):
+        text = text.replace(variable, value)
     given = re.findall(r"^ *(?:mpirun -np \S+ )?hpc-grawa compare (.*)$", text, re.M)
     commands = [shlex.split(line) for line in given]
     assert len(commands) > 10

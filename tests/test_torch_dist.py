@@ -6,15 +6,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launcher import launch, torchrun
 from torch.distributed import HashStore
 
 from hpc_grawa.comm import choose, connect, torch_dist
 from hpc_grawa.comm.store import join, serve
-from hpc_grawa.comm.torch_dist import shared_interface
+from hpc_grawa.comm.torch_dist import check_backends, shared_interface
 from hpc_grawa.errors import ConfigError
 from hpc_grawa.launch import Slot
 from hpc_grawa.network import first_host, first_port, interface_of, way_to
@@ -132,6 +134,29 @@ def test_nccl_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="backend is nccl: PyTorch sees no GPU here; must be gloo, mpi or horovod"):
         choose("nccl", Slot("torchrun", 0, 2, 0, 2))
+
+
+def test_ranks_that_have_chosen_other_backends_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun, auto goes by the GPUs of the rank's own host."""
+    store, day = HashStore(), timedelta(days=1)
+    store.set("backend of 0", "nccl")
+    store.set("backend of 2", "nccl")
+    check_backends(Slot("torchrun", 1, 3), store, "nccl", day)
+    with pytest.raises(ConfigError, match="backend is gloo on rank 1 and nccl on rank 0: must be one on all"):
+        check_backends(Slot("torchrun", 1, 3), store, "gloo", day)
+
+
+def test_a_process_group_of_no_backend_in_particular_is_of_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """init_process_group() alone takes Gloo for CPUs, NCCL for GPUs."""
+    dist.init_process_group(init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for gpus, expected in ((False, "gloo"), (True, "nccl")):
+            monkeypatch.setattr("torch.cuda.is_available", lambda gpus=gpus: gpus)
+            assert choose("auto", Slot()) == (expected, "no launcher, a process group of 1 ranks")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ports_come_from_the_job() -> None:

@@ -21,7 +21,7 @@ import hpc_grawa
 from hpc_grawa.data import CIFAR
 from hpc_grawa.models import SmallCNN
 from hpc_grawa.optim import LAMB, LARS, LocalOptimizer
-from hpc_grawa.report.figure import COLOURS, saved_figure
+from hpc_grawa.report.figure import COLOURS, logarithmic, saved_figure
 from hpc_grawa.report.table import aligned
 from hpc_grawa.schedules import RunFacts
 
@@ -83,10 +83,12 @@ def main() -> None:
             axes = figure.add_axes((0.07 + 0.48 * place, 0.15, 0.42, 0.72))
             for number, (layer, ratios) in enumerate(layers.items()):
                 axes.semilogy(np.array(at), ratios, color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=layer)
+            logarithmic(axes.yaxis, (1, 2, 5))
             axes.set_xlabel("step")
             axes.set_title(f"Trust ratios of {name}", size=13, weight="bold", loc="left")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
+            if place:
+                axes.legend(frameon=False, fontsize=8, loc="lower right")
     print(f"figure  {words.figure}")
 
 

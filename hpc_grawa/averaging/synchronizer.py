@@ -176,7 +176,7 @@ class Synchronizer:
         self._ticket = False
         if self.pool is not None and self._vector.data.is_cuda:
             ends = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ends.record()
+            ends.record(torch.cuda.current_stream(self._vector.data.device))
             self._computing.append(ends)
         if self.pool is None and not self.position:
             self._begin()

@@ -95,6 +95,8 @@ class FinishedRun:
     def __init__(self, run: Path, config: Config, comm: Communicator, slot: Slot, double: bool = False) -> None:
         self.run, self.config = run, config
         self._comm, self._device = comm, local_device(slot, config.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # events and random streams are those of the current device
         self.splits: Splits = config.data.load()
         self.model: nn.Module = new_model(config, self.splits, comm, self._device)
         if double:

@@ -36,7 +36,7 @@ def together(program: str, config: Config, slot: Slot, first_line: str) -> Itera
     """Within the block ranks communicate; an exception on one ends the job on all, with that rank's traceback."""
     if slot.rank == 0:
         say(first_line)
-    comm = connect(config.backend, slot, config.comm_timeout)
+    comm = connect(config.backend, slot, config.comm_timeout, device=config.device)
     try:
         yield comm
     except (RanksDisagree, NonFinite, ConfigError, KeyboardInterrupt) as error:

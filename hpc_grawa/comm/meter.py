@@ -139,12 +139,13 @@ class Meter:
         on_device = device.type == "cuda"
         if on_device:
             begins, ends = cuda_event(), cuda_event()
-            begins.record()
+            stream = torch.cuda.current_stream(device)
+            begins.record(stream)
         began = time.perf_counter()
         with self.busy("loads its next batch"), self.span("load", "batch"):
             yield
         if on_device:
-            ends.record()
+            ends.record(stream)
             self._events.append(("load", begins, ends))
             self._read_events(wait=False)
         else:

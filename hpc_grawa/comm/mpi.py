@@ -14,16 +14,21 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import LostContact
 from ..screen import flush
 from .base import Communicator, Work
 from .meter import Purpose, Verb
 from .store import StoreCounter
+
+#: MPI's classes of errors that are in a call, and tell nothing of other ranks.
+_MISUSE = ("ARG", "BUFFER", "COMM", "COUNT", "OP", "ROOT", "TRUNCATE", "TYPE")
 
 
 class _Call:
@@ -121,30 +126,43 @@ class MPICommunicator(Communicator):
         return not x.is_cuda or self._reads_cuda
 
     def _launch(self, verb: Verb, x: Tensor, purpose: Purpose, bucket: int, root: int) -> Work:
+        # Made here: memory that the caller's stream has given back may have been in use until it is synchronized.
+        result = x
+        if verb == "allgather":
+            result = x.new_empty((self.size, *x.shape))
+        elif verb == "alltoall":
+            result = torch.empty_like(x)
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # MPI knows no streams
         # Calls are paired by their order: the thread keeps the program's, which is the same on all ranks.
-        return self._thread.run(lambda: self._collective(verb, x, root))
+        return self._thread.run(lambda: self._collective(verb, x, result, root))
 
-    def _collective(self, verb: Verb, x: Tensor, root: int) -> Tensor:
+    def _collective(self, verb: Verb, x: Tensor, result: Tensor, root: int) -> Tensor:
         def buffer(t: Tensor) -> Any:
             return t if t.is_cuda else t.numpy()
 
         if x.is_cuda:
             self._thread.use(x.device)
-        if verb == "allreduce":
-            self._comm.Allreduce(self._mpi.IN_PLACE, buffer(x))
-            return x
-        if verb == "broadcast":
-            self._comm.Bcast(buffer(x), root)
-            return x
-        if verb == "allgather":
-            result = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-            self._comm.Allgather(buffer(x), buffer(result))
-            return result
-        result = torch.empty_like(x)
-        self._comm.Alltoall(buffer(x), buffer(result))
+        with self._contact():
+            if verb == "allreduce":
+                self._comm.Allreduce(self._mpi.IN_PLACE, buffer(x))
+            elif verb == "broadcast":
+                self._comm.Bcast(buffer(x), root)
+            elif verb == "allgather":
+                self._comm.Allgather(buffer(x), buffer(result))
+            else:
+                self._comm.Alltoall(buffer(x), buffer(result))
         return result
+
+    @contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Within the block what MPI says of a call is that a rank is gone, unless it speaks of the call itself."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            if error.Get_error_class() in [getattr(self._mpi, f"ERR_{what}") for what in _MISUSE]:
+                raise
+            raise LostContact(str(error)) from error
 
     def _counter(self) -> StoreCounter:
         return StoreCounter(self)
@@ -153,10 +171,11 @@ class MPICommunicator(Communicator):
         made: list[MPICommunicator] = []
 
         def split() -> Tensor:
-            made.append(MPICommunicator((self, self._comm.Split(own, self.rank))))
+            with self._contact():
+                made.append(MPICommunicator((self, self._comm.Split(own, self.rank))))
             return torch.empty(0)
 
-        self._thread.run(split).metered(self.meter, "setup", False, self.ranks).wait()
+        self._thread.run(split).metered(self.meter, "setup", None, self.ranks).wait()
         return made[0]
 
     def abort(self, status: int = 1) -> None:

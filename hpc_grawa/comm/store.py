@@ -13,8 +13,9 @@ from datetime import timedelta
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
+from ..errors import LostContact
 from ..network import own_addresses
 from .base import Communicator
 
@@ -121,5 +122,8 @@ class StoreCounter:
         self._key = f"sum {next(numbers)}"
 
     def add(self, amount: int) -> int:
-        total: int = self._store.add(self._key, amount)
+        try:
+            total: int = self._store.add(self._key, amount)
+        except DistNetworkError as error:  # rank 0, which serves the store, is gone
+            raise LostContact(str(error)) from error
         return total

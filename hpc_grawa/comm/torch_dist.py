@@ -19,7 +19,7 @@ from ..errors import ConfigError, LostContact
 from ..launch import Slot, local_device, own_slot
 from ..network import first_host, first_port, interface_of, own_name_is_reachable, way_to
 from ..screen import flush
-from .base import Communicator, Work
+from .base import Communicator, Work, sharing
 from .meter import Purpose, Verb
 from .store import StoreCounter, join, serve, shared_store
 
@@ -60,20 +60,25 @@ class TorchCommunicator(Communicator):
         self._limit = timedelta(seconds=limit + _BEYOND) if limited else _A_DAY
         if part is not None:
             root, group, ranks = part
+            self._ours = False
             self._limit = root._limit
             self._group: Any = group
             super().__init__(ranks.index(root.ranks[root.rank]), len(ranks), ranks)
             return
-        slot, ours = slot or own_slot(), not dist.is_initialized()
-        if backend == "nccl" and (ours or slot.launcher is not None):
-            torch.cuda.set_device(local_device(slot))
-        if ours:
+        slot = slot or own_slot()
+        self._ours = not dist.is_initialized()
+        device = None if self._ours else dist.group.WORLD.bound_device_id  # type: ignore[union-attr]
+        if backend == "nccl" and device is None and (self._ours or slot.launcher is not None):
+            device = local_device(slot)
+        if backend == "nccl" and device is not None:
+            torch.cuda.set_device(device)
+        if self._ours:
             self._start_group(slot)
         super().__init__(dist.get_rank(), dist.get_world_size())
         # Where a program has started the default group itself, its messages and ours must not meet.
-        self._group = dist.group.WORLD if ours else dist.new_group(timeout=self._limit, backend=_KINDS[backend])
-        if backend == "nccl":
-            self._check_devices()
+        self._group = dist.group.WORLD if self._ours else dist.new_group(timeout=self._limit, backend=_KINDS[backend])
+        if device is not None:  # else the model's will tell
+            self.check_device(device)
         self._end_together()
 
     def _start_group(self, slot: Slot) -> None:
@@ -81,18 +86,18 @@ class TorchCommunicator(Communicator):
         if slot.local_size == slot.size and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve to an address it has
         store = find_each_other(slot)
+        check_backends(slot, store, self.backend, self._limit)
         name = shared_interface(slot, store) if sys.platform == "linux" else None
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
         kind, rank, size = _KINDS[self.backend], slot.rank, slot.size
         dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=self._limit)
 
-    def _check_devices(self) -> None:
-        sharing = self.ranks_sharing_a_gpu()
-        if sharing is not None:
+    def check_device(self, device: torch.device) -> None:
+        if self.backend == "nccl" and device.type == "cuda" and (pair := sharing(self.gather_gpus(device))):
             raise ConfigError(
-                f"backend is nccl: ranks {sharing[0]} and {sharing[1]} would share a GPU, which NCCL cannot; "
-                f"must be gloo, mpi or horovod, or one rank per GPU"
+                f"backend is nccl: ranks {pair[0]} and {pair[1]} would share a GPU, which NCCL cannot; must be gloo, "
+                f"mpi or horovod, or one rank per GPU (each with its model on its own)"
             )
 
     def carries(self, x: Tensor, verb: Verb) -> bool:
@@ -147,8 +152,9 @@ class TorchCommunicator(Communicator):
         os._exit(status)
 
     def close(self) -> None:
-        if os.getpid() == self._process and dist.is_initialized():
-            dist.destroy_process_group()
+        if os.getpid() == self._process and dist.is_initialized() and self._group is not None:
+            dist.destroy_process_group(self._group)  # of the program's own only what was made beside it
+            self._group = None
 
 
 def find_each_other(slot: Slot) -> Store:
@@ -182,6 +188,19 @@ def find_each_other(slot: Slot) -> Store:
         f"backend is gloo or nccl under {slot.launcher}, which does not say on which host rank 0 is: set MASTER_ADDR "
         f"to that host's name"
     )
+
+
+def check_backends(slot: Slot, store: Store, backend: str, limit: timedelta) -> None:
+    """Raise ``ConfigError`` on all ranks, which must call it, unless all have chosen this backend."""
+    store.set(f"backend of {slot.rank}", backend)
+    keys = [f"backend of {rank}" for rank in range(slot.size)]
+    store.wait(keys, limit)
+    told = [found.decode() for found in store.multi_get(keys)]
+    if differ := [rank for rank, found in enumerate(told) if found != told[0]]:
+        raise ConfigError(
+            f"backend is {told[differ[0]]} on rank {differ[0]} and {told[0]} on rank 0: must be one on all, which auto "
+            f"takes where each rank sees a GPU, or none does"
+        )
 
 
 def shared_interface(slot: Slot, store: Store) -> str | None:

@@ -141,7 +141,9 @@ def _software(exam: Examination) -> _Lines:
     gpus = any(rank.gpus for rank in exam.ranks)
     slow = "; GPU tensors go through page-locked host memory"
     if not mpi.release:
-        yield "MPI", mpi.error or "no mpi4py", "note", "pip install mpi4py, with your site's mpicc on PATH"
+        again = " --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py" if mpi.error else ""
+        fix = f"pip install{again} 'mpi4py>=4', with your site's mpicc on PATH"
+        yield "MPI", mpi.error or "no mpi4py", "note", fix
     elif gpus and exam.backend == "mpi" and not mpi.has.get("CUDA"):
         yield (
             "MPI",

@@ -29,7 +29,7 @@ import torch
 
 from ..comm import Backend, Communicator, Library, choose, connect, libraries
 from ..errors import ConfigError
-from ..launch import Slot, default_threads, local_device, own_slot, pmi, slurm_job
+from ..launch import Slot, default_threads, descriptors, local_device, own_slot, pmi, slurm_job
 from ..network import host_identity, interfaces, interfaces_told, own_name_is_reachable
 from ..runs.log import versions
 from ..screen import say, wrapped
@@ -192,7 +192,8 @@ def examine(send: Callable[..., None], backend: Backend | None, folder: Path) ->
 _CHILD = """
 import os, sys; from multiprocessing.connection import Connection; from pathlib import Path
 from hpc_grawa.doctor.examine import examine
-os.set_inheritable(int(sys.argv[1]), False)  # what MPI starts would keep it open
+for number in map(int, [sys.argv[1], *sys.argv[4:]]):
+    os.set_inheritable(number, False)  # what MPI starts would keep it open
 pipe = Connection(int(sys.argv[1]), readable=False)
 examine(lambda **found: pipe.send(found), sys.argv[2] or None, Path(sys.argv[3]))
 """
@@ -217,9 +218,9 @@ def ask_child(backend: Backend | None, folder: Path, patience: float) -> dict[st
         signal.signal(signal.SIGTERM, end)
     with tempfile.TemporaryFile() as output:
         words = [sys.executable, "-c", _CHILD, str(writer.fileno()), backend or "", str(folder)]
-        child = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[writer.fileno()]
-        )
+        words += map(str, launchers := descriptors())
+        passed = [writer.fileno(), *launchers]
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=passed)
         writer.close()
         try:
             with suppress(EOFError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -174,8 +174,8 @@ class Objective:
         twice = sdpa_kernel(SDPBackend.MATH)  # attention's fast forms have no second derivative
         # cuDNN's recurrence has no backward pass in eval mode, and no second derivative.
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        plain = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-        with undisturbed(self.model, self.comm), eval_mode(self.model), NoDropout(), eagerly(), twice, plain, there:
+        exact = _exact(cudnn=not recurrent)
+        with undisturbed(self.model, self.comm), eval_mode(self.model), NoDropout(), eagerly(), twice, exact, there:
             if self._statistics == "batch":
                 for module in self.model.modules():
                     if isinstance(module, _BatchNorm):
@@ -205,6 +205,46 @@ class Objective:
 
     def _add_up(self, total: Tensor) -> None:
         self.comm.allreduce(total, "evaluate").wait()
+
+
+@contextmanager
+def _exact(cudnn: bool) -> Iterator[None]:
+    """Within the block float32 is computed as such: convolutions of cuDNN would round it to TF32, 10 bits, by default.
+
+    Nor is an algorithm chosen by its speed, which may be another each time.
+
+    Args:
+        cudnn: whether cuDNN may be used.
+    """
+    backends: Any = torch.backends
+    each: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+    ]
+
+    def within(where: Any, name: str, value: object) -> None:
+        each.append((partial(getattr, where, name), partial(setattr, where, name), value))
+
+    within(backends.cudnn, "benchmark", False)
+    within(backends.cudnn, "allow_tf32", False)
+    if not cudnn:
+        within(backends.cudnn, "enabled", False)
+    if hasattr(backends.cudnn, "conv"):  # since PyTorch 2.9 each kind of operation has its own
+        for where in (backends.cuda.matmul, backends.mkldnn.matmul):
+            within(where, "fp32_precision", "ieee")
+        for where in (backends.cudnn, backends.mkldnn):
+            within(where.conv, "fp32_precision", "ieee")
+            within(where.rnn, "fp32_precision", "ieee")
+    before = []
+    for get, put, _ in each:
+        with suppress(RuntimeError):  # PyTorch does not tell those before 2.9 where a program has set the newer ones
+            before.append((put, get()))
+    try:
+        for _, put, value in each:
+            put(value)
+        yield
+    finally:
+        for put, value in before:
+            put(value)
 
 
 def _check_twice(gradients: list[Tensor]) -> None:

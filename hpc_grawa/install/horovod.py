@@ -200,12 +200,17 @@ def fetch_source(folder: Path, log: Path, env: dict[str, str], index: list[str])
     run(pip("download", "-d", folder, *options, *index, f"horovod=={RELEASE}"), log, env)
 
 
+def before_others(tools: Path | str) -> str:
+    """PYTHONPATH with the build tools in front; by it a module may bring the torch that is built for."""
+    return os.pathsep.join(filter(None, [str(tools), os.environ.get("PYTHONPATH")]))
+
+
 def save(folder: Path, log: Path) -> None:
     """Put all that `build` downloads into `folder`, for --wheels elsewhere; raises HorovodError."""
     with tempfile.TemporaryDirectory(prefix="horovod-tools-") as tools:
         run(pip("install", "--target", tools, "-c", CONSTRAINTS, *BUILD_TOOLS), log)
         run(pip("download", "-d", folder, "-c", CONSTRAINTS, *BUILD_TOOLS), log)
-        fetch_source(folder, log, {**os.environ, "PYTHONPATH": tools}, [])
+        fetch_source(folder, log, {**os.environ, "PYTHONPATH": before_others(tools)}, [])
 
 
 def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) -> Path:
@@ -215,7 +220,7 @@ def build(target: Target, work: Path, log: Path, index: list[str], jobs: int) ->
 
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     env |= {
-        "PYTHONPATH": str(tools),
+        "PYTHONPATH": before_others(tools),
         "PATH": os.pathsep.join([str(tools / "bin"), str(target.mpicxx.parent), env.get("PATH", "")]),
         "MAKEFLAGS": f"-j{jobs}",
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # Horovod's bundled Gloo declares less, which CMake 4 refuses

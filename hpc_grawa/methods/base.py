@@ -63,9 +63,9 @@ class Method(ABC):
 
         Raises:
             ConfigError: the optimizer does not step the model's trainable parameters, or steps others, or is of a kind
-                that the method cannot train with; the probe is no function; or a parameter or buffer is of a kind that
-                ranks cannot share.
-            RanksDisagree: model, method, facts or package version differ among ranks.
+                that the method cannot train with; the probe is no function; a parameter or buffer is of a kind that
+                ranks cannot share; or ranks share a GPU under NCCL.
+            RanksDisagree: model, kind of device, method, facts or package version differ among ranks.
             ValueError: something that the method needs was not given; the message says what to pass.
         """
         if probe is not None and not callable(probe):
@@ -77,7 +77,11 @@ class Method(ABC):
         self._check(optimizer, vector, probe)
         facts = facts or RunFacts()
         state = [_state_told(optimizer)] if self.steps_alike else []
+        device = vector.data.device
         agree(comm, [*self._description(vector, facts), *state])
+        comm.check_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events and random streams are those of the current device
         if start == "common":
             data = vector.data if vector.data.dtype == vector.exact_dtype else vector.data.view(torch.uint8)
             comm.broadcast(data, 0, "setup").wait()
@@ -127,7 +131,8 @@ class Method(ABC):
             for name, p in zip(vector.names, vector.parameters, strict=True)
         ]
         others = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in vector.outside]
-        return [f"hpc_grawa {package}", f"method {self}", *_told(facts), *parameters, *others]
+        device = f"a model on {vector.data.device.type}"
+        return [f"hpc_grawa {package}", device, f"method {self}", *_told(facts), *parameters, *others]
 
 
 def _told(facts: RunFacts) -> list[str]:
