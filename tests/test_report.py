@@ -255,7 +255,7 @@ def test_the_estimates_own_error_stands_beside_the_flatness_of_a_single_run(tmp_
     measured = {"how": {"examples": 9, "of": 9, "dtype": "float32"}, "measures": {"trace": {"samples": 5}}}
     (run / "flatness.json").write_text(json.dumps({"center": [{**measured, "trace": 830.0, "trace_error": 35.0}]}))
     text = markdown(rows([read_run(run)]))
-    assert cells(text)[0]["trace"] == "830 ± 35" and "samples 5" in text
+    assert cells(text)[0]["trace"] == "830 ± 35" and "samples of the trace 5" in text
     assert "of a single run: the estimate's own error" in text
 
 

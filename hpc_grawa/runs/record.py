@@ -21,7 +21,7 @@ _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "co
 #: Settings of measures of flatness.
 _LETTERS = {
     **{"rho": "ρ", "epsilon": "ε", "sigma": "σ", "lpf_samples": "M", "kappa": "κ"},
-    **{name: name for name in ("reach", "samples")},
+    **{"reach": "reach", "samples": "samples of the trace"},
 }
 #: Settings that say where a run is made and how fast, but not what it trains.
 PLACE = (
