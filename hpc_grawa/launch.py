@@ -75,6 +75,9 @@ _VARIABLES: tuple[tuple[Launcher, tuple[str, str, str, str]], ...] = (
 )
 
 
+#: What numbers are read from.
+_NUMBERS = tuple(dict.fromkeys([*(name for _, names in _VARIABLES for name in names), "SLURM_NTASKS", "SLURM_NODEID"]))
+
 #: What a launcher names its jobs by.
 _JOB = (
     ("TORCHELASTIC_RUN_ID", "MASTER_PORT"),
@@ -88,14 +91,25 @@ _JOB = (
 def own_slot(environment: Mapping[str, str] = os.environ) -> Slot:
     """Read the launcher's variables.
 
+    Raises:
+        ConfigError: one of them is no number.
+
     Example:
         >>> own_slot({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
         Slot(launcher='mpirun', rank=3, size=4, local_rank=0, local_size=1, job='', tasks=1)
     """
+    environment = {name: value for name, value in environment.items() if value}
+    try:
+        return _slot(environment)
+    except ValueError as error:
+        told = ", ".join(f"{name}={environment[name]}" for name in _NUMBERS if name in environment)
+        raise ConfigError(f"the launcher's variables say {told}: must be numbers ({error})") from None
+
+
+def _slot(environment: Mapping[str, str]) -> Slot:
     job = next((".".join(environment[v] for v in names) for names in _JOB if all(v in environment for v in names)), "")
     launcher, names = _said(environment)
-    # A single task of srun may be a shell or a notebook, where MPI cannot start; in a job of several it is no rank.
-    if launcher is None or (launcher == "srun" and environment[names[1]] == "1"):
+    if launcher is None:
         return Slot(tasks=int(environment.get("SLURM_NTASKS", 1)))
     rank, size, local_rank, local_size = names
     if launcher == "mpirun" and environment.get("_", "").endswith("horovodrun"):
@@ -116,6 +130,9 @@ def _said(environment: Mapping[str, str]) -> tuple[Launcher | None, tuple[str, .
     # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as Hydra does, but not its local ones: srun's own say all.
     complete = [row for row in _VARIABLES if all(v in environment for v in row[1])]
     known = [row for row in (*complete, *_VARIABLES) if all(v in environment for v in row[1][:2])]
+    if environment.get("SLURM_STEP_NUM_TASKS") == "1":
+        # It may be a shell or a notebook, where MPI cannot start; in a job of several tasks it is no rank.
+        known = [row for row in known if row[0] != "srun"]
     inner = None
     if "TORCHELASTIC_RUN_ID" in environment:  # torchrun's workers inherit those of the srun or mpirun around it
         inner = "torchrun"
@@ -180,9 +197,9 @@ def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
         >>> job_name({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"})
         '17_2'
     """
-    if "SLURM_ARRAY_JOB_ID" in environment:
+    if environment.get("SLURM_ARRAY_JOB_ID"):
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
-    return environment.get("SLURM_JOB_ID")
+    return environment.get("SLURM_JOB_ID") or None
 
 
 def pmi(environment: Mapping[str, str] = os.environ) -> str:
@@ -209,7 +226,7 @@ def restarts(environment: Mapping[str, str] = os.environ) -> int:
         >>> restarts({"SLURM_RESTART_COUNT": "2"})
         2
     """
-    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 
 def limit_near(environment: Mapping[str, str] = os.environ) -> bool:
@@ -257,7 +274,7 @@ def take_gpu(slot: Slot, wanted: Wanted = "auto") -> None:
     Where it cannot be told which one that is, nothing is done: ``local_device`` tells those who ask for it.
     """
     if wanted != "cpu" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        with suppress(ConfigError):
+        with suppress(ConfigError, RuntimeError):  # as where it is another's alone
             device = local_device(slot, wanted)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -317,8 +334,9 @@ def processor_share(slot: Slot, own: int, launchers: int, environment: Mapping[s
     """
     told = {name: environment.get(f"SLURM_{name}") for name in ("CPUS_PER_TASK", "CPUS_ON_NODE")}
     share = max(own, launchers) // slot.local_size
-    if slot.launcher == "srun" and (each := told["CPUS_PER_TASK"]):
+    by_srun = slot.launcher == "srun" or (slot.launcher is None and "SLURM_STEP_NUM_TASKS" in environment)
+    if by_srun and (each := told["CPUS_PER_TASK"]):
         share = int(each)
-    elif slot.launcher == "srun" and (together := told["CPUS_ON_NODE"]):
+    elif by_srun and (together := told["CPUS_ON_NODE"]):
         share = int(together) // slot.local_size
     return max(1, min(own, share))

@@ -96,9 +96,13 @@ still_ours() { # ID: whether SLURM lets this attempt of the job run; on a node t
 }
 
 dies_of_usr2() { # whether the launcher would, and its ranks with it: horovodrun, and mpirun of others than Open MPI
+    local said
     case ${LAUNCHER:-srun} in
         horovodrun) return 0 ;;
-        mpirun) ! mpirun --version 2>&1 | grep -Eiq "open ?mpi|prrte|openrte" ;;
+        mpirun)
+            said=$(mpirun --version 2>&1) || true
+            ! grep -Eiq "open ?mpi|prrte|openrte" <<<"$said"
+            ;;
         *) return 1 ;;
     esac
 }
@@ -107,7 +111,7 @@ pass_on() { # ask the ranks to save and end
     told=yes interrupted=yes
     say "told to end: passed on to the ranks"
     if dies_of_usr2; then
-        { echo SIGUSR2 >"$folder/.STOP" && mv "$folder/.STOP" "$folder/STOP"; } || true
+        { mkdir -p "$folder" && echo SIGUSR2 >"$folder/.STOP" && mv "$folder/.STOP" "$folder/STOP"; } || true
     elif [ -n "$pid" ]; then
         kill -USR2 "$pid" || true
     fi
@@ -134,6 +138,7 @@ launch() { # NODES WORD...: hpc-grawa on so many nodes; sets status
             exit 2
             ;;
     esac
+    if grep -qs SIGUSR2 "$folder/STOP"; then rm -f "$folder/STOP"; fi # its ranks were killed before they saw it
     # In the background: bash would put off its traps until a command in the foreground has ended.
     "${start[@]}" ${inside[@]+"${inside[@]}"} hpc-grawa "$@" &
     pid=$!

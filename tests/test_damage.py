@@ -254,7 +254,8 @@ def test_a_comparison_with_a_damaged_run_makes_it_again_or_one_line_names_it(
         damage(run / name)
         status, output, errors = called(capsys, *words)
         again = name == "summary.json" and "(1 of 1) is in" not in output
-        assert (status == 0 and again) or (status == 2 and told(errors, "compare", run)), (damage, errors)
+        needless = name == "environment.json"  # of a finished run, which says all that is asked elsewhere
+        assert (status == 0 and (again or needless)) or (status == 2 and told(errors, "compare", run)), (damage, errors)
         shutil.rmtree(tmp_path / "c/LGRAWA-0.2", ignore_errors=True)
 
 

@@ -126,8 +126,9 @@ def test_flatness_says_what_it_found_and_goes_on(run: Path, capsys: pytest.Captu
     assert other["loss"] == -1 and other["spectra"] != found["spectra"] and other["trace"] == found["trace"]
     table = called(capsys, "table", str(run))
     assert "largest eigenvalue" in table.said
-    exactly = "float64, 6 Ritz values, ρ 0.05, ε 0.0005, σ 0.0005, M 2, κ 2, reach 1000, samples of the trace 2."
-    assert f"- flatness: of the center, on 100 of 1437 training examples, {exactly}" in table.said
+    by = "6 Ritz values, ρ 0.05, ε 0.0005, σ 0.0005, M 2, κ 2, reach 1000, samples of the trace 2"
+    exactly = f"of 1437 training examples, float64, {by}."
+    assert f"- flatness: of the center, on 100 {exactly}" in table.said
     # On other examples, and on the first ones again, which is then the latest.
     assert called(capsys, "flatness", str(run), "--measures=loss", "--examples=50").status == 0
     assert "on 50 of 1437 training examples, float32." in called(capsys, "table", str(run)).said

@@ -18,7 +18,18 @@ from hpc_grawa.comm.single import SingleCommunicator
 from hpc_grawa.comm.torch_dist import TorchCommunicator
 from hpc_grawa.doctor import examine
 from hpc_grawa.errors import ConfigError
-from hpc_grawa.launch import Slot, Wanted, default_threads, descriptors, local_device, own_slot, pmi, processor_share
+from hpc_grawa.launch import (
+    Slot,
+    Wanted,
+    default_threads,
+    descriptors,
+    job_name,
+    local_device,
+    own_slot,
+    pmi,
+    processor_share,
+    restarts,
+)
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -71,6 +82,17 @@ def test_a_plain_process_is_a_world_of_one() -> None:
     alone = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
     for tasks in (1, 8):
         assert own_slot(alone | {"SLURM_NTASKS": f"{tasks}"}) == Slot(tasks=tasks)
+        inside = own_slot(alone | {"SLURM_NTASKS": f"{tasks}", "PMI_RANK": "3", "PMI_SIZE": "8"})  # an mpiexec in it
+        assert (inside.launcher, inside.rank, inside.size) == ("mpirun", 3, 8)
+
+
+def test_variables_that_are_empty_say_nothing_and_others_must_be_numbers() -> None:
+    assert own_slot(dict.fromkeys([*SLURM, *TORCHRUN, "SLURM_NTASKS", "PMI_RANK", "PMI_SIZE"], "")) == Slot()
+    assert (
+        job_name({"SLURM_ARRAY_JOB_ID": "", "SLURM_JOB_ID": "7"}) == "7" and restarts({"SLURM_RESTART_COUNT": ""}) == 0
+    )
+    with pytest.raises(ConfigError, match=r"^the launcher's variables say RANK=0, WORLD_SIZE=two: must be numbers"):
+        own_slot({"RANK": "0", "WORLD_SIZE": "two"})
 
 
 def test_a_child_in_a_rank_s_place_has_its_launcher_s_files() -> None:
@@ -133,6 +155,7 @@ MPIRUN, SRUN = Slot("mpirun", 0, 4, 0, 4), Slot("srun", 0, 4, 0, 4)
         (SRUN, 4, 64, {"SLURM_CPUS_ON_NODE": "16"}, 4),  # bound, without -c
         (SRUN, 16, 64, {"SLURM_CPUS_ON_NODE": "16"}, 4),  # task/cgroup alone, without -c
         (SRUN, 2, 2, {"SLURM_CPUS_ON_NODE": "2"}, 1),  # --overcommit
+        (Slot(), 64, 64, {"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "1"}, 4),  # srun -n1 -c4, task/none
         (SRUN, 16, 64, {}, 16),
     ],
 )
@@ -269,6 +292,7 @@ def test_mpi_starts_with_the_rank_s_gpu_as_the_current_device(
 ) -> None:
     """To which MPI libraries tie what they set up."""
     current: list[str] = []
+    monkeypatch.setenv("OPAL_PREFIX", "")  # to be as it was, afterwards
 
     def begin(*_: object, **__: object) -> None:
         raise Began

@@ -228,9 +228,11 @@ comm.barrier()
 if comm.rank:
     hvd.shutdown()
 else:
-    time.sleep(3)  # computes, and hears of it when it sends
+    until = time.monotonic() + 60
     try:
-        comm._launch("allreduce", torch.ones(1), "center", 0, 0)
+        while time.monotonic() < until:  # computes, and hears of it when it sends
+            time.sleep(1)
+            comm._launch("allreduce", torch.ones(1), "center", time.monotonic_ns(), 0)
         print("sent")
     except LostContact as error:
         print("lost contact")
@@ -242,6 +244,28 @@ else:
     except RuntimeError as error:
         print(error)
 """
+
+
+LEAVES = """
+import sys, time
+import torch
+from hpc_grawa.comm import connect
+comm = connect(sys.argv[1], device="cpu")
+comm.barrier()
+if not comm.rank:
+    time.sleep(3)
+work = comm.allgather(torch.ones(1), "control")  # as the last step may, which nobody reads
+print("ended")
+"""
+
+
+@launched
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["horovod", "gloo", "mpi"])
+def test_a_rank_that_is_first_to_end_waits_for_its_last_message(backend: str) -> None:
+    wanted(backend)
+    done = launch(backend, program=("-c", LEAVES), ranks=2)
+    assert (done.status, done.output) == (0, "ended\nended\n"), done.said
 
 
 @launched

@@ -220,6 +220,22 @@ def test_the_best_row_is_picked_by_the_data_on_the_way_where_they_are_no_test_da
     assert "picked on validation data, and p is not corrected for 2 tests" in " ".join(text.split())
 
 
+def test_a_run_that_ended_before_it_said_by_what_it_is_judged_is_in_any_table(tmp_path: Path) -> None:
+    made = make_run(tmp_path, seed=1, metric="bits_per_byte", higher_is_better=False)
+    left = make_run(tmp_path, seed=2, metric="bits_per_byte", finished=False)
+    (left / "metrics.jsonl").write_text("")
+    table = rows([read_run(path) for path in (left, made)])
+    assert (table.metric, table.higher_is_better) == ("bits_per_byte", False)
+    assert [row.state for row in table] == ["unfinished", "finished"]
+    draw([read_run(path) for path in (left, made)], tmp_path / "figure.png")
+
+
+def test_a_metric_of_one_s_own_that_ends_in_error_is_no_error_of_another(tmp_path: Path) -> None:
+    run = make_run(tmp_path, center_test_top5=0.99, center_test_top5_error=0.01, center_test_accuracy_error=0.3)
+    line = cells(markdown(rows([read_run(run)])))[0]
+    assert (line["center, test"], line["top5, center, test"]) == ("95.0 %", "0.99")
+
+
 def test_repeated_seeds_and_healed_ranks_are_said(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         make_run(tmp_path / folder, seed=1, healed=57)

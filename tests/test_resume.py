@@ -385,7 +385,9 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
     left = tmp_path / "000000015.partial"
     left.mkdir()
     (left / "rank-0000.pt").write_bytes(b"half")
-    (tmp_path / "best").mkdir()
+    others = ["2024", "7.partial", "best"]
+    for other in others:
+        (tmp_path / other).mkdir()
     assert loaded(tmp_path)[0][0] == 10
     checkpoints = Checkpoints(tmp_path, SingleCommunicator())
     with pytest.MonkeyPatch.context() as patched:
@@ -408,7 +410,7 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
 
         patched.setattr(Checkpoints, "save", save)
         saved(tmp_path, (20,))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000020", "best", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000010", "000000020", *others, "latest"]
 
 
 def test_a_checkpoint_that_cannot_be_named_the_latest_is_taken_back(tmp_path: Path) -> None:
@@ -449,7 +451,7 @@ def test_a_file_stop_ends_a_run_that_saves_once(
     monkeypatch.setattr(Checkpoints, "save", save)
     monkeypatch.setattr("hpc_grawa.training.ending.POLL_EVERY", -1.0)
     summary = run(config("LGRAWA", "--save.every=1"), tmp_path / "a")[0]
-    assert (summary["state"], stop.exists()) == ("stopped", not readable)
+    assert (summary["state"], stop.exists()) == ("stopped", False)
     assert sorted(steps) == sorted([*range(1, summary["steps"] + 1)] * WORLD)
     assert (tmp_path / "a/checkpoints/latest").read_text() == f"{summary['steps']:09d}\n"
 
@@ -800,7 +802,7 @@ def test_a_lock_is_taken_over_from_a_job_that_is_dead_or_was_started_again(
     Lock(tmp_path, "job 6").release()
     assert 1 < time.monotonic() - began < 50 and not file.exists()
     assert re.fullmatch(
-        r"waiting    up to 10 s for job 5 on far \(process 1\), silent for 5[789] s\n", capsys.readouterr().out
+        r"waiting    up to 10 s for job 5 on far \(process 1\), silent for (5[789]|6\d) s\n", capsys.readouterr().out
     )
 
 

@@ -23,18 +23,20 @@ def batch(record: RunRecord) -> int:
 
 
 def chosen(records: list[RunRecord]) -> dict[str, tuple[Row, RunRecord, list[float]]]:
-    """The best row of each name, a run of it, and the learning rates that were tried."""
+    """The best row of each name, of those whose seeds have all finished, a run of it, and the rates that were tried."""
     experiments, table = group(records), rows(records)
     found: dict[str, tuple[Row, RunRecord, list[float]]] = {}
     sign = 1 if table.higher_is_better else -1
-    for row in table:
+    for row in table.whole:
         record = experiments[row.label][0]
         # Variants of one method are told apart by their names in the recipe, which those of folders begin with.
         name = record.path.name.partition("-")[0]
-        best, _, tried = found.get(name, (None, None, []))
-        tried.append(rate(record))
-        if row.last is not None and (best is None or best.last is None or sign * row.last > sign * best.last):
+        best = found[name][0].last if name in found else None
+        tried = [*(found[name][2] if name in found else []), rate(record)]
+        if row.last is not None and (best is None or sign * row.last > sign * best):
             found[name] = (row, record, tried)
+        elif name in found:
+            found[name] = (*found[name][:2], tried)
     return found
 
 

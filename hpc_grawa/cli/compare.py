@@ -193,12 +193,11 @@ class Comparison:
                 if known is not None and (network := known.get("network")) != config.network:
                     raise self._mixed(begun, f"network: {network}", f"network: {config.network}")
                 continue
-            ranks = (read_object(run / "environment.json") or {}).get("world_size")
             record = read_run(run)
-            # Resumed by itself, it may have gone on over another network.
-            there = renamed(record.config) | {"ranks": ranks, "network": record.network}
+            # Resumed by itself, it may have gone on on other ranks, or over another network.
+            there = renamed(record.config) | {"ranks": (ranks := record.ranks), "network": record.network}
             now = renamed(flatten(parse_settings(config.text, "config")))
-            now |= {"ranks": ranks if world_size is None else world_size}
+            now |= {"ranks": ranks if world_size is None else str(world_size)}
             for key in dict.fromkeys([*now, *there]):
                 if key in ("backend", *PLACE):
                     continue

@@ -83,6 +83,10 @@ def sharing(gpus: Sequence[bytes | None]) -> tuple[int, int] | None:
     return next(((gpus.index(gpu), rank) for rank, gpu in enumerate(gpus) if gpu and gpus.index(gpu) < rank), None)
 
 
+#: Seconds for which a rank that ends waits for its last message, which nobody reads: if it left before the others have
+#: sent their part, theirs would fail.
+DRAINS = 10.0
+
 #: What travels where a counter is added to.
 TICKET = torch.zeros(1, dtype=torch.int64)
 

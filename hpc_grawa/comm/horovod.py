@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..errors import LostContact
 from ..launch import own_slot
 from ..screen import flush
-from .base import Communicator, Work, sharing
+from .base import DRAINS, Communicator, Work, sharing
 from .meter import Purpose, Verb
 from .store import StoreCounter
 
@@ -43,6 +44,8 @@ class HorovodCommunicator(Communicator):
             self._root: HorovodCommunicator = root
             self._gpu: bool = root._gpu
             return
+        #: Of the last message.
+        self._handle: int | None = None
         self._ours = not hvd.is_initialized()
         if self._ours:
             # Horovod's thread asks all others every millisecond what is next, and spins in Open MPI until they answer.
@@ -65,6 +68,15 @@ class HorovodCommunicator(Communicator):
         self._gpu = False  # while ranks tell each other their GPUs
         self._gpu = self._send_from_gpus(gpus and (hvd.nccl_built() > 0 or hvd.cuda_built()))
         self._end_together()
+        atexit.register(self._drain)  # after Horovod's shutdown, so before it
+
+    def _drain(self) -> None:
+        until = time.monotonic() + DRAINS
+        with suppress(Exception):  # somebody has read it, or Horovod was shut down
+            while self._handle is not None and os.getpid() == self._process and time.monotonic() < until:
+                if self._hvd.poll(self._handle):
+                    break
+                time.sleep(1e-3)
 
     def _send_from_gpus(self, able: bool) -> bool:
         """Whether all ranks can: each has a GPU, NCCL wants one for each. All ranks must call it, able or not."""
@@ -90,6 +102,8 @@ class HorovodCommunicator(Communicator):
             if not hvd.is_initialized():  # the program has shut it down itself
                 raise
             raise LostContact(str(error)) from error  # a rank was lost while this one computed
+
+        self._root._handle = handle
 
         def wait() -> Tensor:
             # hvd.synchronize blocks in C++; polling keeps Ctrl-C and signals alive. Its own loop sleeps as long.

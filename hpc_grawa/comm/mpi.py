@@ -28,7 +28,7 @@ from .meter import Purpose, Verb
 from .store import StoreCounter
 
 #: MPI's classes of errors that are in a call, and tell nothing of other ranks.
-_MISUSE = ("ARG", "BUFFER", "COMM", "COUNT", "OP", "ROOT", "TRUNCATE", "TYPE")
+_MISUSE = ("ARG", "BUFFER", "COMM", "COUNT", "NO_MEM", "OP", "RANK", "ROOT", "TRUNCATE", "TYPE")
 
 
 class _Call:

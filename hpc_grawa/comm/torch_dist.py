@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -19,7 +23,7 @@ from ..errors import ConfigError, LostContact
 from ..launch import Slot, local_device, own_slot
 from ..network import first_host, first_port, interface_of, own_name_is_reachable, way_to
 from ..screen import flush
-from .base import Communicator, Work, sharing
+from .base import DRAINS, Communicator, Work, sharing
 from .meter import Purpose, Verb
 from .store import StoreCounter, join, serve, shared_store
 
@@ -43,7 +47,7 @@ class TorchCommunicator(Communicator):
         limit: seconds that a message may take.
 
     Raises:
-        ConfigError: several ranks would share a GPU under NCCL.
+        ConfigError: several ranks would share a GPU under NCCL, or have chosen different backends.
     """
 
     backend: Literal["gloo", "nccl"]
@@ -55,31 +59,31 @@ class TorchCommunicator(Communicator):
         part: tuple[TorchCommunicator, Any, list[int]] | None = None,
         limit: float = math.inf,
     ) -> None:
-        self.backend = backend
+        self.backend, self._closed = backend, False
+        self._last: Any = None
         limited = backend == "nccl" and limit + _BEYOND < _A_DAY.total_seconds()
         self._limit = timedelta(seconds=limit + _BEYOND) if limited else _A_DAY
         if part is not None:
             root, group, ranks = part
-            self._ours = False
             self._limit = root._limit
             self._group: Any = group
             super().__init__(ranks.index(root.ranks[root.rank]), len(ranks), ranks)
             return
-        slot = slot or own_slot()
-        self._ours = not dist.is_initialized()
-        device = None if self._ours else dist.group.WORLD.bound_device_id  # type: ignore[union-attr]
-        if backend == "nccl" and device is None and (self._ours or slot.launcher is not None):
+        slot, ours = slot or own_slot(), not dist.is_initialized()
+        device = None if ours else dist.group.WORLD.bound_device_id  # type: ignore[union-attr]
+        if backend == "nccl" and device is None and (ours or slot.launcher is not None):
             device = local_device(slot)
         if backend == "nccl" and device is not None:
             torch.cuda.set_device(device)
-        if self._ours:
+        if ours:
             self._start_group(slot)
         super().__init__(dist.get_rank(), dist.get_world_size())
         # Where a program has started the default group itself, its messages and ours must not meet.
-        self._group = dist.group.WORLD if self._ours else dist.new_group(timeout=self._limit, backend=_KINDS[backend])
+        self._group = dist.group.WORLD if ours else dist.new_group(timeout=self._limit, backend=_KINDS[backend])
         if device is not None:  # else the model's will tell
             self.check_device(device)
         self._end_together()
+        atexit.register(self._drain)
 
     def _start_group(self, slot: Slot) -> None:
         """Start the default process group on all ranks of the launcher."""
@@ -113,15 +117,19 @@ class TorchCommunicator(Communicator):
             result = torch.empty_like(x)
         if not result.numel():
             return Work(lambda: result)
+        if self._closed:
+            raise RuntimeError("this communicator was closed")  # no group is the program's own
         work: Any
-        if verb == "allreduce":
-            work = dist.all_reduce(x, group=self._group, async_op=True)
-        elif verb == "broadcast":
-            work = dist.broadcast(x, self.ranks[root], group=self._group, async_op=True)
-        elif verb == "allgather":
-            work = dist.all_gather_into_tensor(result.view(-1), x.view(-1), group=self._group, async_op=True)
-        else:
-            work = dist.all_to_all_single(result, x, group=self._group, async_op=True)
+        with _contact():
+            if verb == "allreduce":
+                work = dist.all_reduce(x, group=self._group, async_op=True)
+            elif verb == "broadcast":
+                work = dist.broadcast(x, self.ranks[root], group=self._group, async_op=True)
+            elif verb == "allgather":
+                work = dist.all_gather_into_tensor(result.view(-1), x.view(-1), group=self._group, async_op=True)
+            else:
+                work = dist.all_to_all_single(result, x, group=self._group, async_op=True)
+        self._last = work
 
         def wait() -> Tensor:
             # Gloo's wait blocks in C++: polling keeps Ctrl-C and signals alive. NCCL's only orders the stream.
@@ -140,7 +148,7 @@ class TorchCommunicator(Communicator):
 
     def _split(self, parts: list[list[int]], own: int) -> TorchCommunicator:
         ranks = [self.ranks[m] for m in parts[own]]
-        with self.meter.waiting("setup", self.ranks):
+        with self.meter.waiting("setup", self.ranks), _contact():
             group = dist.new_group(
                 ranks, timeout=self._limit, backend=_KINDS[self.backend], use_local_synchronization=True
             )
@@ -152,9 +160,25 @@ class TorchCommunicator(Communicator):
         os._exit(status)
 
     def close(self) -> None:
-        if os.getpid() == self._process and dist.is_initialized() and self._group is not None:
+        if os.getpid() == self._process and dist.is_initialized() and not self._closed:
             dist.destroy_process_group(self._group)  # of the program's own only what was made beside it
-            self._group = None
+        self._closed = True
+
+    def _drain(self) -> None:
+        until = time.monotonic() + DRAINS
+        while self._last is not None and not self._closed and os.getpid() == self._process and time.monotonic() < until:
+            if self._last.is_completed():
+                break
+            time.sleep(1e-3)
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """Within the block what PyTorch says of the others is that contact to one is lost."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise LostContact(str(error)) from error
 
 
 def find_each_other(slot: Slot) -> Store:
@@ -190,10 +214,14 @@ def find_each_other(slot: Slot) -> Store:
     )
 
 
+#: Of the times that ranks have asked each other in one store.
+_asked = itertools.count()
+
+
 def check_backends(slot: Slot, store: Store, backend: str, limit: timedelta) -> None:
     """Raise ``ConfigError`` on all ranks, which must call it, unless all have chosen this backend."""
-    store.set(f"backend of {slot.rank}", backend)
-    keys = [f"backend of {rank}" for rank in range(slot.size)]
+    keys = [f"backend {number} of {rank}" for number in (next(_asked),) for rank in range(slot.size)]
+    store.set(keys[slot.rank], backend)
     store.wait(keys, limit)
     told = [found.decode() for found in store.multi_get(keys)]
     if differ := [rank for rank, found in enumerate(told) if found != told[0]]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
-from ..runs.record import RunRecord, evaluated_part, group, setting
+from ..runs.record import RunRecord, evaluated_part, group, judged, setting
 from .table import formatter, in_words
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
         first, *others = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         _draw_title(first, shown)
         right = 0.985 if weighted is None else 0.53
-        _draw_curves(first, shown[0], part, rows[0][1], pens, target, _Place(right, 0.125, 0.83, 0.87, _CAPTION))
+        _draw_curves(first, judged(shown), part, rows[0][1], pens, target, _Place(right, 0.125, 0.83, 0.87, _CAPTION))
         if weighted is not None:
             _draw_weights(first, weighted, 0.565, sum(run.method == weighted.method for run in shown))
         if course:
@@ -105,7 +105,7 @@ def draw(records: Sequence[RunRecord], path: str | Path, target: float | None = 
         for row, (network, curves) in zip(others, rows[1:], strict=True):
             place = _Place(0.985, 0.17, 0.855, 0.92, 0.06)
             note = f"over an emulated network of {network}" if network else "over the network that there is"
-            _draw_curves(row, networks[network][0], part, curves, pens, target, place, note)
+            _draw_curves(row, judged(networks[network]), part, curves, pens, target, place, note)
 
 
 class _Place(NamedTuple):
@@ -257,7 +257,7 @@ def _draw_curves(
         label: f"{_short(drawable(label.removeprefix(only).strip()), 40)}  {amount(end)}" for label, end in ends.items()
     }
     left, right, bottom, top = 0.062, place.right, place.bottom, place.top
-    room = 0.028 + max(_text_width(figure, name, 10) for name in names.values())
+    room = min(0.028 + max(_text_width(figure, name, 10) for name in names.values()), 0.6 * (right - left))
     axes = figure.add_axes((left, bottom, right - room - left, top - bottom))
     note = ", ".join(filter(None, (only, note)))
     _draw_heading(figure, 0.02, f"{part.capitalize()} {name} of the center", note, place.heading)

@@ -14,7 +14,7 @@ from textwrap import fill
 
 from ..errors import ConfigError
 from ..runs.log import human_bytes
-from ..runs.record import RunRecord, evaluated_part, group, setting
+from ..runs.record import RunRecord, evaluated_part, group, is_number, judged, setting
 from ..screen import ENDLESS, as_shown, counted
 
 
@@ -200,11 +200,11 @@ def rows(records: Sequence[RunRecord], target: float | None = None) -> Table:
     return Table(
         rows=tuple(_row(label, runs, chosen, part) for label, runs in experiments.items()),
         setting=setting(records),
-        metric=records[0].metric,
+        metric=judged(records).metric,
         part=part,
         target=chosen,
         target_given=target is not None,
-        higher_is_better=records[0].higher_is_better,
+        higher_is_better=judged(records).higher_is_better,
     )
 
 
@@ -299,7 +299,8 @@ def formatter(metric: str) -> Callable[[float], str]:
 
 def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str) -> Row:
     found = [run.status for run in runs]
-    keys = [key for key in found[0] if key != "seed" and all(_is_number(status.get(key)) for status in found)]
+    keys = [key for key in found[0] if key != "seed" and all(is_number(status.get(key)) for status in found)]
+    seeds = [status["seed"] if _is_seed(status.get("seed")) else None for status in found]
     samples = {key: [float(status[key]) for status in found] for key in keys}
     times = [] if target is None else [run.time_to(target, part) for run in runs]
     if reached := [time for time in times if time is not None]:
@@ -310,7 +311,7 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         method=runs[0].method,
         network=runs[0].network,
         runs=len(runs),
-        seeds=tuple(status["seed"] for status in found if "seed" in status),
+        seeds=tuple(seed for seed in seeds if seed is not None),
         state=found[0]["state"],
         shares=not found[0].get("rounds") or runs[0].config.get("method.sharing") is not None,
         best_part=str(found[0].get("best_part") or ""),
@@ -318,9 +319,9 @@ def _row(label: str, runs: Sequence[RunRecord], target: float | None, part: str)
         std={key: _std(values) for key, values in samples.items() if len(values) > 1},
         reached=len(reached),
         by_seed={
-            int(status["seed"]): float(status[key])
-            for status in found
-            if _is_number(status.get("seed")) and _is_number(status.get(key := f"center_test_{status['metric']}"))
+            int(seed): float(status[key])
+            for seed, run, status in zip(seeds, runs, found, strict=True)
+            if seed is not None and is_number(status.get(key := f"center_test_{run.metric}"))
         },
         last=statistics.fmean(ends) if (ends := [curve[-1][1] for run in runs if (curve := run.curve(part))]) else None,
         flatness_of=tuple(run.flatness_of for run in runs if run.flatness_of),
@@ -372,19 +373,19 @@ def _p(row: Row, table: Table) -> str:
     return "-" if p is None else f"{p:.2g}"
 
 
+def _is_seed(value: object) -> bool:
+    return isinstance(value, int) and is_number(value)
+
+
 def _std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _cell(row: Row, key: str, form: Callable[[float], str], spread: bool) -> str:
     if key not in row.mean:
         return "-"
     text = form(row.mean[key])
-    error = row.std.get(key, row.mean.get(f"{key}_error"))
+    error = row.std.get(key, row.mean.get(f"{key}_error") if key in FLATNESS.values() else None)
     if not spread or error is None or not math.isfinite(error):
         return text
     number, _, unit = text.partition(" ")
@@ -417,7 +418,7 @@ def flatness_note(shown: Sequence[Row]) -> str:
 def _notes(table: Table, width: int) -> list[str]:
     """What the columns say."""
     metric, amount = in_words(table.metric), formatter(table.metric)
-    repeated = len({row.runs for row in table}) > 1
+    uneven = len({row.runs for row in table}) > 1
     entries = [
         f"center, mean: {metric} of the method's center after the last round, and of the uniform mean of all ranks",
         "gap: by how much the center is better on training data than on test data",
@@ -450,7 +451,7 @@ def _notes(table: Table, width: int) -> list[str]:
         test = f"center_test_{table.metric}"
         told = "; ".join(
             f"{row.label} of {counted(count, 'setting')} (test {_cell(row, test, amount, spread=True)}"
-            + (f", {counted(row.runs, 'run')})" if repeated else ")")
+            + (f", {counted(row.runs, 'run')})" if uneven else ")")
             for row, count in table.chosen
         )
         fair = "" if table.part != "test" else ", which makes its test value too good (hold out data.validation)"

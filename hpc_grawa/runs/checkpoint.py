@@ -32,6 +32,8 @@ from .reading import parse_object
 _HELD = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout}
 _TENSORS = {Tensor, nn.Parameter}
 _PARTIAL, _REPLACED = ".partial", ".replaced"
+#: Folders of checkpoints: whole ones, and what becomes of them. Others are the user's.
+_OURS = re.compile(rf"\d{{9,}}({_PARTIAL}|{_REPLACED})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -288,8 +290,7 @@ class Checkpoints:
         others.sort(key=lambda name: name > place.name)
         kept = [place.name, *others][: self._keep]
         for old in self.folder.iterdir():
-            ours = re.fullmatch(rf"\d+({_PARTIAL}|{_REPLACED})?", old.name)
-            if ours and old.is_dir() and old.name not in kept:
+            if _OURS.fullmatch(old.name) and old.is_dir() and old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _errors_of(self, action: Callable[[], None] | None) -> list[str]:
@@ -356,7 +357,7 @@ def _names(folder: Path) -> Iterator[str]:
     """Checkpoints, newest first; what ``latest`` names before all, as a newer one may have been left unfinished."""
     if not folder.is_dir():
         return
-    names = [p.name for p in folder.iterdir() if p.name.removesuffix(_REPLACED).isdigit()]
+    names = [p.name for p in folder.iterdir() if _OURS.fullmatch(p.name) and p.suffix != _PARTIAL]
     whole = sorted(names, key=lambda name: (name.removesuffix(_REPLACED), name.isdigit()), reverse=True)
     named = _latest(folder)
     if named in whole:
@@ -366,7 +367,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _partial(folder: Path) -> list[Path]:
     """Checkpoints that were not, or are not yet, written to their end."""
-    return [place for place in folder.glob(f"*{_PARTIAL}") if place.name.removesuffix(_PARTIAL).isdigit()]
+    return [place for place in folder.glob(f"*{_PARTIAL}") if _OURS.fullmatch(place.name)]
 
 
 def _latest(folder: Path) -> str | None:

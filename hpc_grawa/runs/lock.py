@@ -52,7 +52,12 @@ class Lock:
         """Try to get it; of several that wait for one job's end, one does."""
         try:
             with self._file.open("x", encoding="utf-8") as file:
-                file.write(self._content)
+                try:
+                    file.write(self._content)
+                    file.flush()
+                except OSError:  # no room: an empty one would be taken for another's
+                    self._file.unlink()
+                    raise
         except FileExistsError:
             heeds = self._await_death(job, restarts)
             if heeds is None:
@@ -81,6 +86,8 @@ class Lock:
             while True:
                 now, touched = clock_of(self._file.parent), self._touched()
                 holder, age = self._holder(), now - touched
+                if holder != seen:  # the one before has released or lost it, and another was quicker
+                    seen, first, began = holder, self._touched(), time.monotonic()
                 waited = time.monotonic() - began
                 # By this host's clock alone, too, as a damaged time may lie in the future.
                 if age >= LONG_DEAD or (age >= DEAD and waited > 2 * BEAT) or waited >= DEAD:
@@ -88,8 +95,6 @@ class Lock:
                 whose = f"{holder.get('job', 'another job')} on {holder.get('host')} (process {holder.get('pid')})"
                 if holder.get("job") == job and holder.get("restarts", 0) != restarts:
                     return BEAT + 1
-                if holder != seen:  # the one before has released it, and another was quicker
-                    seen, first, began = holder, self._touched(), time.monotonic()
                 # One of whom nothing is known gives no beats: what is newer is the file of another, still empty too.
                 if holder and touched != first:
                     name = self._file.parent.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -95,15 +96,22 @@ def write_atomically(path: Path, content: str | dict[str, Tensor], lasting: bool
         lasting: whether that is to hold after a crash of the host, too, which waits for the disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:  # torch opens no path whose bytes are no text
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            torch.save(content, file)
-        if lasting:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.rename(path)
+    held = io.BytesIO()  # torch hides what is wrong with a file behind an error of its own
+    if isinstance(content, str):
+        held.write(content.encode())
+    else:
+        torch.save(content, held)
+    try:
+        with temporary.open("wb") as file:
+            file.write(held.getbuffer())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):  # half a file would hold what room there is
+            temporary.unlink()
+        raise
 
 
 @cache

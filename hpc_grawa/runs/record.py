@@ -20,8 +20,13 @@ FLATNESS = "flatness.json"
 _EVALUATION = {"event", "step", "epoch", "seconds", "part", "model", "loss", "consensus_distance"}
 #: Settings of measures of flatness.
 _LETTERS = {
-    **{"rho": "ρ", "epsilon": "ε", "sigma": "σ", "lpf_samples": "M", "kappa": "κ"},
-    **{"reach": "reach", "samples": "samples of the trace"},
+    "rho": "ρ",
+    "epsilon": "ε",
+    "sigma": "σ",
+    "lpf_samples": "M",
+    "kappa": "κ",
+    "reach": "reach",
+    "samples": "samples of the trace",
 }
 #: Settings that say where a run is made and how fast, but not what it trains.
 PLACE = (
@@ -81,7 +86,7 @@ class RunRecord:
         status["training_seconds"] = max((event["seconds"] for event in happened if "seconds" in event), default=0.0)
         if curve := self.curve("test"):
             status[f"center_test_{self.metric}"] = curve[-1][1]
-        if "run.seed" in self.config:
+        if is_number(self.config.get("run.seed")):
             status["seed"] = self.config["run.seed"]
         return status | summary
 
@@ -93,11 +98,16 @@ class RunRecord:
     @cached_property
     def metric(self) -> str:
         """The name of what the model is judged by."""
+        return self.metric_told or "accuracy"
+
+    @property
+    def metric_told(self) -> str | None:
+        """It, where the run has come as far as to say so."""
         told = self._told.get("metric")
         if told is None:
             keys = (key for event in self.events.get("evaluate", []) for key in event if key not in _EVALUATION)
-            told = next(keys, "accuracy")
-        return str(told)
+            told = next(keys, None)
+        return None if told is None else str(told)
 
     @property
     def higher_is_better(self) -> bool:
@@ -221,10 +231,11 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """
     if not records:
         raise ConfigError("there are no runs to report: give one or more run folders")
-    for record in records[1:]:
-        if record.metric != records[0].metric:
+    first = judged(records)
+    for record in records:
+        if record.metric_told not in (None, first.metric):
             raise ConfigError(
-                f"{records[0].path} is judged by {records[0].metric}, {record.path} by {record.metric}: "
+                f"{first.path} is judged by {first.metric}, {record.path} by {record.metric}: "
                 "runs that are reported together need one metric"
             )
     experiments: dict[tuple[str, str], list[RunRecord]] = {}
@@ -237,6 +248,11 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         label if repeated[label] == 1 else f"{label} {members[0].path}": members
         for label, members in zip(labels, experiments.values(), strict=True)
     }
+
+
+def judged(records: Sequence[RunRecord]) -> RunRecord:
+    """The first that says by what it is judged, as one that ended before its start does not; else the first."""
+    return next((record for record in records if record.metric_told is not None), records[0])
 
 
 def evaluated_part(records: Iterable[RunRecord]) -> str:
@@ -363,7 +379,7 @@ _EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "changed": {"step": _is_time, "settings": _are_changes},
     "train": {"step": _is_time, "seconds": _is_time},
     "evaluate": {"step": _is_time, "seconds": _is_time, "part": _is_word, "model": _is_word},
-    "round": {"step": _is_time, "round": _is_time, "seconds": _is_time, "weights": _are_weights},
+    "round": {"ranks": _are_names, "step": _is_time, "round": _is_time, "seconds": _is_time, "weights": _are_weights},
 }
 
 

@@ -84,8 +84,9 @@ class Ending:
             "training_seconds": worker.clock.seconds,
         }
         if self._folder is not None:
+            stop = self._folder / "STOP"
             with suppress(OSError):  # not there, or not ours to remove
-                (self._folder / "STOP").unlink()
+                stop.rmdir() if stop.is_dir() else stop.unlink()
             try:
                 write_atomically(self._folder / "summary.json", json.dumps(found, indent=1) + "\n")
             except OSError as error:

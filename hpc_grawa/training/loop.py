@@ -153,9 +153,10 @@ class Training:
         except NonFinite as error:
             return self._diverged(error, ending)
         if worker.used < 1:
-            if self.checkpoints is None or worker.facts.step not in (self.checkpoints.step, self.checkpoints.saved):
-                self._save()
             self._settle()
+            if self.checkpoints is not None and self.checkpoints.saved != worker.facts.step:
+                self._save()
+                self._settle()
             return ending.summary(worker, None if self.checkpoints is None else self.checkpoints.saved)
         training_seconds = worker.clock.settled
         spans, meter.trace = meter.trace, None
