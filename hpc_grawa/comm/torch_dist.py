@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import math
 import os
 import sys
@@ -214,13 +213,10 @@ def find_each_other(slot: Slot) -> Store:
     )
 
 
-#: Of the times that ranks have asked each other in one store.
-_asked = itertools.count()
-
-
 def check_backends(slot: Slot, store: Store, backend: str, limit: timedelta) -> None:
     """Raise ``ConfigError`` on all ranks, which must call it, unless all have chosen this backend."""
-    keys = [f"backend {number} of {rank}" for number in (next(_asked),) for rank in range(slot.size)]
+    number = store.add(f"backends told by {slot.rank}", 1)  # a program may connect again
+    keys = [f"backend {number} of {rank}" for rank in range(slot.size)]
     store.set(keys[slot.rank], backend)
     store.wait(keys, limit)
     told = [found.decode() for found in store.multi_get(keys)]
