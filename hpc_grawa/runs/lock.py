@@ -130,6 +130,7 @@ class Lock:
         say(f"{self._file} is {holder['job']}'s now: {'stopped' if elsewhere else 'ending'}", sys.stderr)
         if elsewhere:  # if this rank ended, srun would have SLURM end the step of that number, where the job is now
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)  # another thread may be the one that is told, and this one goes on until all are stopped
         os._exit(2)  # woken, as by whoever ends what is left
 
     def _is_ours(self) -> bool:
