@@ -14,7 +14,7 @@ from pathlib import Path
 from hpc_grawa.cli.compare import runs_in
 from hpc_grawa.report.figure import COLOURS, saved_figure
 from hpc_grawa.report.table import Row, aligned, formatter, in_words, rows
-from hpc_grawa.runs.record import RunRecord, group, read_run
+from hpc_grawa.runs.record import RunRecord, group, judged, read_run
 
 
 def batch(record: RunRecord) -> int:
@@ -50,17 +50,15 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="of one comparison each")
     parser.add_argument("--figure", type=Path, default=Path("large_batch.png"))
     words = parser.parse_args()
-    comparisons: dict[int, dict[str, tuple[Row, RunRecord, list[float]]]] = {}
-    for folder in words.folders:
-        records = [read_run(run) for run in runs_in(folder)]
-        finished = [record for record in records if record.status["state"] == "finished"]
-        if len(finished) < len(records):
-            print(
-                f"left out   {len(records) - len(finished)} of {len(records)} runs in {folder}, which are not finished"
-            )
-        if finished:
-            comparisons[batch(finished[0])] = chosen(finished)
-    metric = records[0].metric
+    records = [read_run(run) for folder in words.folders for run in runs_in(folder)]
+    by_batch: dict[int, list[RunRecord]] = {}
+    for record in records:
+        if (state := record.status["state"]) != "finished":
+            print(f"not ended  {record.path} ({state}): its learning rate is left out unless another try has finished")
+        if record.status.get("world_size"):
+            by_batch.setdefault(batch(record), []).append(record)
+    comparisons = {size: chosen(members) for size, members in by_batch.items()}
+    metric = judged(records).metric
     amount = formatter(metric)
     grid = [["batch", "row", "learning rate", "on the way", f"{in_words(metric)}, test", "training", "gap", "steps"]]
     lines: dict[str, list[tuple[int, float, float]]] = {}
